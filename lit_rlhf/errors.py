@@ -1,0 +1,11 @@
+"""Errors that are for people."""
+
+
+class UserError(ValueError):
+    """Something that the user can mend: what was found, where, what was expected, what to do.
+
+    The command prints its text alone, in one line, without a traceback."""
+
+
+class TrainingDiverged(UserError):
+    """A loss or a gradient stopped being a finite number; training must not go on from here."""

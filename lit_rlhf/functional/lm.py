@@ -1,0 +1,37 @@
+"""Language modelling: next-token log-probabilities, loss and entropy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_rlhf.functional.masking import masked_mean
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability, in nats, of each of ``targets`` (...) under ``logits`` (..., V); same shape as targets.
+
+    ``cross_entropy`` is the fastest way to it on a CPU, and never holds a second (..., V) tensor of probabilities."""
+    flat = F.cross_entropy(_full(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
+    return -flat.view(targets.shape)
+
+
+def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood a token, ``-log P(u_i | u_<i)`` (GPT-1, eq. 1), in nats; a scalar.
+
+    ``logits`` (B, T, V) predict ``labels`` (B, T) at the same index (already shifted);
+    ``mask`` (B, T) is True where a label counts: every token in pretraining, response tokens in SFT."""
+    # Filled before the arithmetic: 0 * NaN in the backward pass would spoil every gradient.
+    logits = logits.masked_fill(~mask[..., None], 0.0)
+    return -masked_mean(token_logprobs(logits, labels.clamp(min=0)), mask)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy (...) of the next-token distribution ``logits`` (..., V), in nats."""
+    return torch.special.entr(torch.softmax(_full(logits), dim=-1)).sum(-1)  # 0 log 0 = 0: tokens may be ruled out
+
+
+def _full(logits: Tensor) -> Tensor:
+    """At least float32: half precision loses rare tokens."""
+    return logits if logits.dtype == torch.float64 else logits.float()

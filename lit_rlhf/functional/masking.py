@@ -1,0 +1,45 @@
+"""Averages over the positions that count. A mask is True where a position counts, always."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of ``values`` where ``mask`` is True, over ``dim`` or over everything.
+
+    ``values`` and ``mask`` have the same shape. What stands at masked positions never matters, NaN included."""
+    kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of ``values`` where ``mask`` is True, over ``dim`` or over everything; 0 where nothing counts."""
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Centre and scale ``values`` (B, T) by the mean and standard deviation of all valid positions together.
+
+    One mean and one (population) deviation for the batch, so the order between samples is kept; masked
+    positions come back as 0."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), torch.zeros_like(values))
+
+
+def last_position(mask: Tensor) -> Tensor:
+    """Index (B,) of the last True of each row of ``mask`` (B, T); padding may lie on either side.
+
+    Raises ``ValueError`` if a row has no True."""
+    if not mask.any(-1).all():
+        raise ValueError("a row of the mask has no valid position; drop empty sequences first")
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask, positions, -1).amax(-1)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions (B, T) that count real tokens only, so that padding on the left moves nothing."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

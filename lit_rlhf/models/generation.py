@@ -1,0 +1,135 @@
+"""The rollout engine: sampling from transformers' causal language models, with log-probs of what was sampled.
+
+Answers that end leave the batch, so that no step is spent on them, and token ids and log-probs are kept as they are
+drawn: nothing is decoded and tokenized again, and no second forward pass is needed to know how likely an answer was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import filter_logits, position_ids, sample_token, token_entropy, token_logprobs
+from lit_rlhf.models.policy import context_length, next_token_logits
+from lit_rlhf.text.packing import left_pad
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. All tokens are possible by default: what is learned from must be what was sampled."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 48  # tokens, end-of-text included
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: all tokens
+
+    def greedy(self) -> Sampling:
+        """The same limits, always taking the most likely token."""
+        return Sampling(self.max_new_tokens, temperature=0.0)
+
+
+class Responses(NamedTuple):
+    """B sampled answers of up to T tokens."""
+
+    tokens: Tensor  # (B, T) int64, end-of-text included, padding after it
+    mask: Tensor  # (B, T) bool, True = token of the answer
+    logprobs: Tensor  # (B, T) float32, nats, under the distribution that was sampled from; 0 at masked positions
+    entropy: Tensor  # (B, T) float32, nats, of that distribution; 0 at masked positions
+    finished: Tensor  # (B,) bool, False = cut off at max_new_tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens (B,) of each answer."""
+        return self.mask.sum(-1)
+
+    def token_lists(self) -> list[list[int]]:
+        """Each answer's token ids, without padding."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+
+    @property
+    def empty(self) -> bool:
+        return self.tokens.shape[0] == 0
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eos_id: int,
+    pad_id: int,
+    generator: Generator | None = None,
+) -> Responses:
+    """Sample one answer to each of ``prompts`` (B token lists of any lengths).
+
+    Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
+    ``UserError`` where prompt and answer do not fit into the model's context."""
+    longest = max(map(len, prompts))
+    if longest + sampling.max_new_tokens > context_length(model):
+        raise UserError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones (sampling.max_new_tokens) do not fit "
+            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
+        )
+    device = model.device
+    tokens, mask = (x.to(device) for x in left_pad(prompts, pad_id))
+    batch, steps = len(prompts), sampling.max_new_tokens
+    out_tokens = torch.full((batch, steps), pad_id, device=device)
+    out_mask = torch.zeros(batch, steps, dtype=torch.bool, device=device)
+    out_logprobs = torch.zeros(batch, steps, device=device)
+    out_entropy = torch.zeros(batch, steps, device=device)
+    alive = torch.arange(batch, device=device)  # rows of the output that are still being written
+    cache = DynamicCache(config=model.config)
+    positions = position_ids(mask)
+    used = steps
+    for step in range(steps):
+        hidden = model.base_model(
+            input_ids=tokens,
+            attention_mask=_step_mask(mask, tokens.shape[1]),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        logits = _shape_logits(next_token_logits(model, hidden).float(), sampling)
+        drawn = logits.argmax(-1) if sampling.temperature == 0 else sample_token(logits, generator)
+        out_tokens[alive, step] = drawn
+        out_mask[alive, step] = True
+        out_logprobs[alive, step] = token_logprobs(logits, drawn)
+        out_entropy[alive, step] = token_entropy(logits)
+        going = drawn != eos_id
+        if not going.any():
+            used = step + 1
+            break
+        if not going.all():
+            keep = going.nonzero().squeeze(1)
+            alive, drawn, mask, positions = alive[keep], drawn[keep], mask[keep], positions[keep]
+            cache.batch_select_indices(keep)
+        tokens = drawn[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    finished = (out_tokens == eos_id).any(-1)
+    return Responses(out_tokens[:, :used], out_mask[:, :used], out_logprobs[:, :used], out_entropy[:, :used], finished)
+
+
+def _step_mask(mask: Tensor, width: int) -> Tensor:
+    """Boolean attention mask (B, 1, width, S) for the last ``width`` of S positions: real tokens, none ahead.
+
+    Made here, once a step: transformers builds it in every forward pass from general parts, at more than its cost."""
+    size = mask.shape[1]
+    columns = torch.arange(size, device=mask.device)
+    causal = columns <= columns[size - width :, None]
+    allowed = causal & mask[:, None, None, :]
+    # A padding position sees itself, so that its softmax is not empty (0 / 0); nobody sees it.
+    return allowed | (columns == columns[size - width :, None]) if width > 1 else allowed
+
+
+def _shape_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
+    return filter_logits(logits, sampling.top_k, sampling.top_p)

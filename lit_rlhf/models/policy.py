@@ -1,0 +1,112 @@
+"""Language models: made from a config, or loaded from a checkpoint. All are Hugging Face's causal language models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text.packing import Packed
+
+
+def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A freshly initialized model; ``config`` names a ``model_type`` and that architecture's own settings.
+
+    Vocabulary size and special tokens come from the tokenizer."""
+    settings = copy.deepcopy(dict(config))
+    model_type = settings.pop("model_type", None)
+    try:
+        architecture = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **settings,
+        )
+        return AutoModelForCausalLM.from_config(architecture)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.config: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def load_policy(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
+) -> PreTrainedModel:
+    """Load a causal language model from a folder or a Hub name.
+
+    With a ``tokenizer`` the embedding grows to hold tokens that were added to it (a padding token, say), and the model
+    learns which token ends a text."""
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+    if tokenizer is not None:
+        match_tokenizer(model, tokenizer, str(path))
+    return model
+
+
+def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> PreTrainedModel:
+    """``kind.from_pretrained`` with an error for people."""
+    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or Path(path).parent.is_dir()):
+        raise UserError(f"{path}: no model there (config.json and *.safetensors were expected)")
+    try:
+        return kind.from_pretrained(str(path), **settings)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise UserError(
+            f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors; "
+            "a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
+        ) from error
+
+
+def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Give the model as many embeddings as the tokenizer has tokens, and its special tokens.
+
+    Raises ``UserError`` where more tokens are missing than one adds: then tokenizer and model are not of one family."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows + 16:
+        raise UserError(
+            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}; they do not belong together"
+        )
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """How many tokens the model can see at once."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 2**31)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradients and no dropout."""
+    return model.requires_grad_(False).eval()
+
+
+def packed_hidden(model: PreTrainedModel, batch: Packed) -> Tensor:
+    """Last hidden states (R * L, D) of packed rows, each sequence seeing itself alone."""
+    # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
+    # Without a mask and a cache, transformers reads the sequences' borders off the position ids.
+    output = model.base_model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (..., V) from hidden states (..., D)."""
+    return model.get_output_embeddings()(hidden)
+
+
+def response_positions(batch: Packed, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions, mask), both (N, T), where T is the longest response.
+
+    ``positions`` are flat indices of the tokens of each sequence's response, which is its last ``response_lengths``
+    (N,) tokens; the token that predicts one stands just before it. At masked positions the index is 0."""
+    first = batch.starts + batch.lengths - response_lengths
+    steps = torch.arange(int(response_lengths.max()), device=first.device)
+    mask = steps < response_lengths[:, None]
+    return torch.where(mask, first[:, None] + steps, 0), mask

@@ -1,0 +1,23 @@
+"""Prompts for PPO."""
+
+from __future__ import annotations
+
+from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.training import BatchLoader
+
+
+class PPODataModule(PromptDataModule):
+    """Prompts of a file, as many batches as the trainer takes (``trainer.limit_train_batches``, PPO's iterations)."""
+
+    def train_dataloader(self) -> BatchLoader[PromptBatch]:
+        iterations = self.trainer.limit_train_batches if self.trainer is not None else 1.0
+        batch = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
+        length = iterations * batch if isinstance(iterations, int) else max(len(self.train_prompts), batch)
+        return self.loader(self.train_prompts, shuffle_to=length)
+
+    def val_dataloader(self) -> BatchLoader[PromptBatch]:
+        return self.loader(self.held_out_prompts)
+
+
+class WorldPPODataModule(WorldPromptDataModule, PPODataModule):
+    """Prompts of the built-in world."""

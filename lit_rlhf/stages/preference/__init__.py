@@ -1,0 +1,4 @@
+from lit_rlhf.stages.preference.data import PreferenceDataModule, WorldPreferenceDataModule
+from lit_rlhf.stages.preference.module import PreferenceModule
+
+__all__ = ["PreferenceDataModule", "PreferenceModule", "WorldPreferenceDataModule"]

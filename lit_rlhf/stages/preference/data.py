@@ -1,0 +1,17 @@
+"""Prompts whose answers are to be ranked."""
+
+from __future__ import annotations
+
+from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.training import BatchLoader
+
+
+class PreferenceDataModule(PromptDataModule):
+    """Every prompt of a file once, the held-out ones too: they test the reward model."""
+
+    def predict_dataloader(self) -> BatchLoader[PromptBatch]:
+        return self.loader([*self.train_prompts, *self.held_out_prompts])
+
+
+class WorldPreferenceDataModule(WorldPromptDataModule, PreferenceDataModule):
+    """Prompts of the built-in world."""

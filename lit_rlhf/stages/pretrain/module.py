@@ -1,0 +1,90 @@
+"""Next-token pretraining (GPT-1, eq. 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.functional import lm_loss
+from lit_rlhf.models import Sampling, generate, next_token_logits, save_model
+from lit_rlhf.stages.pretrain.data import TextRows
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training.optim import optimizer_and_schedule
+
+
+class PretrainModule(LightningModule):
+    """Trains a language model on rows of text.
+
+    Args:
+        policy: the model, freshly initialized.
+        tokenizer: the one that made the rows; saved beside the model.
+        optimizer: receives parameter groups.
+        schedule: receives the optimizer and the number of steps.
+        sample_prompt: where the text samples during training begin; "" is end-of-text, the start of a document.
+        sampling: how they are drawn.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        optimizer: OptimizerFactory = adamw,
+        schedule: Schedule = warmup_decay,
+        sample_prompt: str = "",
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = policy.train()
+        self.tokenizer = tokenizer
+        self.optimizer, self.schedule = optimizer, schedule
+        self.sample_prompt, self.sampling = sample_prompt, sampling or Sampling()
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
+
+    def loss(self, rows: TextRows) -> Tensor:
+        """Mean loss in nats a token."""
+        hidden = self.policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
+        return lm_loss(next_token_logits(self.policy, hidden), rows.labels, torch.ones_like(rows.labels, dtype=torch.bool))
+
+    def training_step(self, batch: TextRows, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.tokens_seen += batch.labels.numel() * self.trainer.world_size
+        self.log("pretrain/loss", loss, prog_bar=True)
+        self.log("pretrain/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: TextRows, batch_idx: int) -> None:
+        self.log("val/pretrain/loss", self.loss(batch), batch_size=batch.labels.numel(), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
+
+    def write_samples(self) -> list[tuple[str, str]]:
+        """(start, continuation): two texts of the model as it is now."""
+        start = self.tokenizer(self.sample_prompt, add_special_tokens=False)["input_ids"]
+        start = start or [self.tokenizer.eos_token_id]
+        self.policy.eval()
+        texts = generate(
+            self.policy,
+            [start] * 2,
+            self.sampling,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            generator=seeded(self.trainer.global_step, device=self.device),
+        ).token_lists()
+        self.policy.train()
+        return [(self.sample_prompt, self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
+
+    def figures(self) -> dict[str, Any]:
+        """Headline figures, from the last validation."""
+        loss = self.trainer.callback_metrics["val/pretrain/loss"].item()
+        return {"val_loss": loss, "tokens": int(self.tokens_seen)}
+
+    def export(self, folder: Path) -> None:
+        """Write ``model/``: a causal language model that transformers loads."""
+        save_model(self.policy, self.tokenizer, folder / "model")

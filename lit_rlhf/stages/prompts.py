@@ -1,0 +1,153 @@
+"""Prompts to answer: what sampling, PPO and evaluation have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+from lightning import LightningDataModule
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_prompt, split_by_prompt
+from lit_rlhf.text.world import Grade, World
+from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+
+
+class PromptBatch(NamedTuple):
+    """B prompts. They stay token lists: the rollout engine pads them on the left as it needs them."""
+
+    messages: list[Messages]
+    tokens: list[list[int]]
+    kinds: list[str]  # what sort of question each is, "" where nobody says
+    held_out: list[bool]
+
+
+class Judge(Protocol):
+    """Someone who knows what a good answer is."""
+
+    def grade(self, prompt: Messages, response: str, truncated: bool = False) -> Grade:
+        """The grade of one answer."""
+        ...
+
+
+class Prompt(NamedTuple):
+    """One prompt, ready to be answered."""
+
+    messages: Messages
+    tokens: list[int]
+    kind: str
+    held_out: bool
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts from a file of records with ``prompt`` or ``messages``.
+
+    Args:
+        path: a file or a Hub name.
+        tokenizer: of the policy, with its chat template.
+        batch_size: prompts a process and batch.
+        max_length: tokens; longer prompts are handled as ``on_long`` says, and counted.
+        on_long: "skip" leaves them out, "cut" keeps their last ``max_length`` tokens.
+        held_out: fraction of the prompts kept for evaluation.
+        limit_held_out: at most so many of them; None keeps all.
+        split_seed: which prompts are held out; the same in every stage.
+        seed: order of the prompts.
+        on_bad_record: "fail" names the first bad record, "skip" counts them.
+    """
+
+    judge: Judge | None = None  # files come without one; the world brings its own
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 128,
+        max_length: Annotated[int, Field(ge=1)] = 256,
+        on_long: Literal["skip", "cut"] = "skip",
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: int = 0,
+        seed: int = 0,
+        on_bad_record: OnBadRecord = "fail",
+    ) -> None:
+        super().__init__()
+        self.path, self.tokenizer = path, tokenizer
+        self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
+        self.held_out, self.limit_held_out = held_out, limit_held_out
+        self.split_seed, self.seed = split_seed, seed
+        self.on_bad_record: OnBadRecord = on_bad_record
+        self.skipped: list[str] = []
+        self.long = 0  # prompts that were too long
+        self.train_prompts: list[Prompt] = []
+
+    def records(self) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
+        """(prompt, kind) of the (train, held-out) prompts."""
+        loaded = load_records(self.path, parse_prompt, self.on_bad_record)
+        self.skipped = loaded.skipped
+        train, held_out = split_by_prompt(loaded.records, lambda messages: messages, self.held_out, self.split_seed)
+        return [(m, "") for m in train], [(m, "") for m in held_out]
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_prompts:
+            return
+        train, held_out = self.records()
+        self.train_prompts = self._encode(train, False)
+        self.held_out_prompts = self._encode(held_out, True)[: self.limit_held_out]
+        if not self.train_prompts or not self.held_out_prompts:
+            raise UserError(
+                f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise it, or "
+                "set on_long=cut"
+            )
+
+    def _encode(self, records: Sequence[tuple[Messages, str]], held_out: bool) -> list[Prompt]:
+        prompts = []
+        for (messages, kind), tokens in zip(records, encode_prompts(self.tokenizer, [m for m, _ in records])):
+            if len(tokens) > self.max_length:
+                self.long += 1
+                if self.on_long == "skip":
+                    continue
+            prompts.append(Prompt(messages, tokens[-self.max_length :], kind, held_out))
+        return prompts
+
+    def loader(self, prompts: Sequence[Prompt], shuffle_to: int | None = None) -> BatchLoader[PromptBatch]:
+        """Batches of ``prompts``: in order, or ``shuffle_to`` of them shuffled."""
+
+        def collate(mine: list[int], _: list[int]) -> PromptBatch:
+            chosen = [prompts[i] for i in mine]
+            return PromptBatch(*(list(column) for column in zip(*chosen)))
+
+        if shuffle_to is None:
+            return BatchLoader(in_order(len(prompts)), self.batch_size, collate, keep_rest=True)
+        order = shuffled(len(prompts), self.seed, shuffle_to)
+        return BatchLoader(order, self.batch_size, collate, **sharding(self.trainer))
+
+
+class WorldPromptDataModule(PromptDataModule):
+    """Prompts of the built-in world: ``prompts`` draws by kind to train on, all distinct held-out ones to test on."""
+
+    def __init__(
+        self,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompts: Annotated[int, Field(ge=1)] = 3000,
+        batch_size: Annotated[int, Field(ge=1)] = 128,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            "world", tokenizer, batch_size=batch_size, limit_held_out=limit_held_out, split_seed=split_seed, seed=seed
+        )
+        self.world, self.prompts = world, prompts
+        self.judge = world
+
+    def records(self) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
+        train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)
+        held_out = self.world.prompts("held_out", self.split_seed)
+        return [(list(p.messages), p.kind) for p in train], [(list(p.messages), p.kind) for p in held_out]

@@ -1,0 +1,174 @@
+"""Demonstrations as packed rows; the loss is on the responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.pretrain.data import TokenizerTrainer
+from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
+from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.records import (
+    Demonstration,
+    Messages,
+    OnBadRecord,
+    load_records,
+    parse_demonstration,
+    split_by_prompt,
+)
+from lit_rlhf.text.world import World
+from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+
+
+class SFTBatch(NamedTuple):
+    """Dialogues in packed rows, and which of their tokens are learned."""
+
+    packed: Packed
+    learned: Tensor  # (M,) int64, flat indices into the rows of the tokens that count in the loss
+    normalizer: float  # tokens learned in the whole optimizer step, divided by its number of micro-batches
+
+
+class SFTDataModule(LightningDataModule):
+    """Demonstrations from a file: prompt and response, instruction fields, or messages of several turns.
+
+    Args:
+        path: a file or a Hub name.
+        tokenizer: one that is ready, or a function that trains one on the demonstrations.
+        batch_size: dialogues a process and step.
+        max_length: tokens; longer dialogues are handled as ``on_long`` says, and counted.
+        on_long: "skip" leaves them out, "cut" keeps their first ``max_length`` tokens.
+        packing: lay several dialogues into one row (they do not see each other); False: a row each, padded.
+        row_length: tokens of a packed row.
+        held_out: fraction of the prompts kept for validation.
+        split_seed: which ones; the same in every stage.
+        seed: order of the dialogues.
+        on_bad_record: "fail" names the first bad record, "skip" counts them.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+        max_length: Annotated[int, Field(ge=2)] = 512,
+        on_long: Literal["skip", "cut"] = "skip",
+        packing: bool = True,
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        on_bad_record: OnBadRecord = "fail",
+    ) -> None:
+        super().__init__()
+        self.path, self._tokenizer = path, tokenizer
+        self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
+        self.packing, self.row_length = packing, row_length
+        self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
+        self.on_bad_record: OnBadRecord = on_bad_record
+        self.skipped: list[str] = []
+        self.long = 0  # dialogues that were too long
+        self.train_set: list[Encoded] = []
+
+    def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
+        """(train, held out)."""
+        loaded = load_records(self.path, parse_demonstration, self.on_bad_record)
+        self.skipped = loaded.skipped
+        return split_by_prompt(loaded.records, first_prompt, self.held_out, self.split_seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set:
+            return
+        train, held_out = self.records()
+        self.tokenizer = (
+            self._tokenizer
+            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
+            else self._tokenizer(m["content"] for record in train for m in record.messages)
+        )
+        ensure_chat_template(self.tokenizer)
+        self.sample_prompts = [record.messages[:-1] for record in held_out[:4]]
+        self.train_set, self.val_set = self._encode(train), self._encode(held_out)
+        if not self.train_set or not self.val_set:
+            raise UserError(f"{self.path}: {self.long} dialogues are longer than sft.data.max_length={self.max_length}")
+
+    def _encode(self, records: list[Demonstration]) -> list[Encoded]:
+        kept = []
+        for item in encode_dialogues(self.tokenizer, [r.messages for r in records], [r.context for r in records]):
+            if len(item.tokens) > self.max_length:
+                self.long += 1
+                item = Encoded(item.tokens[: self.max_length], item.mask[: self.max_length])
+                if self.on_long == "skip" or not any(item.mask[1:]):
+                    continue
+            kept.append(item)
+        return kept
+
+    def _collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
+        chosen = [items[i] for i in mine]
+        packed = pack(
+            [item.tokens for item in chosen], self.tokenizer.pad_token_id, self.row_length if self.packing else None
+        )
+        # The first token of a dialogue is predicted by nothing.
+        offsets = [torch.tensor(item.mask[1:]).nonzero().squeeze(1) + 1 for item in chosen]
+        learned = torch.cat([start + offset for start, offset in zip(packed.starts, offsets)])
+        total = sum(sum(items[i].mask[1:]) for i in everyones)
+        return SFTBatch(packed, learned, total * len(mine) / len(everyones))
+
+    def train_dataloader(self) -> BatchLoader[SFTBatch]:
+        batch_size = min(self.batch_size, len(self.train_set))
+        return BatchLoader(
+            shuffled(len(self.train_set), self.seed),
+            batch_size,
+            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
+            **sharding(self.trainer),
+        )
+
+    def val_dataloader(self) -> BatchLoader[SFTBatch]:
+        return BatchLoader(
+            in_order(len(self.val_set)),
+            4 * self.batch_size,
+            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
+            keep_rest=True,
+        )
+
+
+def first_prompt(record: Demonstration) -> Messages:
+    """What the split looks at: everything before the first answer that is learned."""
+    learned = next(
+        i for i, m in enumerate(record.messages) if m["role"] == "assistant" and i >= record.context
+    )
+    return record.messages[:learned]
+
+
+class WorldSFTDataModule(SFTDataModule):
+    """Demonstrations of the built-in world, more than a third of them faulty, as people's are."""
+
+    def __init__(
+        self,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
+        *,
+        demonstrations: Annotated[int, Field(ge=16)] = 8000,
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+        packing: bool = True,
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            "world", tokenizer, batch_size=batch_size, packing=packing, row_length=row_length, split_seed=split_seed,
+            seed=seed,
+        )
+        self.world, self.demonstrations = world, demonstrations
+
+    def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
+        draw = self.world.demonstrations
+        train = draw(self.demonstrations, self.split_seed, split="train", split_seed=self.split_seed)
+        held_out = draw(400, self.split_seed, split="held_out", split_seed=self.split_seed)
+        return [parse_demonstration(row) for row in train], [parse_demonstration(row) for row in held_out]

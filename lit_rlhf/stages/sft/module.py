@@ -1,0 +1,86 @@
+"""Supervised fine-tuning: the language-modelling loss, on response tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.functional import token_logprobs
+from lit_rlhf.models import Sampling, generate, next_token_logits, packed_hidden, save_model
+from lit_rlhf.stages.sft.data import SFTBatch
+from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training.optim import optimizer_and_schedule
+
+
+class SFTModule(LightningModule):
+    """Fine-tunes a language model on demonstrations.
+
+    Args:
+        policy: the pretrained model.
+        tokenizer: with its chat template; saved beside the model.
+        optimizer: receives parameter groups.
+        schedule: receives the optimizer and the number of steps.
+        sampling: how the samples during training are drawn.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        optimizer: OptimizerFactory = adamw,
+        schedule: Schedule = warmup_decay,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = policy.train()
+        self.tokenizer = tokenizer
+        self.optimizer, self.schedule = optimizer, schedule
+        self.sampling = sampling or Sampling()
+
+    def loss(self, batch: SFTBatch) -> Tensor:
+        """Mean loss in nats a response token, over the whole optimizer step's tokens."""
+        hidden = packed_hidden(self.policy, batch.packed)[batch.learned - 1]  # the token before predicts
+        logprobs = token_logprobs(next_token_logits(self.policy, hidden), batch.packed.tokens.flatten()[batch.learned])
+        return -logprobs.sum() / batch.normalizer
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("sft/loss", loss, prog_bar=True)
+        self.log("sft/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        self.log("val/sft/loss", self.loss(batch), batch_size=len(batch.learned), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
+
+    def write_samples(self) -> list[tuple[str, str]]:
+        """(prompt, answer) of some held-out prompts, by the model as it is now."""
+        prompts = self.trainer.datamodule.sample_prompts
+        self.policy.eval()
+        answers = generate(
+            self.policy,
+            encode_prompts(self.tokenizer, prompts),
+            self.sampling,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            generator=seeded(self.trainer.global_step, device=self.device),
+        ).token_lists()
+        self.policy.train()
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        return [(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)]
+
+    def figures(self) -> dict[str, Any]:
+        """Headline figures, from the last validation."""
+        return {"val_loss": self.trainer.callback_metrics["val/sft/loss"].item()}
+
+    def export(self, folder: Path) -> None:
+        """Write ``model/``: a causal language model with its chat template."""
+        save_model(self.policy, self.tokenizer, folder / "model")

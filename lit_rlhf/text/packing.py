@@ -1,0 +1,71 @@
+"""Sequences laid into rows without padding.
+
+Sequences of one row are kept apart by their position ids, which start again at 0 with each of them: attention is
+block-diagonal, so each sequence sees what it would see alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """N sequences in R rows of L tokens."""
+
+    tokens: Tensor  # (R, L) int64
+    positions: Tensor  # (R, L) int64, 0 at the start of each sequence; padding at a row's end is a sequence of its own
+    starts: Tensor  # (N,) int64, where each sequence begins in the flattened rows
+    lengths: Tensor  # (N,) int64
+
+    @property
+    def ends(self) -> Tensor:
+        """Flat index (N,) of each sequence's last token."""
+        return self.starts + self.lengths - 1
+
+
+def pack(sequences: Sequence[Sequence[int]], pad_id: int, row_length: int | None = 128) -> Packed:
+    """Lay ``sequences`` (each of one token or more) into rows, longest first, each where it first fits.
+
+    A row is as long as the longest sequence where that is longer than ``row_length``; None gives each a row of its
+    own."""
+    lengths = [len(s) for s in sequences]
+    alone = row_length is None
+    row_length = max(lengths) if row_length is None else max(min(row_length, sum(lengths)), max(lengths))
+    free: list[int] = []
+    place: list[tuple[int, int]] = [(0, 0)] * len(sequences)
+    for i in sorted(range(len(sequences)), key=lambda i: -lengths[i]):
+        row = None if alone else next((r for r, room in enumerate(free) if room >= lengths[i]), None)
+        if row is None:
+            row = len(free)
+            free.append(row_length)
+        place[i] = (row, row_length - free[row])
+        free[row] -= lengths[i]
+    rows = [[pad_id] * row_length for _ in free]
+    positions = [list(range(row_length)) for _ in free]
+    for row, room in enumerate(free):
+        positions[row][row_length - room :] = range(room)
+    for sequence, (row, column) in zip(sequences, place):
+        rows[row][column : column + len(sequence)] = sequence
+        positions[row][column : column + len(sequence)] = range(len(sequence))
+    return Packed(
+        torch.tensor(rows),
+        torch.tensor(positions),
+        torch.tensor([row * row_length + column for row, column in place]),
+        torch.tensor(lengths),
+    )
+
+
+def stream(documents: Sequence[Sequence[int]], end_of_text: int) -> Tensor:
+    """All documents one after the other, (N,) int32, end-of-text after each."""
+    return torch.tensor([token for document in documents for token in (*document, end_of_text)], dtype=torch.int32)
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(tokens, mask), both (B, P): padded on the left so that every answer starts in the same column."""
+    width = max(map(len, sequences))
+    tokens = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences])
+    mask = torch.tensor([[False] * (width - len(s)) + [True] * len(s) for s in sequences])
+    return tokens, mask

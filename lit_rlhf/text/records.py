@@ -1,0 +1,373 @@
+"""Records: the data formats of every stage, read from JSONL, JSON, CSV, Parquet, plain text or a Hub name.
+
+A prompt is always kept as messages (one or several turns). Every bad record is named by file, line and reason."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from lit_rlhf.errors import UserError
+
+Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
+OnBadRecord = Literal["fail", "skip"]
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A dialogue to imitate; the assistant's turns from message ``context`` on are learned."""
+
+    messages: Messages
+    context: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """K responses to one prompt and their ranks, 1 = best, ties allowed. A pair is a ranking of two."""
+
+    prompt: Messages
+    responses: list[str]
+    ranks: list[int]
+    annotator: str = ""
+    lineage: dict[str, Any] = field(default_factory=dict)  # which model, round and sampling settings made the responses
+
+
+def parse_text(row: dict[str, Any]) -> str:
+    """``text``."""
+    return _text(row, "text")
+
+
+def parse_prompt(row: dict[str, Any]) -> Messages:
+    """``prompt`` (a string or messages) or ``messages``; a final assistant turn of ``messages`` is dropped."""
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return _prompt(messages, "messages")
+    if "instruction" in row:
+        return _instruction(row)
+    return _prompt(_require(row, "prompt"), "prompt")
+
+
+def parse_demonstration(row: dict[str, Any]) -> Demonstration:
+    """``prompt`` + ``response`` (or ``completion``), ``instruction`` [+ ``input``] + ``output``, or ``messages``.
+
+    All assistant turns of ``messages`` are learned; of the others, the response."""
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        if messages[-1]["role"] != "assistant":
+            raise ValueError("'messages' ends with a turn of the user; a demonstration ends with the assistant's")
+        return Demonstration(messages, 0)
+    prompt = parse_prompt(row)
+    for name in ("response", "completion", "output"):
+        if name in row:
+            response = row[name]
+            if isinstance(response, list):  # conversational completion, as in TRL
+                response = _messages(response, name)[-1]["content"]
+            if not isinstance(response, str) or not response.strip():
+                raise ValueError(f"'{name}' is {_short(response)}; a non-empty string was expected")
+            return Demonstration([*prompt, {"role": "assistant", "content": response}], len(prompt))
+    raise ValueError(f"no 'response', 'completion' or 'output' among its fields ({', '.join(row)})")
+
+
+def parse_ranking(row: dict[str, Any]) -> Ranking:
+    """``prompt``, ``responses``, ``ranks``; or a pair: [``prompt``,] ``chosen``, ``rejected``.
+
+    ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf)."""
+    lineage = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
+    annotator = str(row.get("annotator", ""))
+    if "chosen" in row or "rejected" in row:
+        prompt, responses = _pair(row)
+        return Ranking(prompt, responses, [1, 2], annotator, lineage)
+    responses, ranks = _require(row, "responses"), _require(row, "ranks")
+    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
+        raise ValueError(f"'responses' is {_short(responses)}; a list of two or more strings was expected")
+    if not isinstance(ranks, list) or len(ranks) != len(responses):
+        count = len(ranks) if isinstance(ranks, list) else 0
+        raise ValueError(
+            f"'ranks' has {count} entries for {len(responses)} responses. Give one rank a response (1 = best, ties "
+            "allowed)"
+        )
+    if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+        raise ValueError(f"'ranks' is {_short(ranks)}; whole numbers from 1 (best) up were expected")
+    return Ranking(_prompt(_require(row, "prompt"), "prompt"), responses, ranks, annotator, lineage)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Record]):
+    """The good records of a source, and a line for each one that was skipped."""
+
+    records: list[Record]
+    skipped: list[str]
+
+
+def load_records(
+    path: str | Path, parse: Callable[[dict[str, Any]], Record], on_bad_record: OnBadRecord = "fail"
+) -> Loaded[Record]:
+    """Read every record of ``path``: a .jsonl, .json, .csv, .parquet or .txt file, or a Hub data set's name.
+
+    The text formats are read here rather than through ``datasets``, which cannot say on which line a record is bad;
+    Parquet and the Hub go through it. Raises ``UserError`` naming file, line and reason, unless ``on_bad_record`` is
+    "skip"; also when nothing valid is left."""
+    records: list[Record] = []
+    skipped: list[str] = []
+    for place, row in _rows(str(path)):
+        try:
+            if isinstance(row, Exception):
+                raise row
+            if not isinstance(row, dict):
+                raise ValueError(f"{_short(row)} is not a record; an object with named fields was expected")
+            records.append(parse(row))
+        except ValueError as error:
+            if on_bad_record == "fail":
+                raise UserError(f"{place}: {error}. Mend it, or set on_bad_record=skip.") from None
+            skipped.append(f"{place}: {error}")
+    if not records:
+        why = f"; the first of {len(skipped)} bad ones is {skipped[0]}" if skipped else ": it is empty"
+        raise UserError(f"{path}: no valid record{why}")
+    return Loaded(records, skipped)
+
+
+def _rows(path: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row; a row that cannot be decoded comes as the ``ValueError`` that says why."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not file.suffix.lower() in _READERS:
+            yield from _hub_rows(path)
+            return
+        raise UserError(f"{path}: no such file (the current folder is {Path.cwd()})")
+    if file.is_dir():
+        raise UserError(f"{path}: is a folder; a file was expected ({', '.join(_READERS)})")
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: cannot tell its format from {file.suffix!r}; use one of {', '.join(_READERS)}")
+    yield from reader(file)
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{file}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8 (iconv -f latin1 -t utf-8)"
+        ) from None
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{file}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                yield f"{file}:{number}", ValueError(f"not JSON ({error.msg} at column {error.colno})")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    text = _read_text(file)
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds {_short(rows)}; a list of records was expected")
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}: record {number}", row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""))
+    for row in reader:
+        if None in row or None in row.values():
+            yield f"{file}:{reader.line_num}", ValueError(f"not as many fields as the header ({reader.fieldnames})")
+        else:
+            yield f"{file}:{reader.line_num}", row
+
+
+def _txt_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    text = _read_text(file)
+    if text.strip():
+        yield f"{file}:1", {"text": text}
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    from datasets import Dataset  # imported here: it takes longer than everything else together
+
+    try:
+        rows = Dataset.from_parquet(str(file))
+    except Exception as error:  # pyarrow has many kinds
+        raise UserError(f"{file}: not a Parquet file ({error})".splitlines()[0]) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}: record {number}", row
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # network, name, configuration: the library has many kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no such file here, and as a Hub data set it could not be loaded ({reason}). Offline: download it "
+            "elsewhere and give the path of the file."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: record {number}", row
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _txt_rows,
+}
+
+
+def prompt_key(messages: Sequence[dict[str, str]]) -> str:
+    """The prompt as one unambiguous string."""
+    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+
+
+def is_held_out(messages: Sequence[dict[str, str]], fraction: float, seed: int) -> bool:
+    """Whether a prompt belongs to the held-out part.
+
+    It depends on the prompt's text and the seed alone: the same prompt falls on the same side in every stage and file,
+    so that no prompt of the test set was seen in training."""
+    digest = hashlib.sha256(f"{seed}\n{prompt_key(messages)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def split_by_prompt(
+    records: Sequence[Record], prompt: Callable[[Record], Messages], fraction: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(train, held out) by :func:`is_held_out`. Raises ``UserError`` where one side would be empty."""
+    held = [is_held_out(prompt(record), fraction, seed) for record in records]
+    train = [r for r, h in zip(records, held) if not h]
+    held_out = [r for r, h in zip(records, held) if h]
+    if not train or (fraction > 0 and not held_out):
+        raise UserError(
+            f"{len(records)} records are too few to hold out {fraction:.0%} of their prompts: {len(train)} would be left "
+            f"to train on and {len(held_out)} to test on. Give more records, or another held_out fraction or split.seed."
+        )
+    return train, held_out
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines under a temporary name, then rename: a killed run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _require(row: dict[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise ValueError(f"no field '{name}' (it has {', '.join(map(str, row)) or 'none'})")
+    return row[name]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = _require(row, name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"'{name}' is {_short(value)}; a non-empty string was expected")
+    return value
+
+
+def _messages(value: Any, name: str) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'{name}' is {_short(value)}; a non-empty list of messages was expected")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"'{name}' holds {_short(message)}; each message needs 'role' and 'content'")
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"'{name}' has the role {message.get('role')!r}; system, user or assistant was expected")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _prompt(value: Any, name: str) -> Messages:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"'{name}' is empty")
+        return parse_transcript(value) if _TURN.match(value) else [{"role": "user", "content": value}]
+    messages = _messages(value, name)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"'{name}' ends with a turn of the assistant; a prompt ends with the user's")
+    return messages
+
+
+def _instruction(row: dict[str, Any]) -> Messages:
+    instruction = _text(row, "instruction")
+    context = row.get("input") or ""
+    return [{"role": "user", "content": f"{instruction}\n\n{context}" if context.strip() else instruction}]
+
+
+_TURN = re.compile(r"\s*(Human|Assistant):")
+
+
+def parse_transcript(text: str) -> Messages:
+    """Messages of a transcript ``\\n\\nHuman: ... \\n\\nAssistant: ...`` (hh-rlhf)."""
+    pieces = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text)
+    if len(pieces) < 3 or pieces[0].strip():
+        raise ValueError(f"{_short(text)} is not a transcript of Human: and Assistant: turns")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    messages = [{"role": roles[r], "content": c.strip()} for r, c in zip(pieces[1::2], pieces[2::2])]
+    # A transcript that ends with an open "Assistant:" is a prompt.
+    return messages[:-1] if messages[-1]["role"] == "assistant" and not messages[-1]["content"] else messages
+
+
+def _pair(row: dict[str, Any]) -> tuple[Messages, list[str]]:
+    chosen, rejected = _require(row, "chosen"), _require(row, "rejected")
+    if "prompt" in row or "instruction" in row:
+        prompt = parse_prompt(row)
+        answers = [_messages(a, "chosen")[-1]["content"] if isinstance(a, list) else a for a in (chosen, rejected)]
+        if not all(isinstance(a, str) for a in answers):
+            raise ValueError(f"'chosen' is {_short(chosen)}; an answer or messages were expected")
+        return prompt, answers
+    return _common_prompt(*(_dialogue(row, name) for name in ("chosen", "rejected")))
+
+
+def _dialogue(row: dict[str, Any], name: str) -> Messages:
+    if isinstance(row[name], list):
+        return _messages(row[name], name)
+    if not isinstance(row[name], str) or not _TURN.match(row[name]):
+        raise ValueError(f"no 'prompt', and '{name}' is {_short(row[name])}, not a transcript of Human: and Assistant:")
+    messages = parse_transcript(row[name])
+    # An empty last answer was parsed as an open prompt; in a pair it is an answer that says nothing.
+    return messages if messages[-1]["role"] == "assistant" else [*messages, {"role": "assistant", "content": ""}]
+
+
+def _common_prompt(chosen: Messages, rejected: Messages) -> tuple[Messages, list[str]]:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    if not shared:
+        raise ValueError("'chosen' and 'rejected' do not begin with the same turn of the user")
+    # Where the dialogues part before the last answer, everything after the shared prompt is the answer.
+    return chosen[:shared], [_transcript_tail(dialogue[shared:]) for dialogue in (chosen, rejected)]
+
+
+def _transcript_tail(messages: Messages) -> str:
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    first, *rest = messages
+    return first["content"] + "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in rest)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

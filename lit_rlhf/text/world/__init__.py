@@ -1,0 +1,8 @@
+"""The built-in world: a small made-up language with facts, questions, a gold judge and a simulated labeler."""
+
+from lit_rlhf.text.world.grading import Grade
+from lit_rlhf.text.world.labeler import SimulatedLabeler
+from lit_rlhf.text.world.questions import Message
+from lit_rlhf.text.world.world import World, WorldPrompt
+
+__all__ = ["Grade", "Message", "SimulatedLabeler", "World", "WorldPrompt"]

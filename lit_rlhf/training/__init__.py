@@ -1,0 +1,36 @@
+"""What the stages share around training: optimizer, schedule, batches, callbacks."""
+
+from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding, shuffled
+from lit_rlhf.training.callbacks import (
+    Interrupted,
+    LastCheckpoint,
+    RandomState,
+    StageProgressBar,
+    StopOnNonFinite,
+    TextSamples,
+    append_rows,
+)
+from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+
+__all__ = [
+    "BatchLoader",
+    "Interrupted",
+    "LastCheckpoint",
+    "MetricsFile",
+    "OptimizerFactory",
+    "RandomState",
+    "Schedule",
+    "StageProgressBar",
+    "StopOnNonFinite",
+    "TextSamples",
+    "adamw",
+    "append_rows",
+    "decay_groups",
+    "in_order",
+    "read_metrics",
+    "seeded",
+    "sharding",
+    "shuffled",
+    "warmup_decay",
+]

@@ -1,0 +1,117 @@
+"""The loader of every stage: sized, resumable to the batch, and alike for any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from lightning import Trainer
+from torch import Generator
+
+Batch = TypeVar("Batch")
+
+
+class BatchLoader(Generic[Batch]):
+    """Batches of indices, collated; its place is saved and restored with a checkpoint.
+
+    An epoch's order comes from ``order(epoch)`` alone, so an interrupted epoch goes on with the batch that would have
+    come next; PyTorch's loader cannot do that. The order is cut into *global* batches of ``batch_size * shards``; process
+    ``rank`` takes its part of each, so that n processes (or n accumulated micro-batches) see together what one process
+    with an n times larger batch sees. ``collate(mine, everyones)`` gets the indices of this micro-batch and of the whole
+    global batch: a mean over tokens or prompts is then the same however the batch is divided.
+
+    Args:
+        order: epoch -> indices of that epoch, in order.
+        batch_size: sequences a process and micro-batch.
+        collate: (indices of this micro-batch, indices of the global batch) -> batch.
+        world_size, rank: of the processes.
+        accumulate: micro-batches an optimizer step.
+        keep_rest: give the last, smaller batch too (evaluation); a training epoch drops it.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], Sequence[int]],
+        batch_size: int,
+        collate: Callable[[list[int], list[int]], Batch],
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulate: int = 1,
+        keep_rest: bool = False,
+    ) -> None:
+        self.order, self.batch_size, self.collate = order, batch_size, collate
+        self.world_size, self.rank, self.accumulate, self.keep_rest = world_size, rank, accumulate, keep_rest
+        self.epoch = 0
+        self.cursor = 0  # micro-batches of this epoch already given
+        self._known: tuple[int, Sequence[int]] | None = None  # (epoch, its order)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences that all processes and micro-batches see in one optimizer step."""
+        return self.batch_size * self.world_size * self.accumulate
+
+    def __len__(self) -> int:
+        count, size = len(self._order()), self.global_batch
+        batches = -(-count // size) if self.keep_rest else count // size
+        return batches * self.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Lightning never asks a sized loader for the end of an epoch, so the next one begins here.
+        if self.cursor >= len(self):
+            self.epoch, self.cursor = self.epoch + 1, 0
+        for step in range(self.cursor, len(self)):
+            whole = list(self._order()[step // self.accumulate * self.global_batch :][: self.global_batch])
+            part = (step % self.accumulate) * self.world_size + self.rank
+            # Every shard has an equal share of a full batch; of a rest, what its stride hits.
+            mine = whole[part :: self.world_size * self.accumulate]
+            # The place is moved before the batch is handed out: a checkpoint taken after its step goes on behind it.
+            self.cursor = step + 1
+            yield self.collate(mine, whole)
+
+    def _order(self) -> Sequence[int]:
+        if self._known is None or self._known[0] != self.epoch:
+            self._known = (self.epoch, self.order(self.epoch))
+        return self._known[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+def sharding(trainer: Trainer | None) -> dict[str, int]:
+    """What :class:`BatchLoader` must know of the trainer that it serves."""
+    if trainer is None:
+        return {}
+    return {
+        "world_size": trainer.world_size,
+        "rank": trainer.global_rank,
+        "accumulate": trainer.accumulate_grad_batches,
+    }
+
+
+def shuffled(size: int, seed: int, length: int | None = None) -> Callable[[int], list[int]]:
+    """An order for :class:`BatchLoader`: each epoch fresh permutations of ``range(size)``, drawn from seed and epoch.
+
+    As many of them as ``length`` indices take (default: one)."""
+    length = size if length is None else length
+
+    def order(epoch: int) -> list[int]:
+        generator = seeded(seed, epoch)
+        passes = [torch.randperm(size, generator=generator) for _ in range(-(-length // size))]
+        return torch.cat(passes)[:length].tolist()
+
+    return order
+
+
+def in_order(size: int) -> Callable[[int], range]:
+    """An order for :class:`BatchLoader`: ``range(size)`` in every epoch."""
+    return lambda epoch: range(size)
+
+
+def seeded(*numbers: int, device: torch.device | str = "cpu") -> Generator:
+    """A random generator that depends on ``numbers`` alone (a seed and a place, say), not on what was drawn before."""
+    return Generator(device).manual_seed(hash(numbers) % 2**63)  # hashes of whole numbers are the same everywhere

@@ -1,0 +1,220 @@
+"""What every stage needs around its training: exact resuming, a guard against NaN, text samples, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from pydantic import Field
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_rlhf.errors import TrainingDiverged, UserError
+
+
+class Interrupted(UserError):
+    """The user pressed Ctrl-C, and what was reached is on disk."""
+
+
+class RandomState(Callback):
+    """Keeps the random number generators of every process in the checkpoint; Lightning does not."""
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        mine = _random_state()
+        if not (dist.is_available() and dist.is_initialized()):
+            return {"ranks": [mine]}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # As late as can be: building loaders and loading weights may draw numbers too.
+        if self._restored is not None and trainer.global_rank < len(self._restored["ranks"]):
+            _set_random_state(self._restored["ranks"][trainer.global_rank])
+
+
+def _random_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {  # plain lists and tensors: a checkpoint must load with weights_only
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+class LastCheckpoint(Callback):
+    """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and when the user presses Ctrl-C.
+
+    Always after a whole step, so that what is resumed is what an uninterrupted run had there. The file is written under
+    another name and renamed, so a kill in the middle leaves the one before."""
+
+    def __init__(self, folder: str | Path, every_n_batches: Annotated[int, Field(ge=1)] = 100) -> None:
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_batches = every_n_batches
+        self._interrupted = False
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        stop = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+        # Between the micro-batches of one optimizer step nothing is saved: the gathered gradients would be lost.
+        if batches % trainer.accumulate_grad_batches == 0 and (stop or batches % self.every_n_batches == 0):
+            self._save(trainer)
+            if stop:
+                self._restore_handler()
+                raise Interrupted(f"stopped after step {batches}, which is saved; run the same command again to go on")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_handler()
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handler()
+
+    def _save(self, trainer: Trainer) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                temporary.replace(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
+
+    def _on_interrupt(self, *_: Any) -> None:
+        if self._interrupted:  # pressed twice: now, without saving
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def _restore_handler(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+
+class StopOnNonFinite(Callback):
+    """Ends training before a loss or a gradient that is not a finite number can touch the weights."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            self._stop(trainer, f"the loss is {loss.item()}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            self._stop(trainer, f"the gradient of {len(names)} parameters is not finite, {names[0]} among them")
+
+    def _stop(self, trainer: Trainer, what: str) -> None:
+        raise TrainingDiverged(
+            f"{self.stage}: at step {trainer.fit_loop.epoch_loop.total_batch_idx + 1} {what}; stopped before the weights "
+            f"changed. The last good checkpoint is kept. Usual cures: a lower {self.stage}.optimizer.lr, gradient "
+            "clipping, precision 32-true"
+        )
+
+
+class TextSamples(Callback):
+    """Shows what the model writes, every N steps: on the terminal, in ``samples.jsonl`` and as a table in W&B.
+
+    The module's ``write_samples()`` gives (prompt, text) pairs."""
+
+    def __init__(self, path: str | Path, every_n_steps: Annotated[int, Field(ge=1)] = 200) -> None:
+        self.path = Path(path)
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if trainer.is_global_zero and step % self.every_n_steps == 0:
+            self.show(trainer, step, pl_module.write_samples())
+
+    def show(self, trainer: Trainer, step: int, samples: list[tuple[str, str]]) -> None:
+        rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
+        append_rows(self.path, step, rows)
+        bar = trainer.progress_bar_callback
+        for row in rows[:2]:
+            line = " ".join(f"{row['prompt']} → {row['text']}".split())
+            text = f"  step {step}: {line[:150]}"
+            bar.print(text) if bar is not None else print(text)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)
+
+
+def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """Append JSON lines; what an interrupted run had written of this step or later ones is dropped first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in old if json.loads(line)["step"] < step]
+    temporary = path.with_name(path.name + ".tmp")
+    lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+class StageProgressBar(TQDMProgressBar):
+    """Lightning's bar with the stage's name in front. Plain text: it works in notebooks, logs and CI alike."""
+
+    def __init__(self, stage: str, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self.stage = stage
+
+    @property
+    def train_description(self) -> str:
+        return self.stage
+
+    @property
+    def validation_description(self) -> str:
+        return f"{self.stage}: validation"
+
+    @property
+    def test_description(self) -> str:
+        return self.stage
+
+    @property
+    def predict_description(self) -> str:
+        return self.stage
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(self.stage)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name.split("/", 1)[-1]: value for name, value in metrics.items() if name != "v_num"}

@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from lit_rlhf.functional.lm import lm_loss, token_entropy, token_logprobs
+
+LN2 = math.log(2)
+
+
+def random_logits(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+
+
+def logprob(row, target):  # log softmax in float64, by loops
+    return row[target] - math.log(sum(math.exp(x) for x in row))
+
+
+def test_token_logprobs_by_hand():
+    logits = tensor([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]]).log() + 5.0  # a constant changes nothing
+    assert_close(token_logprobs(logits, tensor([[0, 1]])), tensor([[-LN2, -3 * LN2]]))
+
+
+def test_token_logprobs_against_loops():
+    logits, targets = random_logits(2, 3, 5), tensor([[0, 4, 2], [1, 1, 3]])
+    expected = [[logprob(logits[b, t].tolist(), int(targets[b, t])) for t in range(3)] for b in range(2)]
+    assert_close(token_logprobs(logits.float(), targets), tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_token_logprobs_of_large_logits_stay_finite():
+    assert_close(token_logprobs(tensor([[500.0, 0.0, -500.0]]), tensor([2])), tensor([-1000.0]))
+
+
+def test_lm_loss_is_a_mean_over_tokens():
+    # Uniform over 2 tokens once and over 8 three times: (1 + 9) / 4 ln 2. A mean of row means gives 2 ln 2.
+    logits = torch.full((2, 3, 8), -1e9)
+    logits[0, 0, :2] = 0.0
+    logits[1] = 0.0
+    mask = tensor([[True, False, False], [True, True, True]])
+    assert_close(lm_loss(logits, torch.zeros(2, 3, dtype=torch.long), mask), tensor(2.5 * LN2))
+
+
+def test_lm_loss_does_not_shift_the_labels():
+    logits = tensor([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]]).log()
+    loss = lm_loss(logits, tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool))
+    assert_close(loss, tensor(-(math.log(0.25) + math.log(0.75)) / 2))
+
+
+def test_lm_loss_counts_the_last_token():  # end-of-text is learned
+    logits = tensor([[[0.5, 0.5], [0.75, 0.25]]]).log()
+    assert_close(lm_loss(logits, tensor([[0, 1]]), tensor([[False, True]])), tensor(2 * LN2))
+
+
+def test_lm_loss_takes_any_label_and_logit_at_masked_positions():
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 0] = float("nan")
+    loss = lm_loss(logits, tensor([[-100, 3, -1]]), tensor([[False, True, False]]))
+    assert_close(loss, tensor(2 * LN2))
+
+
+def test_lm_loss_of_nothing_is_zero():
+    loss = lm_loss(torch.randn(1, 2, 3), torch.full((1, 2), -100), torch.zeros(1, 2, dtype=torch.bool))
+    assert_close(loss, tensor(0.0))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_does_not_change_the_lm_loss(left):
+    logits, labels, mask = random_logits(2, 3, 5), tensor([[0, 4, 2], [1, 1, 3]]), torch.ones(2, 3, dtype=torch.bool)
+    sides = (2, 0) if left else (0, 2)
+    padded = [torch.nn.functional.pad(x, sides, value=v) for x, v in ((labels, -100), (mask, False))]
+    padded_logits = torch.nn.functional.pad(logits, (0, 0, *sides), value=7.0)
+    assert_close(lm_loss(padded_logits, *padded), lm_loss(logits, labels, mask))
+
+
+def test_lm_loss_gradient_is_softmax_minus_one_hot_over_the_count():
+    logits, labels = random_logits(2, 2, 4).float().requires_grad_(), tensor([[2, 0], [3, 1]])
+    mask = tensor([[True, True], [True, False]])
+    lm_loss(logits, labels, mask).backward()
+    for b, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        row = logits[b, t].tolist()
+        expected = [(math.exp(logprob(row, v)) - (v == int(labels[b, t]))) / 3 * int(mask[b, t]) for v in range(4)]
+        assert_close(logits.grad[b, t], tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_by_hand():
+    probs = tensor([[0.25] * 4, [0.5, 0.25, 0.125, 0.125], [1.0, 1e-30, 1e-30, 1e-30]])
+    assert_close(token_entropy(probs.log()), tensor([2.0, 1.75, 0.0]) * LN2)
+
+
+def test_entropy_of_filtered_logits():
+    assert_close(token_entropy(tensor([[0.0, 0.0, float("-inf")]])), tensor([LN2]))
+
+
+def test_lm_loss_gradient_ignores_nan_at_masked_positions():
+    logits = tensor([[[0.0, 0.0], [float("nan"), 0.0]]], requires_grad=True)
+    lm_loss(logits, tensor([[0, 0]]), tensor([[True, False]])).backward()
+    assert_close(logits.grad, tensor([[[-0.5, 0.5], [0.0, 0.0]]]))

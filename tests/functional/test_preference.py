@@ -1,0 +1,112 @@
+import math
+
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from lit_rlhf.functional.preference import pair_accuracy, ranking_loss, ranking_pairs
+
+# Four prompts, interleaved: 7 has 4 answers, 2 has 3 with a tie, 5 has 2, 9 is tied throughout.
+PROMPTS = [7, 2, 7, 5, 2, 7, 9, 5, 7, 9, 2]
+RANKS = [1, 1, 3, 2, 2, 4, 1, 1, 2, 1, 1]
+SCORES = [0.3, -1.0, 0.8, 0.1, 0.4, -0.6, 2.0, 1.5, 0.2, -3.0, 0.9]
+
+
+def reference(scores, ranks, prompts):
+    """Loss and gradient by loops, from eq. 1 of InstructGPT, ties left out."""
+    losses, gradients = [], []
+    for prompt in sorted(set(prompts)):
+        mine = [i for i, p in enumerate(prompts) if p == prompt]
+        pairs = [(w, v) for w in mine for v in mine if ranks[w] < ranks[v]]
+        if not pairs:
+            continue
+        gradient, loss = [0.0] * len(scores), 0.0
+        for w, v in pairs:
+            right = 1 / (1 + math.exp(scores[v] - scores[w]))  # sigma(r_w - r_l)
+            loss -= math.log(right) / len(pairs)
+            gradient[w] -= (1 - right) / len(pairs)
+            gradient[v] += (1 - right) / len(pairs)
+        losses.append(loss)
+        gradients.append(gradient)
+    return sum(losses) / len(losses), [sum(g) / len(losses) for g in zip(*gradients, strict=True)]
+
+
+def test_a_ranking_of_k_gives_all_pairs():
+    pairs = ranking_pairs(tensor([2, 1, 4, 3]), tensor([0, 0, 0, 0]))
+    found = set(zip(pairs.better.tolist(), pairs.worse.tolist(), strict=True))
+    assert found == {(1, 0), (1, 3), (1, 2), (0, 3), (0, 2), (3, 2)} and len(pairs.better) == 6  # rank 1 is best
+    assert_close(pairs.weight, torch.full((6,), 1 / 6))
+    assert pairs.prompts == 1
+
+
+def test_pairs_stay_inside_a_prompt_and_leave_ties_out():
+    pairs = ranking_pairs(tensor([1, 2, 2, 1, 1]), tensor([3, 3, 3, 8, 8]))
+    assert sorted(zip(pairs.better.tolist(), pairs.worse.tolist(), strict=True)) == [(0, 1), (0, 2)]
+    assert_close(pairs.weight, tensor([0.5, 0.5]))
+    assert pairs.prompts == 1  # the second prompt is tied
+
+
+def test_ranking_loss_by_hand():  # sigma(ln 3) = 3/4
+    pairs = ranking_pairs(tensor([1, 2]), tensor([0, 0]))
+    assert_close(ranking_loss(tensor([math.log(3), 0.0]), pairs), tensor(-math.log(0.75)))
+    assert_close(ranking_loss(tensor([0.0, math.log(3)]), pairs), tensor(-math.log(0.25)))
+
+
+def test_a_prompt_counts_once_however_many_answers_it_has():
+    # Prompt 0: one pair, -ln(3/4). Prompt 1: six pairs of equal scores, ln 2 each.
+    pairs = ranking_pairs(tensor([1, 2, 1, 2, 3, 4]), tensor([0, 0, 1, 1, 1, 1]))
+    scores = tensor([math.log(3), 0.0, 5.0, 5.0, 5.0, 5.0])
+    assert_close(ranking_loss(scores, pairs), tensor((math.log(2) - math.log(0.75)) / 2))
+
+
+def test_ranking_loss_and_gradient_are_the_mean_over_the_pairs_by_loops():
+    scores = tensor(SCORES, dtype=torch.float64, requires_grad=True)
+    loss = ranking_loss(scores, ranking_pairs(tensor(RANKS), tensor(PROMPTS)))
+    loss.backward()
+    expected, gradient = reference(SCORES, RANKS, PROMPTS)
+    assert_close(loss.item(), expected, rtol=0, atol=1e-7)  # the weights are float32
+    assert_close(scores.grad, tensor(gradient, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert_close(ranking_loss(tensor(SCORES), ranking_pairs(tensor(RANKS), tensor(PROMPTS))).item(), expected)
+
+
+def test_ranking_loss_gradcheck():
+    pairs = ranking_pairs(tensor(RANKS), tensor(PROMPTS))
+    assert torch.autograd.gradcheck(
+        lambda s: ranking_loss(s, pairs), tensor(SCORES, dtype=torch.float64, requires_grad=True)
+    )
+
+
+def test_ranking_loss_knows_neither_order_nor_offset():
+    ranks, prompts, scores = tensor(RANKS), tensor(PROMPTS), tensor(SCORES)
+    loss = ranking_loss(scores, ranking_pairs(ranks, prompts))
+    order = torch.randperm(len(RANKS), generator=torch.Generator().manual_seed(0))
+    assert_close(ranking_loss(scores[order], ranking_pairs(ranks[order], prompts[order])), loss)
+    assert_close(ranking_loss(scores + 10.0 * prompts, ranking_pairs(ranks, prompts)), loss, rtol=1e-4, atol=0)
+
+
+def test_ties_everywhere_give_zero_loss_and_gradient():
+    scores = tensor([1.0, -2.0, 3.0], requires_grad=True)
+    loss = ranking_loss(scores, ranking_pairs(tensor([1, 1, 1]), tensor([0, 0, 1])))
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_large_margins_stay_finite():
+    pairs = ranking_pairs(tensor([1, 2]), tensor([0, 0]))
+    scores = tensor([-200.0, 200.0], requires_grad=True)
+    loss = ranking_loss(scores, pairs)
+    loss.backward()
+    assert_close(loss.detach(), tensor(400.0))
+    assert_close(scores.grad, tensor([-1.0, 1.0]))
+
+
+def test_pair_accuracy_by_hand():
+    pairs = ranking_pairs(tensor([1, 2, 2, 3]), tensor([0, 0, 0, 0]))  # (0,1) (0,2) (0,3) (1,3) (2,3)
+    assert_close(pair_accuracy(tensor([2.0, 1.0, 3.0, 1.0]), pairs), tensor(3.5 / 5))  # right, wrong, right, tie, right
+    assert_close(pair_accuracy(tensor([4.0, 3.0, 2.0, 1.0]), pairs), tensor(1.0))
+    assert_close(pair_accuracy(tensor([1.0, 2.0, 2.0, 3.0]), pairs), tensor(0.0))
+    assert_close(pair_accuracy(torch.zeros(4), pairs), tensor(0.5))
+
+
+def test_pair_accuracy_without_a_pair_is_nan():
+    assert pair_accuracy(tensor([1.0, 2.0]), ranking_pairs(tensor([1, 1]), tensor([0, 0]))).isnan()
