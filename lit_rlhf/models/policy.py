@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
+from lit_rlhf.text.tokenizer import load_tokenizer
 
 
 def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -29,9 +31,12 @@ def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
             pad_token_id=tokenizer.pad_token_id,
             **settings,
         )
+        known = {**type(architecture)().to_dict(), **architecture.attribute_map}
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(f"{model_type} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
         return AutoModelForCausalLM.from_config(architecture)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.config: {str(error).strip().splitlines()[0][:300]}") from error
+        raise UserError(f"model.config: {str(error).strip().splitlines()[0][:900]}") from error
 
 
 def load_policy(
@@ -45,6 +50,16 @@ def load_policy(
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
     return model
+
+
+def load_policy_and_tokenizer(
+    path: str | Path, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model folder as it was saved: the model, and the tokenizer with its chat template."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = BASE_TEMPLATE
+    return load_policy(path, tokenizer, dtype), tokenizer
 
 
 def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
 
 from lightning import LightningDataModule
 from pydantic import Field
@@ -15,6 +15,9 @@ from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_prompt, split_by_prompt
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+
+
+Item = TypeVar("Item")
 
 
 class PromptBatch(NamedTuple):
@@ -97,7 +100,7 @@ class PromptDataModule(LightningDataModule):
             return
         train, held_out = self.records()
         self.train_prompts = self._encode(train, False)
-        self.held_out_prompts = self._encode(held_out, True)[: self.limit_held_out]
+        self.held_out_prompts = self._encode(_spread(held_out, self.limit_held_out), True)
         if not self.train_prompts or not self.held_out_prompts:
             raise UserError(
                 f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise it, or "
@@ -151,3 +154,10 @@ class WorldPromptDataModule(PromptDataModule):
         train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)
         held_out = self.world.prompts("held_out", self.split_seed)
         return [(list(p.messages), p.kind) for p in train], [(list(p.messages), p.kind) for p in held_out]
+
+
+def _spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
+    """At most ``limit`` of the items, evenly spread: a world lists its prompts kind by kind."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

@@ -12,6 +12,7 @@ from lit_rlhf.training.callbacks import (
 )
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
     "BatchLoader",
@@ -28,6 +29,7 @@ __all__ = [
     "append_rows",
     "decay_groups",
     "in_order",
+    "make_trainer",
     "read_metrics",
     "seeded",
     "sharding",

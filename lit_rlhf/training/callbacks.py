@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,14 @@ class LastCheckpoint(Callback):
         self.every_n_batches = every_n_batches
         self._interrupted = False
         self._handler: Any = None
+        self.earlier_seconds = 0.0  # of starts that were interrupted
+        self._begun = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.earlier_seconds + time.perf_counter() - self._begun}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier_seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -13,13 +13,14 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Callable[[Optimizer, int], LambdaLR]
 
 
 def adamw(
     params: Iterable[Any],
     lr: Annotated[float, Field(gt=0)] = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
 ) -> AdamW:
     """AdamW in its fused form, the fastest on CPU and GPU alike."""

@@ -103,7 +103,9 @@ class PPOModule(LightningModule):
             raise UserError("ppo.module.sampling.temperature is 0: PPO learns from samples; give it a value above 0")
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
         self.register_buffer("episodes", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("score_first", torch.zeros(()))
+        self.register_buffer("score_first", torch.zeros(()))  # mean score of the first rollout and of the last
+        self.register_buffer("score_last", torch.zeros(()))
+        self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
         self._val: dict[str, CatMetric] = {}
 
     # ---------------------------------------------------------------- rollout
@@ -210,16 +212,14 @@ class PPOModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         groups = decay_groups(self.policy) + decay_groups(self.critic, lr=self.critic_lr)
         optimizer = self.optimizer(groups)
-        iterations = self.trainer.num_training_batches if self.trainer.num_training_batches else 1
-        per_rollout = -(-self.trainer.datamodule.batch_size // self.minibatch_size) * self.ppo_epochs
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, int(iterations) * per_rollout)}
+        loader = self.trainer.datamodule.train_dataloader()
+        per_rollout = -(-loader.batch_size // self.minibatch_size) * self.ppo_epochs
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, len(loader) * per_rollout)}
 
     # ---------------------------------------------------------------- watching
 
     def _log_rollout(self, rollout: Rollout, scores: Tensor, answers: Responses) -> None:
         kl = sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, rollout.mask)
-        if self.iteration == 0:
-            self.score_first.copy_(scores.mean())
         metrics = {
             "ppo/score": scores.mean(),
             "ppo/score_std": scores.std(unbiased=False),
@@ -231,6 +231,10 @@ class PPOModule(LightningModule):
             "ppo/value": masked_mean(rollout.values, rollout.mask),
             "ppo/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
         }
+        if self.iteration == 0:
+            self.score_first.copy_(metrics["ppo/score"])
+        self.score_last.copy_(metrics["ppo/score"])
+        self.entropy_last.copy_(metrics["ppo/entropy"])
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
 
@@ -299,9 +303,9 @@ class PPOModule(LightningModule):
         gold = getattr(self.trainer.datamodule, "judge", None) is not None
         return {
             "score_first": self.score_first.item(),
-            "score_last": metrics.get("ppo/score", self.score_first.item()),
+            "score_last": self.score_last.item(),
             "kl": metrics["val/ppo/kl"],
-            "entropy": metrics.get("ppo/entropy"),
+            "entropy": self.entropy_last.item(),
             "episodes": int(self.episodes),
             "val_score": metrics["val/ppo/score"],
             "gold": metrics.get("val/ppo/gold"),

@@ -1,0 +1,89 @@
+"""Stages one after the other: what is finished is skipped, and what came out is summed up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lit_rlhf.apps.report import write_report
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import StageFolder, check_inputs, read_json, write_text
+from lit_rlhf.pipeline.run import is_main_process, run_stage
+from lit_rlhf.pipeline.settings import STAGES, stages_of
+
+
+def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Run the stages that ``cfg.stage`` names; returns the run's summary."""
+    names = stages_of(cfg)
+    run = Path(cfg.paths.run_dir)
+    if not is_main_process():  # one of several processes of one stage: it only trains along
+        run_stage(cfg, names[0])
+        return {}
+    check_inputs(cfg)
+    finished = {name: StageFolder(cfg, name).check() for name in names}
+    for name in names:
+        if finished[name]:
+            print(f"{name}: finished already, in {run / name}")
+            continue
+        if is_distributed(cfg, name) and len(names) > 1:
+            run_alone(name, overrides)
+        else:
+            run_stage(cfg, name)
+        summary = write_summary(run, int(cfg.seed))
+        print(headline(name, summary[name], summary["seconds"][name]))
+    if not any((run / name / "done.json").is_file() for name in STAGES):
+        raise UserError(f"{run}: there is no finished stage to report on; run one first")
+    summary = write_summary(run, int(cfg.seed))
+    report = write_report(run)
+    print(f"report: {report}")
+    return summary
+
+
+def is_distributed(cfg: DictConfig, name: str) -> bool:
+    """Whether a stage trains in several processes that Lightning starts by running the command again."""
+    return str(cfg[name].trainer.strategy).startswith(("ddp", "fsdp", "deepspeed"))
+
+
+def run_alone(name: str, overrides: list[str]) -> None:
+    """Run one stage as a command of its own.
+
+    Lightning starts the other processes by repeating the whole command; were it the whole chain, they would run through
+    stages that are not theirs."""
+    command = [sys.executable, "-m", "lit_rlhf", *(o for o in overrides if not o.startswith("stage=")), f"stage={name}"]
+    code = subprocess.run(command).returncode
+    if code:
+        raise UserError(f"{name}: failed with exit code {code}; what it said stands above")
+
+
+def write_summary(run: Path, seed: int) -> dict[str, Any]:
+    """``summary.json``: the headline figures of all finished stages."""
+    done = {name: read_json(run / name / "done.json") for name in STAGES}
+    records = {name: record for name, record in done.items() if record is not None}
+    seconds = {name: record["seconds"] for name, record in records.items()}
+    summary = {
+        "seed": seed,
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        **{name: record["figures"] for name, record in records.items()},
+    }
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def headline(name: str, figures: dict[str, Any], seconds: float) -> str:
+    """One line that says how a stage went."""
+    shown = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    text = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in list(shown.items())[:6])
+    for versus, rate in win_rates(figures).items():
+        text += f"{', ' if text else ''}{versus} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+    return f"{name}: {text} ({seconds:.0f} s)"
+
+
+def win_rates(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The win rates among a stage's figures."""
+    rate = figures.get("win_rate") or {}
+    return {"win rate against SFT": rate} if "mean" in rate else rate

@@ -1,0 +1,136 @@
+"""``lit-rlhf``: from the command line to a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.chain import run_chain
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.run import is_main_process, quiet
+from lit_rlhf.pipeline.settings import check_settings, compose_settings, conf_dir, stages_of, sweep_jobs
+from lit_rlhf.pipeline.sweep import objective_of, write_job
+
+HYDRAS_OWN = ("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends it with one line and exit code 2."""
+    register_resolvers()
+    arguments = sys.argv[1:]
+    if not any(a.split("=")[0] in HYDRAS_OWN for a in arguments) and is_main_process():
+        try:
+            check_arguments(arguments)
+        except UserError as error:
+            fail(error)
+    decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
+    try:
+        decorated()
+    except KeyboardInterrupt:
+        fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Compose and check the settings of every job before the first begins."""
+    overrides = [a for a in arguments if not a.startswith("-")]
+    multirun = any(a in ("-m", "--multirun") for a in arguments)
+    if any(a.startswith(("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")) for a in arguments):
+        return  # settings from elsewhere: Hydra composes them, and each job is checked as it starts
+    for job in sweep_jobs(overrides) if multirun else [overrides]:
+        cfg = compose_settings(job)
+        if multirun:
+            check_multirun(cfg)
+        prepare(cfg)
+        check_settings(cfg)
+
+
+def check_multirun(cfg: DictConfig) -> None:
+    """Lightning's ddp starts its processes by repeating the command: under multirun, the whole sweep."""
+    strategy = str(cfg.trainer.strategy)
+    if strategy.startswith(("ddp", "fsdp", "deepspeed")) and "spawn" not in strategy:
+        raise UserError(
+            f"trainer.strategy={strategy} cannot run under multirun (-m): each of its processes would start the whole sweep "
+            "again. Sweep with trainer.devices=1 trainer.strategy=auto, or start one command a job"
+        )
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Fill in what follows from where the run lives."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.paths.run_dir = HydraConfig.get().runtime.output_dir
+    if isinstance(cfg.seed, int) and isinstance(cfg.run, str):
+        remember_world(cfg)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others."""
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    OmegaConf.set_struct(cfg, True)
+    try:
+        prepare(cfg)
+        check_settings(cfg)
+        quiet()
+        limit_threads(cfg)
+        address, value = work(cfg)
+    except Exception as error:
+        if not sweeping:
+            if isinstance(error, UserError):
+                fail(error)
+            raise
+        note_failure(cfg, error)
+        return float("nan")
+    except SystemExit:
+        # Lightning's answer to a second Ctrl-C.
+        fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
+    if sweeping:
+        write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value})
+    return value
+
+
+def work(cfg: DictConfig) -> tuple[str, float]:
+    """Run the stages; returns (address, value) of the objective."""
+    summary = run_chain(cfg, _overrides())
+    if not is_main_process() or not stages_of(cfg):
+        return "", float("nan")
+    return objective_of(cfg, summary, stages_of(cfg))
+
+
+def note_failure(cfg: DictConfig, error: Exception) -> None:
+    """Name a failed job of a sweep and write down why."""
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    print(f"job {HydraConfig.get().job.num} failed: {reason}", file=sys.stderr)
+    write_job(_output_dir(), _overrides(), {"status": "failed", "error": reason})
+
+
+def limit_threads(cfg: DictConfig) -> None:
+    """Share this machine's cores between the processes of a stage."""
+    processes = int(os.environ.get("WORLD_SIZE", 0)) or (
+        cfg.trainer.devices if isinstance(cfg.trainer.devices, int) and cfg.trainer.accelerator != "gpu" else 1
+    )
+    torch.set_num_threads(cfg.threads or max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def fail(error: Any, code: int = 2) -> None:
+    """One line for the user, no traceback."""
+    print(f"lit-rlhf: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _output_dir() -> Any:
+    from pathlib import Path
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task)

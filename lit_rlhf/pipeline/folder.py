@@ -1,0 +1,212 @@
+"""A run is a folder: where a stage's results lie, whether it is finished, and by which settings it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import fingerprint
+from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
+
+# How a stage is watched does not change what comes out of it.
+WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps")
+
+
+def upstream_model(stage: str, *, _root_: DictConfig) -> str:
+    """``${upstream:sft}``: the model folder of a stage that this one starts from."""
+    if stage == "pretrain" and _root_.model.path is not None:
+        return str(_root_.model.path)
+    return str(upstream(_root_, stage, f"{stage}/model"))
+
+
+def upstream_data(name: str, *, _root_: DictConfig) -> str:
+    """``${upstream_data:rankings-0.jsonl}``: collected data that a stage starts from."""
+    return str(upstream(_root_, "preference", f"data/{name}"))
+
+
+def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
+    """This run's own result where it has one or is about to make one, else ``from_run``'s."""
+    own = Path(cfg.paths.run_dir) / inside
+    if own.exists() or stage in stages_of(cfg):
+        return own
+    return Path(cfg.paths.runs) / cfg.from_run / inside
+
+
+def register_resolvers() -> None:
+    """Make ``${upstream:...}`` and ``${upstream_data:...}`` known to the settings."""
+    OmegaConf.register_new_resolver("upstream", upstream_model, replace=True)
+    OmegaConf.register_new_resolver("upstream_data", upstream_data, replace=True)
+
+
+def remember_world(cfg: DictConfig) -> None:
+    """Fill in ``world.seed`` and ``split.seed``: what the run was begun with, inherited through ``from_run``.
+
+    A sweep over ``seed`` then varies the training, not the questions."""
+    known: dict[str, Any] = {}
+    for run in (Path(cfg.paths.run_dir), Path(cfg.paths.runs) / cfg.run, Path(cfg.paths.runs) / cfg.from_run):
+        for file in sorted(run.glob("*/config.yaml")):
+            known = known or {k: v["seed"] for k, v in read_yaml(file).items() if k in ("world", "split")}
+    for part in ("world", "split"):
+        if cfg[part].seed is None:
+            cfg[part].seed = known.get(part, cfg.seed)
+
+
+class StageFolder:
+    """``runs/<run>/<stage>/``."""
+
+    def __init__(self, cfg: DictConfig, stage: str) -> None:
+        self.stage = stage
+        self.path = Path(cfg.paths.run_dir) / stage
+        self.overwrite = bool(cfg.overwrite)
+        self.run = Path(cfg.paths.run_dir)
+        self.settings: dict[str, Any] = {
+            stage: resolved(cfg, stage),
+            "world": {"seed": cfg.world.seed},
+            "split": {"seed": cfg.split.seed},
+        }
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What the finished stage left behind; None while it is not finished."""
+        return read_json(self.path / "done.json")
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where training goes on, if it was interrupted."""
+        path = self.path / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
+
+    def check(self) -> bool:
+        """Whether the stage is finished already; raises ``UserError`` where it was made by other settings."""
+        if self.overwrite or not (self.path / "config.yaml").is_file():
+            return False
+        before = self._comparable(read_yaml(self.path / "config.yaml"))
+        now = self._comparable(self.settings)
+        changed = [
+            f"{key} was {before.get(key, 'not there')}, now {now.get(key, 'not there')}"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.path} was made by other settings: {'; '.join(changed[:3])}{more}. Choose another run= (with "
+                f"from_run={self.run.name} to start from its models), or overwrite=true to do it again."
+            )
+        done = self.done
+        if done is None:
+            return False
+        for path, known in done["inputs"].items():
+            now_there = fingerprint_of(self.run / path)
+            if now_there is not None and now_there != known:
+                raise UserError(
+                    f"{self.path} was made from another {Path(path).parent.name} than what is in "
+                    f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
+                )
+        return True
+
+    def begin(self) -> None:
+        """Make the folder and write down the settings."""
+        try:
+            if self.overwrite and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder with paths.runs="
+            ) from None
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Mark the stage as finished."""
+        inputs = {os.path.relpath(path, self.run): fingerprint_of(path) for path in self.inputs()}
+        record = {"stage": self.stage, **record, "inputs": inputs, "model": fingerprint(self.path / "model")}
+        write_text(self.path / "done.json", json.dumps(record, indent=2) + "\n")
+
+    def inputs(self) -> list[Path]:
+        """The models and data of other stages that this one reads."""
+        found = [Path(path) for _, path in input_paths(self.stage, self.settings[self.stage])]
+        return [path for path in found if path.exists()]
+
+    def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
+        flat = dict(_flat(settings))
+        skip = tuple(f"{self.stage}.{name}" for name in WATCHING)
+        return {key: self._relative(value) for key, value in flat.items() if key not in skip}
+
+    def _relative(self, value: Any) -> Any:
+        if isinstance(value, str) and os.sep in value and Path(value).exists():
+            return os.path.relpath(value, self.run)
+        return value
+
+
+def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """(address, path) of the models and collected data that a stage starts from."""
+    found = []
+    for name in ("policy", "reward_model"):
+        if (settings.get(name) or {}).get("path"):
+            found.append((f"{stage}.{name}.path", settings[name]["path"]))
+    for name, node in settings.get("policies", {}).items():
+        found.append((f"{stage}.policies.{name}.path", node["path"]))
+    if stage == "reward":
+        found.append(("reward.data.path", settings["data"]["path"]))
+    return found
+
+
+def fingerprint_of(path: Path) -> str | None:
+    """Of a model folder's weights or a data file; None where there is nothing."""
+    if path.is_dir():
+        return fingerprint(path)
+    return f"{path.stat().st_size} bytes" if path.is_file() else None
+
+
+def check_inputs(cfg: DictConfig) -> None:
+    """Raise ``UserError`` where a stage would start from something that is not there and will not be made."""
+    names = stages_of(cfg)
+    for name in names:
+        coming = [str(Path(cfg.paths.run_dir) / earlier / "model") for earlier in names[: names.index(name)]]
+        coming += [str(Path(cfg.paths.run_dir) / "data")] * ("preference" in names)
+        missing = [
+            (address, path)
+            for address, path in input_paths(name, resolved(cfg, name))
+            if path.startswith(str(cfg.paths.runs)) and not Path(path).exists()
+            if not any(path.startswith(start) for start in coming)
+        ]
+        if name == "evaluate":  # models that are not there are left out, but someone must answer
+            missing = [m for m in missing if m[0] == "evaluate.policies.sft.path"]
+        for address, path in missing:
+            made_by = next((s for s in STAGES if f"/{s}/" in f"{path}/"), "preference")
+            raise UserError(
+                f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it by "
+                f"from_run=, or set {address}="
+            )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file that was written whole, or None."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings as they were written."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [pair for key, value in node.items() for pair in _flat(value, f"{prefix}{key}.")]
+    return [(prefix[:-1], node)]

@@ -1,0 +1,217 @@
+"""One stage: built from its settings, run, written down."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+import lit_rlhf
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import StageFolder
+from lit_rlhf.training import (
+    LastCheckpoint,
+    MetricsFile,
+    RandomState,
+    StageProgressBar,
+    StopOnNonFinite,
+    TextSamples,
+    read_metrics,
+)
+
+
+def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """Run a stage that is not finished, or go on with it; returns its figures."""
+    folder = StageFolder(cfg, name)
+    begun = time.perf_counter()
+    if is_main_process():
+        folder.begin()
+    settings = OmegaConf.create(folder.settings[name])
+    seed_everything(settings.seed, verbose=False)
+    data = make_data(settings.data, name)
+    module = make_module(settings, data)
+    callbacks = make_callbacks(cfg, name, settings, folder)
+    loggers = make_loggers(cfg, name, folder)
+    trainer: Trainer = instantiate(
+        settings.trainer,
+        logger=loggers or False,
+        callbacks=callbacks,
+        default_root_dir=str(folder.path),
+        enable_progress_bar=bool(cfg.callbacks.progress_bar),
+    )
+    try:
+        execute(settings, trainer, module, data, folder)
+        if not trainer.is_global_zero:
+            return {}
+        module.export(folder.path)
+        figures = figures_of(settings, module, name, folder)
+        seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
+        folder.finish({"figures": figures, "seconds": seconds, "versions": versions(), "data": data_notes(data)})
+    finally:
+        close(loggers)
+    return figures
+
+
+def make_data(settings: DictConfig, name: str) -> LightningDataModule:
+    """The data, read and checked before a model is loaded."""
+    data = instantiate(settings, _convert_="all")
+    data.prepare_data()
+    data.setup()
+    if is_main_process():
+        for what, count in data_notes(data).items():
+            if what in ("skipped", "long") and count:
+                reason = "records were skipped as invalid" if what == "skipped" else "records were longer than max_length"
+                first = f", the first: {data.skipped[0]}" if what == "skipped" else f" (on_long={data.on_long})"
+                print(f"{name}: {count} {reason}{first}")
+    return data
+
+
+def make_module(settings: DictConfig, data: LightningDataModule) -> LightningModule:
+    """The models that the stage names, and the module that works with them."""
+    models: dict[str, Any] = {
+        key: instantiate(settings[key], tokenizer=data.tokenizer, _convert_="all")
+        for key in ("policy", "reward_model")
+        if key in settings and _there(settings[key])
+    }
+    if "policies" in settings:
+        models["policies"] = {
+            key: instantiate(node, _convert_="all") for key, node in settings.policies.items() if _there(node)
+        }
+    else:
+        models["tokenizer"] = data.tokenizer
+    return instantiate(settings.module, **models, _convert_="all")
+
+
+def _there(node: DictConfig) -> bool:
+    """Whether a model can be had: evaluation leaves out what was not trained."""
+    path = node.get("path")
+    # A path below an existing folder is a local one; anything else may be a Hub name.
+    return path is None or Path(path).exists() or not Path(path).is_absolute() and len(Path(path).parts) <= 2
+
+
+def execute(
+    settings: DictConfig, trainer: Trainer, module: LightningModule, data: LightningDataModule, folder: StageFolder
+) -> None:
+    """Fit (going on from the last checkpoint), predict or test."""
+    if settings.run == "predict":
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    elif settings.run == "test":
+        trainer.test(module, datamodule=data, verbose=False)
+    else:
+        checkpoint = folder.checkpoint
+        if checkpoint is None and settings.validate_first:
+            trainer.validate(module, datamodule=data, verbose=False)
+        elif checkpoint is not None and is_main_process():
+            print(f"{folder.stage}: goes on from {checkpoint}")
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.validate(module, datamodule=data, verbose=False)
+
+
+def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: StageFolder) -> list[Any]:
+    """What every stage needs around its training."""
+    callbacks: list[Any] = []
+    if cfg.callbacks.progress_bar:
+        callbacks.append(StageProgressBar(name, cfg.callbacks.progress_refresh if settings.run == "fit" else 1))
+    if settings.run == "fit":
+        callbacks += [
+            RandomState(),
+            StopOnNonFinite(name),
+            LastCheckpoint(folder.path / "checkpoints", settings.checkpoint_every),
+        ]
+    if "samples_every" in settings:
+        callbacks.append(TextSamples(folder.path / "samples.jsonl", settings.samples_every))
+    return callbacks
+
+
+def make_loggers(cfg: DictConfig, name: str, folder: StageFolder) -> list[Logger]:
+    """metrics.csv, and W&B where it is wanted; only for the process that writes."""
+    if not is_main_process():
+        return []
+    loggers: list[Logger] = [MetricsFile(folder.path / "metrics.csv")]
+    if cfg.logger.wandb is not None:
+        loggers.append(_wandb_logger(cfg, name, folder))
+    return loggers
+
+
+def _wandb_logger(cfg: DictConfig, name: str, folder: StageFolder) -> Logger:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    logger = instantiate(cfg.logger.wandb)(save_dir=str(folder.path), name=f"{cfg.run}/{name}", group=cfg.run)
+    try:
+        logger.experiment.config.update(folder.settings, allow_val_change=True)
+    except (wandb.errors.Error, OSError) as error:
+        raise UserError(
+            f"W&B cannot be used with mode={cfg.logger.wandb.mode} ({' '.join(str(error).split())[:200]}). Go on without a "
+            "network by logger.wandb.mode=offline (upload later with `wandb sync`), or without W&B by logger=csv"
+        ) from None
+    return logger
+
+
+def close(loggers: list[Logger]) -> None:
+    """End the W&B run, else the next stage would log into it."""
+    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+        import wandb
+
+        wandb.finish()
+
+
+def figures_of(settings: DictConfig, module: LightningModule, name: str, folder: StageFolder) -> dict[str, Any]:
+    """The module's own figures, and where validation began."""
+    figures = module.figures()
+    first = read_metrics(folder.path / "metrics.csv").get(0, {}).get(f"val/{name}/loss")
+    return {"val_loss_first": first, **figures} if settings.get("validate_first") else figures
+
+
+def earlier_seconds(callbacks: list[Any]) -> float:
+    """Seconds that interrupted starts of this stage had already worked."""
+    return sum(c.earlier_seconds for c in callbacks if isinstance(c, LastCheckpoint))
+
+
+def data_notes(data: Any) -> dict[str, int]:
+    """Counts that a reader of the results should know."""
+    sizes = {
+        name: len(getattr(data, name))
+        for name in ("train_set", "val_set", "train_prompts", "held_out_prompts")
+        if hasattr(data, name)
+    }
+    return {**sizes, "skipped": len(getattr(data, "skipped", [])), "long": getattr(data, "long", 0)}
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    return {
+        "lit_rlhf": lit_rlhf.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def is_main_process() -> bool:
+    """Whether this process writes: Lightning starts the others with a LOCAL_RANK above 0."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter off the terminal; each filter states its cause."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # hardware tables and tips, repeated for every stage
+    transformers.logging.set_verbosity_error()  # "newly initialized" heads, which are meant
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are made faster than workers start
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the default runs on a CPU on purpose
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")  # Lightning wraps the optimizer

@@ -1,0 +1,225 @@
+"""Settings, checked before anything is loaded.
+
+The constructors say what they take: a setting's type and range are those of the parameter that it reaches
+(``Annotated[float, Field(ge=0)]``), so there is no second list to keep. Each error names the setting's address."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from lit_rlhf.errors import UserError
+
+STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
+
+
+def conf_dir() -> Path:
+    """The folder of the settings: inside the package (wheel), or beside it (checkout, editable install)."""
+    package = Path(__file__).resolve().parent.parent
+    checkout = package.parent / "conf"
+    # The checkout's comes first: an editable install may leave a stale copy inside the package.
+    return checkout if (checkout / "config.yaml").is_file() else package / "conf"
+
+
+class TopLevel(BaseModel):
+    """The settings that belong to no stage."""
+
+    model_config = ConfigDict(strict=True)
+    stage: str | list[str]
+    run: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")]
+    from_run: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    overwrite: bool
+    objective: str | None
+    threads: Annotated[int, Field(ge=1)] | None
+
+
+class StageLevel(BaseModel):
+    """The settings of a stage that reach no constructor."""
+
+    model_config = ConfigDict(strict=True)
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    run: Literal["fit", "predict", "test"]
+    validate_first: bool = False
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1
+    samples_every: Annotated[int, Field(ge=1)] = 1
+
+
+def compose_settings(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
+    """What the command line asks for; raises ``UserError`` in one line where it cannot be had."""
+    with initialize_config_dir(str(config_dir or conf_dir()), version_base="1.3"):
+        try:
+            return compose("config", overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_composition_error(str(error), overrides)) from None
+
+
+def sweep_jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a multirun with the basic sweeper."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise UserError(_composition_error(str(error), overrides)) from None
+    return [list(job) for batch in batches for job in batch]
+
+
+def _composition_error(text: str, overrides: list[str]) -> str:
+    text = text.split("Config search path")[0]
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0]])
+        known = list(_addresses(base))
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+        siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})
+        there = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(siblings[:40])}."
+        return f"{key}: there is no such setting. {there}"
+    return " ".join(text.split())
+
+
+def _addresses(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, DictConfig):
+        for key in node:
+            if not str(key).startswith("_"):
+                yield f"{prefix}{key}"
+                if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                    yield from _addresses(node[key], f"{prefix}{key}.")
+
+
+def stages_of(cfg: DictConfig) -> list[str]:
+    """The stages that are to run, in their order."""
+    wanted = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
+    if wanted == ["pipeline"]:
+        # A checkpoint takes the place of pretraining.
+        return [name for name in STAGES if name != "pretrain" or cfg.model.config is not None]
+    if wanted == ["report"]:
+        return []
+    if unknown := [name for name in wanted if name not in STAGES]:
+        near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report"], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(STAGES)}, report, or a list "
+            "of them."
+        )
+    if not wanted:
+        raise UserError(f"stage: an empty list; give one or more of {', '.join(STAGES)}")
+    return [name for name in STAGES if name in wanted]
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Check types and ranges of everything that the chosen stages will use."""
+    top = {name: cfg[name] for name in TopLevel.model_fields}
+    top["stage"] = list(cfg.stage) if not isinstance(cfg.stage, str) else cfg.stage
+    _check_model(TopLevel, top, "")
+    for part in ("world", "split"):
+        if cfg[part].seed is not None:
+            _check_value(Annotated[int, Field(ge=0)], cfg[part].seed, f"{part}.seed")
+    for name in stages_of(cfg):
+        stage = resolved(cfg, name)
+        plain = {key: stage[key] for key in StageLevel.model_fields if key in stage}
+        _check_model(StageLevel, plain, f"{name}.")
+        for key, node in stage.items():
+            _check_node(node, f"{name}.{key}")
+
+
+def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """The settings of a stage as plain values; raises ``UserError`` where one that must be given is not."""
+    try:
+        return OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True)
+    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
+        address = re.search(r"full_key: (\S+)", str(error))
+        missing = re.search(r"'([\w.]+)'\s*->|Missing mandatory value: ([\w.]+)", str(error))
+        key = (missing and (missing[1] or missing[2])) or (address and address[1]) or name
+        hint = f": {cfg.hint}" if cfg.hint else ""
+        raise UserError(f"{key} is not given{hint}. Give it as {key}=...") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+
+
+def _check_node(node: Any, address: str) -> None:
+    """Check every object of a resolved tree against its constructor's parameters."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            _check_call(node, address)
+        for key, value in node.items():
+            _check_node(value, f"{address}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _check_node(value, f"{address}[{index}]")
+
+
+def _check_call(node: dict[str, Any], address: str) -> None:
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:  # import errors of any kind
+        raise UserError(f"{address}._target_: {' '.join(str(error).split())}") from None
+    function = target.__init__ if inspect.isclass(target) else target
+    parameters = inspect.signature(function).parameters
+    hints = typing.get_type_hints(function, include_extras=True)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if key in ("_target_", "_partial_", "_convert_", "_recursive_"):
+            continue
+        if key not in parameters and not open_ended:
+            takes = ", ".join(name for name in parameters if name != "self")
+            raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
+        if key in hints and not _holds_objects(value):
+            _check_value(hints[key], value, f"{address}.{key}")
+
+
+def _holds_objects(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(_holds_objects(v) for v in value.values())
+    return isinstance(value, list) and any(_holds_objects(v) for v in value)
+
+
+def _check_value(kind: Any, value: Any, address: str) -> None:
+    try:
+        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, TypeError):
+        return  # nothing that can be checked before the object is made
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{address}={_shown(value)}: {_reasons(error)}") from None
+    # Python takes True for 1 and pydantic "3" for 3; a person who writes that has made a mistake.
+    if isinstance(value, bool) and bool not in _kinds(kind) and typing.get_origin(kind) is not Literal:
+        raise UserError(f"{address}={_shown(value)}: a number was expected, not true or false")
+
+
+def _kinds(kind: Any) -> set[Any]:
+    return {kind}.union(*(_kinds(k) for k in typing.get_args(kind))) if typing.get_args(kind) else {kind}
+
+
+def _check_model(model: type[BaseModel], values: dict[str, Any], prefix: str) -> None:
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"][:1])
+        raise UserError(f"{prefix}{key}={_shown(values.get(key))}: {_reasons(error)}") from None
+
+
+def _reasons(error: ValidationError) -> str:
+    """What was expected, in pydantic's words; the alternatives of a union once each."""
+    reasons = dict.fromkeys(e["msg"].replace("Input should be", "it should be") for e in error.errors())
+    return ", or ".join(reasons)
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

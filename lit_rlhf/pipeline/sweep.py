@@ -1,0 +1,149 @@
+"""Sweeps: one row a job, one plot, whatever happened to single jobs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import read_json, write_text
+
+# Where a stage's headline figure stands in summary.json.
+OBJECTIVES = {
+    "pretrain": "pretrain.val_loss",
+    "sft": "sft.val_loss",
+    "preference": "preference.agreement",
+    "reward": "reward.val_accuracy",
+    "ppo": "ppo.win_rate.mean",
+    "evaluate": "evaluate.win_rate.ppo_vs_sft.mean",
+}
+
+
+def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
+    """(address, value) of the figure that a sweeper optimizes. Raises ``UserError`` where there is no such figure."""
+    address = cfg.objective or OBJECTIVES[names[-1]]
+    node: Any = summary
+    for part in address.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, int | float):
+        if cfg.objective is None:
+            return address, math.nan
+        raise UserError(f"objective={address}: there is no such number in summary.json; it has {', '.join(_numbers(summary))}")
+    return address, float(node)
+
+
+def write_job(folder: Path, overrides: list[str], record: dict[str, Any]) -> None:
+    """``job.json``: how a job of a sweep ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "job.json", json.dumps({"overrides": overrides, **record}, indent=2) + "\n")
+
+
+class SweepTable(Callback):
+    """Writes ``sweep.csv`` and ``sweep.png`` above the jobs' folders, and prints the table."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [Job(file.parent) for file in folder.glob("*/job.json")]
+        jobs.sort(key=lambda job: (int(job.name) if job.name.isdigit() else sys.maxsize, job.name))
+        if not jobs:
+            return
+        write_table(jobs, folder / "sweep.csv")
+        print("\n" + text_table(jobs))
+        plot(jobs, folder / "sweep.png")
+        print(f"sweep: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+        if failed := [job for job in jobs if job.status != "done"]:
+            for job in failed:
+                print(f"job {job.name} ({' '.join(job.record['overrides'])}) failed: {job.record.get('error', '')}")
+            sys.exit(1)
+
+
+class Job:
+    """One job of a sweep, as its folder tells."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        self.record = read_json(folder / "job.json") or {}
+        self.status: str = self.record["status"]
+        pairs = [o.lstrip("+~").split("=", 1) for o in self.record["overrides"]]
+        self.settings: dict[str, str] = {key: value for key, value in (p for p in pairs if len(p) == 2)}
+        self.figures = _numbers(read_json(folder / "summary.json") or {}) if self.status == "done" else {}
+
+    @property
+    def objective(self) -> tuple[str, float]:
+        """(address, value); NaN for a failed job."""
+        return self.record.get("objective", "objective"), float(self.record.get("value") or math.nan)
+
+
+def varied(jobs: list[Job]) -> list[str]:
+    """The settings in which the jobs differ."""
+    names = dict.fromkeys(name for job in jobs for name in job.settings)
+    return [n for n in names if len({job.settings.get(n) for job in jobs}) > 1]
+
+
+def write_table(jobs: list[Job], path: Path) -> None:
+    """One row a job: its overrides, its headline figures."""
+    figures = dict.fromkeys(name for job in jobs for name in job.figures if ".by_kind." not in name)
+    settings = dict.fromkeys(name for job in jobs for name in job.settings)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["job", "status", *settings, *figures, "error"], extrasaction="ignore")
+        writer.writeheader()
+        for job in jobs:
+            known = {"job": job.name, "status": job.status, "error": job.record.get("error", "")}
+            writer.writerow({**job.figures, **job.settings, **known})
+
+
+def text_table(jobs: list[Job]) -> str:
+    """What differs and what came out, for the terminal."""
+    objective = next((job.objective[0] for job in jobs if job.status == "done"), "objective")
+    shown = [n for n in ("ppo.kl", "ppo.score_last", "ppo.gold", "reward.val_accuracy") if n != objective]
+    columns = [*varied(jobs), objective, *(n for n in shown if any(n in job.figures for job in jobs))]
+    lines = [["job", "status", *columns, "seconds"]]
+    for job in jobs:
+        values = [{**job.figures, **job.settings, objective: job.objective[1]}.get(c, "") for c in columns]
+        lines.append([job.name, job.status, *map(_cell, values), _cell(job.figures.get("seconds.total", ""))])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def plot(jobs: list[Job], path: Path) -> None:
+    """The objective of each setting: a dot a job, their mean, and their standard deviation over seeds."""
+    from matplotlib.figure import Figure
+
+    names = [n for n in varied(jobs) if n != "seed"] or ["seed"]
+    groups: dict[str, list[float]] = {}
+    for job in jobs:
+        if math.isfinite(job.objective[1]):
+            label = ", ".join(job.settings.get(n, "default") for n in names)
+            groups.setdefault(label, []).append(job.objective[1])
+    figure = Figure(figsize=(max(5.0, 1.2 * len(groups) + 2), 4), layout="constrained")
+    axes = figure.subplots()
+    for x, values in enumerate(groups.values()):
+        axes.plot([x] * len(values), values, "o", color="#7a8ba8", alpha=0.6, zorder=2)
+        spread = stdev(values) if len(values) > 1 else 0.0
+        axes.errorbar(x, mean(values), yerr=spread, fmt="D", color="#1f4e9c", capsize=5, zorder=3)
+    axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
+    axes.set_xlabel(", ".join(names))
+    axes.set_ylabel(next((job.objective[0] for job in jobs if job.status == "done"), "objective"))
+    axes.set_title("mean and standard deviation over seeds; a dot is a job", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
+    figure.savefig(path, dpi=150)
+
+
+def _numbers(node: Any, prefix: str = "") -> dict[str, float]:
+    """Address -> value of all numbers."""
+    if isinstance(node, dict):
+        return {k: v for key, value in node.items() for k, v in _numbers(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: node} if isinstance(node, int | float) and not isinstance(node, bool) else {}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
