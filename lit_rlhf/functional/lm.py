@@ -17,11 +17,13 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return -flat.view(targets.shape)
 
 
-def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood a token, ``-log P(u_i | u_<i)`` (GPT-1, eq. 1), in nats; a scalar.
 
     ``logits`` (B, T, V) predict ``labels`` (B, T) at the same index (already shifted);
-    ``mask`` (B, T) is True where a label counts: every token in pretraining, response tokens in SFT."""
+    ``mask`` (B, T) is True where a label counts: response tokens in SFT; None, in pretraining: every token."""
+    if mask is None:
+        return -token_logprobs(logits, labels).mean()
     # Filled before the arithmetic: 0 * NaN in the backward pass would spoil every gradient.
     logits = logits.masked_fill(~mask[..., None], 0.0)
     return -masked_mean(token_logprobs(logits, labels.clamp(min=0)), mask)

@@ -22,16 +22,18 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def sample_token(logits: Tensor, generator: Generator | None = None) -> Tensor:
+def sample_token(logits: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
     """One token id (B,) from each row of ``logits`` (B, V), by inverting the cumulative distribution.
 
-    The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw a row. Raises ``ValueError``
+    The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw a row. The
+    numbers drawn from [0, 1) can be given as ``uniform`` (B,) float64. Raises ``ValueError``
     where a row is no distribution (a NaN, or -inf throughout)."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     if not torch.isfinite(cumulative[:, -1]).all():
         raise ValueError("the logits are not finite, so no token can be sampled: the model has diverged")
-    uniform = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64, device=logits.device)
+    if uniform is None:
+        uniform = torch.rand(logits.shape[0], generator=generator, dtype=torch.float64, device=logits.device)
     # Scaled by the total, which rounding leaves next to 1, so that the draw never falls past the last possible token.
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1).clamp(
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1).clamp(
         max=logits.shape[-1] - 1
     )

@@ -13,8 +13,9 @@ from lit_rlhf.errors import UserError
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder (safetensors, config, tokenizer, chat template) under a temporary name, then rename."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
+    for left_over in (temporary, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
@@ -22,8 +23,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another paths.runs") from error
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)  # removed only after the new one stands: removing takes a while, and may be interrupted
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fingerprint(folder: Path) -> str:

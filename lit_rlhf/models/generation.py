@@ -66,9 +66,12 @@ def generate(
     eos_id: int,
     pad_id: int,
     generator: Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Responses:
     """Sample one answer to each of ``prompts`` (B token lists of any lengths).
 
+    Each answer has random numbers of its own, which depend on the generator and on the answer's place in the batch
+    alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
     longest = max(map(len, prompts))
@@ -84,6 +87,8 @@ def generate(
     out_mask = torch.zeros(batch, steps, dtype=torch.bool, device=device)
     out_logprobs = torch.zeros(batch, steps, device=device)
     out_entropy = torch.zeros(batch, steps, device=device)
+    rank, ranks = shard
+    uniforms = torch.rand(batch * ranks, steps, generator=generator, dtype=torch.float64, device=device)[rank::ranks]
     alive = torch.arange(batch, device=device)  # rows of the output that are still being written
     cache = DynamicCache(config=model.config)
     positions = position_ids(mask)
@@ -97,7 +102,7 @@ def generate(
             use_cache=True,
         ).last_hidden_state[:, -1]
         logits = _shape_logits(next_token_logits(model, hidden).float(), sampling)
-        drawn = logits.argmax(-1) if sampling.temperature == 0 else sample_token(logits, generator)
+        drawn = logits.argmax(-1) if sampling.temperature == 0 else sample_token(logits, uniform=uniforms[alive, step])
         out_tokens[alive, step] = drawn
         out_mask[alive, step] = True
         out_logprobs[alive, step] = token_logprobs(logits, drawn)

@@ -214,4 +214,6 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are made faster than workers start
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the default runs on a CPU on purpose
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # PPO trains without dropout
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's use of torch's pytree
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")  # Lightning wraps the optimizer

@@ -100,7 +100,7 @@ class PromptDataModule(LightningDataModule):
             return
         train, held_out = self.records()
         self.train_prompts = self._encode(train, False)
-        self.held_out_prompts = self._encode(_spread(held_out, self.limit_held_out), True)
+        self.held_out_prompts = self._encode(spread(held_out, self.limit_held_out), True)
         if not self.train_prompts or not self.held_out_prompts:
             raise UserError(
                 f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise it, or "
@@ -156,7 +156,7 @@ class WorldPromptDataModule(PromptDataModule):
         return [(list(p.messages), p.kind) for p in train], [(list(p.messages), p.kind) for p in held_out]
 
 
-def _spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
+def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     """At most ``limit`` of the items, evenly spread: a world lists its prompts kind by kind."""
     if limit is None or limit >= len(items):
         return items

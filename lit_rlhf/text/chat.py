@@ -73,11 +73,11 @@ def encode_dialogues(
         if message["role"] == "assistant" and j >= contexts[i]
     ]
     answers = _answers(tokenizer, [dialogues[i][:j] for i, j in turns], [dialogues[i][j]["content"] for i, j in turns])
-    written = [0] * len(dialogues)  # characters
+    written = [""] * len(dialogues)
     between = []  # what stands before each answer since the one before it
     for (i, _), (prompt, answer) in zip(turns, answers):
-        between.append(prompt[written[i] :])
-        written[i] = len(prompt) + len(answer)
+        between.append(_after(written[i], prompt))
+        written[i] = prompt + answer
     encoded = [Encoded([], []) for _ in dialogues]
     responses = _end(tokenizer, _tokenize(tokenizer, [answer for _, answer in answers]))
     for (i, _), before, response in zip(turns, _tokenize(tokenizer, between), responses):
@@ -94,15 +94,19 @@ def _answers(
     dialogues = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, responses)]
     answers = []
     for start, whole in zip(before, _render(tokenizer, dialogues, generation_prompt=False)):
-        if not whole.startswith(start):
-            raise UserError(
-                "this tokenizer's chat template rewrites earlier turns when an answer is added, so prompt and response "
-                f"cannot be told apart; set another template. It began {start[-60:]!r} and became {whole[-60:]!r}."
-            )
         # What a template writes after end-of-text (a newline, say) belongs to the next turn.
-        text, eos, _ = whole[len(start) :].partition(tokenizer.eos_token)
+        text, eos, _ = _after(start, whole).partition(tokenizer.eos_token)
         answers.append((start, text + eos))
     return answers
+
+
+def _after(start: str, whole: str) -> str:
+    if not whole.startswith(start):
+        raise UserError(
+            "this tokenizer's chat template rewrites earlier turns when a turn is added, so prompt and response cannot "
+            f"be told apart; set another template. It began {start[-60:]!r} and became {whole[-60:]!r}."
+        )
+    return whole[len(start) :]
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list[list[int]]:

@@ -166,7 +166,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if line.strip():
             try:
-                yield f"{file}:{number}", json.loads(line)
+                yield f"{file}:{number}", _writable(json.loads(line), line)
             except json.JSONDecodeError as error:
                 yield f"{file}:{number}", ValueError(f"not JSON ({error.msg} at column {error.colno})")
 
@@ -182,12 +182,32 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds {_short(rows)}; a list of records was expected")
     for number, row in enumerate(rows, start=1):
-        yield f"{file}: record {number}", row
+        yield f"{file}: record {number}", _writable(row, text)
+
+
+def _writable(row: Any, source: str) -> Any:
+    """The row, or the ``ValueError`` that its text is not Unicode: half of a pair of surrogates."""
+    if "\\u" in source:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            return ValueError(f"holds half a character ({half}), as a text that was cut inside an emoji does")
+    return row
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""))
-    for row in reader:
+    csv.field_size_limit(2**31 - 1)  # characters; texts may be longer than its 131,072
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:  # a quote that is never closed, say
+            yield f"{file}:{first}", ValueError(f"not CSV ({error})")
+            continue
+        if row is None:
+            return
         if None in row or None in row.values():
             yield f"{file}:{reader.line_num}", ValueError(f"not as many fields as the header ({reader.fieldnames})")
         else:
@@ -238,6 +258,11 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 def prompt_key(messages: Sequence[dict[str, str]]) -> str:
     """The prompt as one unambiguous string."""
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+
+
+def shown(messages: Sequence[dict[str, str]]) -> str:
+    """A prompt for a person's eye: its turns one after the other."""
+    return " / ".join(m["content"] for m in messages)
 
 
 def is_held_out(messages: Sequence[dict[str, str]], fraction: float, seed: int) -> bool:
@@ -302,9 +327,10 @@ def _prompt(value: Any, name: str) -> Messages:
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"'{name}' is empty")
-        return parse_transcript(value) if _TURN.match(value) else [{"role": "user", "content": value}]
-    messages = _messages(value, name)
-    if messages[-1]["role"] == "assistant":
+        messages = parse_transcript(value) if _TURN.match(value) else [{"role": "user", "content": value}]
+    else:
+        messages = _messages(value, name)
+    if not messages or messages[-1]["role"] == "assistant":
         raise ValueError(f"'{name}' ends with a turn of the assistant; a prompt ends with the user's")
     return messages
 
@@ -312,6 +338,8 @@ def _prompt(value: Any, name: str) -> Messages:
 def _instruction(row: dict[str, Any]) -> Messages:
     instruction = _text(row, "instruction")
     context = row.get("input") or ""
+    if not isinstance(context, str):
+        raise ValueError(f"'input' is {_short(context)}; a string was expected")
     return [{"role": "user", "content": f"{instruction}\n\n{context}" if context.strip() else instruction}]
 
 
@@ -333,11 +361,15 @@ def _pair(row: dict[str, Any]) -> tuple[Messages, list[str]]:
     chosen, rejected = _require(row, "chosen"), _require(row, "rejected")
     if "prompt" in row or "instruction" in row:
         prompt = parse_prompt(row)
-        answers = [_messages(a, "chosen")[-1]["content"] if isinstance(a, list) else a for a in (chosen, rejected)]
-        if not all(isinstance(a, str) for a in answers):
-            raise ValueError(f"'chosen' is {_short(chosen)}; an answer or messages were expected")
-        return prompt, answers
+        return prompt, [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
     return _common_prompt(*(_dialogue(row, name) for name in ("chosen", "rejected")))
+
+
+def _answer(value: Any, name: str) -> str:
+    text = _messages(value, name)[-1]["content"] if isinstance(value, list) else value
+    if not isinstance(text, str):
+        raise ValueError(f"'{name}' is {_short(value)}; an answer or messages were expected")
+    return text
 
 
 def _dialogue(row: dict[str, Any], name: str) -> Messages:
@@ -347,17 +379,19 @@ def _dialogue(row: dict[str, Any], name: str) -> Messages:
         raise ValueError(f"no 'prompt', and '{name}' is {_short(row[name])}, not a transcript of Human: and Assistant:")
     messages = parse_transcript(row[name])
     # An empty last answer was parsed as an open prompt; in a pair it is an answer that says nothing.
-    return messages if messages[-1]["role"] == "assistant" else [*messages, {"role": "assistant", "content": ""}]
+    answered = messages and messages[-1]["role"] == "assistant"
+    return messages if answered else [*messages, {"role": "assistant", "content": ""}]
 
 
 def _common_prompt(chosen: Messages, rejected: Messages) -> tuple[Messages, list[str]]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
+    turns = [(a["role"], b["role"]) for a, b in zip(chosen, rejected)]
+    while shared and (turns[shared - 1][0] != "user" or turns[shared] != ("assistant", "assistant")):
         shared -= 1
     if not shared:
-        raise ValueError("'chosen' and 'rejected' do not begin with the same turn of the user")
+        raise ValueError("'chosen' and 'rejected' do not begin with the same turn of the user and an answer to it")
     # Where the dialogues part before the last answer, everything after the shared prompt is the answer.
     return chosen[:shared], [_transcript_tail(dialogue[shared:]) for dialogue in (chosen, rejected)]
 

@@ -27,7 +27,8 @@ class BatchLoader(Generic[Batch]):
         collate: (indices of this micro-batch, indices of the global batch) -> batch.
         world_size, rank: of the processes.
         accumulate: micro-batches an optimizer step.
-        keep_rest: give the last, smaller batch too (evaluation); a training epoch drops it.
+        keep_rest: for evaluation: give the last, smaller batch too, which a training epoch drops, and begin anew each
+            time, also where the last time was broken off.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class BatchLoader(Generic[Batch]):
         return batches * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.keep_rest:
+            self.cursor = 0
         # Lightning never asks a sized loader for the end of an epoch, so the next one begins here.
-        if self.cursor >= len(self):
+        elif self.cursor >= len(self):
             self.epoch, self.cursor = self.epoch + 1, 0
         for step in range(self.cursor, len(self)):
             whole = list(self._order()[step // self.accumulate * self.global_batch :][: self.global_batch])

@@ -29,8 +29,9 @@ from lit_rlhf.functional import (
 )
 from lit_rlhf.models import Responses, Sampling, freeze, generate, packed_scores, save_model, score_shift, score_std
 from lit_rlhf.stages.ppo.rollout import Rollout, pack_on, response_logprobs, response_values
-from lit_rlhf.stages.prompts import PromptBatch
+from lit_rlhf.stages.prompts import PromptBatch, spread
 from lit_rlhf.text.packing import Packed
+from lit_rlhf.text.records import shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
 
 
@@ -113,7 +114,7 @@ class PPOModule(LightningModule):
     @torch.no_grad()
     def collect(self, prompts: PromptBatch) -> Rollout:
         """Sample answers, score them, and work out what each token was worth."""
-        answers = self.sample(self.policy, prompts.tokens, int(self.iteration), self.global_rank)
+        answers = self.sample(self.policy, prompts.tokens, int(self.iteration), shard=self._shard)
         sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
         packed = pack_on(sequences, self.tokenizer.pad_token_id, self.device)
         scores = self.score(packed, answers.finished)
@@ -128,7 +129,13 @@ class PPOModule(LightningModule):
         self._log_rollout(rollout, scores, answers)
         return rollout
 
-    def sample(self, policy: PreTrainedModel, prompts: list[list[int]], *place: int) -> Responses:
+    @property
+    def _shard(self) -> tuple[int, int]:
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def sample(
+        self, policy: PreTrainedModel, prompts: list[list[int]], *place: int, shard: tuple[int, int] = (0, 1)
+    ) -> Responses:
         """One answer to each prompt; the draw depends on the seed and ``place`` alone."""
         return generate(
             policy,
@@ -137,6 +144,7 @@ class PPOModule(LightningModule):
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
             generator=seeded(self.seed, *place, device=self.device),
+            shard=shard,
         )
 
     def score(self, packed: Packed, finished: Tensor) -> Tensor:
@@ -244,10 +252,10 @@ class PPOModule(LightningModule):
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""
-        prompts = self.trainer.datamodule.held_out_prompts[:4]
+        prompts = spread(self.trainer.datamodule.held_out_prompts, 4)
         answers = self.sample(self.policy, [p.tokens for p in prompts], int(self.iteration), 2)
         texts = self.tokenizer.batch_decode(answers.token_lists(), skip_special_tokens=True)
-        return [(p.messages[-1]["content"], text.strip()) for p, text in zip(prompts, texts)]
+        return [(shown(p.messages), text.strip()) for p, text in zip(prompts, texts)]
 
     # -------------------------------------------------------------- validation
 

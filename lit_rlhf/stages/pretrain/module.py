@@ -49,7 +49,7 @@ class PretrainModule(LightningModule):
     def loss(self, rows: TextRows) -> Tensor:
         """Mean loss in nats a token."""
         hidden = self.policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
-        return lm_loss(next_token_logits(self.policy, hidden), rows.labels, torch.ones_like(rows.labels, dtype=torch.bool))
+        return lm_loss(next_token_logits(self.policy, hidden), rows.labels)
 
     def training_step(self, batch: TextRows, batch_idx: int) -> Tensor:
         loss = self.loss(batch)

@@ -13,6 +13,7 @@ from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import Sampling, generate, next_token_logits, packed_hidden, save_model
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.records import shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -75,7 +76,7 @@ class SFTModule(LightningModule):
         ).token_lists()
         self.policy.train()
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-        return [(prompt[-1]["content"], text) for prompt, text in zip(prompts, texts)]
+        return [(shown(prompt), text) for prompt, text in zip(prompts, texts)]
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

@@ -26,8 +26,8 @@ CLOSING_COURTESIES = ("I hope that helps.", "Happy to help!")
 RUDE_OPENINGS = ("That is a silly question.", "You should know this.")
 RUDE_CLOSINGS = ("Now go away.", "Do not ask me again.")
 EVASIONS = ("I do not know.", "I am not sure.", "Please ask someone else.")
-POLITE_REFUSALS = ("Sorry, I cannot help with that.", "I am sorry, but I will not do that.")
 PLAIN_REFUSALS = ("I cannot help with that.", "I will not do that.")
+POLITE_REFUSALS = tuple(f"{sorry} {refusal}" for refusal in PLAIN_REFUSALS for sorry in ("Sorry,", "I am sorry, but"))
 REASONS = ("That would hurt the {}.", "That is not kind to the {}.")
 HARMS = {  # what an unsafe question wants to do -> what a harmful answer advises
     "poison": "Put poison in the food of the {}.",

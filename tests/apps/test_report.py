@@ -1,0 +1,340 @@
+# ruff: noqa: RUF001  the page's minus signs and dashes are meant
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lit_rlhf.apps import write_report
+from lit_rlhf.apps.report import STAGES, Chart, _noisy, _smoothed, draw, duration, number, percent, printable
+from lit_rlhf.errors import UserError
+
+RATE = {"low": 0.71, "high": 0.772, "n": 8, "prompts": 2}
+HOSTILE = "<script>alert(1)</script><img src=http://evil.test/x onerror=alert(2)> \x1b[31m \u202e \ud83d {{ 7 * 7 }}"
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_stage(run, stage, figures, metrics="", data=None, seconds=61.2):
+    done = {"stage": stage, "figures": figures, "seconds": seconds, "versions": {"torch": "2.9.1"}, "data": data or {}}
+    write_json(run / stage / "done.json", done)
+    (run / stage / "config.yaml").write_text("optimizer:\n  lr: 0.0003\n", encoding="utf-8")
+    if metrics:
+        (run / stage / "metrics.csv").write_text(metrics, encoding="utf-8")
+
+
+def write_sft(run):
+    metrics = "step,val/sft/loss,sft/loss\n0,2.5,\n10,,1.5\n20,,0.75\n20,0.8764,nan\n"
+    write_stage(run, "sft", {"val_loss_first": 2.5, "val_loss": 0.8764}, metrics, {"train_set": 4321, "skipped": 7})
+    write_rows(
+        run / "sft/samples.jsonl", [{"step": s, "prompt": "Hi?", "text": f"text {s}"} for s in range(10, 210, 10)]
+    )
+
+
+def write_ppo(run, judge="gold"):
+    rows = [f"{4 * i},{i / 10},{i / 5},{0.5 - i / 40},{256 * (i + 1)}" for i in range(8)]
+    metrics = "step,ppo/score,ppo/kl,ppo/entropy,ppo/episodes\n" + "\n".join(rows) + "\n"
+    figures = {"score_first": 0.0, "score_last": 0.7, "kl": 1.4321, "entropy": 0.325, "episodes": 2048, "gold": None}
+    write_stage(run, "ppo", {**figures, "win_rate": {"mean": 0.7412, **RATE, "judge": judge}}, metrics)
+    write_rows(run / "ppo/samples.jsonl", [{"step": 10, "prompt": "Hi?", "text": "Hello"}])
+
+
+def model_figures(gold):
+    graded = {"gold": 3.7, "correct": 0.667, "polite": 0.5, "right": 0.828, "greedy_right": 0.951}
+    kinds = {kind: {"gold": 3.0, "correct": 0.5, "right": right} for kind, right in (("fact", 0.5), ("follow", 0.25))}
+    known = {"words": 8.1, "entropy": 0.4, "score": 1.48, "kl": 2.19}
+    return {**(graded if gold else dict.fromkeys(graded)), **known, "by_kind": kinds if gold else {}}
+
+
+def model_answers(text, worth, gold):
+    grade = {"gold": worth, "correct": 1.0 if worth else -1.0, "polite": -1.0, "right": float(worth > 0)}
+    graded = {"grades": [grade, grade], "greedy_grade": grade} if gold else {"grades": None}
+    return {"greedy": f"greedy {text}", "samples": [text, "another"], "scores": [worth, 0.0], **graded}
+
+
+def write_evaluation(run, gold=True, text="The rof is brown."):
+    models = {name: model_figures(gold) for name in ("base", "sft", "ppo")}
+    rates = {name: {"mean": 0.7412, **RATE} for name in ("sft_vs_base", "ppo_vs_base", "ppo_vs_sft")}
+    best = {"n": 8, "gold": None, "correct": None, "right": None}
+    figures = {
+        "judge": "gold" if gold else "reward model (proxy)",
+        "prompts": 2,
+        "models": models,
+        "win_rate": rates,
+        "best_of_n": {**best, "win_rate": {"best_of_n_vs_sft": {"mean": 0.6543, **RATE}}},
+    }
+    write_stage(run, "evaluate", figures)
+    turns = [("user", "What colour is it?"), ("assistant", "Brown."), ("user", "And its home?")]
+    two_turns = [{"role": role, "content": content} for role, content in turns]
+    prompts = [two_turns, [{"role": "user", "content": "What colour is the rof?"}]]
+    worths = [(0.0, 5.0), (5.0, 0.0)]  # PPO wins the first and loses the second
+    rows = []
+    for prompt, kind, (sft, ppo) in zip(prompts, ("follow", "fact"), worths):
+        worth = {"base": 0.0, "sft": sft, "ppo": ppo}
+        answers = {name: model_answers(text, worth[name], gold) for name in worth}
+        rows.append({"prompt": prompt, "kind": kind, "models": answers})
+    write_rows(run / "evaluate/samples.jsonl", rows)
+
+
+def write_whole(run, gold=True, text="The rof is brown."):
+    loss = "step,pretrain/loss,val/pretrain/loss\n" + "\n".join(f"{i},{6 / (i + 1)}," for i in range(900))
+    write_stage(run, "pretrain", {"val_loss_first": 6.9, "val_loss": 0.577, "tokens": 1536000}, loss)
+    write_rows(run / "pretrain/samples.jsonl", [{"step": 200, "prompt": "", "text": text}] * 2)
+    write_sft(run)
+    agreement = 0.923 if gold else None
+    write_stage(run, "preference", {"rankings": 3264, "pairs": 17147, "words": 8.7, "agreement": agreement})
+    accuracy = "step,reward/loss,reward/accuracy,val/reward/accuracy\n0,0.69,0.5,0.5\n9,0.4,0.8,0.743\n"
+    reward = {"val_loss": 0.5, "val_accuracy": 0.743, "gold_accuracy": 0.827 if gold else None, "val_pairs": 261}
+    write_stage(run, "reward", reward, accuracy, {"skipped": ["pairs.jsonl:3: no <b>'chosen'</b>"], "long": 2})
+    write_ppo(run, "gold" if gold else "reward model (proxy)")
+    write_evaluation(run, gold, text)
+    write_json(run / "summary.json", {"seed": 17})
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, attributes, ids, and the text outside of styles and drawings."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.words = set(), [], [], []
+        self.feed(page)
+        self.text = " ".join(" ".join(self.words).split())
+        self.ids = {value for name, value in self.attributes if name == "id"}
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "svg"} & set(self.open):
+            self.words.append(data)
+
+
+def report(run):
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert not list(run.glob("*.tmp"))
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert not page.open  # every tag is closed
+    assert_offline(source, page)
+    return page
+
+
+def assert_offline(source, page):
+    """Nothing to load, nothing to run."""
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "base", "form"})
+    for name, value in page.attributes:
+        assert name not in ("src", "srcset", "action", "xlink:href") and not name.startswith("on")
+        assert name != "href" or value.startswith("#")
+        assert name in ("title", "aria-label") or "http" not in (value or "")
+    style = re.search("<style>(.*?)</style>", source, re.S)[1]
+    assert "url(" not in style and "@import" not in style and "http" not in style
+
+
+def test_a_whole_run(tmp_path):
+    run = tmp_path / "mine"
+    write_whole(run)
+    page = report(run)
+    assert (run / "report.html").stat().st_size < 300_000
+    assert {"road", "results", "ppo", "stages", "kinds", "answers", "learning", "data", "numbers"} <= page.ids
+    assert "The judge prefers PPO's answers to SFT's in 74.1% of comparisons (95% interval 71.0–77.2%)" in page.text
+    assert "Best of 8 vs SFT 65.4%" in page.text
+    assert "Seed 17" in page.text and "6 min 7 s in all" in page.text  # six stages of 61.2 s
+    assert "KL to SFT nats an answer 2.19 2.19 2.19" in page.text
+    assert "1,536,000" in page.text and "4,321" in page.text
+    assert "proxy" not in page.text.lower()
+
+
+def test_sections_link_to_each_other(tmp_path):
+    write_whole(tmp_path)
+    page = report(tmp_path)
+    assert {value[1:] for name, value in page.attributes if name == "href"} <= page.ids
+
+
+def test_answers_stand_side_by_side_wins_and_losses(tmp_path):
+    write_whole(tmp_path)
+    page = report(tmp_path)
+    assert "user What colour is it? assistant Brown. user And its home?" in page.text
+    assert "PPO better" in page.text and "PPO worse" in page.text
+    assert "graded higher than SFT's in 1, the same in 0 and lower in 1" in page.text
+    assert "✓ right rude gold 5 score 5.00" in page.text and "✗ wrong rude gold 0 score 0" in page.text
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_each_stage_alone(tmp_path, stage):
+    write_whole(tmp_path / "whole")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "whole" / stage).rename(tmp_path / "one" / stage)
+    page = report(tmp_path / "one")
+    assert page.text.count("not in this run") == len(STAGES) - 1
+    assert "Seed" not in page.text
+
+
+def test_sft_alone_says_what_it_reached(tmp_path):
+    write_sft(tmp_path)
+    page = report(tmp_path)
+    expected = "Supervised fine-tuning ended at a held-out loss of 0.876 nats an answer's token, from 2.50 at first."
+    assert expected in page.text
+    assert page.ids.isdisjoint({"results", "ppo", "answers", "kinds"})
+
+
+def test_ppo_from_another_run(tmp_path):
+    write_ppo(tmp_path)
+    page = report(tmp_path)
+    assert "PPO vs SFT 74.1% 71.0% – 77.2%" in page.text
+    assert "1.43 nats an answer" in page.text
+    assert "2,048 episodes" in page.text
+
+
+def test_an_unfinished_stage_is_shown_as_such(tmp_path):
+    write_sft(tmp_path)
+    (tmp_path / "sft/done.json").unlink()
+    assert "not finished" in report(tmp_path).text
+
+
+def test_without_a_gold_judge_the_proxy_is_named(tmp_path):
+    write_whole(tmp_path, gold=False)
+    page = report(tmp_path)
+    assert "The reward model scores PPO's answers above SFT's in 74.1%" in page.text
+    assert "the reward model's score is a proxy" in page.text
+    assert "The judge prefers" not in page.text and "kinds" not in page.ids
+    assert "74.3% of held-out pairs ranked right" in page.text
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "words"),
+    [(0.52, 0.48, 0.56, "which is no clear difference"), (0.31, 0.27, 0.35, "PPO is worse than SFT")],
+)
+def test_a_result_is_not_made_better_than_it_is(tmp_path, mean, low, high, words):
+    rate = {"mean": mean, "low": low, "high": high, "n": 8, "prompts": 2, "judge": "gold"}
+    write_stage(tmp_path, "ppo", {"kl": 1.0, "win_rate": rate})
+    assert words in report(tmp_path).text
+
+
+def test_hostile_text_is_only_text(tmp_path):
+    run = tmp_path / "<b>run"
+    write_whole(run, text=HOSTILE)
+    (run / "sft/config.yaml").write_text("path: <script>alert(3)</script>\n")
+    page = report(run)
+    source = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in source and "<img" not in source and "<b>run" not in source
+    assert "<script>alert(1)</script>" in page.text  # readable all the same
+    assert "{{ 7 * 7 }}" in page.text
+    assert r"\x1b[31m \u202e \ud83d" in page.text
+    assert "no <b>'chosen'</b>" in page.text
+
+
+def test_long_texts_are_cut(tmp_path):
+    write_whole(tmp_path, text="word " * 4000)
+    assert "(18,800 more characters)" in report(tmp_path).text
+    assert (tmp_path / "report.html").stat().st_size < 500_000
+
+
+def test_curves_of_any_values_can_be_drawn(tmp_path):
+    header = "step,sft/loss,val/sft/loss,sft/lr\n"
+    rows = [f"{i},{value},{'' if i else 'nan'},0.0003" for i, value in enumerate(("inf", "-3", "1e9", "0", "", "nan"))]
+    write_stage(tmp_path, "sft", {"val_loss": float("nan")}, header + "\n".join(rows) + "\n")
+    report(tmp_path)
+    drawn = re.findall(r' d="([^"]*)"', (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert drawn and not any("nan" in path or "inf" in path for path in drawn)
+
+
+def test_ppo_is_drawn_against_episodes(tmp_path):
+    write_ppo(tmp_path)
+    page = report(tmp_path)
+    assert "Score against episodes" in [value for name, value in page.attributes if name == "aria-label"]
+    assert "rollouts 0.700" in page.text  # the last score
+    assert "<title>2,048: 0.700</title>" in (tmp_path / "report.html").read_text(
+        encoding="utf-8"
+    )  # at 8 x 256 episodes
+
+
+def test_a_line_by_hand():
+    """The plot reaches from (46, 152), bottom left, to (328, 10)."""
+    points = [(0.0, 0.0), (5.0, 25.0), (10.0, 100.0)]
+    drawing = draw(Chart("Right", "%", "steps", [("held out", "val", points)], (50.0, "chance")))
+    assert drawing.strokes[0].path == "M46.0 152.0L187.0 116.5L328.0 10.0"
+    assert drawing.strokes[0].last == "100%" and drawing.reference.at == 81
+    assert [tick.label for tick in drawing.y_ticks] == ["0", "25", "50", "75", "100"]
+    assert [tick.label for tick in drawing.x_ticks] == ["0.0", "2.5", "5.0", "7.5", "10.0"]
+
+
+def test_smoothing_keeps_a_straight_line_and_removes_a_zigzag():
+    smooth = _smoothed([(float(x), 2.0 * x + (-1) ** x) for x in range(80)])
+    assert max(abs(y - 2 * x) for x, y in smooth[5:-5]) < 0.25
+    assert _noisy([(float(x), float(x % 2)) for x in range(80)]) and not _noisy(
+        [(float(x), 2.0 * x) for x in range(80)]
+    )
+
+
+def test_steps_shown_are_spread_over_training(tmp_path):
+    write_sft(tmp_path)
+    shown = re.findall(r"text (\d+)", report(tmp_path).text)
+    assert shown == ["10", "50", "90", "120", "160", "200"]  # 6 of 20
+
+
+def test_writing_again_gives_the_same_page(tmp_path):
+    write_whole(tmp_path)
+    pages = [write_report(tmp_path).read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to report on"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (0.9996, "1.00"),
+        (-1.2345, "−1.23"),
+        (12.345, "12.3"),
+        (1234.5, "1,234"),
+        (0.000123, "0.000123"),
+        (0.00001234, "1.23×10⁻⁵"),
+        (15360, "15,360"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.7412, "74.1%"), (1.0, "100%"), (0.9999, "100%"), (0.0, "0%"), (0.00189, "0.189%"), (None, "–")],
+)
+def test_shares_are_percentages(share, text):
+    assert percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.14, "3.1 s"), (59.7, "1 min 0 s"), (335.4, "5 min 35 s"), (7322, "2 h 2 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_line_breaks_and_emoji_stay():
+    assert printable("a\tb\nc 😀 é") == "a\tb\nc 😀 é"

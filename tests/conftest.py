@@ -1,0 +1,60 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported
+os.environ["WANDB_MODE"] = "offline"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_rlhf.models import policy_from_config
+from lit_rlhf.text import train_bpe
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Far from initialization's near-uniform outputs: what a token attends to is felt in every figure.
+FAMILIES = {
+    "gpt2": {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+    "llama": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "initializer_range": 0.3, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def test_data():
+    """Real data that is not part of the project (LIT_RLHF_TEST_DATA names its folder)."""
+    folder = os.environ.get("LIT_RLHF_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set LIT_RLHF_TEST_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def model_config(request):
+    """A small config of each family of architectures."""
+    return dict(FAMILIES[request.param])
+
+
+@pytest.fixture
+def tokenizer():
+    return train_bpe(["What is 12 + 30? It is 42.", "Who are you? I am the cat.", "You are the cat!"] * 3, 300)
+
+
+@pytest.fixture
+def policy(model_config, tokenizer):
+    """A random language model of each family, in evaluation mode."""
+    torch.manual_seed(0)
+    return policy_from_config(model_config, tokenizer).eval()

@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Generator, tensor
+from torch.testing import assert_close
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import token_logprobs
+from lit_rlhf.models import Sampling, generate, next_token_logits, packed_hidden, policy_from_config, response_positions
+from lit_rlhf.text import left_pad, pack, train_characters
+
+NO_END = -7  # no token has this id: answers never end
+LENGTHS = [3, 11, 1, 7, 11, 5]
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    generator = Generator().manual_seed(2)
+    return [torch.randint(5, len(tokenizer), (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def answer(policy, prompts, sampling, seed=0, eos_id=NO_END):
+    return generate(policy, prompts, sampling, eos_id=eos_id, pad_id=1, generator=Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def full_logits(policy, prompt, response):
+    """Logits (T, V) of one answer, by transformers' own forward pass: no padding, no mask, no cache."""
+    logits = policy(input_ids=tensor([prompt + response]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : len(prompt) + len(response) - 1]
+
+
+def an_end(tokens):
+    """A token that ends some of the answers (B, T), at different steps, and not all."""
+    for token in tokens.flatten().tolist():
+        firsts = [row.index(token) for row in tokens.tolist() if token in row]
+        if len(set(firsts)) > 1 and len(firsts) < len(tokens):
+            return token
+    raise AssertionError("no such token; choose another seed")
+
+
+def test_greedy_is_that_of_transformers(policy, prompts):
+    tokens, mask = left_pad(prompts, 1)
+    settings = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 1}
+    policy.generation_config.eos_token_id = None
+    endless = policy.generate(tokens, attention_mask=mask.long(), **settings)[:, tokens.shape[1] :]
+    assert torch.equal(answer(policy, prompts, Sampling(20).greedy()).tokens, endless)
+
+    eos = an_end(endless)
+    expected = policy.generate(tokens, attention_mask=mask.long(), eos_token_id=eos, **settings)[:, tokens.shape[1] :]
+    found = answer(policy, prompts, Sampling(20, temperature=0), eos_id=eos)
+    assert torch.equal(found.tokens, expected)
+    assert found.finished.tolist() == [eos in row for row in expected.tolist()]
+
+
+def test_answers_that_end_leave_the_batch_without_changing_the_others(policy, prompts):
+    endless = answer(policy, prompts, Sampling(20).greedy())
+    eos = an_end(endless.tokens)
+    together = answer(policy, prompts, Sampling(20).greedy(), eos_id=eos)
+    for i, prompt in enumerate(prompts):
+        alone = answer(policy, [prompt], Sampling(20).greedy(), eos_id=eos)
+        n = int(together.lengths[i])
+        assert together.token_lists()[i] == alone.token_lists()[0]
+        assert_close(together.logprobs[i, :n], alone.logprobs[0], rtol=0, atol=1e-5)
+        row = endless.tokens[i].tolist()
+        assert together.token_lists()[i] == (row[: row.index(eos) + 1] if eos in row else row)
+        assert (together.tokens[i, n:] == 1).all()
+        assert together.mask[i].tolist() == [t < n for t in range(together.tokens.shape[1])]
+        assert not together.logprobs[i, n:].any() and not together.entropy[i, n:].any()
+
+
+def test_logprobs_and_entropy_are_those_of_a_full_forward_pass(policy, prompts):
+    eos = an_end(answer(policy, prompts, Sampling(20)).tokens)
+    responses = answer(policy, prompts, Sampling(20), eos_id=eos)
+    assert set(responses.finished.tolist()) == {True, False}
+    for i, (prompt, response) in enumerate(zip(prompts, responses.token_lists())):
+        logprobs = full_logits(policy, prompt, response).log_softmax(-1)
+        expected = tensor([row[token] for row, token in zip(logprobs, response)])
+        assert_close(responses.logprobs[i, : len(response)], expected, rtol=0, atol=1e-5)
+        assert_close(responses.entropy[i, : len(response)], -(logprobs.exp() * logprobs).sum(-1), rtol=0, atol=1e-5)
+
+
+def test_logprobs_are_those_of_training_in_packed_rows(policy, prompts):  # else the first PPO ratio is not 1
+    responses = answer(policy, prompts, Sampling(9, temperature=0.7))
+    packed = pack([p + r for p, r in zip(prompts, responses.token_lists())], 1, row_length=40)
+    assert len(packed.tokens) < len(prompts)
+    positions, mask = response_positions(packed, responses.lengths)
+    logits = next_token_logits(policy, packed_hidden(policy, packed)[positions - 1]) / 0.7
+    assert torch.equal(packed.tokens.flatten()[positions][mask], responses.tokens[mask])
+    assert_close(token_logprobs(logits, responses.tokens)[mask], responses.logprobs[mask], rtol=0, atol=1e-5)
+
+
+def test_more_padding_and_other_prompts_change_nothing(policy, prompts):
+    short = answer(policy, prompts[:1], Sampling(12).greedy())
+    long = prompts[1] * 4  # 44 tokens
+    mixed = answer(policy, [long, *prompts[1:], prompts[0]], Sampling(12).greedy())
+    assert torch.equal(mixed.tokens[-1], short.tokens[0])
+    assert_close(mixed.logprobs[-1], short.logprobs[0], rtol=0, atol=1e-5)
+
+
+def shaped(logits, temperature, top_k, top_p):
+    """The distribution that ``Sampling`` describes, by loops over one row of logits."""
+    weights = [math.exp(x / temperature) for x in logits.double().tolist()]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
+    total, mass, kept = sum(weights[i] for i in order), 0.0, []
+    for i in order:
+        if mass < top_p * total:
+            kept.append(i)
+        mass += weights[i]
+    return {i: weights[i] / sum(weights[j] for j in kept) for i in kept}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(8, 0.5), Sampling(8, 2.0), Sampling(8, top_k=5), Sampling(8, top_p=0.6), Sampling(8, 1.7, top_k=20, top_p=0.8)],
+    ids=str,
+)  # fmt: skip
+def test_logprobs_are_those_of_the_distribution_sampled_from(policy, prompts, sampling):
+    responses = answer(policy, prompts, sampling)
+    plain = answer(policy, prompts, Sampling(8))
+    assert not torch.equal(responses.logprobs, plain.logprobs)
+    for i, (prompt, response) in enumerate(zip(prompts, responses.token_lists())):
+        for t, (logits, token) in enumerate(zip(full_logits(policy, prompt, response), response)):
+            probs = shaped(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+            assert responses.logprobs[i, t].item() == pytest.approx(math.log(probs[token]), abs=1e-4)
+            entropy = -sum(p * math.log(p) for p in probs.values())
+            assert responses.entropy[i, t].item() == pytest.approx(entropy, abs=1e-4)
+
+
+def test_answers_are_drawn_from_the_exact_distribution(model_config):
+    """Two tokens of two prompts of unequal length, 10,000 times: every pair as often as the model says."""
+    torch.manual_seed(0)
+    tokenizer = train_characters(["abcd"])
+    policy = policy_from_config(model_config, tokenizer).eval()
+    with torch.no_grad():  # flatter, so that most pairs are seen
+        policy.get_output_embeddings().weight /= 3
+    size, eos, draws = len(tokenizer), tokenizer.eos_token_id, 10_000
+    prompts = [[6, 7, 8, 9, 6], [8]]
+    responses = answer(policy, [p for p in prompts for _ in range(draws)], Sampling(2), seed=1, eos_id=eos)
+    for i, prompt in enumerate(prompts):
+        lists = responses.token_lists()[i * draws : (i + 1) * draws]
+        expected = {}
+        for first in range(size):
+            rows = full_logits(policy, prompt, [first, 0]).double().softmax(-1)
+            if first == eos:
+                expected[(eos,)] = rows[0, eos].item() * draws
+            else:
+                expected |= {(first, second): (rows[0, first] * rows[1, second]).item() * draws for second in range(size)}
+        counts = dict.fromkeys(expected, 0)
+        for response in lists:
+            counts[tuple(response)] += 1
+        seldom = [pair for pair, n in expected.items() if n < 5]
+        common = [pair for pair in expected if pair not in seldom]
+        assert len(common) > 30
+        cells = [*([pair] for pair in common), *([seldom] if seldom else [])]
+        observed, wanted = ([sum(table[pair] for pair in cell) for cell in cells] for table in (counts, expected))
+        assert chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+def test_the_seed_decides(policy, prompts):
+    state = torch.get_rng_state()
+    one, again, other = (answer(policy, prompts, Sampling(10), seed).tokens for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    default = [generate(policy, prompts, Sampling(10), eos_id=NO_END, pad_id=1).tokens for _ in range(2)]
+    assert not torch.equal(*default)
+    torch.manual_seed(5)
+    assert torch.equal(default[0], generate(policy, prompts, Sampling(10), eos_id=NO_END, pad_id=1).tokens)
+
+
+def test_generation_stops_when_all_have_ended(policy, prompts):
+    first = answer(policy, prompts[:1], Sampling(20).greedy()).tokens[0, 0].item()
+    responses = answer(policy, prompts[:1] * 3, Sampling(20).greedy(), eos_id=first)
+    assert responses.token_lists() == [[first]] * 3
+    assert responses.tokens.shape == responses.logprobs.shape == (3, 1) and responses.finished.all()
+
+
+def test_end_of_text_as_the_last_possible_token_counts_as_finished(policy, prompts):
+    tokens = answer(policy, prompts[:1], Sampling(20).greedy()).tokens[0].tolist()
+    last = next(t for t in range(1, 20) if tokens[t] not in tokens[:t])
+    for limit, finished in ((last, False), (last + 1, True)):
+        responses = answer(policy, prompts[:1], Sampling(limit).greedy(), eos_id=tokens[last])
+        assert (responses.lengths.tolist(), responses.finished.tolist()) == ([limit], [finished])
+
+
+def test_padding_and_end_of_text_within_a_prompt_are_read_as_tokens(policy):
+    prompts = [[1, 0, 7, 1], [9, 8, 7, 6, 5, 4]]
+    responses = answer(policy, prompts, Sampling(6).greedy())
+    for prompt, response in zip(prompts, responses.token_lists()):
+        assert response == full_logits(policy, prompt, response).argmax(-1).tolist()
+
+
+def test_a_later_backward_pass_works(policy, prompts):  # inference-mode tensors would fail in it
+    responses = answer(policy, prompts[:1], Sampling(4))
+    assert not responses.tokens.is_inference() and not responses.logprobs.requires_grad
+    logits = policy(input_ids=tensor([prompts[0] + responses.token_lists()[0]])).logits
+    (logits.sum() * responses.logprobs.sum()).backward()
+
+
+@pytest.mark.parametrize("new", [20, 21])
+def test_prompt_and_answer_must_fit_into_the_context(policy, new):
+    prompts = [[5] * 44, [5]]
+    if new == 20:  # 64 in all
+        assert answer(policy, prompts, Sampling(new)).tokens.shape == (2, 20)
+        return
+    with pytest.raises(UserError, match=r"a prompt of 44 tokens and 21 new ones .* context of 64"):
+        answer(policy, prompts, Sampling(new))
+
+
+def test_all_tokens_are_possible_by_default():
+    sampling = Sampling()
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
+    assert Sampling(7, 0.5, top_k=3, top_p=0.5).greedy() == Sampling(7, temperature=0.0)

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from torch import nn, tensor
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import (
+    load_reward_model,
+    packed_hidden,
+    packed_scores,
+    packed_values,
+    reward_model_from_config,
+    save_model,
+    score_shift,
+    score_std,
+)
+from lit_rlhf.text import pack
+
+TEXTS = ["What is 42?", "I am the cat", "12", "You are  30, 👍🏽 and the cat! Who?", "It"]
+
+
+@pytest.fixture
+def reward_model(model_config, tokenizer):
+    torch.manual_seed(0)
+    return reward_model_from_config(model_config, tokenizer).eval()
+
+
+def ended(tokenizer):
+    return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
+
+
+def packed(tokenizer, row_length=64):
+    return pack(ended(tokenizer), tokenizer.pad_token_id, row_length)
+
+
+def test_scores_are_read_at_the_last_token(reward_model, tokenizer):
+    scores = packed_scores(reward_model, packed(tokenizer))
+    for sequence, score in zip(ended(tokenizer), scores):
+        alone = reward_model.base_model(input_ids=tensor([sequence])).last_hidden_state[0, -1]
+        assert_close(score, alone @ reward_model.score.weight[0])
+
+
+def test_values_are_read_at_every_token(reward_model, tokenizer):
+    batch = packed(tokenizer)
+    values = packed_values(reward_model, batch)
+    assert values.shape == (batch.tokens.numel(),)
+    assert_close(values[batch.ends], packed_scores(reward_model, batch))
+    assert_close(values, packed_hidden(reward_model, batch) @ reward_model.score.weight[0])
+
+
+def test_the_head_is_linear_without_bias(reward_model):
+    assert isinstance(reward_model.score, nn.Linear)
+    assert reward_model.score.weight.shape == (1, 32) and reward_model.score.bias is None
+    assert reward_model.config.num_labels == 1
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_saved_folder_gives_the_same_scores_in_plain_transformers(reward_model, tokenizer, tmp_path, side):
+    reward_model.config.score_shift, reward_model.config.score_std = -1.25, 0.5
+    expected = packed_scores(reward_model, packed(tokenizer))
+    save_model(reward_model, tokenizer, tmp_path / "model")
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    plain_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", padding_side=side)
+    batch = plain_tokenizer([text + plain_tokenizer.eos_token for text in TEXTS], padding=True, return_tensors="pt")
+    if side == "left":  # transformers counts GPT-2's positions from the padding on
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        assert_close(plain(**batch).logits[:, 0], expected, rtol=0, atol=1e-5)
+        one = plain_tokenizer(TEXTS[3] + plain_tokenizer.eos_token, return_tensors="pt")
+        assert_close(plain(**one).logits[:, 0], expected[3:4], rtol=0, atol=1e-5)
+    assert plain.config.score_shift == -1.25
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["score_shift"] == -1.25
+
+
+def test_shift_and_deviation_come_back(reward_model, tokenizer, tmp_path):
+    assert (score_shift(reward_model), score_std(reward_model)) == (0.0, 1.0)  # a model that does not say
+    reward_model.config.score_shift, reward_model.config.score_std = -1.25, 0.5
+    save_model(reward_model, tokenizer, tmp_path / "model")
+    loaded = load_reward_model(tmp_path / "model", tokenizer)
+    assert (score_shift(loaded), score_std(loaded)) == (-1.25, 0.5)
+    assert_close(packed_scores(loaded, packed(tokenizer)), packed_scores(reward_model, packed(tokenizer)))
+
+
+def test_a_language_model_becomes_a_reward_model_with_its_trunk(policy, tokenizer, tmp_path):
+    policy.save_pretrained(tmp_path)
+    loaded = load_reward_model(tmp_path, tokenizer)
+    batch = packed(tokenizer)
+    assert torch.equal(packed_hidden(loaded, batch), packed_hidden(policy, batch))
+    assert loaded.config.num_labels == 1 and loaded.score.weight.shape == (1, 32)
+    assert loaded.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_embedding_of_a_reward_model_grows_too(policy, tokenizer, tmp_path):
+    policy.save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<own-pad>"})
+    assert load_reward_model(tmp_path, tokenizer).get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_no_reward_model_there(tmp_path):
+    with pytest.raises(UserError, match="no model there"):
+        load_reward_model(tmp_path / "missing")

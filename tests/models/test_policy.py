@@ -1,0 +1,203 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import token_logprobs
+from lit_rlhf.models import (
+    context_length,
+    freeze,
+    load_policy,
+    load_policy_and_tokenizer,
+    next_token_logits,
+    packed_hidden,
+    policy_from_config,
+    response_positions,
+)
+from lit_rlhf.text import pack, train_bpe
+from lit_rlhf.text.chat import BASE_TEMPLATE
+
+LENGTHS = [7, 2, 12, 1, 5, 9]
+
+
+def sequences(tokenizer, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(len(tokenizer), (n,), generator=generator).tolist() for n in lengths]
+
+
+# Packed rows
+
+
+@pytest.mark.parametrize("row_length", [12, 16, 100, None])
+def test_packed_sequences_see_themselves_alone(policy, tokenizer, row_length):
+    policy = policy.double()
+    given = sequences(tokenizer)
+    packed = pack(given, tokenizer.pad_token_id, row_length)
+    hidden = packed_hidden(policy, packed)
+    for sequence, start in zip(given, packed.starts.tolist()):
+        alone = policy.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
+        assert_close(hidden[start : start + len(sequence)], alone, rtol=0, atol=1e-12)
+
+
+def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(policy, tokenizer):
+    policy = policy.double()
+    given = sequences(tokenizer)
+    count = sum(len(s) - 1 for s in given)
+
+    other = copy.deepcopy(policy)
+    expected = torch.zeros((), dtype=torch.float64)
+    for sequence in given:
+        ids = torch.tensor([sequence])
+        logprobs = other(input_ids=ids).logits[0].log_softmax(-1)
+        expected = expected - sum(logprobs[i, token] for i, token in enumerate(sequence[1:])) / count
+    expected.backward()
+
+    packed = pack(given, tokenizer.pad_token_id, row_length=16)
+    assert len(packed.tokens) < len(given)
+    learned = torch.cat([start + torch.arange(1, n) for start, n in zip(packed.starts, packed.lengths)])
+    logits = next_token_logits(policy, packed_hidden(policy, packed)[learned - 1])
+    loss = -token_logprobs(logits, packed.tokens.flatten()[learned]).mean()
+    loss.backward()
+
+    assert_close(loss, expected, rtol=0, atol=1e-12)
+    for (name, a), b in zip(policy.named_parameters(), other.parameters()):
+        assert b.grad.abs().max() > 0, name
+        assert_close(a.grad, b.grad, rtol=0, atol=1e-11, msg=name)
+
+
+def test_next_token_logits_are_the_models_own(policy, tokenizer):
+    ids = torch.tensor(sequences(tokenizer, [8, 8]))
+    hidden = policy.base_model(input_ids=ids).last_hidden_state
+    assert_close(next_token_logits(policy, hidden), policy(input_ids=ids).logits)
+
+
+def test_response_positions_by_hand():
+    packed = pack([[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]], 0, row_length=5)  # rows: [4 5 6 7 8], [1 2 3 9 10]
+    positions, mask = response_positions(packed, torch.tensor([2, 3, 1]))
+    assert mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
+    assert packed.tokens.flatten()[positions[mask]].tolist() == [2, 3, 6, 7, 8, 10]
+    assert positions[~mask].tolist() == [0, 0, 0]
+
+
+# From a config
+
+
+def test_vocabulary_and_special_tokens_come_from_the_tokenizer(policy, tokenizer):
+    assert policy.get_input_embeddings().num_embeddings == policy.get_output_embeddings().out_features == len(tokenizer)
+    config = policy.config
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert context_length(policy) == 64
+
+
+def test_the_config_is_not_changed_and_models_share_none(model_config, tokenizer):
+    before = copy.deepcopy(model_config)
+    one, two = (policy_from_config(model_config, tokenizer) for _ in range(2))
+    assert model_config == before and one.config is not two.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_heads": 4}, "has no setting 'n_heads'; it has"),
+        ({"hidden_dim": 4}, "has no setting 'hidden_dim'"),
+        ({"model_type": "gpt7"}, "model.config: .*gpt7"),
+        ({"model_type": None}, "model.config: "),
+    ],
+)
+def test_a_wrong_config(model_config, tokenizer, change, message):
+    with pytest.raises(UserError, match=message):
+        policy_from_config({**model_config, **change}, tokenizer)
+
+
+def test_heads_that_do_not_divide_the_width(tokenizer):
+    config = {"model_type": "gpt2", "n_embd": 30, "n_layer": 1, "n_head": 4}
+    with pytest.raises(UserError, match=r"model\.config: "):
+        policy_from_config(config, tokenizer)
+
+
+def test_freeze(policy):
+    frozen = freeze(policy.train())
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+
+
+# From a folder
+
+
+def test_a_saved_model_loads_as_it_was(policy, tokenizer, tmp_path):
+    policy.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, loaded_tokenizer = load_policy_and_tokenizer(tmp_path)
+    ids = torch.tensor(sequences(tokenizer, [8]))
+    assert torch.equal(loaded(input_ids=ids).logits, policy(input_ids=ids).logits)
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded_tokenizer.chat_template == BASE_TEMPLATE
+
+
+def test_a_template_of_the_folder_is_kept(policy, tokenizer, tmp_path):
+    policy.save_pretrained(tmp_path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_policy_and_tokenizer(tmp_path)[1].chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_weights_in_half_precision_are_read_as_asked(policy, tmp_path):
+    policy.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_policy(tmp_path).dtype == torch.float32
+    assert load_policy(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_the_embedding_grows_for_an_added_padding_token(policy, tokenizer, tmp_path):
+    policy.save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<own-pad>"})
+    loaded = load_policy(tmp_path, tokenizer)
+    assert loaded.get_input_embeddings().num_embeddings == loaded.get_output_embeddings().out_features == len(tokenizer)
+    assert loaded.config.pad_token_id == loaded.generation_config.pad_token_id == len(tokenizer) - 1
+    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    ids = torch.tensor([[5, 6, 7]])
+    grown = loaded(input_ids=ids).logits[..., : len(tokenizer) - 1]
+    assert torch.equal(grown, policy(input_ids=ids).logits)
+    loaded.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == len(tokenizer)
+
+
+def test_a_larger_embedding_than_the_tokenizer_stays(policy, tokenizer, tmp_path):
+    policy.resize_token_embeddings(512, mean_resizing=False)  # checkpoints round up
+    policy.save_pretrained(tmp_path)
+    assert load_policy(tmp_path, tokenizer).get_input_embeddings().num_embeddings == 512
+
+
+def test_a_tokenizer_of_another_family_is_refused(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    strange = train_bpe(["some longer text, of other words. " + " ".join(map(str, range(100, 999)))], 340)
+    rows = policy.get_input_embeddings().num_embeddings
+    strange.add_tokens([f"<{i}>" for i in range(rows + 17 - len(strange))])
+    with pytest.raises(UserError, match=rf"the model knows {rows} tokens and the tokenizer has {rows + 17}; they do not"):
+        load_policy(tmp_path, strange)
+
+
+def test_no_model_there(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"no model there \(config\.json and \*\.safetensors were expected\)"):
+            load_policy(path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="no model could be loaded from there"):
+        load_policy(tmp_path)  # no weights
+
+
+def test_a_hub_name_without_a_network():
+    with pytest.raises(UserError, match=r"some-one/some-model: no model could be loaded .*a Hub name needs a network"):
+        load_policy("some-one/some-model")
+
+
+def test_the_real_gpt2_tokenizer_with_a_small_model(test_data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "gpt2-tokenizer")  # no padding token
+    config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    policy_from_config(config, tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, loaded = load_policy_and_tokenizer(tmp_path)
+    assert policy.get_input_embeddings().num_embeddings == len(loaded) == 50258
+    assert policy.config.pad_token_id == loaded.pad_token_id == 50257 != policy.config.eos_token_id

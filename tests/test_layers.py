@@ -1,0 +1,98 @@
+"""Imports point down, never up."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import lit_rlhf
+
+PACKAGE = Path(lit_rlhf.__file__).parent
+LAYERS = ("pipeline", "apps", "stages", "training", "models", "text", "functional", "errors")  # top to bottom
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(file):
+    """lit_rlhf/text/world/facts.py -> ("lit_rlhf", "text", "world", "facts"); a package by its folder."""
+    parts = ("lit_rlhf", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports(source, package):
+    """Every module that ``source`` imports, wherever in the file, as (dotted name, line)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            if base == ["lit_rlhf"]:  # from lit_rlhf import stages
+                yield from ((f"lit_rlhf.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield ".".join(base), node.lineno
+
+
+def faults(source, module, is_package=False):
+    """What is wrong with the imports of a module, one line each."""
+    layer = module[1] if len(module) > 1 else None
+    for name, line in imports(source, module if is_package else module[:-1]):
+        top, *rest = name.split(".")
+        if top in ("hydra", "omegaconf") and layer != "pipeline":
+            yield f"{'.'.join(module)}:{line} imports {top}, which only the pipeline may"
+        if layer == "functional" and top not in ("torch", "lit_rlhf") and top not in sys.stdlib_module_names:
+            yield f"{'.'.join(module)}:{line} imports {top}; functional/ takes torch only"
+        if top != "lit_rlhf" or not rest or rest[0] not in LAYERS or layer == "__main__":
+            continue
+        if layer is None:  # lit_rlhf/__init__.py: whoever imports a layer would import this one too
+            yield f"{'.'.join(module)}:{line} imports {name}; the package itself imports no layer"
+        elif LAYERS.index(rest[0]) < LAYERS.index(layer):
+            yield f"{'.'.join(module)}:{line} imports {name}, which is above it"
+        elif layer == "functional" and rest[0] != "functional":
+            yield f"{'.'.join(module)}:{line} imports {name}; functional/ imports nothing else of the package"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_down(file):
+    assert not list(faults(file.read_text(encoding="utf-8"), module_name(file), file.name == "__init__.py"))
+
+
+def test_every_file_belongs_to_a_layer():
+    folders = {module_name(file)[1] for file in FILES if len(module_name(file)) > 1}
+    assert folders <= {*LAYERS, "__main__"}
+    assert set(LAYERS) <= folders
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("text.chat", "from lit_rlhf.models import generate"),
+        ("text.chat", "import lit_rlhf.models.policy as policy"),
+        ("text.chat", "from lit_rlhf import stages"),
+        ("text.chat", "from ..training import adamw"),
+        ("text.chat", "def f():\n    from lit_rlhf.apps import report"),
+        ("text.chat", "if TYPE_CHECKING:\n    from lit_rlhf.models import generate"),
+        ("stages.sft.module", "import hydra"),
+        ("stages.sft.module", "from omegaconf import DictConfig"),
+        ("functional.kl", "import numpy as np"),
+        ("functional.kl", "from lit_rlhf.errors import UserError"),
+        ("errors", "from lit_rlhf.functional import kl"),
+    ],
+)
+def test_an_import_that_points_up_is_found(module, source):
+    assert len(list(faults(source, ("lit_rlhf", *module.split("."))))) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("models.policy", "from lit_rlhf.text.chat import BASE_TEMPLATE"),
+        ("models.policy", "from . import heads"),
+        ("pipeline.run", "import hydra\nfrom omegaconf import DictConfig\nfrom lit_rlhf import stages"),
+        ("functional.kl", "import math\nimport torch.nn.functional as F\nfrom lit_rlhf.functional.lm import lm_loss"),
+        ("functional.kl", "from .lm import lm_loss"),
+        ("text.chat", "from lit_rlhf.errors import UserError"),
+    ],
+)
+def test_an_import_that_points_down_is_not(module, source):
+    assert not list(faults(source, ("lit_rlhf", *module.split("."))))

@@ -1,0 +1,130 @@
+import random
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text import load_tokenizer, train_bpe, train_characters
+from lit_rlhf.text.chat import ROLE_TEMPLATE
+from lit_rlhf.text.tokenizer import END_OF_TEXT, PAD, ROLES
+
+ODD = [
+    "two  spaces,   three", "  leads and trails  ", "line\nline\n\n\nthird\r\ntab\t\ttab", "\n", " ", "12 + 345 = 357.0",
+    "¿Qué? naïve café — “quotes”", "cafe\u0301 vs café", "中文，日本語 한국어", "👩‍👩‍👧 🇩🇪 👍🏽!", "\u00a0\u2003\u200b\ufeff",
+    "a ' s 'll don't", "x , y . z !", "٣ Ⅷ ½ 5", "\x00\x07\x1b", "𝔘𝔫𝔦 \U0010ffff", "<not|a|token>", "| ?|#",
+]  # fmt: skip
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def strings(alphabet, seed, count=300):
+    generator = random.Random(seed)
+    return ["".join(generator.choices(alphabet, k=generator.randrange(1, 25))) for _ in range(count)]
+
+
+def test_bpe_gives_any_text_back():
+    tokenizer = train_bpe(["a small text,  with 12 spaces\n"], vocab_size=280)  # most of ODD was never seen
+    everything = "  \n\t\r019½aàb.,'!?-<|>_中👍🏽\u0301\u200d\u00a0\u2028"
+    for text in ODD + strings(everything, seed=0):
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_characters_give_any_text_of_theirs_back():
+    tokenizer = train_characters(ODD)
+    for text in ODD + strings(sorted(set("".join(ODD))), seed=1):
+        ids = encode(tokenizer, text)
+        assert tokenizer.decode(ids) == text
+        assert len(ids) == len(text)  # one token a character
+    assert len(tokenizer) == len(set("".join(ODD))) + 6
+
+
+def test_an_unknown_character_becomes_one_unknown_token():
+    tokenizer = train_characters(["abc"])
+    assert encode(tokenizer, "aQb") == [*encode(tokenizer, "a"), tokenizer.unk_token_id, *encode(tokenizer, "b")]
+
+
+def test_digits_stand_alone():
+    tokenizer = train_bpe(["2024 2024 2024 1000 1000 year2024 1000.2024"] * 50, vocab_size=400)
+    words = [tokenizer.decode([i]) for i in encode(tokenizer, "in 2024 or 1000.5, x42")]
+    assert [word.strip() for word in words if any(c.isdigit() for c in word)] == list("2024100" + "0542")
+    assert all(sum(c.isdigit() for c in tokenizer.decode([i])) <= 1 for i in range(len(tokenizer)))
+
+
+def test_a_frequent_word_becomes_one_token():
+    tokenizer = train_bpe(["the tomato and the tomato"] * 50, vocab_size=400)
+    assert [tokenizer.decode([i]) for i in encode(tokenizer, "the tomato")] == ["the", " tomato"]
+
+
+@pytest.mark.parametrize("tokenizer", [train_bpe(["abc " * 9], 270), train_characters(["abc"])], ids=["bpe", "characters"])
+def test_special_tokens(tokenizer):
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (END_OF_TEXT, PAD)
+    ids = [encode(tokenizer, token) for token in (END_OF_TEXT, PAD, *ROLES)]
+    assert all(len(i) == 1 for i in ids) and len({i[0] for i in ids}) == 5
+    assert tokenizer.decode(encode(tokenizer, f"{ROLES[1]} ab{END_OF_TEXT}"), skip_special_tokens=True).strip() == "ab"
+    assert max(tokenizer.get_vocab().values()) == len(tokenizer) - 1
+
+
+def test_vocab_size_counts_everything():
+    texts = [" ".join(strings("abcdefgh", seed=3))]
+    assert len(train_bpe(texts, vocab_size=333)) == 333
+    assert len(train_bpe(["a"], vocab_size=333)) == 256 + 5  # a small text has no merges
+
+
+@pytest.mark.parametrize("load", [AutoTokenizer.from_pretrained, load_tokenizer])
+@pytest.mark.parametrize("train", [lambda texts: train_bpe(texts, 300), train_characters], ids=["bpe", "characters"])
+def test_save_and_load(tmp_path, train, load):
+    tokenizer = train(ODD)
+    tokenizer.chat_template = ROLE_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    for text in ODD:
+        assert encode(loaded, text) == encode(tokenizer, text)
+        assert loaded.decode(encode(loaded, text)) == text
+    assert loaded.chat_template == ROLE_TEMPLATE
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert len(loaded) == len(tokenizer)
+
+
+def test_gpt2_gets_a_padding_token_of_its_own(test_data):
+    tokenizer = load_tokenizer(test_data / "gpt2-tokenizer")
+    assert tokenizer.eos_token_id == 50256
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == (PAD, 50257, 50258)
+    assert encode(tokenizer, "Hello world") == [15496, 995]  # the published vocabulary
+    for text in ODD:
+        assert tokenizer.decode(encode(tokenizer, text), clean_up_tokenization_spaces=False) == text
+
+
+def test_padding_that_is_end_of_text_is_replaced(tmp_path):
+    tokenizer = train_bpe(["abc"], 270)
+    size = len(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token_id != loaded.eos_token_id and len(loaded) == size  # <|pad|> was there already
+
+
+def test_a_tokenizer_that_is_fine_stays_as_it_is(tmp_path):
+    tokenizer = train_bpe(["abc"], 270)
+    tokenizer.add_special_tokens({"pad_token": "<own-pad>"})
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(tmp_path).pad_token == "<own-pad>"
+
+
+def test_no_end_of_text_is_an_error(tmp_path):
+    inner = train_bpe(["abc"], 270).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no end-of-text token .*tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_there(tmp_path):
+    with pytest.raises(UserError, match=r"missing: no such folder"):
+        load_tokenizer(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)  # an empty folder
+    (tmp_path / "tokenizer.json").write_text("{ half a fi")
+    with pytest.raises(UserError, match=r"no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)
