@@ -1,7 +1,6 @@
 """A stage that was stopped and goes on gives the weights of one that was not, to the bit."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ class StopAfter(Callback):
         self.batches = batches
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 >= self.batches:
+        if trainer.fit_loop.epoch_loop.total_batch_idx >= self.batches:
             raise Stop
 
 
@@ -112,10 +111,7 @@ def test_collection_that_was_killed_ends_with_the_same_records(tmp_path, world, 
     collect(tmp_path / "parts.jsonl", limit=2)
     with (tmp_path / "parts.jsonl").open("a") as file:
         file.write('[2, [{"prompt": "half a li')  # killed while it wrote
-    asked = []
     resumed = collect(tmp_path / "parts.jsonl")
     assert resumed.records == whole.records
     assert len(whole.records) == 32
     assert len((tmp_path / "parts.jsonl").read_text().splitlines()) == 4
-    assert not asked
-    json.dumps(resumed.records)

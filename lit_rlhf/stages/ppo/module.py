@@ -108,6 +108,7 @@ class PPOModule(LightningModule):
         self.register_buffer("score_last", torch.zeros(()))
         self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
         self._val: dict[str, CatMetric] = {}
+        self.eval()  # see train(): models made from a config come in training mode
 
     # ---------------------------------------------------------------- rollout
 

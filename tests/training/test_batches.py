@@ -1,0 +1,115 @@
+import itertools
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lit_rlhf.training import BatchLoader, in_order, seeded, sharding, shuffled
+
+
+def loader(count, batch_size, order=in_order, **settings):
+    return BatchLoader(order(count), batch_size, lambda mine, everyones: (mine, everyones), **settings)
+
+
+def mine(batches):
+    return [batch[0] for batch in batches]
+
+
+def test_batches_by_hand():
+    assert list(loader(7, 3)) == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5])]
+    assert mine(loader(7, 3, keep_rest=True)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert mine(loader(6, 3, keep_rest=True)) == [[0, 1, 2], [3, 4, 5]]
+    assert mine(loader(2, 3)) == [] and mine(loader(2, 3, keep_rest=True)) == [[0, 1]]
+
+
+@pytest.mark.parametrize("keep_rest", [False, True])
+@pytest.mark.parametrize("count", [5, 6, 7, 24, 25])
+def test_it_is_as_long_as_it_says(count, keep_rest):
+    for accumulate in (1, 2, 3):
+        batches = loader(count, 2, keep_rest=keep_rest, accumulate=accumulate)
+        assert len(batches) == len(list(batches)) and len(batches) % accumulate == 0
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_shards_together_are_the_batch_of_one_process(world_size, accumulate):
+    shards = world_size * accumulate
+    one = list(loader(50, 2 * shards, lambda n: shuffled(n, seed=4)))
+    ranks = [
+        list(loader(50, 2, lambda n: shuffled(n, seed=4), world_size=world_size, rank=rank, accumulate=accumulate))
+        for rank in range(world_size)
+    ]
+    assert {len(batches) for batches in ranks} == {len(one) * accumulate} and len(one) == 50 // (2 * shards)
+    for step, (whole, everyones) in enumerate(one):
+        parts = [batches[step * accumulate + micro] for batches in ranks for micro in range(accumulate)]
+        assert all(len(part) == 2 and seen == everyones == whole for part, seen in parts)
+        assert sorted(i for part, _ in parts for i in part) == sorted(whole)
+
+
+def test_a_rest_is_dealt_out_too():
+    ranks = [mine(loader(7, 2, world_size=2, rank=rank, keep_rest=True)) for rank in range(2)]
+    assert ranks == [[[0, 2], [4, 6]], [[1, 3], [5]]]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_restored_loader_goes_on_with_the_next_batch(accumulate):
+    def fresh():
+        return loader(11, 2, lambda n: shuffled(n, seed=1), accumulate=accumulate)
+
+    uninterrupted = fresh()
+    expected, states = [], [uninterrupted.state_dict()]
+    for _ in range(4):
+        for batch in uninterrupted:
+            expected.append(batch)
+            states.append(uninterrupted.state_dict())
+    length = len(uninterrupted)
+    assert expected[:length] != expected[length : 2 * length]  # epochs differ
+    for taken in range(2 * length + 1):  # within an epoch and at its end
+        restored = fresh()
+        restored.load_state_dict(states[taken])
+        first, second = list(restored), list(restored)
+        assert len(first) == length - taken % length and len(second) == length
+        assert first + second == expected[taken:][: len(first) + length]
+
+
+def test_the_place_is_behind_the_batch_in_hand():
+    batches = loader(8, 2)
+    iterator = iter(batches)
+    next(iterator), next(iterator)
+    assert batches.state_dict() == {"epoch": 0, "cursor": 2}  # a checkpoint is taken after the batch's step
+
+
+def test_evaluation_begins_anew_each_time():
+    batches = loader(7, 2, keep_rest=True)
+    next(iter(batches))  # the trainer stopped early: limit_val_batches=1
+    for _ in range(2):
+        assert mine(batches) == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    order = shuffled(100, seed=0)
+    assert sorted(order(0)) == sorted(order(1)) == list(range(100))
+    assert order(0) == shuffled(100, seed=0)(0)
+    assert len({tuple(order(epoch)) for epoch in range(5)} | {tuple(shuffled(100, seed=1)(0))}) == 6
+
+
+def test_an_epoch_of_another_length():
+    assert sorted(shuffled(10, 0, length=30)(0)) == sorted([*range(10)] * 3)
+    assert sorted(shuffled(10, 0, length=25)(0)[:20]) == sorted([*range(10)] * 2)
+    assert len(shuffled(10, 0, length=25)(0)) == 25 and len(set(shuffled(10, 0, length=4)(0))) == 4
+
+
+def test_a_generator_depends_on_its_numbers_alone():
+    def draw(*numbers):
+        return torch.rand(3, generator=seeded(*numbers)).tolist()
+
+    torch.manual_seed(0)
+    first = draw(1, 2)
+    torch.rand(5)
+    assert draw(1, 2) == first
+    assert len({tuple(draw(*n)) for n in [(1, 2), (2, 1), (1,), (1, 2, 0), (1, 3), (0, 2)]}) == 6
+
+
+def test_sharding_comes_from_the_trainer():
+    assert sharding(None) == {}
+    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=3, logger=False, enable_checkpointing=False)
+    assert sharding(trainer) == {"world_size": 1, "rank": 0, "accumulate": 3}
