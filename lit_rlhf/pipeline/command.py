@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported
@@ -28,6 +29,8 @@ def main() -> None:
     """Run the command; a user's mistake ends it with one line and exit code 2."""
     register_resolvers()
     arguments = sys.argv[1:]
+    # Hydra's parser takes overrides in one piece only; people put -m anywhere.
+    sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
     if not any(a.split("=")[0] in HYDRAS_OWN for a in arguments) and is_main_process():
         try:
             check_arguments(arguments)
@@ -52,6 +55,18 @@ def check_arguments(arguments: list[str]) -> None:
             check_multirun(cfg)
         prepare(cfg)
         check_settings(cfg)
+        check_writable(Path(cfg.paths.runs))
+
+
+def check_writable(runs: Path) -> None:
+    """Raise ``UserError`` where no run could be kept; Hydra would say so with a traceback."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        writable = os.access(runs, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"paths.runs={runs}: this folder cannot be written to; choose another")
 
 
 def check_multirun(cfg: DictConfig) -> None:
@@ -126,9 +141,7 @@ def fail(error: Any, code: int = 2) -> None:
     sys.exit(code)
 
 
-def _output_dir() -> Any:
-    from pathlib import Path
-
+def _output_dir() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 

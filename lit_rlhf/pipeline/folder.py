@@ -85,7 +85,7 @@ class StageFolder:
 
     def check(self) -> bool:
         """Whether the stage is finished already; raises ``UserError`` where it was made by other settings."""
-        if self.overwrite or not (self.path / "config.yaml").is_file():
+        if self.overwrite or not self._has_results():
             return False
         before = self._comparable(read_yaml(self.path / "config.yaml"))
         now = self._comparable(self.settings)
@@ -111,6 +111,11 @@ class StageFolder:
                     f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
                 )
         return True
+
+    def _has_results(self) -> bool:
+        """Whether anything was reached: a start that failed before its first checkpoint binds nobody."""
+        reached = self.done is not None or self.checkpoint is not None or (self.path / "journal.jsonl").is_file()
+        return reached and (self.path / "config.yaml").is_file()
 
     def begin(self) -> None:
         """Make the folder and write down the settings."""
@@ -160,6 +165,12 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """(address, path) of the user's own files: what is not there should be said before the stages before it have run."""
+    paths = settings["data"].get("path")
+    return [(f"{stage}.data.path", path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+
+
 def fingerprint_of(path: Path) -> str | None:
     """Of a model folder's weights or a data file; None where there is nothing."""
     if path.is_dir():
@@ -173,15 +184,18 @@ def check_inputs(cfg: DictConfig) -> None:
     for name in names:
         coming = [str(Path(cfg.paths.run_dir) / earlier / "model") for earlier in names[: names.index(name)]]
         coming += [str(Path(cfg.paths.run_dir) / "data")] * ("preference" in names)
+        settings = resolved(cfg, name)
         missing = [
             (address, path)
-            for address, path in input_paths(name, resolved(cfg, name))
-            if path.startswith(str(cfg.paths.runs)) and not Path(path).exists()
+            for address, path in [*input_paths(name, settings), *_data_paths(name, settings)]
+            if not Path(path).exists() and (path.startswith((str(cfg.paths.runs), "/", ".")))
             if not any(path.startswith(start) for start in coming)
         ]
         if name == "evaluate":  # models that are not there are left out, but someone must answer
             missing = [m for m in missing if m[0] == "evaluate.policies.sft.path"]
         for address, path in missing:
+            if not path.startswith(str(cfg.paths.runs)):
+                raise UserError(f"{address}={path}: there is no such file or folder")
             made_by = next((s for s in STAGES if f"/{s}/" in f"{path}/"), "preference")
             raise UserError(
                 f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it by "

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from lit_rlhf.errors import UserError
@@ -139,16 +139,26 @@ def check_settings(cfg: DictConfig) -> None:
 
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
     """The settings of a stage as plain values; raises ``UserError`` where one that must be given is not."""
+    # Another group (model, tokenizer) may leave open what the stage takes from there.
+    missing = list(_missing(cfg))
     try:
         return OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True)
-    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
-        address = re.search(r"full_key: (\S+)", str(error))
-        missing = re.search(r"'([\w.]+)'\s*->|Missing mandatory value: ([\w.]+)", str(error))
-        key = (missing and (missing[1] or missing[2])) or (address and address[1]) or name
-        hint = f": {cfg.hint}" if cfg.hint else ""
-        raise UserError(f"{key} is not given{hint}. Give it as {key}=...") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+        if "issing mandatory value" not in str(error) and not isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+        own = [key for key in missing if key.startswith(f"{name}.")]
+        key = (own or missing)[0]
+        hint = f" ({cfg.hint})" if cfg.hint else ""
+        raise UserError(f"{key} is not given{hint}; give it as {key}=...") from None
+
+
+def _missing(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Addresses of the settings that are ??? in their own place."""
+    for key in node:
+        if OmegaConf.is_missing(node, key):
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
+            yield from _missing(node[key], f"{prefix}{key}.")
 
 
 def _check_node(node: Any, address: str) -> None:

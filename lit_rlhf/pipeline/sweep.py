@@ -93,11 +93,12 @@ def write_table(jobs: list[Job], path: Path) -> None:
     figures = dict.fromkeys(name for job in jobs for name in job.figures if ".by_kind." not in name)
     settings = dict.fromkeys(name for job in jobs for name in job.settings)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["job", "status", *settings, *figures, "error"], extrasaction="ignore")
+        writer = csv.DictWriter(file, ["job", "status", *settings, *(f for f in figures if f not in settings), "error"])
         writer.writeheader()
         for job in jobs:
             known = {"job": job.name, "status": job.status, "error": job.record.get("error", "")}
-            writer.writerow({**job.figures, **job.settings, **known})
+            shown = {name: value for name, value in job.figures.items() if name in figures}
+            writer.writerow({**shown, **job.settings, **known})
 
 
 def text_table(jobs: list[Job]) -> str:

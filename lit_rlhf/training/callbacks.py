@@ -49,6 +49,14 @@ class RandomState(Callback):
         if self._restored is not None and trainer.global_rank < len(self._restored["ranks"]):
             _set_random_state(self._restored["ranks"][trainer.global_rank])
 
+    # A validation draws nothing from what training will draw: on resuming, the one after the saved step is left out.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._training = _random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _set_random_state(self._training)
+
 
 def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
@@ -81,6 +89,7 @@ class LastCheckpoint(Callback):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_batches = every_n_batches
         self._interrupted = False
+        self._stopped = 0  # the batch after which the user's wish to stop was saved
         self._handler: Any = None
         self.earlier_seconds = 0.0  # of starts that were interrupted
         self._begun = time.perf_counter()
@@ -92,6 +101,7 @@ class LastCheckpoint(Callback):
         self.earlier_seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._interrupted, self._stopped = False, 0
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -101,13 +111,17 @@ class LastCheckpoint(Callback):
         # Between the micro-batches of one optimizer step nothing is saved: the gathered gradients would be lost.
         if batches % trainer.accumulate_grad_batches == 0 and (stop or batches % self.every_n_batches == 0):
             self._save(trainer)
-            if stop:
-                self._restore_handler()
-                raise Interrupted(f"stopped after step {batches}, which is saved; run the same command again to go on")
+            self._stopped = batches if stop else 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._raise_if_stopped()  # not sooner: what the saved step logs, and a validation after it, are written
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore_handler()
         self._save(trainer)
+        if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):  # also in a validation at the end
+            self._stopped = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self._raise_if_stopped()
+        self._restore_handler()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handler()
@@ -120,6 +134,11 @@ class LastCheckpoint(Callback):
                 temporary.replace(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            self._restore_handler()
+            raise Interrupted(f"stopped after step {self._stopped}, which is saved; run the same command again to go on")
 
     def _on_interrupt(self, *_: Any) -> None:
         if self._interrupted:  # pressed twice: now, without saving

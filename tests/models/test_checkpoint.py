@@ -90,7 +90,9 @@ def test_a_folder_is_never_half_removed(policy, tokenizer, tmp_path, monkeypatch
 
 def test_a_place_that_cannot_be_written(policy, tokenizer, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match=r"file/model: cannot be written \(Not a directory\); choose another paths\.runs"):
+    with pytest.raises(
+        UserError, match=r"file/model: cannot be written \(Not a directory\); choose another paths\.runs"
+    ):
         save_model(policy, tokenizer, tmp_path / "file" / "model")
 
 

@@ -114,9 +114,15 @@ def shaped(logits, temperature, top_k, top_p):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(8, 0.5), Sampling(8, 2.0), Sampling(8, top_k=5), Sampling(8, top_p=0.6), Sampling(8, 1.7, top_k=20, top_p=0.8)],
+    [
+        Sampling(8, temperature=0.5),
+        Sampling(8, temperature=2.0),
+        Sampling(8, top_k=5),
+        Sampling(8, top_p=0.6),
+        Sampling(8, temperature=1.7, top_k=20, top_p=0.8),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_logprobs_are_those_of_the_distribution_sampled_from(policy, prompts, sampling):
     responses = answer(policy, prompts, sampling)
     plain = answer(policy, prompts, Sampling(8))
@@ -147,7 +153,9 @@ def test_answers_are_drawn_from_the_exact_distribution(model_config):
             if first == eos:
                 expected[(eos,)] = rows[0, eos].item() * draws
             else:
-                expected |= {(first, second): (rows[0, first] * rows[1, second]).item() * draws for second in range(size)}
+                expected |= {
+                    (first, second): (rows[0, first] * rows[1, second]).item() * draws for second in range(size)
+                }
         counts = dict.fromkeys(expected, 0)
         for response in lists:
             counts[tuple(response)] += 1
@@ -169,6 +177,16 @@ def test_the_seed_decides(policy, prompts):
     assert not torch.equal(*default)
     torch.manual_seed(5)
     assert torch.equal(default[0], generate(policy, prompts, Sampling(10), eos_id=NO_END, pad_id=1).tokens)
+
+
+def test_an_answers_random_numbers_are_its_own(policy, prompts):
+    endless = answer(policy, prompts, Sampling(20))
+    eos = an_end(endless.tokens)
+    for row, response in zip(endless.tokens.tolist(), answer(policy, prompts, Sampling(20), eos_id=eos).token_lists()):
+        assert response == row[: len(response)]  # whenever others end
+    for rank in range(3):  # and whichever process has it
+        settings = {"eos_id": NO_END, "pad_id": 1, "shard": (rank, 3), "generator": Generator().manual_seed(0)}
+        assert torch.equal(generate(policy, prompts[rank::3], Sampling(20), **settings).tokens, endless.tokens[rank::3])
 
 
 def test_generation_stops_when_all_have_ended(policy, prompts):

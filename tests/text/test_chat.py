@@ -10,7 +10,10 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TURNS = "{% for m in messages %}{{ '[' + m['role'] + ']' + CONTENT }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TURNS = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + CONTENT }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def user(text):
@@ -120,7 +123,12 @@ def test_an_empty_answer_is_end_of_text(tokenizer):
 
 def test_nothing_to_encode(tokenizer):
     tokenizer.chat_template = ROLE_TEMPLATE
-    assert encode_prompts(tokenizer, []) == encode_responses(tokenizer, [], []) == encode_dialogues(tokenizer, [], []) == []
+    assert (
+        encode_prompts(tokenizer, [])
+        == encode_responses(tokenizer, [], [])
+        == encode_dialogues(tokenizer, [], [])
+        == []
+    )
 
 
 def test_a_tokenizer_with_roles_gets_the_role_template(tokenizer):

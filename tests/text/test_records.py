@@ -110,7 +110,10 @@ def test_ranking():
             ["a1\n\nHuman: more\n\nAssistant: x", "a1\n\nHuman: less\n\nAssistant: y"],
         ),
         (
-            {"chosen": "\n\nHuman: q\n\nAssistant: x\n\nHuman: more\n\nAssistant: z", "rejected": "\n\nHuman: q\n\nAssistant: y"},
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: x\n\nHuman: more\n\nAssistant: z",
+                "rejected": "\n\nHuman: q\n\nAssistant: y",
+            },
             PROMPT,
             ["x\n\nHuman: more\n\nAssistant: z", "y"],
         ),
@@ -174,14 +177,18 @@ def write_parquet(path, rows):
     Dataset.from_list(rows).to_parquet(str(path))
 
 
+def write_windows(path, rows):
+    path.write_bytes(("\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n").encode())
+
+
 WRITERS = {
     "x.jsonl": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8"),
     "raw.jsonl": write_jsonl,
-    "windows.jsonl": lambda path, rows: path.write_bytes("\r\n".join(["\ufeff" + json.dumps(rows[0]), *map(json.dumps, rows[1:]), ""]).encode()),
+    "windows.jsonl": write_windows,
     "x.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"),
     "x.CSV": write_csv,
     "x.parquet": write_parquet,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -212,7 +219,10 @@ def test_plain_text_is_one_record(tmp_path):
 
 
 def test_blank_lines_are_no_records(tmp_path):
-    assert load_records(write(tmp_path / "x.jsonl", '\n{"text": "a"}\n \n{"text": "b"}\n\n'), parse_text).records == ["a", "b"]
+    assert load_records(write(tmp_path / "x.jsonl", '\n{"text": "a"}\n \n{"text": "b"}\n\n'), parse_text).records == [
+        "a",
+        "b",
+    ]
     assert load_records(write(tmp_path / "x.csv", "text\na\n\nb\n"), parse_text).records == ["a", "b"]
 
 
@@ -249,13 +259,21 @@ def error(path, parse, on_bad_record="fail"):
         (parse_prompt, {"messages": [assistant("a")]}, "'messages' is []; a non-empty list of messages was expected"),
         (parse_prompt, {"messages": ["q"]}, "'messages' holds 'q'; each message needs 'role' and 'content'"),
         (parse_prompt, {"messages": [{"role": "user"}]}, "each message needs 'role' and 'content'"),
-        (parse_prompt, {"messages": [{"role": "bot", "content": "q"}]}, "has the role 'bot'; system, user or assistant was"),
+        (
+            parse_prompt,
+            {"messages": [{"role": "bot", "content": "q"}]},
+            "has the role 'bot'; system, user or assistant was",
+        ),
         (parse_prompt, {"messages": [{"content": "q"}]}, "has the role None; system, user or assistant was expected"),
         (parse_prompt, {"instruction": ""}, "'instruction' is ''; a non-empty string was expected"),
         (parse_prompt, {"instruction": "i", "input": 5}, "'input' is 5; a string was expected"),
         (parse_demonstration, {"prompt": "q"}, "no 'response', 'completion' or 'output' among its fields (prompt)"),
         (parse_demonstration, {"prompt": "q", "response": " "}, "'response' is ' '; a non-empty string was expected"),
-        (parse_demonstration, {"prompt": "q", "completion": None}, "'completion' is None; a non-empty string was expected"),
+        (
+            parse_demonstration,
+            {"prompt": "q", "completion": None},
+            "'completion' is None; a non-empty string was expected",
+        ),
         (parse_demonstration, {"messages": PROMPT}, "'messages' ends with a turn of the user"),
         (parse_ranking, {"prompt": "q"}, "no field 'responses' (it has prompt)"),
         (parse_ranking, {"prompt": "q", "responses": ["x", "y"]}, "no field 'ranks' (it has prompt, responses)"),
@@ -265,14 +283,30 @@ def error(path, parse, on_bad_record="fail"):
             {"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2]},
             "'ranks' has 2 entries for 3 responses. Give one rank a response (1 = best, ties allowed)",
         ),
-        (parse_ranking, {"prompt": "q", "responses": ["x"], "ranks": [1]}, "a list of two or more strings was expected"),
-        (parse_ranking, {"prompt": "q", "responses": "xy", "ranks": [1, 2]}, "'responses' is 'xy'; a list of two or more"),
-        (parse_ranking, {"prompt": "q", "responses": ["x", "y"], "ranks": [0, 1]}, "'ranks' is [0, 1]; whole numbers from 1"),
+        (
+            parse_ranking,
+            {"prompt": "q", "responses": ["x"], "ranks": [1]},
+            "a list of two or more strings was expected",
+        ),
+        (
+            parse_ranking,
+            {"prompt": "q", "responses": "xy", "ranks": [1, 2]},
+            "'responses' is 'xy'; a list of two or more",
+        ),
+        (
+            parse_ranking,
+            {"prompt": "q", "responses": ["x", "y"], "ranks": [0, 1]},
+            "'ranks' is [0, 1]; whole numbers from 1",
+        ),
         (parse_ranking, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 1.5]}, "whole numbers from 1 (best) up"),
         (parse_ranking, {"prompt": "q", "responses": ["x", "y"], "ranks": [True, 2]}, "whole numbers from 1 (best) up"),
         (parse_ranking, {"prompt": "q", "chosen": "x"}, "no field 'rejected' (it has prompt, chosen)"),
         (parse_ranking, {"prompt": "q", "rejected": "x"}, "no field 'chosen' (it has prompt, rejected)"),
-        (parse_ranking, {"prompt": "q", "chosen": "x", "rejected": 5}, "'rejected' is 5; an answer or messages were expected"),
+        (
+            parse_ranking,
+            {"prompt": "q", "chosen": "x", "rejected": 5},
+            "'rejected' is 5; an answer or messages were expected",
+        ),
         (parse_ranking, {"chosen": "x", "rejected": "y"}, "no 'prompt', and 'chosen' is 'x', not a transcript"),
         (parse_ranking, {"chosen": "Human: a\n\nAssistant: b", "rejected": "y"}, "'rejected' is 'y', not a transcript"),
         (
@@ -280,7 +314,11 @@ def error(path, parse, on_bad_record="fail"):
             {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: x"},
             "do not begin with the same turn of the user",
         ),
-        (parse_ranking, {"chosen": "Assistant:", "rejected": "Assistant:"}, "do not begin with the same turn of the user"),
+        (
+            parse_ranking,
+            {"chosen": "Assistant:", "rejected": "Assistant:"},
+            "do not begin with the same turn of the user",
+        ),
         (parse_ranking, {"chosen": [*PROMPT, user("x")], "rejected": [*PROMPT, user("y")]}, "and an answer to it"),
         (
             parse_ranking,
@@ -326,7 +364,9 @@ def test_half_an_emoji(tmp_path):
 
 def test_bad_csv(tmp_path):
     path = write(tmp_path / "x.csv", "prompt,response\na,b\nc\n")
-    assert error(path, parse_demonstration).startswith(f"{path}:3: not as many fields as the header (['prompt', 'response'])")
+    assert error(path, parse_demonstration).startswith(
+        f"{path}:3: not as many fields as the header (['prompt', 'response'])"
+    )
     path = write(tmp_path / "y.csv", "prompt,response\na,b,c\n")
     assert error(path, parse_demonstration).startswith(f"{path}:2: not as many fields")
     path = write(tmp_path / "z.csv", 'prompt,response\na,b\nc,"never closed\nd,e\nf,g\n')
@@ -359,7 +399,9 @@ def test_no_valid_record(tmp_path):
 
 
 def test_no_such_file(tmp_path):
-    assert error(tmp_path / "x.jsonl", parse_text).startswith(f"{tmp_path / 'x.jsonl'}: no such file (the current folder is ")
+    assert error(tmp_path / "x.jsonl", parse_text).startswith(
+        f"{tmp_path / 'x.jsonl'}: no such file (the current folder is "
+    )
     assert error("data/x.jsonl", parse_text).startswith("data/x.jsonl: no such file")  # no Hub name: it has a suffix
     assert error(tmp_path, parse_text).startswith(f"{tmp_path}: is a folder; a file was expected")
     path = write(tmp_path / "x.xlsx", "a")
@@ -397,7 +439,9 @@ def test_the_split_depends_on_the_prompt_and_the_seed_alone():
     side = {prompt_key(p): "train" for p in train} | {prompt_key(p): "held out" for p in held_out}
     assert {side[prompt_key(p)] for p in train2} == {"train"}
     assert {side[prompt_key(p)] for p in held_out2} == {"held out"}
-    assert train + held_out != everything and sorted(map(prompt_key, train + held_out)) == sorted(map(prompt_key, everything))
+    assert train + held_out != everything and sorted(map(prompt_key, train + held_out)) == sorted(
+        map(prompt_key, everything)
+    )
     assert 150 < len(held_out) < 250  # 200 expected, standard deviation 13
     other = split_by_prompt(everything, lambda p: p, 0.1, seed=4)[1]
     assert sum(p in held_out for p in other) < 50  # 20 expected
@@ -410,7 +454,20 @@ def test_a_larger_fraction_holds_out_the_same_prompts_and_more():
 
 
 def test_a_known_prompt_stays_on_its_side():  # across processes and versions: runs are resumed
-    assert [is_held_out(p, 0.25, seed=1) for p in prompts(12)] == [False, True, False, False, False, False, False, False, False, False, False, True]
+    assert [is_held_out(p, 0.25, seed=1) for p in prompts(12)] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_too_few_records_to_split():

@@ -79,12 +79,12 @@ class At(Callback):
         self.batch -= 1
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 def kill():
-    raise Killed
+    raise KilledError
 
 
 def press_ctrl_c():
@@ -144,7 +144,7 @@ def test_the_noise_is_felt(uninterrupted, tmp_path):
 @pytest.mark.parametrize("batch", [0, 3, 4, 5, 8, 11, 12, 13, 20, 23, 24, 25, 37, 39])
 @pytest.mark.parametrize("every", [1, 4, 12])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, uninterrupted, batch, every):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(tmp_path, At(batch, kill), every=every)
     assert (tmp_path / "last.ckpt").exists() == (batch >= max(every, 2))
     saved = batch // every * every // 2 * 2 if every > 1 else batch // 2 * 2
@@ -156,7 +156,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, uninterrupted, batc
 
 def test_resumed_many_times(tmp_path, uninterrupted):
     for start in range(6):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             fit(tmp_path, At(6, kill), every=2, seed=start)
     module, trainer = fit(tmp_path, every=2, seed=99)
     assert len(module.seen) == 2 * STEPS - 6 * 6
@@ -168,7 +168,9 @@ def test_resumed_many_times(tmp_path, uninterrupted):
 def test_ctrl_c_saves_says_so_and_is_resumed_exactly(tmp_path, uninterrupted, batch):
     handler = signal.getsignal(signal.SIGINT)
     done = batch // 2 * 2 + 2  # the step that has begun is brought to its end
-    with pytest.raises(Interrupted, match=f"stopped after step {done}, which is saved; run the same command again to go on"):
+    with pytest.raises(
+        Interrupted, match=f"stopped after step {done}, which is saved; run the same command again to go on"
+    ):
         fit(tmp_path, At(batch, press_ctrl_c), every=1000)
     assert signal.getsignal(signal.SIGINT) is handler
     module, _ = fit(tmp_path, every=1000, seed=99)
@@ -177,6 +179,18 @@ def test_ctrl_c_saves_says_so_and_is_resumed_exactly(tmp_path, uninterrupted, ba
         assert_like_uninterrupted(tmp_path, module, uninterrupted)
     else:
         assert equal(weights(module), weights(uninterrupted[1]))
+
+
+def test_ctrl_c_in_the_last_validation_is_not_lost(tmp_path, uninterrupted):
+    class InValidation(Callback):
+        def on_validation_start(self, trainer, module):
+            if trainer.global_step == STEPS:
+                press_ctrl_c()
+
+    with pytest.raises(Interrupted, match=f"stopped after step {2 * STEPS},"):
+        fit(tmp_path, InValidation(), val_check_interval=STEPS)
+    module, _ = fit(tmp_path)
+    assert module.seen == [] and equal(weights(module), weights(uninterrupted[1]))
 
 
 def test_ctrl_c_without_accumulation_stops_after_the_batch(tmp_path):
@@ -266,7 +280,13 @@ def test_the_seconds_of_earlier_starts_are_kept(tmp_path, monkeypatch):
 
 def test_random_state_restores_all_three_generators(tmp_path):
     def draw():
-        return [torch.rand(2).tolist(), torch.randn(3).tolist(), random.random(), random.gauss(0, 1), np.random.randn(3).tolist()]
+        return [
+            torch.rand(2).tolist(),
+            torch.randn(3).tolist(),
+            random.random(),
+            random.gauss(0, 1),
+            np.random.randn(3).tolist(),
+        ]
 
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     draw()
@@ -339,7 +359,9 @@ class ByHand(Noisy):
             optimizer.step()
 
 
-@pytest.mark.parametrize("what", ["the loss is nan", "the gradient of 1 parameters is not finite, layer.2.bias among them"])
+@pytest.mark.parametrize(
+    "what", ["the loss is nan", "the gradient of 1 parameters is not finite, layer.2.bias among them"]
+)
 def test_training_by_hand_stops_too(tmp_path, what):
     module = ByHand(None)
     bias = module.layer[2].bias
@@ -378,7 +400,9 @@ def test_text_samples_are_written_and_shown(tmp_path, capsys):
 
 def test_the_progress_bar_names_the_stage(capsys):
     module = Noisy()
-    module.log = lambda name, value, **settings: LightningModule.log(module, f"sft/{name}", value, prog_bar=True, **settings)
+    module.log = lambda name, value, **settings: LightningModule.log(
+        module, f"sft/{name}", value, prog_bar=True, **settings
+    )
     make_trainer("cpu", max_steps=6, logger=False, callbacks=[StageProgressBar("sft", 1)]).fit(module)
     shown = "".join(capsys.readouterr())
-    assert "sft: 100%" in shown and ", loss=" in shown and "sft/loss" not in shown and "Epoch" not in shown
+    assert "sft: 100%" in shown and ", loss=" in shown and "sft/loss" not in shown

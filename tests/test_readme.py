@@ -1,0 +1,150 @@
+"""What the README and the pages beside it say is true: commands compose, CI runs README's tests, links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.settings import check_settings, compose_settings, sweep_jobs
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/metrics.md", "docs/world.md")]
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """The arguments of each `lit-rlhf ...` in the README."""
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["lit-rlhf"]]
+
+
+def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """(options with their values, overrides)."""
+    options, overrides, rest = {}, [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--cfg", "--package", "--config-dir"):
+            options[word] = rest.pop(0)
+        elif word.startswith("-"):
+            options[word] = ""
+        else:
+            overrides.append(word)
+    return options, overrides
+
+
+def test_there_are_commands():
+    assert len(commands()) > 15
+    assert [] in commands()  # the quickstart
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_command_composes(arguments, tmp_path, monkeypatch):
+    """Settings exist and are of the right type and range; the files that a command names are placeholders."""
+    monkeypatch.chdir(tmp_path)
+    register_resolvers()
+    options, overrides = split_options(arguments)
+    if "--config-dir" in options:  # the user's own annotator; the world's stands in for it
+        own = tmp_path / options["--config-dir"] / "preference/annotator/mine.yaml"
+        own.parent.mkdir(parents=True)
+        own.write_text((ROOT / "conf/preference/annotator/world.yaml").read_text())
+        overrides.append(f"hydra.searchpath=[file://{own.parent.parent.parent}]")
+    for job in sweep_jobs(overrides) if "-m" in options else [overrides]:
+        cfg = compose_settings(job)
+        remember_world(cfg)
+        check_settings(cfg)
+
+
+def test_options_stand_before_overrides_where_hydra_wants_it():
+    """Hydra's parser refuses overrides on both sides of an option; --cfg and --package may come last."""
+    for arguments in commands():
+        for option in ("-m", "--config-dir"):
+            assert option not in arguments or arguments.index(option) == 0
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python_block_is_python(source):
+    ast.parse(source)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith("http")]
+    for target in filter(None, targets):
+        assert (page.parent / target).exists(), target
+
+
+def test_command() -> None:
+    """`test_command`: two blocks set everything up; the second is the tests, in the brackets that CI looks for."""
+    fresh = [block for block in blocks("bash") if "python3 -m venv" in block]
+    assert [block.splitlines()[-1] for block in fresh] == ["lit-rlhf", "python -m pytest"]
+    assert all("pip install -c constraints/cpu.txt" in block for block in fresh)
+    marked = re.search(r"<!-- test command -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert marked and blocks("bash", marked[1]) == fresh[1:]
+
+
+def test_ci_runs_the_readmes_test_command(tmp_path):
+    """The first lines of .ci/run read the block from the README; its last line runs what the block ends with."""
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    head, _, rest = script.partition("rm -rf .venv-ci")
+    copy = tmp_path / ".ci/run"
+    copy.parent.mkdir()
+    copy.write_text(head + 'printf \'%s\\n\' "$setup" "$tests"\n')
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    read = subprocess.run(["bash", str(copy)], capture_output=True, text=True, check=True).stdout
+    [block] = [b for b in blocks("bash") if b.endswith("python -m pytest\n")]
+    assert read == block.replace(".venv", ".venv-ci")
+    assert 'eval "$setup"' in rest
+    assert rest.rstrip().splitlines()[-1] == 'eval "$tests"'
+    assert script.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in script
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_workflow_runs_the_same_tests_on_every_python():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    steps = [step.get("run", "") for step in jobs["tests"]["steps"]]
+    assert "python -m pytest" in steps
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert jobs["tests"]["strategy"]["matrix"]["python-version"] == versions
+
+
+def test_constraints_pin_what_the_project_asks_for():
+    lines = (ROOT / "constraints/cpu.txt").read_text().splitlines()
+    pins = {
+        r.name.lower(): r for r in map(Requirement, filter(None, (line.partition("#")[0].strip() for line in lines)))
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["dev"]]):
+        pin = pins[wanted.name.lower()]
+        [exact] = pin.specifier
+        assert exact.operator == "==" and wanted.specifier.contains(exact.version), wanted
+
+
+def test_every_metric_is_defined():
+    """Each name that a stage logs stands in docs/metrics.md, and the page names no other."""
+    sources = {path.parent.name: path.read_text() for path in (ROOT / "lit_rlhf/stages").glob("*/module.py")}
+    logged = {
+        name for text in sources.values() for name in re.findall(r'"((?:val/)?(?:pretrain|sft|reward|ppo)/\w+)"', text)
+    }
+    [update] = [n for n in ast.walk(ast.parse(sources["ppo"])) if isinstance(n, ast.FunctionDef) and n.name == "update"]
+    [returned] = [n.value for n in ast.walk(update) if isinstance(n, ast.Return)]
+    logged |= {f"ppo/{key.value}" for key in returned.keys}  # logged under "ppo/" as means over the updates
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    defined = set(re.findall(r"^\| `((?:val/)?\w+/\w+)` \|", page, re.MULTILINE))
+    assert defined == logged
