@@ -1,4 +1,4 @@
-"""What the README and the pages beside it say is true: commands compose, CI runs README's tests, links lead somewhere."""
+"""What README and docs say is true: commands compose, CI runs the README's tests, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_command() -> None:
-    """`test_command`: two blocks set everything up; the second is the tests, in the brackets that CI looks for."""
+def test_two_blocks_set_everything_up():
+    """One for the main job, one for the tests; the latter between the marks that .ci/run looks for."""
     fresh = [block for block in blocks("bash") if "python3 -m venv" in block]
     assert [block.splitlines()[-1] for block in fresh] == ["lit-rlhf", "python -m pytest"]
     assert all("pip install -c constraints/cpu.txt" in block for block in fresh)

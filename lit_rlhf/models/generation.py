@@ -92,11 +92,13 @@ def generate(
     alive = torch.arange(batch, device=device)  # rows of the output that are still being written
     cache = DynamicCache(config=model.config)
     positions = position_ids(mask)
+    # Elsewhere transformers makes it: eager attention adds numbers, and a sliding window sees less.
+    own_mask = model.config._attn_implementation == "sdpa" and getattr(model.config, "sliding_window", None) is None
     used = steps
     for step in range(steps):
         hidden = model.base_model(
             input_ids=tokens,
-            attention_mask=_step_mask(mask, tokens.shape[1]),
+            attention_mask=_step_mask(mask, tokens.shape[1]) if own_mask else mask.long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

@@ -59,6 +59,7 @@ class PromptDataModule(LightningDataModule):
         limit_held_out: at most so many of them; None keeps all.
         split_seed: which prompts are held out; the same in every stage.
         seed: order of the prompts.
+        limit: train on at most so many prompts, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
@@ -76,9 +77,11 @@ class PromptDataModule(LightningDataModule):
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
     ) -> None:
         super().__init__()
+        self.limit = limit
         self.path, self.tokenizer = path, tokenizer
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
         self.held_out, self.limit_held_out = held_out, limit_held_out
@@ -99,7 +102,7 @@ class PromptDataModule(LightningDataModule):
         if self.train_prompts:
             return
         train, held_out = self.records()
-        self.train_prompts = self._encode(train, False)
+        self.train_prompts = self._encode(train[: self.limit], False)
         self.held_out_prompts = self._encode(spread(held_out, self.limit_held_out), True)
         if not self.train_prompts or not self.held_out_prompts:
             raise UserError(
@@ -143,10 +146,12 @@ class WorldPromptDataModule(PromptDataModule):
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            "world", tokenizer, batch_size=batch_size, limit_held_out=limit_held_out, split_seed=split_seed, seed=seed
-        )
+            "world", tokenizer, batch_size=batch_size, limit_held_out=limit_held_out, split_seed=split_seed, seed=seed,
+            limit=limit,
+        )  # fmt: skip
         self.world, self.prompts = world, prompts
         self.judge = world
 

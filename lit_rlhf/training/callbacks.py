@@ -80,7 +80,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class LastCheckpoint(Callback):
-    """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and when the user presses Ctrl-C.
+    """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and on Ctrl-C or SIGTERM.
 
     Always after a whole step, so that what is resumed is what an uninterrupted run had there. The file is written under
     another name and renamed, so a kill in the middle leaves the one before."""
@@ -90,7 +90,7 @@ class LastCheckpoint(Callback):
         self.every_n_batches = every_n_batches
         self._interrupted = False
         self._stopped = 0  # the batch after which the user's wish to stop was saved
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
         self.earlier_seconds = 0.0  # of starts that were interrupted
         self._begun = time.perf_counter()
 
@@ -103,7 +103,8 @@ class LastCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._interrupted, self._stopped = False, 0
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+            # SIGTERM too: a cluster that takes its machine back sends it, and Lightning only notes it down.
+            self._handlers = {s: signal.signal(s, self._on_interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -146,9 +147,9 @@ class LastCheckpoint(Callback):
         self._interrupted = True
 
     def _restore_handler(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
 
 class StopOnNonFinite(Callback):

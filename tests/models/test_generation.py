@@ -55,6 +55,23 @@ def test_greedy_is_that_of_transformers(policy, prompts):
     assert found.finished.tolist() == [eos in row for row in expected.tolist()]
 
 
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+@pytest.mark.parametrize("kind", ["eager attention", "sliding window"])
+def test_greedy_with_another_kind_of_attention(policy, model_config, prompts, tokenizer, kind):
+    if kind == "sliding window":
+        policy = policy_from_config({**model_config, "model_type": "mistral", "sliding_window": 6}, tokenizer).eval()
+    else:
+        policy.set_attn_implementation("eager")
+    policy.generation_config.eos_token_id = None
+    tokens, mask = left_pad(prompts, 1)
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 1}
+    expected = policy.generate(tokens, attention_mask=mask.long(), **settings)[:, tokens.shape[1] :]
+    assert torch.equal(answer(policy, prompts, Sampling(12).greedy()).tokens, expected)
+    eos = an_end(expected)
+    for row, response in zip(expected.tolist(), answer(policy, prompts, Sampling(12, 0), eos_id=eos).token_lists()):
+        assert response == row[: len(response)]
+
+
 def test_answers_that_end_leave_the_batch_without_changing_the_others(policy, prompts):
     endless = answer(policy, prompts, Sampling(20).greedy())
     eos = an_end(endless.tokens)

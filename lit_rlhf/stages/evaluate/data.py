@@ -7,7 +7,7 @@ from lit_rlhf.training import BatchLoader
 
 
 class EvaluateDataModule(PromptDataModule):
-    """The held-out prompts of a file."""
+    """The held-out prompts of a file; arguments as in :class:`PromptDataModule`."""
 
     def test_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader(self.held_out_prompts)

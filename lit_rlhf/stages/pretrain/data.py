@@ -48,6 +48,7 @@ class PretrainDataModule(LightningDataModule):
         batch_size: rows a process and step (B).
         held_out: fraction of each source's end that is kept for validation (of its documents; of a single one, its text).
         seed: order and offsets of the rows.
+        limit: at most so many documents of each source, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
@@ -61,9 +62,11 @@ class PretrainDataModule(LightningDataModule):
         batch_size: Annotated[int, Field(ge=1)] = 16,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
     ) -> None:
         super().__init__()
+        self.limit = limit
         self.paths = [path] if isinstance(path, str) else list(path)
         self._tokenizer = tokenizer
         self.weights = weights
@@ -83,7 +86,7 @@ class PretrainDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_streams:
             return
-        sources = self.sources()
+        sources = [documents[: self.limit] for documents in self.sources()]
         # The tokenizer sees all text, so that every character of the validation text can be written with it.
         self.tokenizer = (
             self._tokenizer
@@ -169,9 +172,10 @@ class WorldPretrainDataModule(PretrainDataModule):
         batch_size: Annotated[int, Field(ge=1)] = 16,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            "world", tokenizer, block_size=block_size, batch_size=batch_size, held_out=held_out, seed=seed
+            "world", tokenizer, block_size=block_size, batch_size=batch_size, held_out=held_out, seed=seed, limit=limit
         )
         self.world, self.documents, self.split_seed = world, documents, split_seed
 

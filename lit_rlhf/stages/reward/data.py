@@ -61,6 +61,7 @@ class RewardDataModule(LightningDataModule):
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
         seed: order of the prompts.
+        limit: train on at most so many rankings, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
@@ -79,9 +80,11 @@ class RewardDataModule(LightningDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
     ) -> None:
         super().__init__()
+        self.limit = limit
         self.path, self._tokenizer, self.demonstrations = path, tokenizer, demonstrations
         self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
         self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
@@ -114,7 +117,7 @@ class RewardDataModule(LightningDataModule):
             else self._tokenizer(_texts(self.train_rankings))
         )
         ensure_chat_template(self.tokenizer)
-        self.train_set = self._encode(self.train_rankings)
+        self.train_set = self._encode(self.train_rankings[: self.limit])
         self.val_set = self._encode(self.val_rankings, graded=True)
         answers = self.demonstration_answers(self.train_rankings)[:1000]
         prompts, texts = [list(column) for column in zip(*answers)]
@@ -187,9 +190,10 @@ class WorldRewardDataModule(RewardDataModule):
         row_length: Annotated[int, Field(ge=2)] = 128,
         split_seed: int = 0,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            path, tokenizer, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed
+            path, tokenizer, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed, limit=limit
         )
         self.world = world
         self.judge = world

@@ -49,6 +49,7 @@ class SFTDataModule(LightningDataModule):
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
         seed: order of the dialogues.
+        limit: train on at most so many dialogues, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
@@ -65,9 +66,11 @@ class SFTDataModule(LightningDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
     ) -> None:
         super().__init__()
+        self.limit = limit
         self.path, self._tokenizer = path, tokenizer
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
         self.packing, self.row_length = packing, row_length
@@ -94,7 +97,7 @@ class SFTDataModule(LightningDataModule):
         )
         ensure_chat_template(self.tokenizer)
         self.sample_prompts = [record.messages[:-1] for record in held_out[:4]]
-        self.train_set, self.val_set = self._encode(train), self._encode(held_out)
+        self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out[: self.limit])
         if not self.train_set or not self.val_set:
             raise UserError(f"{self.path}: {self.long} dialogues are longer than sft.data.max_length={self.max_length}")
 
@@ -160,11 +163,12 @@ class WorldSFTDataModule(SFTDataModule):
         row_length: Annotated[int, Field(ge=2)] = 128,
         split_seed: int = 0,
         seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
             "world", tokenizer, batch_size=batch_size, packing=packing, row_length=row_length, split_seed=split_seed,
-            seed=seed,
-        )
+            seed=seed, limit=limit,
+        )  # fmt: skip
         self.world, self.demonstrations = world, demonstrations
 
     def records(self) -> tuple[list[Demonstration], list[Demonstration]]:

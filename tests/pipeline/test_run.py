@@ -1,0 +1,216 @@
+"""The command, as a user types it."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from lit_rlhf.training import read_metrics
+
+STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
+    """A finished run that may be changed."""
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    return tmp_path / "runs" / "quickstart"
+
+
+def test_run_folder_holds_what_it_promises(finished_run):
+    run = finished_run / "runs" / "quickstart"
+    for stage in STAGES:
+        assert {"config.yaml", "done.json"} <= {f.name for f in (run / stage).iterdir()}
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        names = {f.name for f in (run / stage).iterdir()}
+        assert {"model", "checkpoints", "metrics.csv"} <= names
+        assert (run / stage / "checkpoints" / "last.ckpt").is_file()
+        assert (run / stage / "model" / "model.safetensors").is_file()
+        assert (run / stage / "model" / "chat_template.jinja").is_file()
+    assert (run / "data" / "rankings-0.jsonl").is_file()
+    assert (run / "report.html").is_file()
+    assert not [f for f in run.rglob("*.tmp")]
+    for stage in ("pretrain", "sft", "ppo", "evaluate"):
+        assert (run / stage / "samples.jsonl").is_file()
+
+
+def test_summary_holds_the_headline_figures(finished_run):
+    summary = json.loads((finished_run / "runs" / "quickstart" / "summary.json").read_text())
+    assert summary["seed"] == 0
+    assert set(summary["seconds"]) == {*STAGES, "total"}
+    assert {"val_loss_first", "val_loss", "tokens"} <= set(summary["pretrain"])
+    assert summary["pretrain"]["val_loss"] < summary["pretrain"]["val_loss_first"]
+    assert "val_loss" in summary["sft"]
+    assert {"val_accuracy", "gold_accuracy"} <= set(summary["reward"])
+    assert {"score_first", "score_last", "kl", "entropy", "episodes"} <= set(summary["ppo"])
+    for name in ("base", "sft", "ppo"):
+        assert {"gold", "correct", "polite", "words", "entropy"} <= set(summary["evaluate"]["models"][name])
+    assert 0 <= summary["evaluate"]["models"]["sft"]["greedy_right"] <= 1
+    for versus in ("sft_vs_base", "ppo_vs_sft"):
+        rate = summary["evaluate"]["win_rate"][versus]
+        assert rate["low"] <= rate["mean"] <= rate["high"]
+        assert (rate["n"], rate["prompts"]) == (32, 16)
+    assert "best_of_n" in summary["evaluate"]
+
+
+def test_metrics_have_their_fixed_names(finished_run):
+    run = finished_run / "runs" / "quickstart"
+    names = {stage: {n for row in read_metrics(run / stage / "metrics.csv").values() for n in row}
+             for stage in ("pretrain", "sft", "reward", "ppo")}  # fmt: skip
+    assert {"val/pretrain/loss"} <= names["pretrain"]
+    assert {"val/reward/accuracy", "val/reward/gold_accuracy"} <= names["reward"]
+    assert {"ppo/score", "ppo/reward", "ppo/kl", "ppo/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/entropy",
+            "ppo/clip_fraction", "ppo/explained_variance", "val/ppo/win_rate"} <= names["ppo"]  # fmt: skip
+
+
+def test_same_command_again_skips_what_is_finished(lit_rlhf, run_copy):
+    before = (run_copy / "sft" / "done.json").read_text()
+    said = lit_rlhf().stdout
+    assert said.count("finished already") == 6
+    assert (run_copy / "sft" / "done.json").read_text() == before
+
+
+def test_changed_settings_are_named_and_nothing_is_lost(lit_rlhf, run_copy):
+    done = lit_rlhf("ppo.module.kl_coef=0.5", check=False)
+    assert done.returncode == 2
+    assert "ppo.module.kl_coef was 0.1, now 0.5" in done.stderr
+    assert "from_run=quickstart" in done.stderr and "overwrite=true" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (run_copy / "ppo" / "done.json").is_file()
+
+
+def test_another_run_starts_from_the_models_of_the_first(lit_rlhf, run_copy):
+    lit_rlhf("stage=ppo", "run=other", "from_run=quickstart", "ppo.module.kl_coef=0.5", "seed=7")
+    other = run_copy.parent / "other"
+    settings = yaml.safe_load((other / "ppo" / "config.yaml").read_text())
+    assert settings["world"]["seed"] == 0  # the questions stay those of the first run
+    assert settings["ppo"]["seed"] == 7
+    assert sorted(f.name for f in other.iterdir()) == ["ppo", "report.html", "summary.json"]
+
+
+def test_overwritten_upstream_is_noticed(lit_rlhf, run_copy):
+    lit_rlhf("stage=sft", "overwrite=true", "sft.optimizer.lr=5e-3")
+    done = lit_rlhf("stage=preference", check=False)
+    assert done.returncode == 2
+    assert "was made from another sft" in done.stderr
+
+
+def test_missing_upstream_says_what_to_run(lit_rlhf):
+    done = lit_rlhf("stage=ppo", check=False)
+    assert done.returncode == 2
+    assert "Run stage=sft first" in done.stderr and "ppo.policy.path=" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unwritable_folder(lit_rlhf, tmp_path):
+    (tmp_path / "file").touch()
+    done = lit_rlhf("paths.runs=file", check=False)
+    assert (done.returncode, "cannot be written to" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_stopped_run_goes_on_to_the_same_weights(lit_rlhf, run_copy, finished_run, same_weights, stage, how):
+    shutil.rmtree(run_copy / stage)
+    more = ["sft.trainer.max_epochs=40", "ppo.trainer.limit_train_batches=40"]
+    process = subprocess.Popen(
+        lit_rlhf.command(f"stage={stage}", "run=stopped", "from_run=quickstart", *more), cwd=run_copy.parents[1],
+        env=lit_rlhf.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = run_copy.parent / "stopped" / stage
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").is_file() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not (folder / "done.json").exists()
+    if how == signal.SIGINT:
+        assert "run the same command again" in said and "Traceback" not in said
+    again = lit_rlhf(f"stage={stage}", "run=stopped", "from_run=quickstart", *more)
+    assert "goes on from" in again.stdout
+    lit_rlhf(f"stage={stage}", "run=whole", "from_run=quickstart", *more)
+    assert same_weights(folder, run_copy.parent / "whole" / stage)
+    whole = read_metrics(run_copy.parent / "whole" / stage / "metrics.csv")
+    assert read_metrics(folder / "metrics.csv") == whole
+
+
+def test_sweep_ends_in_one_table(lit_rlhf, run_copy):
+    said = lit_rlhf("-m", "stage=ppo", "ppo.module.kl_coef=0.02,0.1", "seed=1,2").stdout
+    folder = next((run_copy / "sweeps").iterdir())
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert [(r["ppo.module.kl_coef"], r["seed"], r["status"]) for r in rows] == [
+        (kl, seed, "done") for kl in ("0.02", "0.1") for seed in ("1", "2")
+    ]
+    assert all(0 <= float(r["ppo.win_rate.mean"]) <= 1 for r in rows)
+    assert (folder / "sweep.png").stat().st_size > 5000
+    assert "ppo.win_rate.mean" in said
+    for job in range(4):
+        assert (folder / str(job) / "ppo" / "model" / "model.safetensors").is_file()
+    assert not (run_copy / "ppo" / "config.yaml.tmp").exists()
+
+
+def test_failed_job_is_named_and_takes_nobody_along(lit_rlhf, run_copy):
+    done = lit_rlhf("-m", "stage=ppo", "ppo.optimizer.lr=1e-4,1e30", check=False)
+    folder = next((run_copy / "sweeps").iterdir())
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert [r["status"] for r in rows] == ["done", "failed"]
+    assert done.returncode == 1
+    assert "job 1 (" in done.stdout and "1e30" in done.stdout
+
+
+def test_objective_is_what_a_sweeper_gets(lit_rlhf, run_copy):
+    lit_rlhf("-m", "stage=ppo", "seed=1", "objective=ppo.kl")
+    job = json.loads(next((run_copy / "sweeps").glob("*/0/job.json")).read_text())
+    summary = json.loads(next((run_copy / "sweeps").glob("*/0/summary.json")).read_text())
+    assert (job["objective"], job["value"]) == ("ppo.kl", summary["ppo"]["kl"])
+
+
+def test_ddp_under_multirun_is_refused_with_the_way_out(lit_rlhf):
+    done = lit_rlhf("-m", "stage=sft", "seed=1,2", "trainer=ddp", check=False)
+    assert done.returncode == 2
+    assert "trainer.devices=1" in done.stderr
+
+
+def test_diverged_training_keeps_the_last_good_checkpoint(lit_rlhf, run_copy):
+    settings = ["stage=sft", "run=hot", "from_run=quickstart", "sft.optimizer.lr=1e30"]
+    done = lit_rlhf(*settings, "sft.trainer.max_epochs=20", check=False)
+    assert done.returncode == 2
+    assert "sft: at step" in done.stderr and "stopped before the weights changed" in done.stderr
+    assert not (run_copy.parent / "hot" / "sft" / "model").exists()
+
+
+def test_wandb_writes_an_offline_run(lit_rlhf, run_copy):
+    lit_rlhf("stage=sft", "run=logged", "from_run=quickstart", "logger=wandb")
+    assert list((run_copy.parent / "logged" / "sft" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_file_that_is_not_there_is_said_before_the_stages_before_it_run(lit_rlhf, tmp_path):
+    done = lit_rlhf("sft/data=jsonl", "sft.data.path=./nowhere.jsonl", check=False)
+    assert done.returncode == 2
+    assert "nowhere.jsonl" in done.stderr
+    assert not (tmp_path / "runs" / "quickstart" / "pretrain").exists()
+
+
+def test_own_prompts_without_a_gold_judge_report_the_proxy(lit_rlhf, run_copy):
+    prompts = run_copy.parents[1] / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {j}?"}) + "\n" for i in range(8) for j in range(8)))
+    lit_rlhf(
+        "stage=[ppo,evaluate]", "run=own", "from_run=quickstart", "ppo/data=jsonl", f"ppo.data.path={prompts}",
+        "evaluate/data=jsonl", f"evaluate.data.path={prompts}",
+    )  # fmt: skip
+    summary = json.loads((run_copy.parent / "own" / "summary.json").read_text())
+    assert summary["evaluate"]["judge"] == "reward model (proxy)"
+    assert summary["evaluate"]["models"]["ppo"]["gold"] is None
+    assert summary["ppo"]["gold"] is None
+
+
+def test_module_can_be_run_from_anywhere(lit_rlhf, tmp_path):
+    assert "lit-rlhf" in lit_rlhf("stage=nothing", check=False, cwd=tmp_path).stderr

@@ -1,0 +1,132 @@
+"""Every option composes, and every mistake is one line that says what to do."""
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.settings import STAGES, check_settings, compose_settings, conf_dir, stages_of, sweep_jobs
+
+register_resolvers()
+CONF = conf_dir()
+FILL = [  # what a user must give
+    "pretrain.data.path=a.txt", "sft.data.path=a.jsonl", "preference.data.path=a.jsonl", "ppo.data.path=a.jsonl",
+    "evaluate.data.path=a.jsonl", "tokenizer.path=folder", "model.path=folder", "reward.data.path=a.jsonl",
+]  # fmt: skip
+
+
+def checked(*overrides):
+    cfg = compose_settings(list(overrides))
+    remember_world(cfg)
+    check_settings(cfg)
+    return cfg
+
+
+def options():
+    for file in sorted(CONF.rglob("*.yaml")):
+        group = file.relative_to(CONF).parent
+        if str(group) not in (".", "shared"):
+            yield f"{group}={file.stem}"
+
+
+@pytest.mark.parametrize("option", list(options()))
+def test_every_option_composes_and_passes_the_check(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose_settings([option])
+    OmegaConf.set_struct(cfg, True)
+    checked(option, *(given for given in FILL if _is_open(cfg, given.split("=")[0])))
+
+
+def _is_open(cfg, address):
+    above, _, key = address.rpartition(".")
+    node = cfg
+    for part in above.split("."):
+        node = node[part]
+    return node is not None and key in node and OmegaConf.is_missing(node, key)
+
+
+def test_every_target_can_be_imported():
+    text = "".join(file.read_text() for file in CONF.rglob("*.yaml"))
+    targets = {line.split("_target_:")[1].split(",")[0].strip(" }") for line in text.splitlines() if "_target_:" in line}
+    assert len(targets) > 20
+    for target in targets:
+        get_object(target.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft.optimizer.lrr=1", "sft.optimizer.lrr: there is no such setting. Did you mean sft.optimizer.lr"),
+        ("sft.optimizer.lr=fast", "sft.optimizer.lr=fast: it should be a valid number"),
+        ("sft.optimizer.lr=0", "sft.optimizer.lr=0: it should be greater than 0"),
+        ("ppo.module.lam=1.5", "ppo.module.lam=1.5: it should be less than or equal to 1"),
+        ("ppo.module.ppo_epochs=2.5", "ppo.module.ppo_epochs=2.5: it should be a valid integer"),
+        ("ppo.module.minibatch_size=true", "a number was expected, not true or false"),
+        ("preference.module.answers_per_prompt=1", "answers_per_prompt=1: it should be greater than or equal to 2"),
+        ("sft.trainer.max_steps=-7", "sft.trainer.max_steps=-7: it should be greater than or equal to -1"),
+        ("trainer.precision=half", "pretrain.trainer.precision=half: it should be"),
+        ("+sft.data.colour=red", "sft.data.colour: lit_rlhf.stages.WorldSFTDataModule has no such setting; it takes"),
+        ("seed=-1", "seed=-1: it should be greater than or equal to 0"),
+        ("seed=x", "seed=x: it should be a valid integer"),
+        ("run=../elsewhere", "run=../elsewhere:"),
+        ("stage=sfft", "there is no stage 'sfft'. Did you mean sft?"),
+        ("stage=[]", "an empty list"),
+        ("model=nanoo", "Could not find 'model/nanoo' Available options in 'model': gpt2"),
+        ("sft.optimizer.lr", "sft.optimizer.lr"),
+        ("ppo.sampling.temperature=-1", "temperature=-1: it should be greater than or equal to 0"),
+        ("world.seed=red", "world.seed=red: it should be a valid integer"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        checked(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value).strip()
+
+
+def test_what_must_be_given_is_named_with_where_it_comes_from():
+    with pytest.raises(UserError, match=r"pretrain.data.path is not given \(input.txt .*char-rnn\)"):
+        checked("experiment=shakespeare")
+    with pytest.raises(UserError, match="model.path is not given"):
+        checked("model=hf", "stage=sft")
+
+
+def test_stages_run_in_their_order_and_a_checkpoint_replaces_pretraining():
+    assert stages_of(compose_settings([])) == list(STAGES)
+    assert stages_of(compose_settings(["stage=[ppo,sft]"])) == ["sft", "ppo"]
+    assert stages_of(compose_settings(["model=hf", "model.path=x"])) == list(STAGES[1:])
+
+
+def test_a_setting_has_one_address_alone_in_the_pipeline_and_in_a_sweep():
+    for more in ([], ["stage=ppo"], ["stage=[ppo,evaluate]"]):
+        assert checked("ppo.module.kl_coef=0.3", *more).ppo.module.kl_coef == 0.3
+    assert sweep_jobs(["ppo.module.kl_coef=0.1,0.2", "seed=1,2"]) == [
+        [f"ppo.module.kl_coef={kl}", f"seed={seed}"] for kl in (0.1, 0.2) for seed in (1, 2)
+    ]
+
+
+def test_trainer_settings_reach_every_stage_and_one_stage_alone():
+    cfg = checked("trainer.precision=bf16-mixed", "sft.trainer.precision=32-true")
+    assert cfg.ppo.trainer.precision == "bf16-mixed"
+    assert cfg.sft.trainer.precision == "32-true"
+
+
+def test_every_constructor_setting_is_visible_in_the_yaml():
+    """No `+` is needed: what a data module or module takes stands in conf/, but for the objects that are handed to it."""
+    import inspect
+
+    handed = {"self", "policy", "reward_model", "tokenizer", "policies", "critic", "settings"}
+    for stage in STAGES:
+        for data in sorted((CONF / stage / "data").glob("*.yaml")):
+            cfg = compose_settings([f"{stage}/data={data.stem}"])
+            for node in (cfg[stage].data, cfg[stage].module):
+                takes = set(inspect.signature(get_object(node._target_)).parameters) - handed
+                assert takes <= set(node.keys()), (stage, data.stem, takes - set(node.keys()))
+
+
+def test_conf_dir_is_the_checkouts():
+    assert conf_dir() == Path(__file__).parents[2] / "conf"
