@@ -8,9 +8,7 @@ from torch import Tensor
 from lit_rlhf.functional.masking import last_position
 
 
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> Tensor:
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards (B, T): a KL penalty on every token and the score on the last real one (InstructGPT, eq. 2).
 
     ``r_t = -kl_coef (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t last] score``. ``scores`` (B,); the others (B, T),

@@ -31,7 +31,8 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy (...) of the next-token distribution ``logits`` (..., V), in nats."""
-    return torch.special.entr(torch.softmax(_full(logits), dim=-1)).sum(-1)  # 0 log 0 = 0: tokens may be ruled out
+    entropies: Tensor = torch.special.entr(torch.softmax(_full(logits), dim=-1))
+    return entropies.sum(-1)  # 0 log 0 = 0: tokens may be ruled out
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Keep the ``top_k`` most likely tokens (0: all) and of these the smallest set of mass ``top_p`` (arXiv:1904.09751).
+    """Keep the ``top_k`` most likely tokens (0: all) and of these the fewest of mass ``top_p`` (arXiv:1904.09751).
 
     ``logits`` (B, V); the others become -inf. The most likely token is always kept."""
     if top_k > 0:
@@ -34,6 +34,8 @@ def sample_token(logits: Tensor, generator: Generator | None = None, uniform: Te
     if uniform is None:
         uniform = torch.rand(logits.shape[0], generator=generator, dtype=torch.float64, device=logits.device)
     # Scaled by the total, which rounding leaves next to 1, so that the draw never falls past the last possible token.
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1).clamp(
-        max=logits.shape[-1] - 1
+    return (
+        torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
     )

@@ -12,7 +12,7 @@ from lit_rlhf.errors import UserError
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder (safetensors, config, tokenizer, chat template) under a temporary name, then rename."""
+    """Write a Hugging Face folder (safetensors, config, tokenizer, template) under a temporary name, then rename."""
     temporary, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
     for left_over in (temporary, old):
         shutil.rmtree(left_over, ignore_errors=True)

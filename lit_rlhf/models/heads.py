@@ -20,9 +20,7 @@ def load_reward_model(
     path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
 ) -> PreTrainedModel:
     """Load a reward model, or make one of a language model: its trunk, with a fresh scalar head."""
-    model = load_pretrained(
-        AutoModelForSequenceClassification, path, num_labels=1, dtype=getattr(torch, dtype)
-    )
+    model = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1, dtype=getattr(torch, dtype))
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
     return model

@@ -64,15 +64,17 @@ def load_policy_and_tokenizer(
 
 def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> PreTrainedModel:
     """``kind.from_pretrained`` with an error for people."""
-    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or Path(path).parent.is_dir()):
+    # "name" and "owner/name" may be on the Hub; what exists here, or looks like a path, is not.
+    is_local = Path(path).exists() or Path(path).is_absolute() or str(path).startswith(".") or len(Path(path).parts) > 2
+    if is_local and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: no model there (config.json and *.safetensors were expected)")
     try:
         return kind.from_pretrained(str(path), **settings)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
-            f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors; "
-            "a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
+            f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors;"
+            " a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
         ) from error
 
 
@@ -83,7 +85,7 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows + 16:
         raise UserError(
-            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}; they do not belong together"
+            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}; they are no pair"
         )
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -31,9 +31,9 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
             print(f"{name}: finished already, in {run / name}")
             continue
         if is_distributed(cfg, name) and len(names) > 1:
-            run_alone(name, overrides)
-        else:
-            run_stage(cfg, name)
+            run_alone(name, overrides)  # which says itself how it went
+            continue
+        run_stage(cfg, name)
         summary = write_summary(run, int(cfg.seed))
         print(headline(name, summary[name], summary["seconds"][name]))
     if not any((run / name / "done.json").is_file() for name in STAGES):

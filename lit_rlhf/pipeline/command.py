@@ -74,8 +74,8 @@ def check_multirun(cfg: DictConfig) -> None:
     strategy = str(cfg.trainer.strategy)
     if strategy.startswith(("ddp", "fsdp", "deepspeed")) and "spawn" not in strategy:
         raise UserError(
-            f"trainer.strategy={strategy} cannot run under multirun (-m): each of its processes would start the whole sweep "
-            "again. Sweep with trainer.devices=1 trainer.strategy=auto, or start one command a job"
+            f"trainer.strategy={strategy} cannot run under multirun (-m): each of its processes would start the "
+            "whole sweep again. Sweep with trainer.devices=1 trainer.strategy=auto, or start one command a job"
         )
 
 
@@ -97,13 +97,14 @@ def run(cfg: DictConfig) -> float | None:
         quiet()
         limit_threads(cfg)
         address, value = work(cfg)
-    except Exception as error:
-        if not sweeping:
-            if isinstance(error, UserError):
-                fail(error)
-            raise
-        note_failure(cfg, error)
-        return float("nan")
+    except Exception as raised:
+        error = users_mistake(raised) or raised
+        if sweeping:
+            note_failure(cfg, error)
+            return float("nan")
+        if isinstance(error, UserError):
+            fail(error)
+        raise
     except SystemExit:
         # Lightning's answer to a second Ctrl-C.
         fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
@@ -120,6 +121,13 @@ def work(cfg: DictConfig) -> tuple[str, float]:
     return objective_of(cfg, summary, stages_of(cfg))
 
 
+def users_mistake(error: BaseException | None) -> UserError | None:
+    """The ``UserError`` that an exception is or came from: Hydra wraps what a constructor raises."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def note_failure(cfg: DictConfig, error: Exception) -> None:
     """Name a failed job of a sweep and write down why."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -132,7 +140,12 @@ def limit_threads(cfg: DictConfig) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 0)) or (
         cfg.trainer.devices if isinstance(cfg.trainer.devices, int) and cfg.trainer.accelerator != "gpu" else 1
     )
-    torch.set_num_threads(cfg.threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(cfg.threads or max(1, cores() // processes))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fail(error: Any, code: int = 2) -> None:

@@ -166,7 +166,7 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """(address, path) of the user's own files: what is not there should be said before the stages before it have run."""
+    """(address, path) of the user's own files: what is missing should be said before earlier stages have run."""
     paths = settings["data"].get("path")
     return [(f"{stage}.data.path", path) for path in ([paths] if isinstance(paths, str) else paths or [])]
 
@@ -198,8 +198,8 @@ def check_inputs(cfg: DictConfig) -> None:
                 raise UserError(f"{address}={path}: there is no such file or folder")
             made_by = next((s for s in STAGES if f"/{s}/" in f"{path}/"), "preference")
             raise UserError(
-                f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it by "
-                f"from_run=, or set {address}="
+                f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it "
+                f"by from_run=, or set {address}="
             )
 
 

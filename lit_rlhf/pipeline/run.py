@@ -72,7 +72,9 @@ def make_data(settings: DictConfig, name: str) -> LightningDataModule:
     if is_main_process():
         for what, count in data_notes(data).items():
             if what in ("skipped", "long") and count:
-                reason = "records were skipped as invalid" if what == "skipped" else "records were longer than max_length"
+                reason = (
+                    "records were skipped as invalid" if what == "skipped" else "records were longer than max_length"
+                )
                 first = f", the first: {data.skipped[0]}" if what == "skipped" else f" (on_long={data.on_long})"
                 print(f"{name}: {count} {reason}{first}")
     return data
@@ -98,7 +100,7 @@ def _there(node: DictConfig) -> bool:
     """Whether a model can be had: evaluation leaves out what was not trained."""
     path = node.get("path")
     # A path below an existing folder is a local one; anything else may be a Hub name.
-    return path is None or Path(path).exists() or not Path(path).is_absolute() and len(Path(path).parts) <= 2
+    return path is None or Path(path).exists() or (not Path(path).is_absolute() and len(Path(path).parts) <= 2)
 
 
 def execute(
@@ -154,8 +156,8 @@ def _wandb_logger(cfg: DictConfig, name: str, folder: StageFolder) -> Logger:
         logger.experiment.config.update(folder.settings, allow_val_change=True)
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
-            f"W&B cannot be used with mode={cfg.logger.wandb.mode} ({' '.join(str(error).split())[:200]}). Go on without a "
-            "network by logger.wandb.mode=offline (upload later with `wandb sync`), or without W&B by logger=csv"
+            f"W&B cannot be used with mode={cfg.logger.wandb.mode} ({' '.join(str(error).split())[:200]}). Go on without "
+            "a network by logger.wandb.mode=offline (upload later with `wandb sync`), or without W&B by logger=csv"
         ) from None
     return logger
 
@@ -212,8 +214,14 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)  # hardware tables and tips, repeated for every stage
     transformers.logging.set_verbosity_error()  # "newly initialized" heads, which are meant
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are made faster than workers start
+    warnings.filterwarnings(
+        "ignore", message=".*does not have many workers.*"
+    )  # batches are made faster than workers start
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the default runs on a CPU on purpose
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # PPO trains without dropout
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's use of torch's pytree
+    warnings.filterwarnings(
+        "ignore", message=".*smaller than the logging interval.*"
+    )  # validation is logged all the same
+    warnings.filterwarnings("ignore", message=".*anonymous.*")  # Lightning passes it, W&B will drop it
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")  # Lightning wraps the optimizer

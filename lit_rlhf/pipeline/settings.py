@@ -113,8 +113,8 @@ def stages_of(cfg: DictConfig) -> list[str]:
         near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report"], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(STAGES)}, report, or a list "
-            "of them."
+            f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(STAGES)}, report, or a "
+            "list of them."
         )
     if not wanted:
         raise UserError(f"stage: an empty list; give one or more of {', '.join(STAGES)}")

@@ -36,7 +36,9 @@ def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> 
     if not isinstance(node, int | float):
         if cfg.objective is None:
             return address, math.nan
-        raise UserError(f"objective={address}: there is no such number in summary.json; it has {', '.join(_numbers(summary))}")
+        raise UserError(
+            f"objective={address}: there is no such number in summary.json; it has {', '.join(_numbers(summary))}"
+        )
     return address, float(node)
 
 
@@ -73,7 +75,7 @@ class Job:
         self.record = read_json(folder / "job.json") or {}
         self.status: str = self.record["status"]
         pairs = [o.lstrip("+~").split("=", 1) for o in self.record["overrides"]]
-        self.settings: dict[str, str] = {key: value for key, value in (p for p in pairs if len(p) == 2)}
+        self.settings: dict[str, str] = {p[0]: p[1] for p in pairs if len(p) == 2}
         self.figures = _numbers(read_json(folder / "summary.json") or {}) if self.status == "done" else {}
 
     @property

@@ -16,7 +16,6 @@ from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_pro
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
 
-
 Item = TypeVar("Item")
 
 
@@ -106,8 +105,8 @@ class PromptDataModule(LightningDataModule):
         self.held_out_prompts = self._encode(spread(held_out, self.limit_held_out), True)
         if not self.train_prompts or not self.held_out_prompts:
             raise UserError(
-                f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise it, or "
-                "set on_long=cut"
+                f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise it, "
+                "or set on_long=cut"
             )
 
     def _encode(self, records: Sequence[tuple[Messages, str]], held_out: bool) -> list[Prompt]:

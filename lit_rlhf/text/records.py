@@ -139,7 +139,7 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
     """(place, row) of every row; a row that cannot be decoded comes as the ``ValueError`` that says why."""
     file = Path(path).expanduser()
     if not file.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not file.suffix.lower() in _READERS:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and file.suffix.lower() not in _READERS:
             yield from _hub_rows(path)
             return
         raise UserError(f"{path}: no such file (the current folder is {Path.cwd()})")
@@ -283,8 +283,8 @@ def split_by_prompt(
     held_out = [r for r, h in zip(records, held) if h]
     if not train or (fraction > 0 and not held_out):
         raise UserError(
-            f"{len(records)} records are too few to hold out {fraction:.0%} of their prompts: {len(train)} would be left "
-            f"to train on and {len(held_out)} to test on. Give more records, or another held_out fraction or split.seed."
+            f"{len(records)} records are too few to hold out {fraction:.0%} of their prompts: {len(train)} would be "
+            f"left to train on, {len(held_out)} to test on. Give more records, or another held_out fraction or split.seed."
         )
     return train, held_out
 

@@ -139,7 +139,9 @@ class LastCheckpoint(Callback):
     def _raise_if_stopped(self) -> None:
         if self._stopped:
             self._restore_handler()
-            raise Interrupted(f"stopped after step {self._stopped}, which is saved; run the same command again to go on")
+            raise Interrupted(
+                f"stopped after step {self._stopped}, which is saved; run the same command again to go on"
+            )
 
     def _on_interrupt(self, *_: Any) -> None:
         if self._interrupted:  # pressed twice: now, without saving
@@ -171,8 +173,8 @@ class StopOnNonFinite(Callback):
 
     def _stop(self, trainer: Trainer, what: str) -> None:
         raise TrainingDiverged(
-            f"{self.stage}: at step {trainer.fit_loop.epoch_loop.total_batch_idx + 1} {what}; stopped before the weights "
-            f"changed. The last good checkpoint is kept. Usual cures: a lower {self.stage}.optimizer.lr, gradient "
+            f"{self.stage}: at step {trainer.fit_loop.epoch_loop.total_batch_idx + 1} {what}; stopped before the "
+            f"weights changed. The last good checkpoint is kept. Usual cures: a lower {self.stage}.optimizer.lr, gradient "
             "clipping, precision 32-true"
         )
 

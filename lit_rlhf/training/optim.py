@@ -45,7 +45,7 @@ def warmup_decay(
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05,
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1,
 ) -> LambdaLR:
-    """Learning rate over ``total_steps``: a linear warm-up over the fraction ``warmup``, then down to ``floor`` of it."""
+    """Learning rate over ``total_steps``: a linear warm-up over the fraction ``warmup``, then down to ``floor``."""
     warmup_steps = max(1, round(warmup * total_steps))
 
     def factor(step: int) -> float:

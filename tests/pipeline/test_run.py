@@ -34,7 +34,7 @@ def test_run_folder_holds_what_it_promises(finished_run):
         assert (run / stage / "model" / "chat_template.jinja").is_file()
     assert (run / "data" / "rankings-0.jsonl").is_file()
     assert (run / "report.html").is_file()
-    assert not [f for f in run.rglob("*.tmp")]
+    assert not list(run.rglob("*.tmp"))
     for stage in ("pretrain", "sft", "ppo", "evaluate"):
         assert (run / stage / "samples.jsonl").is_file()
 
@@ -201,7 +201,9 @@ def test_a_file_that_is_not_there_is_said_before_the_stages_before_it_run(lit_rl
 
 def test_own_prompts_without_a_gold_judge_report_the_proxy(lit_rlhf, run_copy):
     prompts = run_copy.parents[1] / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {j}?"}) + "\n" for i in range(8) for j in range(8)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"What is {i} plus {j}?"}) + "\n" for i in range(8) for j in range(8))
+    )
     lit_rlhf(
         "stage=[ppo,evaluate]", "run=own", "from_run=quickstart", "ppo/data=jsonl", f"ppo.data.path={prompts}",
         "evaluate/data=jsonl", f"evaluate.data.path={prompts}",

@@ -137,8 +137,17 @@ def test_reference_and_reward_model_do_not_move_and_are_not_in_checkpoints(
 
 def test_it_learns_what_the_reward_model_likes(policy, reward_model, tokenizer, optimizer, train):
     short = Sampling(max_new_tokens=3)
-    module = ppo(policy, reward_model, tokenizer, optimizer, kind=PPOModule, kl_coef=0.0, sampling=short, ppo_epochs=2,
-                 minibatch_size=32)
+    module = ppo(
+        policy,
+        reward_model,
+        tokenizer,
+        optimizer,
+        kind=PPOModule,
+        kl_coef=0.0,
+        sampling=short,
+        ppo_epochs=2,
+        minibatch_size=32,
+    )
     train(module, iterations=15, batch_size=128)
     assert module.score_last > module.score_first + 0.5
 

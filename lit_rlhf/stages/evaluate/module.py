@@ -124,7 +124,9 @@ class EvaluateModule(LightningModule):
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
         packed = pack_on(sequences, self.reward_model.config.pad_token_id, self.device)
-        return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(self.reward_model)
+        return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(
+            self.reward_model
+        )
 
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
@@ -135,7 +137,7 @@ class EvaluateModule(LightningModule):
     # --------------------------------------------------------------- comparing
 
     def worth(self, answers: Answers) -> Tensor:
-        """What the answers are compared by, (P, n): gold grades, or the reward model's scores where there is no gold."""
+        """What the answers are compared by, (P, n): gold grades, or the reward model's scores without them."""
         if answers.grades:
             return torch.tensor([[g["gold"] for g in row] for row in answers.grades], dtype=torch.float64)
         if answers.scores:
@@ -165,7 +167,9 @@ class EvaluateModule(LightningModule):
         graded = bool(answers.grades)
         flat = [g for row in answers.grades for g in row]
         return {
-            **{key: _mean([g[key] for g in flat]) if graded else None for key in ("gold", "correct", "polite", "right")},
+            **{
+                key: _mean([g[key] for g in flat]) if graded else None for key in ("gold", "correct", "polite", "right")
+            },
             "words": _mean([len(text.split()) for row in answers.texts for text in row]),
             "entropy": sum(answers.entropy) / max(sum(answers.tokens), 1),
             "score": _mean([s for row in answers.scores for s in row]) if answers.scores else None,
@@ -234,5 +238,3 @@ def _mean(values: list[Any]) -> float:
 
 def _rate(rate: WinRate) -> dict[str, Any]:
     return dict(rate._asdict())
-
-

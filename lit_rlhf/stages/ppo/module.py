@@ -197,7 +197,8 @@ class PPOModule(LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss * self._token_share(mask))
         norms = [
-            torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm) for model in (self.policy, self.critic)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
+            for model in (self.policy, self.critic)
         ]
         optimizer.step()
         schedule.step()
@@ -341,6 +342,6 @@ def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel) -> 
     ours, theirs = (m.get_input_embeddings().num_embeddings for m in (policy, reward_model))
     if ours != theirs:
         raise UserError(
-            f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read other "
-            "words than were written; train the reward model from the same SFT model (stage=reward)"
+            f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read "
+            "other words than were written; train the reward model from the same SFT model (stage=reward)"
         )

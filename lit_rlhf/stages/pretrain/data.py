@@ -46,7 +46,7 @@ class PretrainDataModule(LightningDataModule):
         weights: share of each source in what is read, of any sum; None reads each in proportion to its size.
         block_size: tokens a row (T); documents follow each other with end-of-text between them.
         batch_size: rows a process and step (B).
-        held_out: fraction of each source's end that is kept for validation (of its documents; of a single one, its text).
+        held_out: fraction of each source's end that is kept for validation (documents; of a single one, text).
         seed: order and offsets of the rows.
         limit: at most so many documents of each source, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
@@ -117,8 +117,8 @@ class PretrainDataModule(LightningDataModule):
     def _check_length(self, what: str, tokens: Tensor) -> None:
         if len(tokens) <= self.block_size + 1:
             raise UserError(
-                f"{what}: {len(tokens)} tokens, less than one row of {self.block_size} (pretrain.data.block_size); give "
-                "more text or a smaller block_size"
+                f"{what}: {len(tokens)} tokens, less than one row of {self.block_size} (pretrain.data.block_size); "
+                "give more text or a smaller block_size"
             )
 
     def _order(self, epoch: int) -> list[int]:
@@ -181,5 +181,3 @@ class WorldPretrainDataModule(PretrainDataModule):
 
     def sources(self) -> list[list[str]]:
         return [self.world.corpus(self.documents, self.split_seed, split_seed=self.split_seed)]
-
-

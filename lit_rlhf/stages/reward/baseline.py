@@ -21,9 +21,7 @@ def bag_of_words_accuracy(train: list[Ranking], held_out: list[Ranking]) -> floa
     return float(model.predict(_features(words, held_out, length_scale)[0]).mean())
 
 
-def _features(
-    words: CountVectorizer, rankings: list[Ranking], length_scale: float | None
-) -> tuple[csr_matrix, float]:
+def _features(words: CountVectorizer, rankings: list[Ranking], length_scale: float | None) -> tuple[csr_matrix, float]:
     """(M, words + 1) differences better - worse over all untied pairs, and the scale of the length."""
     pairs = [
         (r.responses[i], r.responses[j])

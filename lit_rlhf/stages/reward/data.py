@@ -35,6 +35,7 @@ class RankingBatch(NamedTuple):
     packed: Packed  # N sequences: prompt and answer
     ranks: Tensor  # (N,) int64, 1 = best
     prompt_index: Tensor  # (N,) int64, which prompt an answer belongs to
+    learned: Tensor  # (M,) int64, flat indices of the response tokens of each prompt's best-ranked answers
     share: float  # prompts of this micro-batch that have a pair, over the average of the step's micro-batches
     gold: Tensor | None  # (N,) float, grades by the gold judge, where there is one
 
@@ -42,7 +43,8 @@ class RankingBatch(NamedTuple):
 class EncodedRanking(NamedTuple):
     """One prompt's answers, as tokens."""
 
-    sequences: list[list[int]]
+    sequences: list[list[int]]  # prompt and answer, one an answer
+    response_lengths: list[int]  # tokens of each answer, which end its sequence
     ranks: list[int]
     gold: list[float] | None
 
@@ -126,18 +128,19 @@ class RewardDataModule(LightningDataModule):
             [*p, *r][-self.max_length :] for p, r in zip(before, encode_responses(self.tokenizer, prompts, texts))
         ]
         if not self.train_set or not self.val_set:
-            raise UserError(f"{self.path}: {self.long} answers are longer than reward.data.max_length={self.max_length}")
+            raise UserError(
+                f"{self.path}: {self.long} answers are longer than reward.data.max_length={self.max_length}"
+            )
 
     def _encode(self, rankings: list[Ranking], graded: bool = False) -> list[EncodedRanking]:
         answers = [text for r in rankings for text in r.responses]
         prompts = [r.prompt for r in rankings]
         before = encode_prompts(self.tokenizer, prompts)
-        responses = iter(
-            encode_responses(self.tokenizer, [r.prompt for r in rankings for _ in r.responses], answers)
-        )
+        responses = iter(encode_responses(self.tokenizer, [r.prompt for r in rankings for _ in r.responses], answers))
         encoded = []
         for ranking, prompt in zip(rankings, before):
-            sequences = [[*prompt, *next(responses)] for _ in ranking.responses]
+            answered = [next(responses) for _ in ranking.responses]
+            sequences = [[*prompt, *answer] for answer in answered]
             too_long = sum(len(s) > self.max_length for s in sequences)
             self.long += too_long
             if too_long and self.on_long == "skip":
@@ -145,17 +148,24 @@ class RewardDataModule(LightningDataModule):
             gold = None
             if graded and self.judge is not None:
                 gold = [self.judge.grade(ranking.prompt, text).gold for text in ranking.responses]
-            encoded.append(EncodedRanking([s[-self.max_length :] for s in sequences], ranking.ranks, gold))
+            # At least one token of the prompt stays in front: it predicts the answer's first.
+            lengths = [min(len(answer), self.max_length - 1) for answer in answered]
+            encoded.append(EncodedRanking([s[-self.max_length :] for s in sequences], lengths, ranking.ranks, gold))
         return encoded
 
     def _collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
         chosen = [items[i] for i in mine]
         with_pairs = sum(len(set(items[i].ranks)) > 1 for i in everyones) * len(mine) / len(everyones)
         own = sum(len(set(item.ranks)) > 1 for item in chosen)
+        packed = pack([s for item in chosen for s in item.sequences], self.tokenizer.pad_token_id, self.row_length)
+        best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
+        lengths = [n for item in chosen for n in item.response_lengths]
+        after = (packed.ends + 1).tolist()
         return RankingBatch(
-            pack([s for item in chosen for s in item.sequences], self.tokenizer.pad_token_id, self.row_length),
+            packed,
             torch.tensor([rank for item in chosen for rank in item.ranks]),
             torch.tensor([i for i, item in enumerate(chosen) for _ in item.ranks]),
+            torch.cat([torch.arange(end - n, end) for end, n, good in zip(after, lengths, best) if good]),
             own / max(with_pairs, 1e-9),
             torch.tensor([g for item in chosen for g in item.gold]) if chosen[0].gold is not None else None,
         )

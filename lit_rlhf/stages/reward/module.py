@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
-from lit_rlhf.models import packed_scores, save_model
+from lit_rlhf.functional import lm_loss, pair_accuracy, ranking_loss, ranking_pairs
+from lit_rlhf.models import packed_hidden, packed_scores, save_model
 from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy
 from lit_rlhf.stages.reward.data import RankingBatch
 from lit_rlhf.text.packing import pack
@@ -30,6 +32,9 @@ class RewardModule(LightningModule):
         tokenizer: with the chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats a token), which keeps
+            what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
+            its input embedding goes without.
         bag_of_words: also fit a logistic regression on word counts, to compare with.
     """
 
@@ -40,6 +45,7 @@ class RewardModule(LightningModule):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
+        lm_coef: Annotated[float, Field(ge=0)] = 0.0,
         bag_of_words: bool = False,
     ) -> None:
         super().__init__()
@@ -47,14 +53,25 @@ class RewardModule(LightningModule):
         torch.nn.init.zeros_(self.reward_model.score.weight)
         self.tokenizer = tokenizer
         self.optimizer, self.schedule = optimizer, schedule
-        self.bag_of_words = bag_of_words
+        self.lm_coef, self.bag_of_words = lm_coef, bag_of_words
+        if lm_coef > 0 and not getattr(reward_model.config, "tie_word_embeddings", False):
+            rank_zero_warn(
+                "no language-modelling loss (lm_coef): this model's output embedding is not its input embedding"
+            )
+            self.lm_coef = 0.0
         self._val: list[tuple[Tensor, RankingBatch]] = []
 
     def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
-        scores = packed_scores(self.reward_model, batch.packed)
+        hidden = packed_hidden(self.reward_model, batch.packed)
+        scores = self.reward_model.score(hidden[batch.packed.ends]).squeeze(-1)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
         loss = ranking_loss(scores, pairs) * batch.share
         self.log("reward/loss", loss, prog_bar=True)
+        if self.lm_coef > 0:
+            logits = hidden[batch.learned - 1] @ self.reward_model.get_input_embeddings().weight.T
+            lm = lm_loss(logits, batch.packed.tokens.flatten()[batch.learned])
+            self.log("reward/lm_loss", lm)
+            loss = loss + self.lm_coef * lm
         if pairs.prompts:
             self.log("reward/accuracy", pair_accuracy(scores, pairs))
             self.log("reward/margin", (scores[pairs.better] - scores[pairs.worse]).mean())
@@ -105,7 +122,7 @@ class RewardModule(LightningModule):
         return torch.cat(scores).float()
 
     def calibrate(self) -> None:
-        """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note how far answers spread.
+        """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note their spread.
 
         Both go into config.json: ``score = logit + score_shift``, and PPO divides by ``score_std``."""
         data = self.trainer.datamodule
@@ -122,7 +139,7 @@ class RewardModule(LightningModule):
             "val_loss": metrics["val/reward/loss"].item(),
             "val_accuracy": metrics["val/reward/accuracy"].item(),
             "gold_accuracy": None if gold is None else gold.item(),
-            "val_pairs": sum(len(set(r.ranks)) > 1 for r in data.val_set),
+            "val_pairs": sum(a != b for r in data.val_set for i, a in enumerate(r.ranks) for b in r.ranks[:i]),
         }
         if self.bag_of_words:
             figures["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)

@@ -143,9 +143,7 @@ class SFTDataModule(LightningDataModule):
 
 def first_prompt(record: Demonstration) -> Messages:
     """What the split looks at: everything before the first answer that is learned."""
-    learned = next(
-        i for i, m in enumerate(record.messages) if m["role"] == "assistant" and i >= record.context
-    )
+    learned = next(i for i, m in enumerate(record.messages) if m["role"] == "assistant" and i >= record.context)
     return record.messages[:learned]
 
 
