@@ -156,8 +156,8 @@ def _wandb_logger(cfg: DictConfig, name: str, folder: StageFolder) -> Logger:
         logger.experiment.config.update(folder.settings, allow_val_change=True)
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
-            f"W&B cannot be used with mode={cfg.logger.wandb.mode} ({' '.join(str(error).split())[:200]}). Go on without "
-            "a network by logger.wandb.mode=offline (upload later with `wandb sync`), or without W&B by logger=csv"
+            f"W&B cannot be used with mode={cfg.logger.wandb.mode} ({' '.join(str(error).split())[:200]}). Go on "
+            "offline by logger.wandb.mode=offline (upload later with `wandb sync`), or without W&B by logger=csv"
         ) from None
     return logger
 

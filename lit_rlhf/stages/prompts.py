@@ -105,8 +105,8 @@ class PromptDataModule(LightningDataModule):
         self.held_out_prompts = self._encode(spread(held_out, self.limit_held_out), True)
         if not self.train_prompts or not self.held_out_prompts:
             raise UserError(
-                f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise it, "
-                "or set on_long=cut"
+                f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise "
+                "it, or set on_long=cut"
             )
 
     def _encode(self, records: Sequence[tuple[Messages, str]], held_out: bool) -> list[Prompt]:

@@ -284,7 +284,7 @@ def split_by_prompt(
     if not train or (fraction > 0 and not held_out):
         raise UserError(
             f"{len(records)} records are too few to hold out {fraction:.0%} of their prompts: {len(train)} would be "
-            f"left to train on, {len(held_out)} to test on. Give more records, or another held_out fraction or split.seed."
+            f"left to train on, {len(held_out)} to test on. Give more records, another held_out or split.seed."
         )
     return train, held_out
 

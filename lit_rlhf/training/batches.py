@@ -18,8 +18,8 @@ class BatchLoader(Generic[Batch]):
     An epoch's order comes from ``order(epoch)`` alone, so an interrupted epoch goes on with the batch that would have
     come next; PyTorch's loader cannot do that. The order is cut into *global* batches of ``batch_size * shards``;
     process ``rank`` takes its part of each, so that n processes (or n accumulated micro-batches) see together what one
-    process with an n times larger batch sees. ``collate(mine, everyones)`` gets the indices of this micro-batch and of the
-    whole global batch: a mean over tokens or prompts is then the same however the batch is divided.
+    process with an n times larger batch sees. ``collate(mine, everyones)`` gets the indices of this micro-batch and of
+    the whole global batch: a mean over tokens or prompts is then the same however the batch is divided.
 
     Args:
         order: epoch -> indices of that epoch, in order.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import WandbLogger
 from pydantic import Field
 from torch import Tensor
@@ -174,8 +175,8 @@ class StopOnNonFinite(Callback):
     def _stop(self, trainer: Trainer, what: str) -> None:
         raise TrainingDiverged(
             f"{self.stage}: at step {trainer.fit_loop.epoch_loop.total_batch_idx + 1} {what}; stopped before the "
-            f"weights changed. The last good checkpoint is kept. Usual cures: a lower {self.stage}.optimizer.lr, gradient "
-            "clipping, precision 32-true"
+            f"weights changed. The last good checkpoint is kept. Usual cures: a lower {self.stage}.optimizer.lr, "
+            "gradient clipping, precision 32-true"
         )
 
 
@@ -225,6 +226,16 @@ class StageProgressBar(TQDMProgressBar):
     def __init__(self, stage: str, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.stage = stage
+
+    def init_test_tqdm(self) -> Tqdm:
+        bar = super().init_test_tqdm()
+        bar.set_description(self.stage)
+        return bar
+
+    def init_predict_tqdm(self) -> Tqdm:
+        bar = super().init_predict_tqdm()
+        bar.set_description(self.stage)
+        return bar
 
     @property
     def train_description(self) -> str:

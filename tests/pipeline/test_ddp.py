@@ -1,0 +1,47 @@
+"""Two processes on a CPU learn what one learns from the same total batch."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.slow
+TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "one", "two"),
+    [
+        ("sft", ["sft.data.batch_size=16"], ["sft.data.batch_size=8"]),
+        (
+            "ppo",  # one minibatch a rollout: else the processes deal the answers into other minibatches
+            ["ppo.data.batch_size=16", "ppo.module.minibatch_size=16", "ppo.module.ppo_epochs=2"],
+            ["ppo.data.batch_size=8", "ppo.module.minibatch_size=8", "ppo.module.ppo_epochs=2"],
+        ),
+    ],
+)
+def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path, stage, one, two):
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    lit_rlhf(f"stage={stage}", "run=one", "from_run=quickstart", *one)
+    said = lit_rlhf(f"stage={stage}", "run=two", "from_run=quickstart", *two, *TWO).stdout
+    assert said.count("report:") == 1  # one process speaks
+    runs = tmp_path / "runs"
+    first, second = (load_file(runs / run / stage / "model" / "model.safetensors") for run in ("one", "two"))
+    start = load_file(runs / "quickstart" / ("pretrain" if stage == "sft" else "sft") / "model" / "model.safetensors")
+    assert max((first[name] - start[name]).abs().max() for name in first) > 1e-3
+    for name in first:
+        assert_close(first[name], second[name], atol=2e-4, rtol=1e-3)
+    figures = [json.loads((runs / run / "summary.json").read_text())[stage] for run in ("one", "two")]
+    if stage == "ppo":
+        assert figures[0]["episodes"] == figures[1]["episodes"] == 48
+        assert_close(figures[0]["score_last"], figures[1]["score_last"], atol=1e-3, rtol=1e-3)
+    else:
+        assert_close(figures[0]["val_loss"], figures[1]["val_loss"], atol=1e-4, rtol=1e-4)
+
+
+def test_chain_with_two_processes(lit_rlhf, tmp_path):
+    said = lit_rlhf("stage=[pretrain,sft,preference]", *TWO).stdout
+    assert (tmp_path / "runs" / "quickstart" / "data" / "rankings-0.jsonl").is_file()
+    assert said.count("\npretrain: val_loss_first") + said.startswith("pretrain: val_loss_first") == 1
