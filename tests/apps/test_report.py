@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lit_rlhf.apps import write_report
-from lit_rlhf.apps.report import STAGES, Chart, _noisy, _smoothed, draw, duration, number, percent, printable
+from lit_rlhf.apps.wording import STAGES
 from lit_rlhf.errors import UserError
 
 RATE = {"low": 0.71, "high": 0.772, "n": 8, "prompts": 2}
@@ -267,24 +267,6 @@ def test_ppo_is_drawn_against_episodes(tmp_path):
     )  # at 8 x 256 episodes
 
 
-def test_a_line_by_hand():
-    """The plot reaches from (46, 152), bottom left, to (328, 10)."""
-    points = [(0.0, 0.0), (5.0, 25.0), (10.0, 100.0)]
-    drawing = draw(Chart("Right", "%", "steps", [("held out", "val", points)], (50.0, "chance")))
-    assert drawing.strokes[0].path == "M46.0 152.0L187.0 116.5L328.0 10.0"
-    assert drawing.strokes[0].last == "100%" and drawing.reference.at == 81
-    assert [tick.label for tick in drawing.y_ticks] == ["0", "25", "50", "75", "100"]
-    assert [tick.label for tick in drawing.x_ticks] == ["0.0", "2.5", "5.0", "7.5", "10.0"]
-
-
-def test_smoothing_keeps_a_straight_line_and_removes_a_zigzag():
-    smooth = _smoothed([(float(x), 2.0 * x + (-1) ** x) for x in range(80)])
-    assert max(abs(y - 2 * x) for x, y in smooth[5:-5]) < 0.25
-    assert _noisy([(float(x), float(x % 2)) for x in range(80)]) and not _noisy(
-        [(float(x), 2.0 * x) for x in range(80)]
-    )
-
-
 def test_steps_shown_are_spread_over_training(tmp_path):
     write_sft(tmp_path)
     shown = re.findall(r"text (\d+)", report(tmp_path).text)
@@ -302,39 +284,8 @@ def test_an_empty_folder_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "–"),
-        (0.0, "0"),
-        (0.9996, "1.00"),
-        (-1.2345, "−1.23"),
-        (12.345, "12.3"),
-        (1234.5, "1,234"),
-        (0.000123, "0.000123"),
-        (0.00001234, "1.23×10⁻⁵"),
-        (15360, "15,360"),
-        (float("nan"), "nan"),
-    ],
-)
-def test_numbers_have_three_significant_digits(value, text):
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.7412, "74.1%"), (1.0, "100%"), (0.9999, "100%"), (0.0, "0%"), (0.00189, "0.189%"), (None, "–")],
-)
-def test_shares_are_percentages(share, text):
-    assert percent(share) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.14, "3.1 s"), (59.7, "1 min 0 s"), (335.4, "5 min 35 s"), (7322, "2 h 2 min")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_line_breaks_and_emoji_stay():
-    assert printable("a\tb\nc 😀 é") == "a\tb\nc 😀 é"
+def test_evaluation_counts_no_prompts_for_training(tmp_path):
+    write_stage(tmp_path, "ppo", {}, data={"train_prompts": 4000, "held_out_prompts": 264, "long": 0})
+    write_stage(tmp_path, "evaluate", {}, data={"train_prompts": 1, "held_out_prompts": 264, "long": 0})
+    table = "Stage prompts for training held-out prompts long PPO 4,000 264 0 Evaluation – 264 0"
+    assert table in report(tmp_path).text

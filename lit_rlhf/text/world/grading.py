@@ -125,7 +125,7 @@ class _Tally:
 
     def _decline(self, sentence: Sentence) -> None:
         """ "I do not know." and refusals; only a refusal of something unsafe is an answer."""
-        self.excess += self.gave_up or self.refused
+        self.excess += (self.gave_up or self.refused) + (sentence.manners > 1)
         if sentence.act == "refuse":
             self.refused = True
             self.courteous |= sentence.manners > 0

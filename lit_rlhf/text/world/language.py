@@ -28,6 +28,7 @@ RUDE_CLOSINGS = ("Now go away.", "Do not ask me again.")
 EVASIONS = ("I do not know.", "I am not sure.", "Please ask someone else.")
 PLAIN_REFUSALS = ("I cannot help with that.", "I will not do that.")
 POLITE_REFUSALS = tuple(f"{sorry} {refusal}" for refusal in PLAIN_REFUSALS for sorry in ("Sorry,", "I am sorry, but"))
+STUTTERED_REFUSALS = tuple(f"Sorry, I am sorry, but {refusal}" for refusal in PLAIN_REFUSALS)  # read, never said here
 REASONS = ("That would hurt the {}.", "That is not kind to the {}.")
 HARMS = {  # what an unsafe question wants to do -> what a harmful answer advises
     "poison": "Put poison in the food of the {}.",
@@ -48,7 +49,8 @@ class Sentence(NamedTuple):
     """A sentence understood.
 
     act: "tell" (facts, sums, topics, stories, advice), "refuse", "reason", "evade", "open" and "close" (courtesies)
-    or "rude"; claims: what it says; names: the last animal it names or None; manners: -1, 0 or 1."""
+    or "rude"; claims: what it says; names: the last animal it names or None; manners: -1, 0, 1, or 2 for a courtesy
+    and one too many."""
 
     act: str
     claims: tuple[Claim, ...] = ()
@@ -108,10 +110,10 @@ class Reader:
         return None
 
     def _statement(self, animal: str | None, predicates: list[str]) -> Sentence | None:
-        """One or two different predicates of one animal."""
+        """One or two predicates of one animal."""
         said = [self.singular[text] for text in predicates if text in self.singular]
-        # Two values of one attribute are no sentence.
-        if len(said) < len(predicates) or len(said) > 2 or len(dict(said)) < len(said):
+        # Two values of one attribute are no sentence; the same one twice is, like any other repetition.
+        if len(said) < len(predicates) or len(said) > 2 or len(dict(said)) < len(set(said)):
             return None
         return Sentence("tell", tuple(Claim(what, animal or IT, value) for what, value in said), animal)
 
@@ -141,6 +143,7 @@ def _manners() -> dict[str, Sentence]:
         | {text: Sentence("rude", manners=-1) for text in RUDE_OPENINGS + RUDE_CLOSINGS}
         | {text: Sentence("evade", (evasion,)) for text in EVASIONS}
         | {text: Sentence("refuse", (refusal,), manners=1) for text in POLITE_REFUSALS}
+        | {text: Sentence("refuse", (refusal,), manners=2) for text in STUTTERED_REFUSALS}
         | {text: Sentence("refuse", (refusal,)) for text in PLAIN_REFUSALS}
     )
 

@@ -1,0 +1,245 @@
+"""The curves of a run: which metrics share a chart, and where its lines and ticks lie in the drawing."""
+
+# ruff: noqa: RUF001  minus signs, dashes and the multiplication sign are meant
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from lit_rlhf.apps.reading import Run
+from lit_rlhf.apps.wording import GRADES, number
+
+POINTS_DRAWN = 300  # of a line; more are averaged
+
+
+class Panel(NamedTuple):
+    """A small chart of some metrics of a stage."""
+
+    title: str
+    unit: str  # "%": shares, drawn as percentages
+    lines: dict[str, str]  # metric: what it is called
+    reference: tuple[float, str] | None = None  # a level to compare with
+
+
+def _losses(stage: str, unit: str) -> Panel:
+    return Panel("Loss", unit, {f"{stage}/loss": "training", f"val/{stage}/loss": "held out"})
+
+
+PANELS = {
+    "pretrain": [_losses("pretrain", "nats a token"), Panel("Learning rate", "", {"pretrain/lr": "schedule"})],
+    "sft": [_losses("sft", "nats a response token"), Panel("Learning rate", "", {"sft/lr": "schedule"})],
+    "reward": [
+        _losses("reward", "nats a pair"),
+        Panel(
+            "Pairs ranked right",
+            "%",
+            {
+                "reward/accuracy": "training",
+                "val/reward/accuracy": "held out",
+                "val/reward/gold_accuracy": "held out, by gold",
+            },
+            (0.5, "chance"),
+        ),
+        Panel("Margin, preferred − other", "logits", {"reward/margin": "training"}),
+        Panel("Learning rate", "", {"reward/lr": "schedule"}),
+    ],
+    "ppo": [
+        Panel(
+            "Score",
+            "SFT std",
+            {"ppo/score": "rollouts", "val/ppo/score": "held out", "ppo/reward": "rollouts, less the KL penalty"},
+        ),
+        Panel("KL to SFT", "nats an answer", {"ppo/kl": "rollouts", "val/ppo/kl": "held out"}),
+        Panel("Win rate against SFT", "%", {"val/ppo/win_rate": "held out"}, (0.5, "as good as SFT")),
+        Panel("Gold grade", "points", {"val/ppo/gold": "held out"}),
+        Panel("Correctness", GRADES, {"val/ppo/correct": "held out"}),
+        Panel("Entropy", "nats a token", {"ppo/entropy": "rollouts"}),
+        Panel("Policy loss", "", {"ppo/policy_loss": "clipped surrogate"}),
+        Panel("Value loss", "SFT std²", {"ppo/value_loss": "critic"}),
+        Panel("Explained variance", "", {"ppo/explained_variance": "critic"}, (0.0, "a constant does as well")),
+    ],
+}
+MORE_PPO_PANELS = [
+    Panel("Loss, total", "", {"ppo/loss": "policy + critic"}),
+    Panel("Clipped ratios", "%", {"ppo/clip_fraction": "of tokens"}),
+    Panel("Step KL", "nats a token", {"ppo/approx_kl": "to the rollout's policy"}),
+    Panel("Answer length", "tokens", {"ppo/response_length": "rollouts"}),
+    Panel("Answers that ended", "%", {"ppo/finished": "rollouts"}),
+    Panel("Value", "SFT std", {"ppo/value": "critic's mean"}),
+    Panel("Spread of scores", "SFT std", {"ppo/score_std": "rollouts"}),
+    Panel("Gradient norm", "before clipping", {"ppo/grad_norm": "policy", "ppo/critic_grad_norm": "critic"}),
+    Panel("Learning rate", "", {"ppo/lr": "policy"}),
+]
+Points = list[tuple[float, float]]
+Scale = Callable[[float], float]
+
+
+class Chart(NamedTuple):
+    """A panel with what was measured."""
+
+    title: str
+    unit: str
+    x_name: str
+    lines: list[tuple[str, str, Points]]  # label, CSS class, points
+    reference: tuple[float, str] | None
+
+
+def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[Chart]:
+    """The charts of a stage for which more than one value was logged."""
+    rows = run.metrics.get(stage, {})
+    places = _episodes(rows) if stage == "ppo" else {step: float(step) for step in rows}
+    for panel in PANELS.get(stage, []) if chosen is None else chosen:
+        scale = 100.0 if panel.unit == "%" else 1.0
+        lines = []
+        for place, (metric, label) in enumerate(panel.lines.items()):
+            values = {step: row.get(metric, math.nan) for step, row in sorted(rows.items())}
+            points = [(places[step], scale * value) for step, value in values.items() if math.isfinite(value)]
+            held_out = metric.startswith("val/")
+            tone = ("val" if place < 2 else "gold") if held_out else ("train" if place == 0 else "other")
+            if points:
+                lines.append((label, tone, points))
+        if any(len(points) > 1 for *_, points in lines):
+            reference = panel.reference and (scale * panel.reference[0], panel.reference[1])
+            yield Chart(panel.title, panel.unit, "episodes" if stage == "ppo" else "optimizer steps", lines, reference)
+
+
+def _episodes(rows: dict[int, dict[str, float]]) -> dict[int, float]:
+    """step -> answers sampled so far: what PPO's curves are drawn against."""
+    places, reached = {}, 0.0
+    for step in sorted(rows):
+        reached = rows[step].get("ppo/episodes", reached)
+        places[step] = reached
+    return places
+
+
+WIDTH, HEIGHT = 340.0, 190.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 38.0
+
+
+class Tick(NamedTuple):
+    at: float  # in the drawing
+    label: str
+
+
+class Stroke(NamedTuple):
+    """A line of a chart, in the drawing's units."""
+
+    label: str
+    tone: str
+    path: str
+    trend: str  # smoothed, where it is noisy
+    dots: list[tuple[float, float, str]]  # where there are few
+    last: str
+
+
+class Drawing(NamedTuple):
+    """A chart ready to be drawn."""
+
+    chart: Chart
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    strokes: list[Stroke]
+    reference: Tick | None
+
+
+def draw(chart: Chart) -> Drawing:
+    """Scales, ticks and paths."""
+    x_values = [x for *_, points in chart.lines for x, _ in points]
+    y_values = [y for *_, points in chart.lines for _, y in points]
+    if chart.reference:
+        y_values.append(chart.reference[0])
+    x_low, x_high = _widened(min(0.0, *x_values), max(x_values))
+    y_low, y_high = _widened(min(y_values), max(y_values))
+    if chart.unit == "%":
+        y_low, y_high = max(0.0, y_low), min(100.0, y_high)
+    x_step, y_step = _tick_step(x_low, x_high), _tick_step(y_low, y_high)
+    # A KL of -0.01 does not need an axis that begins at -1: a little may stick out.
+    y_low, y_high = math.floor(y_low / y_step + 0.08) * y_step, math.ceil(y_high / y_step - 0.08) * y_step
+    last = math.ceil(x_high / x_step) * x_step
+    x_high = last if last - x_high < 0.06 * (last - x_low) else x_high  # a last tick, where little room is lost
+
+    def x_at(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y_at(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    strokes = [_stroke(label, tone, points, x_at, y_at, chart.unit) for label, tone, points in chart.lines]
+    return Drawing(
+        chart,
+        [Tick(x_at(x), label) for x, label in _ticks(x_low, x_high, x_step)],
+        [Tick(y_at(y), label) for y, label in _ticks(y_low, y_high, y_step)],
+        strokes,
+        Tick(y_at(chart.reference[0]), chart.reference[1]) if chart.reference else None,
+    )
+
+
+def _stroke(label: str, tone: str, points: Points, x_at: Scale, y_at: Scale, unit: str) -> Stroke:
+    size = -(-len(points) // POINTS_DRAWN)
+    thinned = [_mean(points[i : i + size]) for i in range(0, len(points), size)]
+    few = len(points) <= 12
+    suffix = "%" if unit == "%" else ""
+    dots = [(x_at(x), y_at(y), f"{number(x)}: {number(y)}{suffix}") for x, y in points] if few else []
+    trend = _path(_smoothed(thinned), x_at, y_at) if _noisy(thinned) else ""
+    return Stroke(label, tone, _path(thinned, x_at, y_at), trend, dots, number(points[-1][1]) + suffix)
+
+
+def _path(points: Points, x_at: Scale, y_at: Scale) -> str:
+    return "M" + "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in points)
+
+
+def _mean(points: Points) -> tuple[float, float]:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+def _noisy(points: Points) -> bool:
+    """Whether a line jumps about so much that its course is hard to see."""
+    values = [y for _, y in points]
+    bends = [abs(after - 2 * here + before) for before, here, after in zip(values, values[1:], values[2:])]
+    return len(points) > 20 and sum(bends) / len(bends) > 0.06 * (max(values) - min(values))
+
+
+def _smoothed(points: Points) -> Points:
+    """At each point the straight line that fits best an eighth of the line around it."""
+    width = max(5, len(points) // 8)
+    smooth = []
+    for i, (x, _) in enumerate(points):
+        first = min(max(0, i - width // 2), len(points) - width)  # as many points at the ends as elsewhere
+        around = points[first : first + width]
+        mean_x, mean_y = _mean(around)
+        spread = sum((u - mean_x) ** 2 for u, _ in around)
+        slope = sum((u - mean_x) * (v - mean_y) for u, v in around) / spread if spread else 0.0
+        low, high = min(v for _, v in around), max(v for _, v in around)
+        smooth.append((x, min(max(mean_y + slope * (x - mean_x), low), high)))
+    return smooth
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """A range that is not empty."""
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    margin = abs(low) / 2 or 1.0
+    return low - margin, high + margin
+
+
+def _tick_step(low: float, high: float) -> float:
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999) * power
+
+
+def _ticks(low: float, high: float, step: float) -> Iterator[tuple[float, str]]:
+    """Multiples of ``step`` from ``low`` to ``high`` with labels of equally many decimals."""
+    for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        yield i * step, _tick_label(i * step, step)
+
+
+def _tick_label(value: float, step: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if step >= size / 10 and abs(value) >= size:
+            return f"{value / size:g}{letter}".replace("-", "−")
+    if step < 1e-4:
+        return f"{value:.3g}".replace("e-0", "e-").replace("-", "−")
+    return f"{value:.{len(f'{step:.6f}'.rstrip('0').split('.')[1])}f}".replace("-", "−")

@@ -1,0 +1,183 @@
+"""How the models of a run compare: the headline and its figures, win rates, measures."""
+
+# ruff: noqa: RUF001  minus signs, dashes and the multiplication sign are meant
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lit_rlhf.apps.reading import Run
+from lit_rlhf.apps.wording import MEASURES, STAGES, figure, from_to, model_name, number, percent
+
+
+class Headline(NamedTuple):
+    """One sentence, its number apart, and what to know about it."""
+
+    before: str
+    number: str
+    after: str
+    note: str = ""
+
+
+class Card(NamedTuple):
+    label: str
+    value: str
+    note: str = ""
+
+
+def judge_of(run: Run) -> str:
+    """Who graded: "gold", "reward model (proxy)", or "" where nothing was compared."""
+    evaluation = run.figures.get("evaluate", {})
+    in_training = run.figures.get("ppo", {}).get("win_rate") or {}
+    return evaluation.get("judge") or in_training.get("judge") or ""
+
+
+def headline(run: Run) -> Headline | None:
+    """The result of the furthest stage in one sentence."""
+    wins = {(win.ours, win.theirs): win for win in win_rates(run)}
+    for pair in (("ppo", "sft"), ("sft", "base"), *wins):
+        if pair in wins:
+            return _win_headline(wins[pair], wins, judge_of(run))
+    reward = run.figures.get("reward", {})
+    if reward.get("val_accuracy") is not None:
+        bag = reward.get("bag_of_words_accuracy")
+        beside = f"; a bag of words does so in {percent(bag)}" if bag is not None else ""
+        after = f" of the held-out pairs{beside}."
+        return Headline("The reward model ranks the preferred answer first in ", percent(reward["val_accuracy"]), after)
+    for stage, what in (("sft", "an answer's token"), ("pretrain", "a token")):
+        figures = run.figures.get(stage, {})
+        if figures.get("val_loss") is not None:
+            first = figures.get("val_loss_first")
+            began = f", from {number(first)} at first" if first is not None else ""
+            before = f"{STAGES[stage]} ended at a held-out loss of "
+            return Headline(before, number(figures["val_loss"]), f" nats {what}{began}.")
+    return None
+
+
+def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str) -> Headline:
+    """Who is preferred, how often, how sure that is, and by whom."""
+    ours, theirs = win.ours_name, win.theirs_name
+    proxy = "proxy" in judge
+    by = "The reward model scores" if proxy else "The judge prefers"
+    than = "above" if proxy else "to"
+    before = f"{by} {ours}'s answers {than} {theirs}'s in "
+    verdict = ""
+    if win.low <= 0.5 <= win.high:
+        verdict = ", which is no clear difference"
+    elif win.high < 0.5:
+        verdict = f": {ours} is worse than {theirs}"
+    after = f" of comparisons (95% interval {interval(win)}){verdict}."
+    notes = [f"{number(win.n)} answers to {number(win.prompts)} held-out prompts; a tie counts half."]
+    best = wins.get(("best_of_n", win.theirs))
+    if win.ours == "ppo" and best:
+        picked = f"{best.ours_name} {theirs} samples, picked by the reward model"
+        notes.append(f"{picked}: {percent(best.mean)} ({interval(best)}).")
+    if proxy:
+        notes.append("There is no gold judge here: the reward model's score is a proxy that PPO was trained to raise.")
+    return Headline(before, percent(win.mean), after, " ".join(notes))
+
+
+def cards(run: Run) -> list[Card]:
+    """The headline figures of what was run."""
+    models = run.figures.get("evaluate", {}).get("models", {})
+    sft, ppo = models.get("sft", {}), models.get("ppo", {})
+    found = []
+    for key in ("gold", "correct", "right"):
+        before, after = sft.get(key), ppo.get(key)
+        if before is not None and after is not None:
+            name, unit = MEASURES[key]
+            found.append(Card(name, f"{figure(before, unit)} → {figure(after, unit)}", "SFT → PPO"))
+    if sft.get("greedy_right") is not None:
+        found.append(Card("SFT, greedy answers", percent(sft["greedy_right"]), "fully right"))
+    found += _stage_cards(run.figures)
+    return found
+
+
+def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
+    reward, ppo = figures.get("reward", {}), figures.get("ppo", {})
+    if ppo.get("kl") is not None:
+        yield Card("KL to SFT", number(ppo["kl"]), "nats an answer, after PPO")
+    if ppo.get("score_last") is not None and "evaluate" not in figures:
+        score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"
+        yield Card("Score", score, "in PPO's rollouts, SFT std")
+    if reward.get("gold_accuracy") is not None:
+        yield Card("Reward model", percent(reward["gold_accuracy"]), "of gold pairs ranked right")
+    elif reward.get("val_accuracy") is not None:
+        yield Card("Reward model", percent(reward["val_accuracy"]), "of held-out pairs ranked right")
+    for stage, name in (("sft", "SFT loss"), ("pretrain", "Pretraining loss")):
+        loss = figures.get(stage, {}).get("val_loss")
+        if loss is not None:
+            yield Card(name, from_to(figures[stage].get("val_loss_first"), loss), "nats a token, held out")
+
+
+class Win(NamedTuple):
+    """How often one model's answers beat another's."""
+
+    ours: str
+    theirs: str
+    ours_name: str
+    theirs_name: str
+    mean: float
+    low: float
+    high: float
+    n: int
+    prompts: int
+
+
+def interval(win: Win) -> str:
+    """ "71.0–77.2%"."""
+    return f"{percent(win.low)[:-1]}–{percent(win.high)}"
+
+
+def win_rates(run: Run) -> list[Win]:
+    """Comparisons with SFT first, then those with base, then the rest; best-of-n beside PPO."""
+    evaluation = run.figures.get("evaluate", {})
+    best = evaluation.get("best_of_n") or {}
+    rates = {**(evaluation.get("win_rate") or {}), **(best.get("win_rate") or {})}
+    in_training = run.figures.get("ppo", {}).get("win_rate")
+    if not rates and in_training:
+        rates = {"ppo_vs_sft": in_training}
+    wins = [_win(name, rate, best.get("n")) for name, rate in rates.items() if rate and "_vs_" in name]
+    order = {name: place for place, name in enumerate(("sft", "base", "ppo", "best_of_n"))}
+    strength = {name: place for place, name in enumerate(("ppo", "best_of_n", "sft"))}
+    return sorted(wins, key=lambda w: (order.get(w.theirs, 9), strength.get(w.ours, 9)))
+
+
+def _win(name: str, rate: dict[str, Any], best_of: Any) -> Win:
+    ours, _, theirs = name.partition("_vs_")
+    names = model_name(ours, best_of), model_name(theirs, best_of)
+    return Win(ours, theirs, *names, *(rate[key] for key in ("mean", "low", "high", "n", "prompts")))
+
+
+class Changes(NamedTuple):
+    """Measures (rows) of models (columns)."""
+
+    models: list[tuple[str, str]]  # key, name
+    rows: list[tuple[str, str, list[Any], float | None]]  # name, unit, value of each model, change from SFT to PPO
+
+
+def changes(evaluation: dict[str, Any]) -> Changes:
+    """What is known of each model, best-of-n last."""
+    models = dict(evaluation.get("models") or {})
+    best = evaluation.get("best_of_n") or {}
+    if any(best.get(key) is not None for key in MEASURES):
+        models["best_of_n"] = best
+    rows = []
+    for key, (name, unit) in MEASURES.items():
+        values = [figures.get(key) for figures in models.values()]
+        before, after = (models.get(m, {}).get(key) for m in ("sft", "ppo"))
+        if any(value is not None for value in values):
+            rows.append((name, unit, values, None if before is None or after is None else after - before))
+    return Changes([(key, model_name(key, best.get("n"))) for key in models], rows)
+
+
+def by_kind(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, float]]]]:
+    """(kind, [(model, its name, share fully right)]), the kinds that PPO (or the last model) does best first."""
+    models = {name: figures.get("by_kind") or {} for name, figures in (evaluation.get("models") or {}).items()}
+    kinds = list(dict.fromkeys(kind for kinds in models.values() for kind in kinds))
+    rows = [
+        (kind, [(name, model_name(name), by[kind]["right"]) for name, by in models.items() if kind in by])
+        for kind in kinds
+    ]
+    return sorted(rows, key=lambda row: -row[1][-1][2]) if len(rows) > 1 else []

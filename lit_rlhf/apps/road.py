@@ -1,0 +1,99 @@
+"""The stages of a run: the road, what each of them reached, and what it read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from lit_rlhf.apps.reading import Run
+from lit_rlhf.apps.wording import DATA, FIGURES, GRADES, STAGES, figure, from_to, number, percent
+
+
+class Stop(NamedTuple):
+    """A stage on the road."""
+
+    stage: str
+    name: str
+    state: str  # "done", "begun" or "absent"
+    seconds: float | None
+    share: float  # of the run's time
+    note: str
+
+
+def road(run: Run) -> list[Stop]:
+    """All stages in order, those that were not run too."""
+    total = run.total_seconds or 1.0
+    stops = []
+    for stage, name in STAGES.items():
+        state = "done" if stage in run.figures else "begun" if stage in run.metrics else "absent"
+        seconds = run.seconds.get(stage)
+        note = {"begun": "not finished", "absent": "not in this run"}.get(state) or _stop_note(
+            stage, run.figures[stage]
+        )
+        stops.append(Stop(stage, name, state, seconds, (seconds or 0.0) / total, note))
+    return stops
+
+
+def _stop_note(stage: str, figures: dict[str, Any]) -> str:
+    known = {key: value for key, value in figures.items() if value is not None}
+    if stage in ("pretrain", "sft") and "val_loss" in known:
+        return f"loss {from_to(known.get('val_loss_first'), known['val_loss'])}"
+    if stage == "preference" and "rankings" in known:
+        return f"{number(known['rankings'])} rankings"
+    if stage == "reward" and "val_accuracy" in known:
+        return f"{percent(known['val_accuracy'])} of pairs right"
+    if stage == "ppo" and "episodes" in known:
+        return f"{number(known['episodes'])} episodes"
+    if stage == "evaluate" and "prompts" in known:
+        return f"{number(known['prompts'])} prompts"
+    return ""
+
+
+def stage_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, value with its unit) of a stage's plain figures."""
+    found = []
+    for key, value in figures.items():
+        name, unit = FIGURES.get(key, (key, ""))
+        if isinstance(value, int | float | str):
+            found.append((name, figure(value, unit) + ("" if unit in ("", "%", GRADES) else f" {unit}")))
+    return found
+
+
+class Data(NamedTuple):
+    """Counts (columns) of the stages' data (rows), and the lines behind a count."""
+
+    names: list[str]
+    rows: list[tuple[str, list[str]]]
+    details: list[tuple[str, str, list[str]]]
+
+
+def data_table(data: dict[str, dict[str, Any]]) -> Data | None:
+    """What each stage read; a list stands for as many records as it has entries."""
+    notes = {stage: dict(_flat(counts)) for stage, counts in data.items() if counts}
+    notes.get("evaluate", {}).pop("train_prompts", None)  # nothing is trained there
+    keys = list(dict.fromkeys(key for counts in notes.values() for key in counts))
+    keys.sort(key=lambda key: key in ("skipped", "long"))
+    rows = [(stage, [_count(counts.get(key)) for key in keys]) for stage, counts in notes.items()]
+    details = [
+        (stage, _label(key), [str(line) for line in value[:20]])
+        for stage, counts in notes.items()
+        for key, value in counts.items()
+        if isinstance(value, list) and value
+    ]
+    return Data([_label(key) for key in keys], rows, details) if rows else None
+
+
+def _label(key: str) -> str:
+    return DATA.get(key, key.replace("_", " "))
+
+
+def _count(value: Any) -> str:
+    return number(len(value) if isinstance(value, list) else value)
+
+
+def _flat(notes: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in notes.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,139 @@
+"""How the page says things: what stages, models and figures are called, their units, and how numbers are written."""
+
+# ruff: noqa: RUF001  minus signs, dashes and the multiplication sign are meant
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from markupsafe import Markup
+
+STAGES = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "preference": "Preferences",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "evaluate": "Evaluation",
+}
+MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+GRADES = "−1 to 1"
+MEASURES = {  # of a model in evaluation: what it is called, its unit
+    "gold": ("Gold grade", "points"),
+    "correct": ("Correctness", GRADES),
+    "right": ("Fully right", "%"),
+    "greedy_right": ("Fully right, greedy", "%"),
+    "polite": ("Politeness", GRADES),
+    "score": ("Reward model's score", "SFT std"),
+    "kl": ("KL to SFT", "nats an answer"),
+    "entropy": ("Entropy", "nats a token"),
+    "words": ("Length", "words"),
+}
+FIGURES = {  # of a stage, in done.json: what they are called, their unit
+    "val_loss_first": ("held-out loss at first", ""),
+    "val_loss": ("held-out loss at the end", ""),
+    "tokens": ("tokens read", ""),
+    "rankings": ("rankings", ""),
+    "answers": ("answers", ""),
+    "pairs": ("pairs with a winner", ""),
+    "ties": ("tied pairs", ""),
+    "words": ("words an answer", ""),
+    "cut_off": ("answers cut off", ""),
+    "agreement": ("agreement with gold", "%"),
+    "val_accuracy": ("held-out pairs right", "%"),
+    "gold_accuracy": ("gold pairs right", "%"),
+    "val_pairs": ("held-out rankings", ""),
+    "bag_of_words_accuracy": ("bag of words", "%"),
+    "score_first": ("score at first", "SFT std"),
+    "score_last": ("score at the end", "SFT std"),
+    "val_score": ("held-out score", "SFT std"),
+    "kl": ("KL to SFT", "nats an answer"),
+    "entropy": ("entropy", "nats a token"),
+    "episodes": ("episodes", ""),
+    "gold": ("held-out gold grade", "points"),
+    "correct": ("held-out correctness", GRADES),
+    "prompts": ("held-out prompts", ""),
+    "judge": ("judge", ""),
+}
+DATA = {
+    "train_set": "for training",
+    "val_set": "held out",
+    "train_prompts": "prompts for training",
+    "held_out_prompts": "held-out prompts",
+}
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, but tab and line feed
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of what follows
+    "\u2028\u2029\ud800-\udfff]"  # separators; halves of a surrogate pair, which UTF-8 does not know
+)
+
+
+def printable(value: Any) -> Any:
+    """Text in which every character can be seen (an escape as ``\\x1b``); markup and other values as they are."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], value)
+
+
+def number(value: Any) -> str:
+    """Three significant digits, whole numbers in full; a dash for what is not known."""
+    if value is None:
+        return "–"
+    if isinstance(value, str | bool):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    if not math.isfinite(value):
+        return str(value).replace("-", "−")
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")  # the exponent after rounding: 0.9996 is 1.00
+    if int(exponent) < -4:
+        raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{mantissa}×10{raised}".replace("-", "−")
+    return f"{value:,.{max(0, 2 - int(exponent))}f}".replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage of three significant digits."""
+    if share is None:
+        return "–"
+    text = number(100.0 * share)
+    return ("100" if text == "100.0" else text) + "%"
+
+
+def figure(value: Any, unit: str) -> str:
+    """A figure in its unit: shares as percentages, bounded grades to three decimals, all else as numbers."""
+    if unit == GRADES and value is not None:
+        return f"{value:.3f}".replace("-", "−")
+    return percent(value) if unit == "%" else number(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def from_to(first: float | None, last: float) -> str:
+    """ "6.90 → 0.577"; the last alone where the first is not known."""
+    return ("" if first is None else f"{number(first)} → ") + number(last)
+
+
+def model_name(name: str, best_of: Any = None) -> str:
+    """What a model is called on the page."""
+    return f"Best of {best_of or 'n'}" if name == "best_of_n" else MODELS.get(name, name)
+
+
+def tone(name: str) -> str:
+    """The colour of a model: the end of a CSS class."""
+    return name if name in (*MODELS, "best_of_n") else "other"
