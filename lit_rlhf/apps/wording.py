@@ -44,7 +44,7 @@ FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "agreement": ("agreement with gold", "%"),
     "val_accuracy": ("held-out pairs right", "%"),
     "gold_accuracy": ("gold pairs right", "%"),
-    "val_pairs": ("held-out rankings", ""),
+    "val_pairs": ("held-out pairs", ""),
     "bag_of_words_accuracy": ("bag of words", "%"),
     "score_first": ("score at first", "SFT std"),
     "score_last": ("score at the end", "SFT std"),

@@ -134,6 +134,11 @@ class EvaluateModule(LightningModule):
         ref = response_logprobs(self.policies["sft"], packed, answers.lengths, self.sampling.temperature)
         return sequence_kl(answers.logprobs, ref, answers.mask)
 
+    def on_test_epoch_end(self) -> None:
+        """Win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
+        rates = self.figures()["win_rate"]
+        self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in rates.items()})
+
     # --------------------------------------------------------------- comparing
 
     def worth(self, answers: Answers) -> Tensor:
