@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from pydantic import Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -64,5 +64,19 @@ def optimizer_and_schedule(
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns: the schedule runs over the trainer's whole budget of steps."""
     made = optimizer(groups)
-    total = int(module.trainer.estimated_stepping_batches)
+    total = total_steps(module.trainer)
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule(made, total), "interval": "step"}}
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole training.
+
+    Lightning's own ``estimated_stepping_batches`` sets up the loader before a checkpoint is read, and the loader's
+    place is then never restored: a run that is resumed in the middle of an epoch would begin that epoch's data anew."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    if trainer.datamodule is None:
+        return int(trainer.estimated_stepping_batches)
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)

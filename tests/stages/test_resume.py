@@ -79,10 +79,22 @@ def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
     return make[request.param]
 
 
+ITERATIONS = {"max_epochs": 1, "limit_train_batches": 9}
+
+
 @pytest.mark.parametrize("batches", [1, 4, 5, 7])  # 5 is the last batch of an epoch of SFT and of the reward model
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"], indirect=True)
-def test_stopped_and_resumed_equals_uninterrupted(stage, batches, fit, request):
-    budget = {"max_epochs": 1, "limit_train_batches": 9} if "ppo" in request.node.name else {"max_steps": 9}
+@pytest.mark.parametrize(
+    ("stage", "budget"),
+    [
+        ("pretrain", {"max_steps": 9}),
+        ("sft", {"max_steps": 9}),
+        ("sft", {"max_epochs": 3}),
+        ("reward", {"max_epochs": 2}),
+        ("ppo", ITERATIONS),
+    ],
+    indirect=["stage"],
+)
+def test_stopped_and_resumed_equals_uninterrupted(stage, budget, batches, fit):
     whole, data = stage()
     fit(whole, data, "whole", **budget)
     stopped, data = stage()
