@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import StageFolder, check_inputs, read_json, write_text
+from lit_rlhf.pipeline.folder import StageFolder, check_inputs, read_json, read_yaml, write_text
 from lit_rlhf.pipeline.run import is_main_process, run_stage
 from lit_rlhf.pipeline.settings import STAGES, stages_of
 
@@ -34,11 +34,11 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
             run_alone(name, overrides)  # which says itself how it went
             continue
         run_stage(cfg, name)
-        summary = write_summary(run, int(cfg.seed))
+        summary = write_summary(run)
         print(headline(name, summary[name], summary["seconds"][name]))
     if not any((run / name / "done.json").is_file() for name in STAGES):
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
-    summary = write_summary(run, int(cfg.seed))
+    summary = write_summary(run)
     report = write_report(run)
     print(f"report: {report}")
     return summary
@@ -60,13 +60,13 @@ def run_alone(name: str, overrides: list[str]) -> None:
         raise UserError(f"{name}: failed with exit code {code}; what it said stands above")
 
 
-def write_summary(run: Path, seed: int) -> dict[str, Any]:
-    """``summary.json``: the headline figures of all finished stages."""
+def write_summary(run: Path) -> dict[str, Any]:
+    """``summary.json``: the headline figures of all finished stages; the seed is the last one's."""
     done = {name: read_json(run / name / "done.json") for name in STAGES}
     records = {name: record for name, record in done.items() if record is not None}
     seconds = {name: record["seconds"] for name, record in records.items()}
     summary = {
-        "seed": seed,
+        "seed": [read_yaml(run / name / "config.yaml")[name]["seed"] for name in records][-1],
         "seconds": {**seconds, "total": sum(seconds.values())},
         **{name: record["figures"] for name, record in records.items()},
     }

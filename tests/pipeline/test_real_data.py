@@ -16,7 +16,8 @@ def summary(tmp_path, run):
 def test_shakespeare_by_characters(lit_rlhf, test_data, tmp_path):
     text = test_data / "tinyshakespeare" / "input.txt"
     lit_rlhf(
-        "experiment=shakespeare", f"pretrain.data.path={text}", "pretrain.trainer.max_steps=250", "logger=csv",
+        "experiment=shakespeare", f"pretrain.data.path={text}", "pretrain.trainer.max_steps=250",
+        "logger=csv", "threads=1",
         "callbacks.progress_bar=false", fast=False,
     )  # fmt: skip
     figures = summary(tmp_path, "shakespeare")["pretrain"]
@@ -30,7 +31,7 @@ def test_shakespeare_by_characters(lit_rlhf, test_data, tmp_path):
 def test_reward_model_on_human_preferences(lit_rlhf, test_data, tmp_path):
     path = test_data / "hh-rlhf" / "harmless-base.jsonl"
     said = lit_rlhf(
-        "experiment=hh_rlhf", f"reward.data.path={path}", "reward.data.limit=150", "logger=csv",
+        "experiment=hh_rlhf", f"reward.data.path={path}", "reward.data.limit=150", "logger=csv", "threads=1",
         "callbacks.progress_bar=false", fast=False,
     ).stdout  # fmt: skip
     figures = summary(tmp_path, "hh_rlhf")["reward"]
@@ -47,7 +48,8 @@ def test_instructions_with_gpt2s_tokenizer(lit_rlhf, test_data, tmp_path):
     lit_rlhf(
         "experiment=instructions", f"sft.data.path={test_data}/instructions/instruction-data.json",
         f"tokenizer.path={test_data}/gpt2-tokenizer", "model.config.hidden_size=48", "model.config.num_hidden_layers=2",
-        "sft.data.limit=300", "sft.trainer.max_epochs=1", "logger=csv", "callbacks.progress_bar=false", fast=False,
+        "sft.data.limit=300", "sft.trainer.max_epochs=1", "logger=csv",
+        "threads=1", "callbacks.progress_bar=false", fast=False,
     )  # fmt: skip
     figures = summary(tmp_path, "instructions")["sft"]
     assert figures["val_loss"] < figures["val_loss_first"] - 2
