@@ -39,8 +39,8 @@ class TopLevel(BaseModel):
 
     model_config = ConfigDict(strict=True)
     stage: str | list[str]
-    run: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")]
-    from_run: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")]
+    run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+    from_run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     overwrite: bool
     objective: str | None

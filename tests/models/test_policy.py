@@ -176,7 +176,7 @@ def test_a_tokenizer_of_another_family_is_refused(policy, tmp_path):
     rows = policy.get_input_embeddings().num_embeddings
     strange.add_tokens([f"<{i}>" for i in range(rows + 17 - len(strange))])
     with pytest.raises(
-        UserError, match=rf"the model knows {rows} tokens and the tokenizer has {rows + 17}; they do not"
+        UserError, match=rf"the model knows {rows} tokens and the tokenizer has {rows + 17}; they are no pair"
     ):
         load_policy(tmp_path, strange)
 

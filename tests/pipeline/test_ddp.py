@@ -30,9 +30,10 @@ def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path, stage, one, t
     runs = tmp_path / "runs"
     first, second = (load_file(runs / run / stage / "model" / "model.safetensors") for run in ("one", "two"))
     start = load_file(runs / "quickstart" / ("pretrain" if stage == "sft" else "sft") / "model" / "model.safetensors")
-    assert max((first[name] - start[name]).abs().max() for name in first) > 1e-3
-    for name in first:
-        assert_close(first[name], second[name], atol=2e-4, rtol=1e-3)
+    moved = sum((first[name] - start[name]).square().sum() for name in first).sqrt()
+    apart = sum((first[name] - second[name]).square().sum() for name in first).sqrt()
+    assert moved > 0.1
+    assert apart < 0.01 * moved  # sums in another order, which Adam enlarges where a gradient is all but 0
     figures = [json.loads((runs / run / "summary.json").read_text())[stage] for run in ("one", "two")]
     if stage == "ppo":
         assert figures[0]["episodes"] == figures[1]["episodes"] == 48

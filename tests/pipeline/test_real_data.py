@@ -48,7 +48,7 @@ def test_instructions_with_gpt2s_tokenizer(lit_rlhf, test_data, tmp_path):
     lit_rlhf(
         "experiment=instructions", f"sft.data.path={test_data}/instructions/instruction-data.json",
         f"tokenizer.path={test_data}/gpt2-tokenizer", "model.config.hidden_size=48", "model.config.num_hidden_layers=2",
-        "sft.data.limit=300", "sft.trainer.max_epochs=1", "logger=csv",
+        "sft.data.limit=400", "sft.optimizer.lr=5e-3", "logger=csv",
         "threads=1", "callbacks.progress_bar=false", fast=False,
     )  # fmt: skip
     figures = summary(tmp_path, "instructions")["sft"]

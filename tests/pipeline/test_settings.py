@@ -49,7 +49,7 @@ def _is_open(cfg, address):
     node = cfg
     for part in above.split("."):
         node = node[part]
-    return node is not None and key in node and OmegaConf.is_missing(node, key)
+    return node is not None and OmegaConf.is_missing(node, key)
 
 
 def test_every_target_can_be_imported():

@@ -242,11 +242,15 @@ class PPOModule(LightningModule):
             "ppo/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
         }
         if self.iteration == 0:
-            self.score_first.copy_(metrics["ppo/score"])
-        self.score_last.copy_(metrics["ppo/score"])
-        self.entropy_last.copy_(metrics["ppo/entropy"])
+            self.score_first.copy_(self._mean(metrics["ppo/score"]))
+        self.score_last.copy_(self._mean(metrics["ppo/score"]))
+        self.entropy_last.copy_(self._mean(metrics["ppo/entropy"]))
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over all processes."""
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
 
     def _bar(self, steps: Any, name: str) -> Any:
         quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
@@ -262,9 +266,9 @@ class PPOModule(LightningModule):
     # -------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        # Kept as metrics: torchmetrics gathers them over processes.
+        # Every process answers all held-out prompts with the same random numbers, so there is nothing to gather.
         names = ("policy", "reference", "kl", "score", "correct")
-        self._val = {name: CatMetric().to(self.device) for name in names}
+        self._val = {name: CatMetric(sync_on_compute=False).to(self.device) for name in names}
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answers of policy and reference to held-out prompts, graded by gold or, without it, by the reward model."""
