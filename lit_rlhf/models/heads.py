@@ -12,25 +12,43 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import load_pretrained, match_tokenizer, packed_hidden, policy_from_config
 from lit_rlhf.text.packing import Packed
 
 
 def load_reward_model(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "float32",
+    new_head: bool = False,
 ) -> PreTrainedModel:
-    """Load a reward model, or make one of a language model: its trunk, with a fresh scalar head."""
-    model = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1, dtype=getattr(torch, dtype))
+    """Load a reward model.
+
+    With ``new_head`` a language model will do, too: its trunk gets a scalar head that scores everything 0. Without it,
+    a folder that holds no head raises ``UserError``: its scores would mean nothing."""
+    model, loading = load_pretrained(
+        AutoModelForSequenceClassification, path, num_labels=1, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    if any(name.startswith("score.") for name in loading["missing_keys"]):
+        if not new_head:
+            raise UserError(
+                f"{path}: a language model, where a reward model was expected (it has no scalar head); train one from it "
+                "with stage=reward"
+            )
+        nn.init.zeros_(score_head(model).weight)
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
     return model
 
 
 def reward_model_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialized reward model; ``config`` as in ``policy_from_config``."""
+    """A freshly initialized reward model that scores everything 0; ``config`` as in ``policy_from_config``."""
     architecture = policy_from_config(config, tokenizer).config
     architecture.num_labels = 1
-    return AutoModelForSequenceClassification.from_config(architecture)
+    model = AutoModelForSequenceClassification.from_config(architecture)
+    nn.init.zeros_(score_head(model).weight)
+    return model
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:

@@ -62,7 +62,7 @@ def load_policy_and_tokenizer(
     return load_policy(path, tokenizer, dtype), tokenizer
 
 
-def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> PreTrainedModel:
+def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> Any:
     """``kind.from_pretrained`` with an error for people."""
     # "name" and "owner/name" may be on the Hub; what exists here, or looks like a path, is not.
     is_local = Path(path).exists() or Path(path).is_absolute() or str(path).startswith(".") or len(Path(path).parts) > 2

@@ -25,7 +25,10 @@ TEXTS = ["What is 42?", "I am the cat", "12", "You are  30, 👍🏽 and the cat
 @pytest.fixture
 def reward_model(model_config, tokenizer):
     torch.manual_seed(0)
-    return reward_model_from_config(model_config, tokenizer).eval()
+    model = reward_model_from_config(model_config, tokenizer).eval()
+    assert not model.score.weight.any()  # a fresh head scores everything 0
+    nn.init.normal_(model.score.weight)
+    return model
 
 
 def ended(tokenizer):
@@ -87,7 +90,7 @@ def test_shift_and_deviation_come_back(reward_model, tokenizer, tmp_path):
 
 def test_a_language_model_becomes_a_reward_model_with_its_trunk(policy, tokenizer, tmp_path):
     policy.save_pretrained(tmp_path)
-    loaded = load_reward_model(tmp_path, tokenizer)
+    loaded = load_reward_model(tmp_path, tokenizer, new_head=True)
     batch = packed(tokenizer)
     assert torch.equal(packed_hidden(loaded, batch), packed_hidden(policy, batch))
     assert loaded.config.num_labels == 1 and loaded.score.weight.shape == (1, 32)
@@ -97,9 +100,16 @@ def test_a_language_model_becomes_a_reward_model_with_its_trunk(policy, tokenize
 def test_the_embedding_of_a_reward_model_grows_too(policy, tokenizer, tmp_path):
     policy.save_pretrained(tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<own-pad>"})
-    assert load_reward_model(tmp_path, tokenizer).get_input_embeddings().num_embeddings == len(tokenizer)
+    assert load_reward_model(tmp_path, tokenizer, new_head=True).get_input_embeddings().num_embeddings == len(tokenizer)
 
 
 def test_no_reward_model_there(tmp_path):
     with pytest.raises(UserError, match="no model there"):
         load_reward_model(tmp_path / "missing")
+
+
+def test_a_language_model_is_not_taken_for_a_reward_model(policy, tokenizer, tmp_path):
+    save_model(policy, tokenizer, tmp_path / "model")
+    with pytest.raises(UserError, match="a language model, where a reward model was expected"):
+        load_reward_model(tmp_path / "model", tokenizer)
+    assert not load_reward_model(tmp_path / "model", tokenizer, new_head=True).score.weight.any()

@@ -50,7 +50,6 @@ class RewardModule(LightningModule):
     ) -> None:
         super().__init__()
         self.reward_model = reward_model.train()
-        torch.nn.init.zeros_(self.reward_model.score.weight)
         self.tokenizer = tokenizer
         self.optimizer, self.schedule = optimizer, schedule
         self.lm_coef, self.bag_of_words = lm_coef, bag_of_words
