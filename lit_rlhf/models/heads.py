@@ -33,8 +33,8 @@ def load_reward_model(
     if any(name.startswith("score.") for name in loading["missing_keys"]):
         if not new_head:
             raise UserError(
-                f"{path}: a language model, where a reward model was expected (it has no scalar head); train one from it "
-                "with stage=reward"
+                f"{path}: a language model, where a reward model was expected (it has no scalar head); train one "
+                "from it with stage=reward"
             )
         nn.init.zeros_(score_head(model).weight)
     if tokenizer is not None:
