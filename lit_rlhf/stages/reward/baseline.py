@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from lit_rlhf.text.records import Ranking
 
 
 def bag_of_words_accuracy(train: list[Ranking], held_out: list[Ranking]) -> float:
-    """Held-out accuracy of a logistic regression on the difference of two answers' word counts and lengths."""
-    words = CountVectorizer(min_df=2, binary=True)
+    """Held-out accuracy of a logistic regression on the difference of two answers' weighted word counts (tf-idf) and lengths."""
+    words = TfidfVectorizer(min_df=2, sublinear_tf=True)
     words.fit([text for ranking in train for text in ranking.responses])
     features, length_scale = _features(words, train, None)
-    model = LogisticRegression(C=0.05, fit_intercept=False, max_iter=1000)
+    model = LogisticRegression(C=0.2, fit_intercept=False, max_iter=1000)
     # Both directions of each pair: the model must not learn which one stands first.
     model.fit(vstack([features, -features]), np.repeat([1, 0], features.shape[0]))
     return float(model.predict(_features(words, held_out, length_scale)[0]).mean())
 
 
-def _features(words: CountVectorizer, rankings: list[Ranking], length_scale: float | None) -> tuple[csr_matrix, float]:
+def _features(words: TfidfVectorizer, rankings: list[Ranking], length_scale: float | None) -> tuple[csr_matrix, float]:
     """(M, words + 1) differences better - worse over all untied pairs, and the scale of the length."""
     pairs = [
         (r.responses[i], r.responses[j])
