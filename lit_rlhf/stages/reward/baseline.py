@@ -11,7 +11,7 @@ from lit_rlhf.text.records import Ranking
 
 
 def bag_of_words_accuracy(train: list[Ranking], held_out: list[Ranking]) -> float:
-    """Held-out accuracy of a logistic regression on the difference of two answers' weighted word counts (tf-idf) and lengths."""
+    """Held-out accuracy of a logistic regression on how two answers differ in words (tf-idf) and length."""
     words = TfidfVectorizer(min_df=2, sublinear_tf=True)
     words.fit([text for ranking in train for text in ranking.responses])
     features, length_scale = _features(words, train, None)
