@@ -52,10 +52,6 @@ class Responses(NamedTuple):
         """Each answer's token ids, without padding."""
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
 
-    @property
-    def empty(self) -> bool:
-        return self.tokens.shape[0] == 0
-
 
 @torch.no_grad()
 def generate(
