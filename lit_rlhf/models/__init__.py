@@ -1,8 +1,9 @@
 """Neural networks: loading, heads, sampling, model folders."""
 
 from lit_rlhf.models.checkpoint import fingerprint, save_model
-from lit_rlhf.models.generation import Responses, Sampling, generate
+from lit_rlhf.models.generation import Responses, Sampling, answer, generate
 from lit_rlhf.models.heads import (
+    last_scores,
     load_reward_model,
     packed_scores,
     packed_values,
@@ -24,10 +25,12 @@ from lit_rlhf.models.policy import (
 __all__ = [
     "Responses",
     "Sampling",
+    "answer",
     "context_length",
     "fingerprint",
     "freeze",
     "generate",
+    "last_scores",
     "load_policy",
     "load_policy_and_tokenizer",
     "load_reward_model",

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import filter_logits, position_ids, sample_token, token_entropy, token_logprobs
@@ -51,6 +51,23 @@ class Responses(NamedTuple):
     def token_lists(self) -> list[list[int]]:
         """Each answer's token ids, without padding."""
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Each answer as a person reads it: without special tokens and without space around it."""
+        return [text.strip() for text in tokenizer.batch_decode(self.token_lists(), skip_special_tokens=True)]
+
+
+def answer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    generator: Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Responses:
+    """:func:`generate` with the tokenizer's end-of-text and padding."""
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    return generate(policy, prompts, sampling, **ends, generator=generator, shard=shard)
 
 
 @torch.no_grad()

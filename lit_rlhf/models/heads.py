@@ -63,8 +63,12 @@ def packed_values(model: PreTrainedModel, batch: Packed) -> Tensor:
 
 def packed_scores(model: PreTrainedModel, batch: Packed) -> Tensor:
     """The scalar (N,) at the last token of each packed sequence: the score before it is shifted."""
-    hidden = packed_hidden(model, batch)[batch.ends.to(batch.tokens.device)]
-    return score_head(model)(hidden).squeeze(-1)
+    return last_scores(model, packed_hidden(model, batch), batch)
+
+
+def last_scores(model: PreTrainedModel, hidden: Tensor, batch: Packed) -> Tensor:
+    """The same from hidden states (R * L, D) that are there already."""
+    return score_head(model)(hidden[batch.ends.to(hidden.device)]).squeeze(-1)
 
 
 def score_shift(model: PreTrainedModel) -> float:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import StageFolder, check_inputs, read_json, read_yaml, write_text
+from lit_rlhf.pipeline.folder import StageFolder, check_inputs, check_records, read_json, read_yaml, write_text
 from lit_rlhf.pipeline.run import is_main_process, run_stage
 from lit_rlhf.pipeline.settings import STAGES, stages_of
 
@@ -25,6 +25,7 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         run_stage(cfg, names[0])
         return {}
     check_inputs(cfg)
+    check_records(cfg)
     finished = {name: StageFolder(cfg, name).check() for name in names}
     for name in names:
         if finished[name]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import fingerprint
 from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
+from lit_rlhf.text import load_records
 
 # How a stage is watched does not change what comes out of it.
 WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps")
@@ -201,6 +203,16 @@ def check_inputs(cfg: DictConfig) -> None:
                 f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it "
                 f"by from_run=, or set {address}="
             )
+
+
+def check_records(cfg: DictConfig) -> None:
+    """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
+    for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
+        data = resolved(cfg, name)["data"]
+        paths = [data["path"]] if isinstance(data.get("path"), str) else data.get("path") or []
+        for path in paths:
+            if Path(path).is_file() and not Path(path).is_relative_to(cfg.paths.runs):
+                load_records(path, get_class(data["_target_"]).parse_record, data.get("on_bad_record", "fail"))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

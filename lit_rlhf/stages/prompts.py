@@ -63,6 +63,7 @@ class PromptDataModule(LightningDataModule):
     """
 
     judge: Judge | None = None  # files come without one; the world brings its own
+    parse_record = staticmethod(parse_prompt)
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class PromptDataModule(LightningDataModule):
 
     def records(self) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
         """(prompt, kind) of the (train, held-out) prompts."""
-        loaded = load_records(self.path, parse_prompt, self.on_bad_record)
+        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
         self.skipped = loaded.skipped
         train, held_out = split_by_prompt(loaded.records, lambda messages: messages, self.held_out, self.split_seed)
         return [(m, "") for m in train], [(m, "") for m in held_out]

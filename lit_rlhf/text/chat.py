@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
@@ -117,9 +118,12 @@ def _end(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list
 def _render(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Messages], generation_prompt: bool) -> list[str]:
     if not dialogues:
         return []
-    return tokenizer.apply_chat_template(
-        [list(messages) for messages in dialogues], tokenize=False, add_generation_prompt=generation_prompt
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [list(messages) for messages in dialogues], tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except TemplateError as error:  # raised by templates that want turns to alternate, or know no system turn
+        raise UserError(f"this tokenizer's chat template refuses a dialogue of the data: {error}") from None
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

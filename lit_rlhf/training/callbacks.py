@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import TrainingDiverged, UserError
+from lit_rlhf.training.metrics_file import MetricsFile
 
 
 class Interrupted(UserError):
@@ -129,6 +130,9 @@ class LastCheckpoint(Callback):
         self._restore_handler()
 
     def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):  # what was logged up to the checkpoint is on disk with it
+                logger.write()
         temporary = self.path.with_suffix(".tmp")
         try:
             trainer.save_checkpoint(temporary)

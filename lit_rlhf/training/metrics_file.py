@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsFile(Logger):
-    """Writes one row a step and one column a metric.
+    """Writes one row a step and one column a metric, every few seconds and with each checkpoint.
 
     Unlike Lightning's CSV logger it keeps the rows of an interrupted run: the first value that is logged after a start
     drops only the rows of later steps, which are about to be repeated."""
@@ -42,11 +42,15 @@ class MetricsFile(Logger):
             self._rows = {s: row for s, row in read_metrics(self.path).items() if s <= step}
         values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
         self._rows.setdefault(step, {}).update(values)
+
+    def save(self) -> None:
+        """Lightning calls this after every value; a long file is not written anew each time."""
         if time.monotonic() - self._flushed > self.flush_seconds:
-            self.save()
+            self.write()
 
     @rank_zero_only
-    def save(self) -> None:
+    def write(self) -> None:
+        """Everything that was logged so far, under a temporary name first."""
         if not self._rows:
             return
         self._flushed = time.monotonic()
@@ -61,7 +65,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self.write()
 
 
 def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:

@@ -217,3 +217,12 @@ def test_own_prompts_without_a_gold_judge_report_the_proxy(lit_rlhf, run_copy):
 
 def test_module_can_be_run_from_anywhere(lit_rlhf, tmp_path):
     assert "lit-rlhf" in lit_rlhf("stage=nothing", check=False, cwd=tmp_path).stderr
+
+
+def test_a_bad_line_of_a_later_stage_is_found_before_the_first_stage_begins(lit_rlhf, tmp_path):
+    good = '{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}\n'
+    (tmp_path / "pairs.jsonl").write_text(good * 2 + '{"prompt": "Hi", "chosen": "Hello!"}\n')
+    settings = ["stage=[pretrain,sft,reward]", "reward/data=jsonl", "reward.data.path=pairs.jsonl"]
+    done = lit_rlhf(*settings, check=False)
+    assert done.returncode == 2 and "pairs.jsonl:3: no field 'rejected'" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "runs/quickstart/pretrain").exists()

@@ -164,3 +164,9 @@ def test_no_special_tokens_but_those_of_the_template(tokenizer):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     assert tokenizer("42")["input_ids"][0] == bos[1]  # as the tokenizers of some checkpoints do
     assert before == (encode_prompts(tokenizer, [SINGLE[:1]]), encode_responses(tokenizer, [SINGLE[:1]], ["42"]))
+
+
+def test_a_template_that_refuses_a_dialogue_says_so_in_one_line(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
+    with pytest.raises(UserError, match="chat template refuses a dialogue of the data: roles must alternate"):
+        encode_prompts(tokenizer, [[user("Hi"), user("Hi")]])

@@ -23,7 +23,7 @@ def test_a_value_logged_again_takes_the_place_of_the_first(tmp_path):
     file = MetricsFile(tmp_path / "metrics.csv")
     for value in (1.0, 2.0):
         file.log_metrics({"loss": value}, step=1)
-    file.save()
+    file.write()
     assert read_metrics(file.path) == {1: {"loss": 2.0}}
 
 
@@ -31,7 +31,7 @@ def test_values_come_back_to_the_bit_and_nan_stays_nan(tmp_path):
     values = {"a": 1 / 3, "b": 1e-300, "c": -0.0, "inf": math.inf, "nan": math.nan}
     file = MetricsFile(tmp_path / "metrics.csv")
     file.log_metrics(values, step=0)
-    file.save()
+    file.write()
     row = read_metrics(file.path)[0]
     assert math.isnan(row.pop("nan")) and row == {k: v for k, v in values.items() if k != "nan"}
 
@@ -45,7 +45,7 @@ def test_rows_of_an_interrupted_run_are_kept_without_doubles(tmp_path):
     second = MetricsFile(path)  # goes on from a checkpoint of step 15
     for step in (20, 30, 40):
         second.log_metrics({"loss": -float(step)}, step)
-        second.save()
+        second.write()
         assert max(read_metrics(path)) == step  # what is about to be repeated is not shown
     assert read_metrics(path) == {
         0: {"loss": 0.0, "old": 1.0}, 10: {"loss": 10.0, "old": 1.0}, 20: {"loss": -20.0, "old": 1.0},

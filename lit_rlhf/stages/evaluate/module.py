@@ -18,9 +18,9 @@ from lit_rlhf.functional import WinRate, best_of_n, masked_sum, sequence_kl, win
 from lit_rlhf.models import (
     Responses,
     Sampling,
+    answer,
     context_length,
     freeze,
-    generate,
     packed_scores,
     score_shift,
     score_std,
@@ -96,15 +96,8 @@ class EvaluateModule(LightningModule):
         prompts = encode_prompts(tokenizer, batch.messages)
         room = context_length(policy) - sampling.max_new_tokens
         repeated = [tokens[-room:] for tokens in prompts for _ in range(n)]
-        answers = generate(
-            policy,
-            repeated,
-            sampling,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            generator=seeded(self.seed, *place, device=self.device),
-        )
-        texts = [t.strip() for t in tokenizer.batch_decode(answers.token_lists(), skip_special_tokens=True)]
+        answers = answer(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
+        texts = answers.texts(tokenizer)
         into.texts += _grouped(texts, n)
         into.tokens += answers.lengths.tolist()
         into.entropy += masked_sum(answers.entropy, answers.mask, dim=-1).tolist()

@@ -11,7 +11,7 @@ from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, freeze, generate
+from lit_rlhf.models import Sampling, answer, freeze
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.records import Messages, write_jsonl
 from lit_rlhf.training import seeded
@@ -74,15 +74,10 @@ class PreferenceModule(LightningModule):
 
     def _rank(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         k = self.answers_per_prompt
-        answers = generate(
-            self.policy,
-            [tokens for tokens in batch.tokens for _ in range(k)],
-            self.sampling,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            generator=seeded(self.seed, self.round, batch_idx, device=self.device),
-        )
-        texts = [t.strip() for t in self.tokenizer.batch_decode(answers.token_lists(), skip_special_tokens=True)]
+        tokens = [tokens for tokens in batch.tokens for _ in range(k)]
+        generator = seeded(self.seed, self.round, batch_idx, device=self.device)
+        answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)
+        texts = answers.texts(self.tokenizer)
         finished = answers.finished.tolist()
         grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
         ranks = self.annotator(batch.messages, grouped)

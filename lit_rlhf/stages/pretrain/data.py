@@ -52,6 +52,8 @@ class PretrainDataModule(LightningDataModule):
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
+    parse_record = staticmethod(parse_text)
+
     def __init__(
         self,
         path: str | list[str],
@@ -79,7 +81,7 @@ class PretrainDataModule(LightningDataModule):
 
     def sources(self) -> list[list[str]]:
         """The documents of each source."""
-        loaded = [load_records(path, parse_text, self.on_bad_record) for path in self.paths]
+        loaded = [load_records(path, self.parse_record, self.on_bad_record) for path in self.paths]
         self.skipped = [line for source in loaded for line in source.skipped]
         return [source.records for source in loaded]
 

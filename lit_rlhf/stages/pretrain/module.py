@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import lm_loss
-from lit_rlhf.models import Sampling, generate, next_token_logits, save_model
+from lit_rlhf.models import Sampling, answer, next_token_logits, save_model
 from lit_rlhf.stages.pretrain.data import TextRows
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
@@ -69,16 +69,10 @@ class PretrainModule(LightningModule):
         start = self.tokenizer(self.sample_prompt, add_special_tokens=False)["input_ids"]
         start = start or [self.tokenizer.eos_token_id]
         self.policy.eval()
-        texts = generate(
-            self.policy,
-            [start] * 2,
-            self.sampling,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            generator=seeded(self.trainer.global_step, device=self.device),
-        ).token_lists()
+        generator = seeded(self.trainer.global_step, device=self.device)
+        written = answer(self.policy, self.tokenizer, [start] * 2, self.sampling, generator)
         self.policy.train()
-        return [(self.sample_prompt, self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
+        return [(self.sample_prompt, text) for text in written.texts(self.tokenizer)]
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

@@ -68,6 +68,7 @@ class RewardDataModule(LightningDataModule):
     """
 
     judge: Judge | None = None
+    parse_record = staticmethod(parse_ranking)
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class RewardDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
-        loaded = load_records(self.path, parse_ranking, self.on_bad_record)
+        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
         self.skipped = loaded.skipped
         self.train_rankings, self.val_rankings = self.split(loaded.records)
         self.tokenizer = (

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import lm_loss, pair_accuracy, ranking_loss, ranking_pairs
-from lit_rlhf.models import packed_hidden, packed_scores, save_model
+from lit_rlhf.models import last_scores, packed_hidden, packed_scores, save_model
 from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy
 from lit_rlhf.stages.reward.data import RankingBatch
 from lit_rlhf.text.packing import pack
@@ -62,7 +62,7 @@ class RewardModule(LightningModule):
 
     def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
         hidden = packed_hidden(self.reward_model, batch.packed)
-        scores = self.reward_model.score(hidden[batch.packed.ends]).squeeze(-1)
+        scores = last_scores(self.reward_model, hidden, batch.packed)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
         loss = ranking_loss(scores, pairs) * batch.share
         self.log("reward/loss", loss, prog_bar=True)

@@ -53,6 +53,8 @@ class SFTDataModule(LightningDataModule):
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
+    parse_record = staticmethod(parse_demonstration)
+
     def __init__(
         self,
         path: str | Path,
@@ -82,7 +84,7 @@ class SFTDataModule(LightningDataModule):
 
     def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
         """(train, held out)."""
-        loaded = load_records(self.path, parse_demonstration, self.on_bad_record)
+        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
         self.skipped = loaded.skipped
         return split_by_prompt(loaded.records, first_prompt, self.held_out, self.split_seed)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import Sampling, generate, next_token_logits, packed_hidden, save_model
+from lit_rlhf.models import Sampling, answer, next_token_logits, packed_hidden, save_model
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
@@ -66,17 +66,10 @@ class SFTModule(LightningModule):
         """(prompt, answer) of some held-out prompts, by the model as it is now."""
         prompts = self.trainer.datamodule.sample_prompts
         self.policy.eval()
-        answers = generate(
-            self.policy,
-            encode_prompts(self.tokenizer, prompts),
-            self.sampling,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            generator=seeded(self.trainer.global_step, device=self.device),
-        ).token_lists()
+        generator = seeded(self.trainer.global_step, device=self.device)
+        answers = answer(self.policy, self.tokenizer, encode_prompts(self.tokenizer, prompts), self.sampling, generator)
         self.policy.train()
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-        return [(shown(prompt), text) for prompt, text in zip(prompts, texts)]
+        return [(shown(prompt), text) for prompt, text in zip(prompts, answers.texts(self.tokenizer))]
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
