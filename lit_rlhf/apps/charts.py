@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lit_rlhf.apps.reading import Run
@@ -27,21 +27,19 @@ def _losses(stage: str, unit: str) -> Panel:
     return Panel("Loss", unit, {f"{stage}/loss": "training", f"val/{stage}/loss": "held out"})
 
 
+def _accuracies(stage: str) -> Panel:
+    lines = {f"{stage}/accuracy": "training", f"val/{stage}/accuracy": "held out"}
+    return Panel(
+        "Pairs ranked right", "%", {**lines, f"val/{stage}/gold_accuracy": "held out, by gold"}, (0.5, "chance")
+    )
+
+
 PANELS = {
     "pretrain": [_losses("pretrain", "nats a token"), Panel("Learning rate", "", {"pretrain/lr": "schedule"})],
     "sft": [_losses("sft", "nats a response token"), Panel("Learning rate", "", {"sft/lr": "schedule"})],
     "reward": [
         _losses("reward", "nats a pair"),
-        Panel(
-            "Pairs ranked right",
-            "%",
-            {
-                "reward/accuracy": "training",
-                "val/reward/accuracy": "held out",
-                "val/reward/gold_accuracy": "held out, by gold",
-            },
-            (0.5, "chance"),
-        ),
+        _accuracies("reward"),
         Panel("Margin, preferred − other", "logits", {"reward/margin": "training"}),
         Panel("Learning rate", "", {"reward/lr": "schedule"}),
     ],
@@ -53,12 +51,24 @@ PANELS = {
         ),
         Panel("KL to SFT", "nats an answer", {"ppo/kl": "rollouts", "val/ppo/kl": "held out"}),
         Panel("Win rate against SFT", "%", {"val/ppo/win_rate": "held out"}, (0.5, "as good as SFT")),
-        Panel("Gold grade", "points", {"val/ppo/gold": "held out"}),
+        Panel("Gold grade", "points", {"ppo/gold": "rollouts", "val/ppo/gold": "held out"}),
         Panel("Correctness", GRADES, {"val/ppo/correct": "held out"}),
         Panel("Entropy", "nats a token", {"ppo/entropy": "rollouts"}),
         Panel("Policy loss", "", {"ppo/policy_loss": "clipped surrogate"}),
         Panel("Value loss", "SFT std²", {"ppo/value_loss": "critic"}),
         Panel("Explained variance", "", {"ppo/explained_variance": "critic"}, (0.0, "a constant does as well")),
+    ],
+    "dpo": [
+        _losses("dpo", "nats a pair"),
+        _accuracies("dpo"),
+        Panel("Margin, preferred − other", "implicit reward", {"dpo/margin": "training"}),
+        Panel(
+            "Log-ratio to SFT",
+            "nats an answer",
+            {"dpo/chosen_log_ratio": "preferred", "dpo/rejected_log_ratio": "other"},
+            (0.0, "as likely as at first"),
+        ),
+        Panel("Learning rate", "", {"dpo/lr": "schedule"}),
     ],
 }
 MORE_PPO_PANELS = [
@@ -68,12 +78,21 @@ MORE_PPO_PANELS = [
     Panel("Answer length", "tokens", {"ppo/response_length": "rollouts"}),
     Panel("Answers that ended", "%", {"ppo/finished": "rollouts"}),
     Panel("Value", "SFT std", {"ppo/value": "critic's mean"}),
-    Panel("Spread of scores", "SFT std", {"ppo/score_std": "rollouts"}),
+    Panel("Spread, standard deviation", "SFT std", {"ppo/score_std": "scores", "ppo/advantage_std": "advantages"}),
     Panel("Gradient norm", "before clipping", {"ppo/grad_norm": "policy", "ppo/critic_grad_norm": "critic"}),
     Panel("Learning rate", "", {"ppo/lr": "policy"}),
 ]
 Points = list[tuple[float, float]]
 Scale = Callable[[float], float]
+
+
+class Line(NamedTuple):
+    """What is drawn in a chart: its label, the end of its CSS class, its points."""
+
+    label: str
+    tone: str
+    points: Points
+    style: str = "measured"  # with a trend or dots, as there are many points or few; "dots", "curve" or "dashed"
 
 
 class Chart(NamedTuple):
@@ -82,14 +101,15 @@ class Chart(NamedTuple):
     title: str
     unit: str
     x_name: str
-    lines: list[tuple[str, str, Points]]  # label, CSS class, points
-    reference: tuple[float, str] | None
+    lines: list[Line]
+    reference: tuple[float, str] | None = None
+    room: Sequence[tuple[float, float]] = ()  # also within the axes: charts that share it can be compared
 
 
 def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[Chart]:
     """The charts of a stage for which more than one value was logged."""
     rows = run.metrics.get(stage, {})
-    places = _episodes(rows) if stage == "ppo" else {step: float(step) for step in rows}
+    places = episodes(rows) if stage == "ppo" else {step: float(step) for step in rows}
     for panel in PANELS.get(stage, []) if chosen is None else chosen:
         scale = 100.0 if panel.unit == "%" else 1.0
         lines = []
@@ -99,13 +119,13 @@ def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[
             held_out = metric.startswith("val/")
             tone = ("val" if place < 2 else "gold") if held_out else ("train" if place == 0 else "other")
             if points:
-                lines.append((label, tone, points))
-        if any(len(points) > 1 for *_, points in lines):
+                lines.append(Line(label, tone, points))
+        if any(len(line.points) > 1 for line in lines):
             reference = panel.reference and (scale * panel.reference[0], panel.reference[1])
             yield Chart(panel.title, panel.unit, "episodes" if stage == "ppo" else "optimizer steps", lines, reference)
 
 
-def _episodes(rows: dict[int, dict[str, float]]) -> dict[int, float]:
+def episodes(rows: dict[int, dict[str, float]]) -> dict[int, float]:
     """step -> answers sampled so far: what PPO's curves are drawn against."""
     places, reached = {}, 0.0
     for step in sorted(rows):
@@ -132,6 +152,7 @@ class Stroke(NamedTuple):
     trend: str  # smoothed, where it is noisy
     dots: list[tuple[float, float, str]]  # where there are few
     last: str
+    style: str
 
 
 class Drawing(NamedTuple):
@@ -146,8 +167,8 @@ class Drawing(NamedTuple):
 
 def draw(chart: Chart) -> Drawing:
     """Scales, ticks and paths."""
-    x_values = [x for *_, points in chart.lines for x, _ in points]
-    y_values = [y for *_, points in chart.lines for _, y in points]
+    points = [*(point for line in chart.lines for point in line.points), *chart.room]
+    x_values, y_values = [x for x, _ in points], [y for _, y in points]
     if chart.reference:
         y_values.append(chart.reference[0])
     x_low, x_high = _widened(min(0.0, *x_values), max(x_values))
@@ -166,7 +187,7 @@ def draw(chart: Chart) -> Drawing:
     def y_at(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
-    strokes = [_stroke(label, tone, points, x_at, y_at, chart.unit) for label, tone, points in chart.lines]
+    strokes = [_stroke(line, x_at, y_at, chart.unit) for line in chart.lines]
     return Drawing(
         chart,
         [Tick(x_at(x), label) for x, label in _ticks(x_low, x_high, x_step)],
@@ -176,14 +197,19 @@ def draw(chart: Chart) -> Drawing:
     )
 
 
-def _stroke(label: str, tone: str, points: Points, x_at: Scale, y_at: Scale, unit: str) -> Stroke:
+def _stroke(line: Line, x_at: Scale, y_at: Scale, unit: str) -> Stroke:
+    label, tone, points, style = line
+    if style in ("curve", "dashed"):
+        return Stroke(label, tone, _path(points, x_at, y_at), "", [], "", style)
+    suffix = "%" if unit == "%" else ""
+    dots = [(x_at(x), y_at(y), f"{number(x)}: {number(y)}{suffix}") for x, y in points]
+    if style == "dots":
+        return Stroke(label, tone, "", "", dots, "", style)
     size = -(-len(points) // POINTS_DRAWN)
     thinned = [_mean(points[i : i + size]) for i in range(0, len(points), size)]
-    few = len(points) <= 12
-    suffix = "%" if unit == "%" else ""
-    dots = [(x_at(x), y_at(y), f"{number(x)}: {number(y)}{suffix}") for x, y in points] if few else []
     trend = _path(_smoothed(thinned), x_at, y_at) if _noisy(thinned) else ""
-    return Stroke(label, tone, _path(thinned, x_at, y_at), trend, dots, number(points[-1][1]) + suffix)
+    few = dots if len(points) <= 12 else []
+    return Stroke(label, tone, _path(thinned, x_at, y_at), trend, few, number(points[-1][1]) + suffix, style)
 
 
 def _path(points: Points, x_at: Scale, y_at: Scale) -> str:

@@ -27,6 +27,7 @@ class Run:
     versions: dict[str, Any]
     settings: dict[str, str]
     samples: dict[str, list[dict[str, Any]]]
+    health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
 
     @property
     def total_seconds(self) -> float:
@@ -54,6 +55,7 @@ def load_run(path: Path) -> Run:
         versions={name: v for record in done.values() for name, v in (record.get("versions") or {}).items()},
         settings={s: _read_text(path / s / "config.yaml") for s in STAGES if (path / s / "config.yaml").is_file()},
         samples={stage: _read_jsonl(path / stage / "samples.jsonl") for stage in STAGES},
+        health=_read_jsonl(watch) if (watch := path / "ppo" / "health.jsonl").is_file() else None,
     )
 
 

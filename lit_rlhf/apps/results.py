@@ -33,10 +33,22 @@ def judge_of(run: Run) -> str:
     return evaluation.get("judge") or in_training.get("judge") or ""
 
 
+def compared(run: Run) -> tuple[str, str]:
+    """(ours, theirs): the models that the page sets side by side; "" where there is none.
+
+    Ours is what this run has trained on preferences, else the last of those models that was evaluated, else the last
+    model. Theirs is the SFT model, else the one before."""
+    models = list(run.figures.get("evaluate", {}).get("models") or {})
+    aligned = [name for name in ("ppo", "dpo") if name in models]
+    ours = next((name for name in aligned if name in run.figures), (aligned or models or [""])[-1])
+    before = models[: models.index(ours)] if ours else []
+    return ours, "sft" if "sft" in before else (before or [""])[-1]
+
+
 def headline(run: Run) -> Headline | None:
     """The result of the furthest stage in one sentence."""
     wins = {(win.ours, win.theirs): win for win in win_rates(run)}
-    for pair in (("ppo", "sft"), ("sft", "base"), *wins):
+    for pair in (compared(run), ("ppo", "sft"), ("sft", "base"), *wins):
         if pair in wins:
             return _win_headline(wins[pair], wins, judge_of(run))
     reward = run.figures.get("reward", {})
@@ -70,24 +82,27 @@ def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str) -> Hea
     after = f" of comparisons (95% interval {interval(win)}){verdict}."
     notes = [f"{number(win.n)} answers to {number(win.prompts)} held-out prompts; a tie counts half."]
     best = wins.get(("best_of_n", win.theirs))
-    if win.ours == "ppo" and best:
+    if win.ours in ("ppo", "dpo") and best:
         picked = f"{best.ours_name} {theirs} samples, picked by the reward model"
         notes.append(f"{picked}: {percent(best.mean)} ({interval(best)}).")
     if proxy:
-        notes.append("There is no gold judge here: the reward model's score is a proxy that PPO was trained to raise.")
+        trained = " that PPO was trained to raise" if win.ours == "ppo" else ""
+        notes.append(f"There is no gold judge here: the reward model's score is a proxy{trained}.")
     return Headline(before, percent(win.mean), after, " ".join(notes))
 
 
 def cards(run: Run) -> list[Card]:
     """The headline figures of what was run."""
     models = run.figures.get("evaluate", {}).get("models", {})
-    sft, ppo = models.get("sft", {}), models.get("ppo", {})
+    ours, theirs = compared(run)
+    sft = models.get("sft", {})
     found = []
     for key in ("gold", "correct", "right"):
-        before, after = sft.get(key), ppo.get(key)
+        before, after = (models.get(name, {}).get(key) for name in (theirs, ours))
         if before is not None and after is not None:
             name, unit = MEASURES[key]
-            found.append(Card(name, f"{figure(before, unit)} → {figure(after, unit)}", "SFT → PPO"))
+            change = f"{model_name(theirs)} → {model_name(ours)}"
+            found.append(Card(name, f"{figure(before, unit)} → {figure(after, unit)}", change))
     if sft.get("greedy_right") is not None:
         found.append(Card("SFT, greedy answers", percent(sft["greedy_right"]), "fully right"))
     found += _stage_cards(run.figures)
@@ -95,16 +110,18 @@ def cards(run: Run) -> list[Card]:
 
 
 def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
-    reward, ppo = figures.get("reward", {}), figures.get("ppo", {})
+    ppo = figures.get("ppo", {})
     if ppo.get("kl") is not None:
         yield Card("KL to SFT", number(ppo["kl"]), "nats an answer, after PPO")
     if ppo.get("score_last") is not None and "evaluate" not in figures:
         score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"
         yield Card("Score", score, "in PPO's rollouts, SFT std")
-    if reward.get("gold_accuracy") is not None:
-        yield Card("Reward model", percent(reward["gold_accuracy"]), "of gold pairs ranked right")
-    elif reward.get("val_accuracy") is not None:
-        yield Card("Reward model", percent(reward["val_accuracy"]), "of held-out pairs ranked right")
+    for stage, name in (("reward", "Reward model"), ("dpo", "DPO's implicit reward")):
+        ranked = figures.get(stage, {})
+        if ranked.get("gold_accuracy") is not None:
+            yield Card(name, percent(ranked["gold_accuracy"]), "of gold pairs ranked right")
+        elif ranked.get("val_accuracy") is not None:
+            yield Card(name, percent(ranked["val_accuracy"]), "of held-out pairs ranked right")
     for stage, name in (("sft", "SFT loss"), ("pretrain", "Pretraining loss")):
         loss = figures.get(stage, {}).get("val_loss")
         if loss is not None:
@@ -131,7 +148,7 @@ def interval(win: Win) -> str:
 
 
 def win_rates(run: Run) -> list[Win]:
-    """Comparisons with SFT first, then those with base, then the rest; best-of-n beside PPO."""
+    """Comparisons with SFT first, then those with base, then the rest; best-of-n beside PPO and DPO."""
     evaluation = run.figures.get("evaluate", {})
     best = evaluation.get("best_of_n") or {}
     rates = {**(evaluation.get("win_rate") or {}), **(best.get("win_rate") or {})}
@@ -139,8 +156,8 @@ def win_rates(run: Run) -> list[Win]:
     if not rates and in_training:
         rates = {"ppo_vs_sft": in_training}
     wins = [_win(name, rate, best.get("n")) for name, rate in rates.items() if rate and "_vs_" in name]
-    order = {name: place for place, name in enumerate(("sft", "base", "ppo", "best_of_n"))}
-    strength = {name: place for place, name in enumerate(("ppo", "best_of_n", "sft"))}
+    order = {name: place for place, name in enumerate(("sft", "base", "ppo", "dpo", "best_of_n"))}
+    strength = {name: place for place, name in enumerate(("ppo", "dpo", "best_of_n", "sft"))}
     return sorted(wins, key=lambda w: (order.get(w.theirs, 9), strength.get(w.ours, 9)))
 
 
@@ -154,11 +171,13 @@ class Changes(NamedTuple):
     """Measures (rows) of models (columns)."""
 
     models: list[tuple[str, str]]  # key, name
-    rows: list[tuple[str, str, list[Any], float | None]]  # name, unit, value of each model, change from SFT to PPO
+    rows: list[tuple[str, str, list[Any], float | None]]  # name, unit, value of each model, change
+    change: str  # from which model to which
 
 
-def changes(evaluation: dict[str, Any]) -> Changes:
-    """What is known of each model, best-of-n last."""
+def changes(run: Run) -> Changes:
+    """What is known of each model, best-of-n last, and how the two compared differ."""
+    evaluation, (ours, theirs) = run.figures.get("evaluate", {}), compared(run)
     models = dict(evaluation.get("models") or {})
     best = evaluation.get("best_of_n") or {}
     if any(best.get(key) is not None for key in MEASURES):
@@ -166,15 +185,21 @@ def changes(evaluation: dict[str, Any]) -> Changes:
     rows = []
     for key, (name, unit) in MEASURES.items():
         values = [figures.get(key) for figures in models.values()]
-        before, after = (models.get(m, {}).get(key) for m in ("sft", "ppo"))
+        before, after = (models.get(name, {}).get(key) for name in (theirs, ours))
         if any(value is not None for value in values):
             rows.append((name, unit, values, None if before is None or after is None else after - before))
-    return Changes([(key, model_name(key, best.get("n"))) for key in models], rows)
+    names = [(key, model_name(key, best.get("n"))) for key in models]
+    return Changes(names, rows, f"{model_name(theirs)} → {model_name(ours)}")
 
 
-def by_kind(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, float]]]]:
-    """(kind, [(model, its name, share fully right)]), the kinds that PPO (or the last model) does best first."""
-    models = {name: figures.get("by_kind") or {} for name, figures in (evaluation.get("models") or {}).items()}
+def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:
+    """(kind, [(model, its name, share fully right)]), the kinds that our model does best first.
+
+    Theirs and ours, the two that are compared, are the last of each kind."""
+    figures = run.figures.get("evaluate", {}).get("models") or {}
+    ours, theirs = compared(run)
+    order = sorted(figures, key=lambda name: (name == ours, name == theirs))
+    models = {name: figures[name].get("by_kind") or {} for name in order}
     kinds = list(dict.fromkeys(kind for kinds in models.values() for kind in kinds))
     rows = [
         (kind, [(name, model_name(name), by[kind]["right"]) for name, by in models.items() if kind in by])

@@ -21,11 +21,13 @@ class Stop(NamedTuple):
 
 
 def road(run: Run) -> list[Stop]:
-    """All stages in order, those that were not run too."""
+    """All stages in order, those that were not run too, but for DPO: it is another road."""
     total = run.total_seconds or 1.0
     stops = []
     for stage, name in STAGES.items():
         state = "done" if stage in run.figures else "begun" if stage in run.metrics else "absent"
+        if (stage, state) == ("dpo", "absent"):
+            continue
         seconds = run.seconds.get(stage)
         note = {"begun": "not finished", "absent": "not in this run"}.get(state) or _stop_note(
             stage, run.figures[stage]
@@ -40,7 +42,7 @@ def _stop_note(stage: str, figures: dict[str, Any]) -> str:
         return f"loss {from_to(known.get('val_loss_first'), known['val_loss'])}"
     if stage == "preference" and "rankings" in known:
         return f"{number(known['rankings'])} rankings"
-    if stage == "reward" and "val_accuracy" in known:
+    if stage in ("reward", "dpo") and "val_accuracy" in known:
         return f"{percent(known['val_accuracy'])} of pairs right"
     if stage == "ppo" and "episodes" in known:
         return f"{number(known['episodes'])} episodes"

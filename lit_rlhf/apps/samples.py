@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
     kind: str
     dialogue: list[tuple[str, str]]  # role, text
-    outcome: str  # of the last model's first sample against the one before it: "better", "worse", "same" or ""
+    outcome: str  # of our first sample against theirs: "better", "worse", "same" or ""
     columns: list[Column]
 
 
@@ -52,25 +52,24 @@ class Answers(NamedTuple):
     theirs: str
 
 
-def answers(samples: list[dict[str, Any]]) -> Answers:
-    """A dozen prompts of all kinds, chosen to show wins and losses."""
-    outcomes = [_outcome(sample["models"]) for sample in samples]
+def answers(samples: list[dict[str, Any]], ours: str, theirs: str) -> Answers:
+    """A dozen prompts of all kinds, chosen to show wins and losses of our model against theirs."""
+    outcomes = [_outcome(_worth(sample["models"], ours), _worth(sample["models"], theirs)) for sample in samples]
     count = {what: outcomes.count(what) for what in ("better", "same", "worse")}
-    names = [model_name(name) for name in list(samples[0]["models"])[-2:]] if samples else []
-    ours, theirs = (names[1], names[0]) if len(names) == 2 else ("", "")
     rows = [_row(samples[i], outcomes[i]) for i in _chosen(samples, outcomes)]
-    return Answers(rows, len(samples), count["better"], count["same"], count["worse"], ours, theirs)
+    names = model_name(ours), model_name(theirs)
+    return Answers(rows, len(samples), count["better"], count["same"], count["worse"], *names)
 
 
-def _outcome(models: dict[str, Any]) -> str:
-    worths = [_worth(model) for model in list(models.values())[-2:]]
-    if len(worths) < 2 or None in worths:
+def _outcome(ours: float | None, theirs: float | None) -> str:
+    if ours is None or theirs is None:
         return ""
-    theirs, ours = worths
     return "better" if ours > theirs else "worse" if ours < theirs else "same"
 
 
-def _worth(model: dict[str, Any]) -> float | None:
+def _worth(models: dict[str, Any], name: str) -> float | None:
+    """Of a model's first sample."""
+    model = models.get(name, {})
     if model.get("grades"):
         return model["grades"][0]["gold"]
     return model["scores"][0] if model.get("scores") else None

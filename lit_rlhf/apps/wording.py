@@ -16,9 +16,10 @@ STAGES = {
     "preference": "Preferences",
     "reward": "Reward model",
     "ppo": "PPO",
+    "dpo": "DPO",
     "evaluate": "Evaluation",
 }
-MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 GRADES = "−1 to 1"
 MEASURES = {  # of a model in evaluation: what it is called, its unit
     "gold": ("Gold grade", "points"),

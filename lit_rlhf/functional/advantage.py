@@ -1,28 +1,50 @@
-"""Rewards and advantages of a rollout."""
+"""From scores to rewards, and from rewards to advantages: the rungs of the policy-gradient ladder."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import last_position
+from lit_rlhf.functional.masking import last_position, masked_sum
+
+Baseline = Literal["none", "batch", "prompt", "others"]
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (B, T): a KL penalty on every token and the score on the last real one (InstructGPT, eq. 2).
+def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
+    """Rewards (B, T): a penalty on every token and the score on the last real one (InstructGPT, eq. 2).
 
-    ``r_t = -kl_coef (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t last] score``. ``scores`` (B,); the others (B, T),
-    log-probs in nats, mask True = response token; 0 elsewhere."""
-    rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), torch.zeros_like(logprobs))
+    ``r_t = -penalty_t + [t last] score``. ``scores`` (B,); ``penalties`` (B, T) in reward units, ``kl_coef`` times an
+    estimate of the KL divergence, say; mask True = response token; 0 elsewhere."""
+    rewards = torch.where(mask, -penalties, torch.zeros_like(penalties))
     last = last_position(mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+
+
+def whole_answer(x: Tensor, mask: Tensor) -> Tensor:
+    """Sums over an answer, (B, T) to (B, 1): log-probs and rewards where the whole answer is one action."""
+    return masked_sum(x, mask, dim=-1)[:, None]
+
+
+def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """``G_t = sum_l gamma^l r_{t+l}`` (B, T), the discounted rewards from each token on (REINFORCE, Williams 1992).
+
+    Mask True on a run of response tokens, 0 comes back elsewhere."""
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, torch.zeros_like(following))
+        returns[:, t] = following
+    return returns
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv:1506.02438, eq. 16); returns (advantages, returns), both (B, T).
 
     ``delta_t = r_t + gamma V(s_{t+1}) - V(s_t)`` and ``A_t = sum_l (gamma lam)^l delta_{t+l}``; the value after the
-    last real token is 0. ``returns = advantages + values`` is the critic's target. Tensors are (B, T), the mask True
+    last real token is 0. ``lam`` 1 is the actor-critic with Monte-Carlo targets, ``lam`` 0 the one with one-step TD.
+    ``returns = advantages + values`` is the critic's target. Tensors are (B, T), the mask True
     on a run of response tokens, 0 comes back elsewhere."""
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])  # A_{t+1}
@@ -34,3 +56,38 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         next_value = torch.where(valid, values[:, t], torch.zeros_like(next_value))
         advantages[:, t] = following
     return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+
+
+def baseline(returns: Tensor, kind: Baseline, answers_per_prompt: int = 1) -> Tensor:
+    """What each answer is compared with, (B,), from the ``returns`` (B,) of a batch.
+
+    "none": 0. "batch": the mean of all answers. "prompt": the mean of the ``answers_per_prompt`` (K) answers to
+    the same prompt, which stand next to each other. "others": the mean of the K - 1 other ones, which leaves the
+    gradient unbiased (RLOO, arXiv:2402.14740; Kool et al. 2019). The two in between contain the answer itself and
+    shrink the gradient by 1 - 1/n. Raises ``ValueError`` where K is too small or does not divide B."""
+    if kind == "none":
+        return torch.zeros_like(returns)
+    if kind == "batch":
+        return returns.mean().expand_as(returns)
+    groups = _groups(returns, answers_per_prompt)
+    k = groups.shape[1]
+    total = groups.sum(1, keepdim=True)
+    chosen = total.expand_as(groups) / k if kind == "prompt" else (total - groups) / (k - 1)
+    return chosen.reshape(-1)
+
+
+def group_std(returns: Tensor, answers_per_prompt: int) -> Tensor:
+    """Standard deviation (B,) of the ``returns`` (B,) of the K answers to the same prompt, divided by K - 1.
+
+    GRPO (arXiv:2402.03300, section 4.1) divides by it, which lifts prompts whose answers hardly differ: the optimum is
+    then another one than that of the KL-regularized objective."""
+    groups = _groups(returns, answers_per_prompt)
+    return groups.std(1, keepdim=True).expand_as(groups).reshape(-1)
+
+
+def _groups(returns: Tensor, k: int) -> Tensor:
+    if k < 2 or returns.shape[0] % k:
+        raise ValueError(
+            f"{returns.shape[0]} answers, {k} a prompt: comparing answers to the same prompt takes two or more of each"
+        )
+    return returns.view(-1, k)

@@ -1,4 +1,7 @@
-"""Proximal policy optimization: the clipped losses and what one watches beside them."""
+"""The policy's losses, from the plain policy gradient to PPO, the critic's, and what one watches beside them.
+
+Every policy loss maps ``(logprobs, old_logprobs, advantages, mask)`` to a scalar, the mean over valid tokens. Tensors
+are (B, T), log-probs in nats, mask True = response token; where an answer is one action, T is 1."""
 
 from __future__ import annotations
 
@@ -6,6 +9,37 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.functional.masking import masked_mean
+
+
+def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """``-E[A_t log pi(a_t|s_t)]``, whose gradient is the policy gradient (REINFORCE, Williams 1992).
+
+    ``old_logprobs`` is not looked at: it is right only for the policy that sampled."""
+    return -masked_mean(_fill(logprobs, mask) * _fill(advantages, mask), mask)
+
+
+def importance_weighted_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """``-E[rho_t A_t]`` with ``rho_t = pi(a_t|s_t) / pi_old(a_t|s_t)`` (arXiv:1707.06347, eq. 6): also right after the
+    policy has moved on from the one that sampled, for as long as the ratios stay near 1."""
+    return -masked_mean(_fill(logprobs - old_logprobs, mask).exp() * _fill(advantages, mask), mask)
+
+
+def kl_penalty_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float | Tensor
+) -> Tensor:
+    """``-E[rho_t A_t - beta KL(pi_old || pi)]`` (arXiv:1707.06347, eq. 8), ``beta`` in reward units a nat.
+
+    The divergence from the policy that sampled, not from the reference. It is estimated from its samples by
+    ``rho - 1 - log rho``: unbiased, never negative, and with a derivative of the right expectation."""
+    log_ratio = _fill(logprobs - old_logprobs, mask)
+    surrogate = log_ratio.exp() * _fill(advantages, mask)
+    return -masked_mean(surrogate - beta * (log_ratio.expm1() - log_ratio), mask)
+
+
+def adapted_beta(beta: float, kl: float, target: float) -> float:
+    """``beta`` of :func:`kl_penalty_loss` for the next rollout (arXiv:1707.06347, section 4): half where the divergence
+    ``kl`` (nats a token) stayed below two thirds of ``target``, double where it was above one and a half of it."""
+    return beta / 2 if kl < target / 1.5 else beta * 2 if kl > target * 1.5 else beta
 
 
 def clipped_policy_loss(

@@ -42,3 +42,16 @@ def pair_accuracy(scores: Tensor, pairs: Pairs) -> Tensor:
     """Fraction of untied pairs that ``scores`` (N,) order rightly; equal scores count half. NaN without a pair."""
     margins = scores[pairs.better] - scores[pairs.worse]
     return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean()
+
+
+def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, pairs: Pairs, beta: float) -> Tensor:
+    """``-E[log sigmoid(beta (log pi/ref (y_w) - log pi/ref (y_l)))]`` (arXiv:2305.18290, eq. 7); a scalar.
+
+    ``logprobs`` and ``ref_logprobs`` (N,) are those of whole answers, in nats; ``beta`` in reward units a nat. It is
+    :func:`ranking_loss` of the rewards that the policy implies, :func:`implicit_rewards`."""
+    return ranking_loss(implicit_rewards(logprobs, ref_logprobs, beta), pairs)
+
+
+def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
+    """``beta log pi(y|x)/ref(y|x)`` (N,), the reward for which ``pi`` is optimal, up to a constant of the prompt."""
+    return beta * (logprobs - ref_logprobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,3 +43,10 @@ def win_rate(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0)
 def best_of_n(grades: Tensor, scores: Tensor) -> Tensor:
     """Grade (P,) of the answer with the highest score of each prompt; ``grades`` and ``scores`` are (P, n)."""
     return grades.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+
+
+def best_of_n_kl(n: int) -> float:
+    """``log n - (n - 1) / n`` nats an answer: how far best-of-n is from the model it draws from (arXiv:2009.01325).
+
+    Exact where all answers differ; where they repeat, an upper bound (arXiv:2401.01879)."""
+    return math.log(n) - (n - 1) / n

@@ -9,16 +9,19 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.lora import merged
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder (safetensors, config, tokenizer, template) under a temporary name, then rename."""
+    """Write a Hugging Face folder (safetensors, config, tokenizer, template) under a temporary name, then rename.
+
+    Adapters are merged into the weights: what is written is a plain model."""
     temporary, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
     for left_over in (temporary, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        merged(model).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another paths.runs") from error

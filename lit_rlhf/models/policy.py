@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import load_tokenizer
@@ -40,16 +41,19 @@ def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def load_policy(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "float32",
+    lora: LoRA | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or a Hub name.
+    """Load a causal language model from a folder or a Hub name, with adapters where ``lora`` asks for them.
 
     With a ``tokenizer`` the embedding grows to hold tokens that were added to it (a padding token, say), and the model
     learns which token ends a text."""
     model = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
-    return model
+    return add_lora(model, lora)
 
 
 def load_policy_and_tokenizer(

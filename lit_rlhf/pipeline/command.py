@@ -19,7 +19,14 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.chain import run_chain
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.run import is_main_process, quiet
-from lit_rlhf.pipeline.settings import check_settings, compose_settings, conf_dir, stages_of, sweep_jobs
+from lit_rlhf.pipeline.settings import (
+    check_settings,
+    compose_settings,
+    conf_dir,
+    is_multirun,
+    stages_of,
+    sweep_jobs,
+)
 from lit_rlhf.pipeline.sweep import objective_of, write_job
 
 HYDRAS_OWN = ("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
@@ -28,6 +35,7 @@ HYDRAS_OWN = ("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--inf
 def main() -> None:
     """Run the command; a user's mistake ends it with one line and exit code 2."""
     register_resolvers()
+    sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
     arguments = sys.argv[1:]
     # Hydra's parser takes overrides in one piece only; people put -m anywhere.
     sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
@@ -46,9 +54,9 @@ def main() -> None:
 def check_arguments(arguments: list[str]) -> None:
     """Compose and check the settings of every job before the first begins."""
     overrides = [a for a in arguments if not a.startswith("-")]
-    multirun = any(a in ("-m", "--multirun") for a in arguments)
     if any(a.startswith(("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")) for a in arguments):
         return  # settings from elsewhere: Hydra composes them, and each job is checked as it starts
+    multirun = any(a in ("-m", "--multirun") for a in arguments) or is_multirun(overrides)
     for job in sweep_jobs(overrides) if multirun else [overrides]:
         cfg = compose_settings(job)
         if multirun:
@@ -109,7 +117,7 @@ def run(cfg: DictConfig) -> float | None:
         # Lightning's answer to a second Ctrl-C.
         fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
     if sweeping:
-        write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value})
+        write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value, **about(cfg)})
     return value
 
 
@@ -132,7 +140,12 @@ def note_failure(cfg: DictConfig, error: Exception) -> None:
     """Name a failed job of a sweep and write down why."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     print(f"job {HydraConfig.get().job.num} failed: {reason}", file=sys.stderr)
-    write_job(_output_dir(), _overrides(), {"status": "failed", "error": reason})
+    write_job(_output_dir(), _overrides(), {"status": "failed", "error": reason, **about(cfg)})
+
+
+def about(cfg: DictConfig) -> dict[str, Any]:
+    """What is said of a job on the page of its sweep."""
+    return {"about": OmegaConf.to_container(cfg.about)}
 
 
 def limit_threads(cfg: DictConfig) -> None:

@@ -18,7 +18,7 @@ from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
 from lit_rlhf.text import load_records
 
 # How a stage is watched does not change what comes out of it.
-WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps")
+WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
 
 
 def upstream_model(stage: str, *, _root_: DictConfig) -> str:
@@ -145,8 +145,8 @@ class StageFolder:
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
         flat = dict(_flat(settings))
-        skip = tuple(f"{self.stage}.{name}" for name in WATCHING)
-        return {key: self._relative(value) for key, value in flat.items() if key not in skip}
+        skip = tuple(f"{self.stage}.{name}." for name in WATCHING)
+        return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:
         if isinstance(value, str) and os.sep in value and Path(value).exists():
@@ -161,9 +161,10 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
         if (settings.get(name) or {}).get("path"):
             found.append((f"{stage}.{name}.path", settings[name]["path"]))
     for name, node in settings.get("policies", {}).items():
-        found.append((f"{stage}.policies.{name}.path", node["path"]))
-    if stage == "reward":
-        found.append(("reward.data.path", settings["data"]["path"]))
+        if node is not None:
+            found.append((f"{stage}.policies.{name}.path", node["path"]))
+    if stage in ("reward", "dpo"):
+        found.append((f"{stage}.data.path", settings["data"]["path"]))
     return found
 
 

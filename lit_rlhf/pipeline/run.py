@@ -22,6 +22,7 @@ import lit_rlhf
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import StageFolder
 from lit_rlhf.training import (
+    BestCheckpoint,
     LastCheckpoint,
     MetricsFile,
     RandomState,
@@ -83,9 +84,9 @@ def make_data(settings: DictConfig, name: str) -> LightningDataModule:
 def make_module(settings: DictConfig, data: LightningDataModule) -> LightningModule:
     """The models that the stage names, and the module that works with them."""
     models: dict[str, Any] = {
-        key: instantiate(settings[key], tokenizer=data.tokenizer, _convert_="all")
+        key: instantiate(settings[key], tokenizer=data.tokenizer, _convert_="all") if _there(settings[key]) else None
         for key in ("policy", "reward_model")
-        if key in settings and _there(settings[key])
+        if key in settings
     }
     if "policies" in settings:
         models["policies"] = {
@@ -96,8 +97,10 @@ def make_module(settings: DictConfig, data: LightningDataModule) -> LightningMod
     return instantiate(settings.module, **models, _convert_="all")
 
 
-def _there(node: DictConfig) -> bool:
-    """Whether a model can be had: evaluation leaves out what was not trained."""
+def _there(node: DictConfig | None) -> bool:
+    """Whether a model can be had and is wanted: evaluation leaves out what was not trained."""
+    if node is None:
+        return False
     path = node.get("path")
     # A path below an existing folder is a local one; anything else may be a Hub name.
     return path is None or Path(path).exists() or (not Path(path).is_absolute() and len(Path(path).parts) <= 2)
@@ -118,6 +121,9 @@ def execute(
         elif checkpoint is not None and is_main_process():
             print(f"{folder.stage}: goes on from {checkpoint}")
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        for callback in trainer.callbacks:
+            if isinstance(callback, BestCheckpoint):
+                callback.restore(module)
         trainer.validate(module, datamodule=data, verbose=False)
 
 
@@ -126,12 +132,16 @@ def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: Sta
     callbacks: list[Any] = []
     if cfg.callbacks.progress_bar:
         callbacks.append(StageProgressBar(name, cfg.callbacks.progress_refresh if settings.run == "fit" else 1))
+    if "health" in settings:
+        callbacks.append(instantiate(settings.health))  # before LastCheckpoint, which saves what it has seen
     if settings.run == "fit":
         callbacks += [
             RandomState(),
             StopOnNonFinite(name),
             LastCheckpoint(folder.path / "checkpoints", settings.checkpoint_every),
         ]
+    if "keep" in settings and settings.keep.best:
+        callbacks.append(BestCheckpoint(folder.path / "checkpoints", settings.keep.metric, settings.keep.mode))
     if "samples_every" in settings:
         callbacks.append(TextSamples(folder.path / "samples.jsonl", settings.samples_every))
     return callbacks

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -23,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError
 
 from lit_rlhf.errors import UserError
 
-STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
+STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate")  # in the order in which they run
+PIPELINE = tuple(name for name in STAGES if name != "dpo")  # PPO's road; DPO is another one from the same rankings
 
 
 def conf_dir() -> Path:
@@ -47,6 +50,15 @@ class TopLevel(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None
 
 
+class Keep(BaseModel):
+    """Which weights of a stage are exported."""
+
+    model_config = ConfigDict(strict=True)
+    best: bool
+    metric: str
+    mode: Literal["max", "min"]
+
+
 class StageLevel(BaseModel):
     """The settings of a stage that reach no constructor."""
 
@@ -56,6 +68,7 @@ class StageLevel(BaseModel):
     validate_first: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] = 1
     samples_every: Annotated[int, Field(ge=1)] = 1
+    keep: Keep | None = None
 
 
 def compose_settings(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
@@ -68,15 +81,37 @@ def compose_settings(overrides: list[str], config_dir: Path | None = None) -> Di
 
 
 def sweep_jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun with the basic sweeper."""
+    """The overrides of each job of a multirun with the basic sweeper, those that the settings sweep over included."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+    asked = [f"{name}={values}" for name, values in (hydra_settings(overrides).sweeper.get("params") or {}).items()]
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        batches = BasicSweeper.split_arguments(_parsed([*asked, *overrides]), max_batch_size=None)
     except HydraException as error:
         raise UserError(_composition_error(str(error), overrides)) from None
     return [list(job) for batch in batches for job in batch]
+
+
+def is_multirun(overrides: list[str]) -> bool:
+    """Whether the settings themselves ask for a multirun (``hydra.mode``), without ``-m``."""
+    return hydra_settings(overrides).mode == RunMode.MULTIRUN
+
+
+def hydra_settings(overrides: list[str]) -> DictConfig:
+    """Hydra's own settings, for all jobs of a multirun."""
+    single = [o.input_line for o in _parsed(overrides) if not o.is_sweep_override()]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return compose("config", overrides=single, return_hydra_config=True).hydra
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_composition_error(str(error), single)) from None
+
+
+def _parsed(overrides: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def _composition_error(text: str, overrides: list[str]) -> str:
@@ -106,7 +141,7 @@ def stages_of(cfg: DictConfig) -> list[str]:
     wanted = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
     if wanted == ["pipeline"]:
         # A checkpoint takes the place of pretraining.
-        return [name for name in STAGES if name != "pretrain" or cfg.model.config is not None]
+        return [name for name in PIPELINE if name != "pretrain" or cfg.model.config is not None]
     if wanted == ["report"]:
         return []
     if unknown := [name for name in wanted if name not in STAGES]:
@@ -133,6 +168,10 @@ def check_settings(cfg: DictConfig) -> None:
         stage = resolved(cfg, name)
         plain = {key: stage[key] for key in StageLevel.model_fields if key in stage}
         _check_model(StageLevel, plain, f"{name}.")
+        if stage.get("keep", {}).get("best") and stage["trainer"]["val_check_interval"] is None:
+            raise UserError(
+                f"{name}.keep.best=true needs validations during training; set {name}.trainer.val_check_interval, 10 say"
+            )
         for key, node in stage.items():
             _check_node(node, f"{name}.{key}")
 

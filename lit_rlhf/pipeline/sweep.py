@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lit_rlhf.apps.jobs import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import read_json, write_text
+from lit_rlhf.pipeline.folder import write_text
 
 # Where a stage's headline figure stands in summary.json.
 OBJECTIVES = {
@@ -23,13 +25,15 @@ OBJECTIVES = {
     "preference": "preference.agreement",
     "reward": "reward.val_accuracy",
     "ppo": "ppo.win_rate.mean",
-    "evaluate": "evaluate.win_rate.ppo_vs_sft.mean",
+    "dpo": "dpo.val_accuracy",
+    "evaluate": "evaluate.win_rate.{}_vs_sft.mean",  # of the policy that was trained before it
 }
 
 
 def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
     """(address, value) of the figure that a sweeper optimizes. Raises ``UserError`` where there is no such figure."""
-    address = cfg.objective or OBJECTIVES[names[-1]]
+    trained = "dpo" if "dpo" in names and "ppo" not in names else "ppo"
+    address = cfg.objective or OBJECTIVES[names[-1]].format(trained)
     node: Any = summary
     for part in address.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -37,7 +41,7 @@ def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> 
         if cfg.objective is None:
             return address, math.nan
         raise UserError(
-            f"objective={address}: there is no such number in summary.json; it has {', '.join(_numbers(summary))}"
+            f"objective={address}: there is no such number in summary.json; it has {', '.join(numbers(summary))}"
         )
     return address, float(node)
 
@@ -49,45 +53,30 @@ def write_job(folder: Path, overrides: list[str], record: dict[str, Any]) -> Non
 
 
 class SweepTable(Callback):
-    """Writes ``sweep.csv`` and ``sweep.png`` above the jobs' folders, and prints the table."""
+    """Writes ``sweep.csv`` and ``sweep.png`` above the jobs' folders, and prints the table.
+
+    Args:
+        page: writes a page about the sweep, given its folder, and returns where; None: there is none.
+    """
+
+    def __init__(self, page: Callable[[Path], Path] | None = None) -> None:
+        self.page = page
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        jobs = [Job(file.parent) for file in folder.glob("*/job.json")]
-        jobs.sort(key=lambda job: (int(job.name) if job.name.isdigit() else sys.maxsize, job.name))
+        jobs = load_jobs(folder)
         if not jobs:
             return
         write_table(jobs, folder / "sweep.csv")
         print("\n" + text_table(jobs))
         plot(jobs, folder / "sweep.png")
         print(f"sweep: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
-        if failed := [job for job in jobs if job.status != "done"]:
+        if self.page is not None and any(job.done for job in jobs):
+            print(f"page: {self.page(folder)}")
+        if failed := [job for job in jobs if not job.done]:
             for job in failed:
-                print(f"job {job.name} ({' '.join(job.record['overrides'])}) failed: {job.record.get('error', '')}")
+                print(f"job {job.name} ({' '.join(job.record['overrides'])}) failed: {job.error}")
             sys.exit(1)
-
-
-class Job:
-    """One job of a sweep, as its folder tells."""
-
-    def __init__(self, folder: Path) -> None:
-        self.name = folder.name
-        self.record = read_json(folder / "job.json") or {}
-        self.status: str = self.record["status"]
-        pairs = [o.lstrip("+~").split("=", 1) for o in self.record["overrides"]]
-        self.settings: dict[str, str] = {p[0]: p[1] for p in pairs if len(p) == 2}
-        self.figures = _numbers(read_json(folder / "summary.json") or {}) if self.status == "done" else {}
-
-    @property
-    def objective(self) -> tuple[str, float]:
-        """(address, value); NaN for a failed job."""
-        return self.record.get("objective", "objective"), float(self.record.get("value") or math.nan)
-
-
-def varied(jobs: list[Job]) -> list[str]:
-    """The settings in which the jobs differ."""
-    names = dict.fromkeys(name for job in jobs for name in job.settings)
-    return [n for n in names if len({job.settings.get(n) for job in jobs}) > 1]
 
 
 def write_table(jobs: list[Job], path: Path) -> None:
@@ -98,14 +87,14 @@ def write_table(jobs: list[Job], path: Path) -> None:
         writer = csv.DictWriter(file, ["job", "status", *settings, *(f for f in figures if f not in settings), "error"])
         writer.writeheader()
         for job in jobs:
-            known = {"job": job.name, "status": job.status, "error": job.record.get("error", "")}
+            known = {"job": job.name, "status": job.status, "error": job.error}
             shown = {name: value for name, value in job.figures.items() if name in figures}
             writer.writerow({**shown, **job.settings, **known})
 
 
 def text_table(jobs: list[Job]) -> str:
     """What differs and what came out, for the terminal."""
-    objective = next((job.objective[0] for job in jobs if job.status == "done"), "objective")
+    objective = next((job.objective[0] for job in jobs if job.done), "objective")
     shown = [n for n in ("ppo.kl", "ppo.score_last", "ppo.gold", "reward.val_accuracy") if n != objective]
     columns = [*varied(jobs), objective, *(n for n in shown if any(n in job.figures for job in jobs))]
     lines = [["job", "status", *columns, "seconds"]]
@@ -134,18 +123,11 @@ def plot(jobs: list[Job], path: Path) -> None:
         axes.errorbar(x, mean(values), yerr=spread, fmt="D", color="#1f4e9c", capsize=5, zorder=3)
     axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
     axes.set_xlabel(", ".join(names))
-    axes.set_ylabel(next((job.objective[0] for job in jobs if job.status == "done"), "objective"))
+    axes.set_ylabel(next((job.objective[0] for job in jobs if job.done), "objective"))
     axes.set_title("mean and standard deviation over seeds; a dot is a job", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
     figure.savefig(path, dpi=150)
-
-
-def _numbers(node: Any, prefix: str = "") -> dict[str, float]:
-    """Address -> value of all numbers."""
-    if isinstance(node, dict):
-        return {k: v for key, value in node.items() for k, v in _numbers(value, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: node} if isinstance(node, int | float) and not isinstance(node, bool) else {}
 
 
 def _cell(value: Any) -> str:

@@ -1,5 +1,6 @@
 """The stages: each a LightningModule with its LightningDataModule."""
 
+from lit_rlhf.stages.dpo import DPODataModule, DPOModule, WorldDPODataModule
 from lit_rlhf.stages.evaluate import EvaluateDataModule, EvaluateModule, WorldEvaluateDataModule
 from lit_rlhf.stages.ppo import PPODataModule, PPOModule, WorldPPODataModule
 from lit_rlhf.stages.preference import PreferenceDataModule, PreferenceModule, WorldPreferenceDataModule
@@ -8,6 +9,8 @@ from lit_rlhf.stages.reward import RewardDataModule, RewardModule, WorldRewardDa
 from lit_rlhf.stages.sft import SFTDataModule, SFTModule, WorldSFTDataModule
 
 __all__ = [
+    "DPODataModule",
+    "DPOModule",
     "EvaluateDataModule",
     "EvaluateModule",
     "PPODataModule",
@@ -20,6 +23,7 @@ __all__ = [
     "RewardModule",
     "SFTDataModule",
     "SFTModule",
+    "WorldDPODataModule",
     "WorldEvaluateDataModule",
     "WorldPPODataModule",
     "WorldPreferenceDataModule",

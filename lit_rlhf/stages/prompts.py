@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from lightning import LightningDataModule
 from pydantic import Field
@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.chat import encode_prompts
-from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_prompt, split_by_prompt
+from lit_rlhf.text.records import (
+    Messages,
+    OnBadRecord,
+    PromptRecord,
+    load_records,
+    parse_prompt_record,
+    split_by_prompt,
+)
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
 
@@ -26,6 +33,12 @@ class PromptBatch(NamedTuple):
     tokens: list[list[int]]
     kinds: list[str]  # what sort of question each is, "" where nobody says
     held_out: list[bool]
+    records: list[dict[str, Any]]  # the other fields of each prompt's record
+
+
+def repeated(batch: PromptBatch, times: int) -> PromptBatch:
+    """Each prompt ``times`` times, copies next to each other."""
+    return PromptBatch(*([item for item in column for _ in range(times)] for column in batch))
 
 
 class Judge(Protocol):
@@ -43,6 +56,7 @@ class Prompt(NamedTuple):
     tokens: list[int]
     kind: str
     held_out: bool
+    record: dict[str, Any]
 
 
 class PromptDataModule(LightningDataModule):
@@ -63,7 +77,7 @@ class PromptDataModule(LightningDataModule):
     """
 
     judge: Judge | None = None  # files come without one; the world brings its own
-    parse_record = staticmethod(parse_prompt)
+    parse_record = staticmethod(parse_prompt_record)
 
     def __init__(
         self,
@@ -91,12 +105,11 @@ class PromptDataModule(LightningDataModule):
         self.long = 0  # prompts that were too long
         self.train_prompts: list[Prompt] = []
 
-    def records(self) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
-        """(prompt, kind) of the (train, held-out) prompts."""
+    def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
+        """(train, held out)"""
         loaded = load_records(self.path, self.parse_record, self.on_bad_record)
         self.skipped = loaded.skipped
-        train, held_out = split_by_prompt(loaded.records, lambda messages: messages, self.held_out, self.split_seed)
-        return [(m, "") for m in train], [(m, "") for m in held_out]
+        return split_by_prompt(loaded.records, lambda record: record.messages, self.held_out, self.split_seed)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_prompts:
@@ -110,14 +123,15 @@ class PromptDataModule(LightningDataModule):
                 "it, or set on_long=cut"
             )
 
-    def _encode(self, records: Sequence[tuple[Messages, str]], held_out: bool) -> list[Prompt]:
+    def _encode(self, records: Sequence[PromptRecord], held_out: bool) -> list[Prompt]:
         prompts = []
-        for (messages, kind), tokens in zip(records, encode_prompts(self.tokenizer, [m for m, _ in records])):
+        for (messages, others), tokens in zip(records, encode_prompts(self.tokenizer, [r.messages for r in records])):
             if len(tokens) > self.max_length:
                 self.long += 1
                 if self.on_long == "skip":
                     continue
-            prompts.append(Prompt(messages, tokens[-self.max_length :], kind, held_out))
+            kind = str(others.get("kind", ""))
+            prompts.append(Prompt(messages, tokens[-self.max_length :], kind, held_out, others))
         return prompts
 
     def loader(self, prompts: Sequence[Prompt], shuffle_to: int | None = None) -> BatchLoader[PromptBatch]:
@@ -155,10 +169,10 @@ class WorldPromptDataModule(PromptDataModule):
         self.world, self.prompts = world, prompts
         self.judge = world
 
-    def records(self) -> tuple[list[tuple[Messages, str]], list[tuple[Messages, str]]]:
+    def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
         train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)
         held_out = self.world.prompts("held_out", self.split_seed)
-        return [(list(p.messages), p.kind) for p in train], [(list(p.messages), p.kind) for p in held_out]
+        return tuple([PromptRecord(list(p.messages), {"kind": p.kind}) for p in side] for side in (train, held_out))
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:

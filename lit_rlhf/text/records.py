@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lit_rlhf.errors import UserError
 
@@ -54,6 +54,20 @@ def parse_prompt(row: dict[str, Any]) -> Messages:
     if "instruction" in row:
         return _instruction(row)
     return _prompt(_require(row, "prompt"), "prompt")
+
+
+class PromptRecord(NamedTuple):
+    """A prompt, and the other fields of its record, which reward functions get to see."""
+
+    messages: Messages
+    others: dict[str, Any]
+
+
+def parse_prompt_record(row: dict[str, Any]) -> PromptRecord:
+    """:func:`parse_prompt`, with the fields that are not part of the prompt."""
+    prompt = parse_prompt(row)
+    used = ("instruction", "input") if "instruction" in row and "messages" not in row else ("prompt", "messages")
+    return PromptRecord(prompt, {name: value for name, value in row.items() if name not in used})
 
 
 def parse_demonstration(row: dict[str, Any]) -> Demonstration:

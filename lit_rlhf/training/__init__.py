@@ -2,6 +2,7 @@
 
 from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
+    BestCheckpoint,
     Interrupted,
     LastCheckpoint,
     RandomState,
@@ -16,6 +17,7 @@ from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
     "BatchLoader",
+    "BestCheckpoint",
     "Interrupted",
     "LastCheckpoint",
     "MetricsFile",

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -157,6 +157,42 @@ class LastCheckpoint(Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+class BestCheckpoint(Callback):
+    """Saves ``<folder>/best.ckpt`` whenever a validation during training shows a better figure than all before.
+
+    What the best was stands beside it in ``best.json``: a run that was stopped right after the validation knows it."""
+
+    def __init__(self, folder: str | Path, metric: str, mode: Literal["max", "min"] = "max") -> None:
+        self.path = Path(folder) / "best.ckpt"
+        self.metric, self.mode = metric, mode
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if self.metric not in trainer.callback_metrics:
+            known = ", ".join(sorted(n for n in trainer.callback_metrics if n.startswith("val/")))
+            raise UserError(f"keep.metric={self.metric}: validation logs no such figure; there are {known}")
+        value = trainer.callback_metrics[self.metric].item()
+        best = self.best()
+        if best is None or (value > best["value"] if self.mode == "max" else value < best["value"]):
+            trainer.save_checkpoint(self.path)
+            if trainer.is_global_zero:
+                step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+                note = {"metric": self.metric, "value": value, "step": step}
+                self.path.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
+
+    def best(self) -> dict[str, Any] | None:
+        """The best figure so far: metric, value, step."""
+        file = self.path.with_suffix(".json")
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def restore(self, module: LightningModule) -> None:
+        """Give ``module`` the best weights."""
+        if self.path.is_file():
+            state = torch.load(self.path, map_location="cpu", weights_only=True)["state_dict"]
+            module.load_state_dict(state, strict=module.strict_loading)
 
 
 class StopOnNonFinite(Callback):

@@ -2,6 +2,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 
@@ -60,9 +61,9 @@ def model_answers(text, worth, gold):
     return {"greedy": f"greedy {text}", "samples": [text, "another"], "scores": [worth, 0.0], **graded}
 
 
-def write_evaluation(run, gold=True, text="The rof is brown."):
-    models = {name: model_figures(gold) for name in ("base", "sft", "ppo")}
-    rates = {name: {"mean": 0.7412, **RATE} for name in ("sft_vs_base", "ppo_vs_base", "ppo_vs_sft")}
+def write_evaluation(run, gold=True, text="The rof is brown.", names=("base", "sft", "ppo")):
+    models = {name: model_figures(gold) for name in names}
+    rates = {f"{b}_vs_{a}": {"mean": 0.7412, **RATE} for a, b in combinations(names, 2)}
     best = {"n": 8, "gold": None, "correct": None, "right": None}
     figures = {
         "judge": "gold" if gold else "reward model (proxy)",
@@ -75,13 +76,20 @@ def write_evaluation(run, gold=True, text="The rof is brown."):
     turns = [("user", "What colour is it?"), ("assistant", "Brown."), ("user", "And its home?")]
     two_turns = [{"role": role, "content": content} for role, content in turns]
     prompts = [two_turns, [{"role": "user", "content": "What colour is the rof?"}]]
-    worths = [(0.0, 5.0), (5.0, 0.0)]  # PPO wins the first and loses the second
+    worths = [(0.0, 5.0), (5.0, 0.0)]  # PPO wins the first against SFT and loses the second
     rows = []
     for prompt, kind, (sft, ppo) in zip(prompts, ("follow", "fact"), worths):
-        worth = {"base": 0.0, "sft": sft, "ppo": ppo}
+        worth = {name: {"sft": sft, "ppo": ppo}.get(name, 0.0) for name in names}
         answers = {name: model_answers(text, worth[name], gold) for name in worth}
         rows.append({"prompt": prompt, "kind": kind, "models": answers})
     write_rows(run / "evaluate/samples.jsonl", rows)
+
+
+def write_dpo(run):
+    metrics = "step,dpo/loss,dpo/accuracy,dpo/chosen_log_ratio,dpo/rejected_log_ratio,val/dpo/gold_accuracy\n"
+    metrics += "0,0.693,0.5,0,0,0.5\n9,0.4,0.8,-0.4,-4.5,0.913\n"
+    write_stage(run, "dpo", {"val_loss": 0.5, "val_accuracy": 0.743, "gold_accuracy": 0.913, "val_pairs": 261}, metrics)
+    write_rows(run / "dpo/samples.jsonl", [{"step": 50, "prompt": "Hi?", "text": "Good day"}])
 
 
 def write_whole(run, gold=True, text="The rof is brown."):
@@ -178,13 +186,13 @@ def test_answers_stand_side_by_side_wins_and_losses(tmp_path):
     assert "✓ right rude gold 5 score 5.00" in page.text and "✗ wrong rude gold 0 score 0" in page.text
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "dpo"])
 def test_each_stage_alone(tmp_path, stage):
     write_whole(tmp_path / "whole")
     (tmp_path / "one").mkdir()
     (tmp_path / "whole" / stage).rename(tmp_path / "one" / stage)
     page = report(tmp_path / "one")
-    assert page.text.count("not in this run") == len(STAGES) - 1
+    assert page.text.count("not in this run") == len(STAGES) - 2  # DPO, another road, is shown where it was taken
     assert "Seed" not in page.text
 
 
@@ -202,6 +210,29 @@ def test_ppo_from_another_run(tmp_path):
     assert "PPO vs SFT 74.1% 71.0% – 77.2%" in page.text
     assert "1.43 nats an answer" in page.text
     assert "2,048 episodes" in page.text
+
+
+def test_dpo_from_another_run_which_has_ppo_too(tmp_path):
+    write_dpo(tmp_path)
+    write_evaluation(tmp_path, names=("base", "sft", "ppo", "dpo"))
+    page = report(tmp_path)
+    assert "The judge prefers DPO's answers to SFT's in 74.1%" in page.text
+    assert "SFT → DPO" in page.text and "SFT → PPO" not in page.text
+    assert "DPO vs SFT 74.1%" in page.text and "DPO vs PPO 74.1%" in page.text and "PPO vs SFT 74.1%" in page.text
+    assert "graded higher than SFT's in 0, the same in 1 and lower in 1" in page.text  # DPO's worths are 0
+    assert "91.3% of gold pairs ranked right" in page.text
+    assert "Log-ratio to SFT against optimizer steps" in [v for name, v in page.attributes if name == "aria-label"]
+    assert "Good day" in page.text
+
+
+def test_ppo_and_dpo_of_one_run(tmp_path):
+    write_whole(tmp_path)
+    write_dpo(tmp_path)
+    write_evaluation(tmp_path, names=("base", "sft", "ppo", "dpo"))
+    page = report(tmp_path)
+    assert "The judge prefers PPO's answers to SFT's in 74.1%" in page.text
+    assert "graded higher than SFT's in 1, the same in 0 and lower in 1" in page.text
+    assert page.text.count("not in this run") == 0
 
 
 def test_an_unfinished_stage_is_shown_as_such(tmp_path):

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
@@ -97,3 +99,49 @@ def test_lm_loss_gradient_ignores_nan_at_masked_positions():
     logits = tensor([[[0.0, 0.0], [float("nan"), 0.0]]], requires_grad=True)
     lm_loss(logits, tensor([[0, 0]]), tensor([[True, False]])).backward()
     assert_close(logits.grad, tensor([[[-0.5, 0.5], [0.0, 0.0]]]))
+
+
+def test_pretraining_counts_every_token():
+    # No mask: 1, 1 and 2 bits, and the gradient softmax - one hot, over three tokens.
+    logits = tensor([[[0.5, 0.25, 0.25]] * 3]).log().requires_grad_()
+    loss = lm_loss(logits, tensor([[0, 0, 2]]))
+    loss.backward()
+    assert_close(loss.detach(), tensor(4 / 3 * LN2))
+    assert_close(logits.grad, tensor([[[-0.5, 0.25, 0.25], [-0.5, 0.25, 0.25], [0.5, 0.25, -0.75]]]) / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_left_before_the_softmax(dtype):
+    # Logits that half precision holds, log-probs that it does not: -ln(1 + 255) = -5.5452, entropy of 256 tokens.
+    logits = torch.zeros(1, 256, dtype=dtype)
+    assert_close(token_logprobs(logits, tensor([3])), tensor([-8 * LN2]))
+    assert_close(token_entropy(logits), tensor([8 * LN2]))
+    assert_close(lm_loss(logits[None], tensor([[3]]), tensor([[True]])), tensor(8 * LN2))
+    assert token_logprobs(logits.double(), tensor([3])).dtype == token_entropy(logits.double()).dtype == torch.float64
+
+
+@given(st.lists(st.floats(-8, 8, allow_subnormal=False), min_size=2, max_size=6), st.floats(-50, 50))
+def test_entropy_and_logprobs_against_loops_whatever_the_offset(row, offset):
+    logits = tensor([row], dtype=torch.float64) + offset
+    logs = [logprob(row, v) for v in range(len(row))]
+    assert_close(token_logprobs(logits.expand(len(row), -1), torch.arange(len(row))).tolist(), logs, rtol=0, atol=1e-9)
+    assert_close(token_entropy(logits).item(), -sum(math.exp(x) * x for x in logs), rtol=0, atol=1e-9)
+    assert -1e-12 <= token_entropy(logits).item() <= math.log(len(row)) + 1e-12
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 999))
+def test_losses_of_micro_batches_add_up_by_their_share_of_the_tokens(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2 * rows, columns, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (2 * rows, columns), generator=generator)
+    mask = torch.rand(2 * rows, columns, generator=generator) < 0.6
+    parts = [[x[i::2] for x in (logits, labels, mask)] for i in (0, 1)]
+    recombined = sum(lm_loss(*part) * part[-1].sum() for part in parts) / mask.sum().clamp(min=1)
+    assert_close(lm_loss(logits, labels, mask), recombined)
+
+
+def test_lm_gradcheck():
+    logits, labels, mask = random_logits(2, 2, 4).requires_grad_(), tensor([[2, 0], [3, 1]]), tensor([[1, 1], [1, 0]])
+    assert torch.autograd.gradcheck(lambda x: lm_loss(x, labels, mask.bool()), logits)
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, labels), logits)
+    assert torch.autograd.gradcheck(token_entropy, logits)

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
@@ -75,3 +77,75 @@ def test_position_ids_start_at_zero_on_the_first_real_token():
     assert ids[0, 2:].tolist() == ids[1, :3].tolist() == [0, 1, 2]
     assert ids[2].tolist() == [0, 1, 2, 3, 4]
     assert ids.dtype == torch.int64 and ids.min() >= 0 and ids.max() < 5  # valid embedding indices at padding too
+
+
+@st.composite
+def batches(draw):
+    """Values (B, T) in float64 and a mask, with a valid position in each row."""
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    mask = [draw(st.lists(st.booleans(), min_size=columns, max_size=columns).filter(any)) for _ in range(rows)]
+    number = st.floats(-9, 9, allow_subnormal=False)
+    return tensor([[draw(number) for _ in row] for row in mask], dtype=torch.float64), tensor(mask)
+
+
+@given(batches(), st.integers(0, 2), st.integers(0, 2), st.randoms(use_true_random=False))
+def test_neither_order_nor_padding_nor_what_is_masked_matters(batch, left, right, random):
+    values, mask = batch
+    order = random.sample(range(len(mask)), len(mask))
+    values = values.requires_grad_()
+    moved = torch.nn.functional.pad(values.masked_fill(~mask, NAN)[order], (left, right), value=NAN)
+    moved_mask = torch.nn.functional.pad(mask[order], (left, right))
+    for f in (masked_sum, masked_mean):
+        assert_close(f(moved, moved_mask), f(values, mask))
+        assert_close(f(moved, moved_mask, dim=-1), f(values, mask, dim=-1)[order])
+    # not the gradient, so that values which hardly differ may be compared
+    white = torch.nn.functional.pad(whiten(values, mask)[order], (left, right))
+    assert_close(whiten(moved, moved_mask).detach(), white.detach(), rtol=0, atol=1e-4)
+    masked_mean(moved, moved_mask).backward()
+    assert_close(values.grad, mask.double() / mask.sum())
+    assert torch.equal(last_position(moved_mask), last_position(mask)[order] + left)
+    ids = position_ids(moved_mask)
+    assert torch.equal(ids[:, left : left + mask.shape[1]], position_ids(mask)[order])
+
+
+@given(batches())
+def test_masking_against_loops(batch):
+    values, mask = batch
+    kept = [[x for x, m in zip(*row) if m] for row in zip(values.tolist(), mask.tolist())]
+    flat = [x for row in kept for x in row]
+    assert_close(masked_sum(values, mask, dim=-1).tolist(), [sum(row) for row in kept], rtol=0, atol=1e-9)
+    assert_close(masked_mean(values, mask, dim=-1).tolist(), [sum(row) / len(row) for row in kept], rtol=0, atol=1e-9)
+    assert_close(masked_mean(values, mask).item(), sum(flat) / len(flat), rtol=0, atol=1e-9)
+    for row, last, ids in zip(mask.tolist(), last_position(mask).tolist(), position_ids(mask).tolist()):
+        assert last == max(t for t, m in enumerate(row) if m)
+        assert ids == [max(sum(row[: t + 1]) - 1, 0) for t in range(len(row))]
+
+
+@given(batches(), batches())
+def test_means_of_micro_batches_add_up_by_their_share(one, other):
+    pad = torch.nn.functional.pad
+    width = max(one[0].shape[1], other[0].shape[1])
+    values, mask = (torch.cat([pad(x, (0, width - x.shape[1])) for x in both]) for both in zip(one, other))
+    shares = [batch[1].sum() / mask.sum() for batch in (one, other)]
+    recombined = sum(share * masked_mean(*batch) for share, batch in zip(shares, (one, other)))
+    assert_close(masked_mean(values, mask), recombined.double(), rtol=1e-5, atol=1e-5)  # shares are float32
+
+
+def test_whiten_adds_eps_to_the_variance():
+    # variance 1 and eps 3: divided by 2
+    assert_close(whiten(tensor([[3.0, 5.0]]), tensor([[True, True]]), eps=3.0), tensor([[-0.5, 0.5]]))
+    # a deviation of 1e-4 is that of eps = 1e-8 too
+    white = whiten(tensor([[-1e-4, 1e-4]], dtype=torch.float64), tensor([[True, True]]))
+    assert_close(white, tensor([[-1.0, 1.0]], dtype=torch.float64) / math.sqrt(2))
+
+
+def test_masking_gradcheck():
+    values = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    mask = tensor([[True, True, False, True], [False, True, True, False]])
+    for f in (masked_sum, masked_mean, whiten, lambda x, m: masked_mean(x, m, dim=0)):
+        assert torch.autograd.gradcheck(lambda x, f=f: f(x, mask), values)
+
+
+def test_half_precision_stays():
+    values, mask = tensor([[1.0, 2.0]], dtype=torch.bfloat16), tensor([[True, True]])
+    assert masked_sum(values, mask).dtype == masked_mean(values, mask).dtype == torch.bfloat16

@@ -1,10 +1,12 @@
 import math
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.preference import pair_accuracy, ranking_loss, ranking_pairs
+from lit_rlhf.functional.preference import dpo_loss, implicit_rewards, pair_accuracy, ranking_loss, ranking_pairs
 
 # Four prompts, interleaved: 7 has 4 answers, 2 has 3 with a tie, 5 has 2, 9 is tied throughout.
 PROMPTS = [7, 2, 7, 5, 2, 7, 9, 5, 7, 9, 2]
@@ -110,3 +112,90 @@ def test_pair_accuracy_by_hand():
 
 def test_pair_accuracy_without_a_pair_is_nan():
     assert pair_accuracy(tensor([1.0, 2.0]), ranking_pairs(tensor([1, 1]), tensor([0, 0]))).isnan()
+
+
+rankings = st.lists(  # (prompt, rank, score) of an answer
+    st.tuples(st.integers(0, 3), st.integers(1, 4), st.floats(-20, 20, allow_subnormal=False)), min_size=1, max_size=10
+)
+
+
+@given(rankings, st.randoms(use_true_random=False))
+def test_pairs_and_accuracy_against_loops_in_any_order(answers, random):
+    random.shuffle(answers)
+    prompts, ranks, scores = zip(*answers)
+    pairs = ranking_pairs(tensor(ranks), tensor(prompts))
+    n = range(len(answers))
+    expected = {(i, j) for i in n for j in n if prompts[i] == prompts[j] and ranks[i] < ranks[j]}
+    found = list(zip(pairs.better.tolist(), pairs.worse.tolist()))
+    assert len(found) == len(expected) and set(found) == expected
+    assert pairs.prompts == len({prompts[i] for i, _ in expected})
+    for prompt in {prompts[i] for i, _ in expected}:  # each counts once
+        weights = pairs.weight[[prompts[i] == prompt for i, _ in found]]
+        assert_close(weights, torch.full_like(weights, 1 / len(weights)))
+    if expected:
+        right = sum((scores[i] > scores[j]) + (scores[i] == scores[j]) / 2 for i, j in expected)
+        accuracy = pair_accuracy(tensor(scores, dtype=torch.float64), pairs)
+        assert_close(accuracy.item(), right / len(expected), rtol=1e-6, atol=1e-6)
+    loss = ranking_loss(tensor(scores, dtype=torch.float64), pairs).item()
+    assert_close(loss, reference(scores, ranks, prompts)[0] if expected else 0.0, rtol=0, atol=1e-5)
+
+
+@given(rankings, st.integers(1, 3), st.integers(0, 9))
+def test_only_the_order_of_ranks_and_the_sameness_of_prompts_count(answers, factor, offset):
+    prompts, ranks, scores = map(tensor, zip(*answers))
+    loss = ranking_loss(scores, ranking_pairs(ranks, prompts))
+    assert_close(ranking_loss(scores, ranking_pairs(factor * ranks**3 - offset, offset - prompts)), loss)
+
+
+def test_prompts_may_be_split_into_micro_batches():
+    ranks, prompts, scores = tensor(RANKS), tensor(PROMPTS), tensor(SCORES)
+    total, count = 0.0, 0
+    for part in (prompts == 7, (prompts == 2) | (prompts == 9), prompts == 5):
+        pairs = ranking_pairs(ranks[part], prompts[part])
+        total, count = total + ranking_loss(scores[part], pairs) * pairs.prompts, count + pairs.prompts
+    assert_close(total / count, ranking_loss(scores, ranking_pairs(ranks, prompts)))
+
+
+def test_implicit_rewards_by_hand():
+    logprobs, reference = tensor([-1.0, -4.0, -2.0]), tensor([-3.0, -3.0, -2.0])
+    assert_close(implicit_rewards(logprobs, reference, beta=0.5), tensor([1.0, -0.5, 0.0]))
+
+
+def test_dpo_loss_by_hand():
+    # log pi/ref is 2 - ln 3 for the better answer and 2 - 3 ln 3 for the other: beta times 2 ln 3, sigma(ln 3) = 3/4
+    pairs = ranking_pairs(tensor([2, 1]), tensor([0, 0]))
+    reference = tensor([-9.0, -5.0], dtype=torch.float64)
+    logprobs = reference + 2 - tensor([3.0, 1.0], dtype=torch.float64) * math.log(3)
+    logprobs.requires_grad_()
+    loss = dpo_loss(logprobs, reference, pairs, beta=0.5)
+    loss.backward()
+    assert_close(loss.item(), -math.log(0.75))
+    # eq. 7's gradient: -beta sigma(-margin) for the better one
+    assert_close(logprobs.grad, tensor([0.125, -0.125], dtype=torch.float64))
+
+
+def test_dpo_starts_at_ln_2_and_turned_round_is_its_mirror():
+    pairs, scores = ranking_pairs(tensor(RANKS), tensor(PROMPTS)), tensor(SCORES)
+    assert_close(dpo_loss(scores, scores, pairs, beta=0.1), tensor(math.log(2)))
+    reference = scores.flip(0)
+    mirrored = ranking_pairs(-tensor(RANKS), tensor(PROMPTS))
+    assert_close(dpo_loss(scores, reference, pairs, 0.3), dpo_loss(reference, scores, mirrored, 0.3))
+
+
+@given(rankings, st.floats(0.01, 2), st.randoms(use_true_random=False))
+def test_dpo_loss_is_the_ranking_loss_of_implicit_rewards(answers, beta, random):
+    prompts, ranks, logprobs = zip(*answers)
+    reference_logprobs = [random.uniform(-20, 20) for _ in answers]
+    rewards = [beta * (a - b) for a, b in zip(logprobs, reference_logprobs)]
+    pairs = ranking_pairs(tensor(ranks), tensor(prompts))
+    x, ref = (tensor(x, dtype=torch.float64) for x in (logprobs, reference_logprobs))
+    expected = reference(rewards, ranks, prompts)[0] if len(pairs.better) else 0.0
+    assert_close(dpo_loss(x, ref, pairs, beta).item(), expected, rtol=1e-6, atol=1e-6)
+    # what both policies share, and a constant of the prompt, cancel
+    assert_close(dpo_loss(x + ref + 5 * tensor(prompts), 2 * ref, pairs, beta), dpo_loss(x, ref, pairs, beta))
+
+
+def test_dpo_loss_gradcheck():
+    pairs, ref = ranking_pairs(tensor(RANKS), tensor(PROMPTS)), tensor(SCORES, dtype=torch.float64).flip(0)
+    x = tensor(SCORES, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: dpo_loss(x, ref, pairs, beta=0.3), x)

@@ -1,10 +1,13 @@
 import math
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.rating import best_of_n, pairwise_wins, win_rate
+from lit_rlhf.functional.rating import best_of_n, best_of_n_kl, pairwise_wins, win_rate
 
 
 def test_pairwise_wins_by_hand():
@@ -79,3 +82,46 @@ def test_best_of_n_takes_the_grade_of_the_highest_score():
     grades, scores = tensor([[9.0, 1.0, 5.0], [2.0, 7.0, 3.0]]), tensor([[0.1, 0.2, 0.9], [-1.0, -3.0, -2.0]])
     assert_close(best_of_n(grades, scores), tensor([5.0, 2.0]))
     assert_close(best_of_n(grades[:, :1], scores[:, :1]), tensor([9.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, 0.0), (2, math.log(2) - 0.5), (4, 2 * math.log(2) - 0.75), (16, 4 * math.log(2) - 15 / 16)]
+)
+def test_best_of_n_kl_by_hand(n, expected):
+    assert_close(best_of_n_kl(n), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_best_of_n_kl_is_that_of_many_answers_and_a_bound_for_few(n):
+    def exact(m):  # the best of n from m equally likely answers is among the first i with probability (i / m)^n
+        best = [(i / m) ** n - ((i - 1) / m) ** n for i in range(1, m + 1)]
+        return sum(p * math.log(p * m) for p in best)
+
+    assert_close(exact(5000), best_of_n_kl(n), rtol=0, atol=2e-3)
+    assert all(exact(m) <= best_of_n_kl(n) + 1e-12 for m in (1, 2, 5, 30))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+def test_only_the_order_of_grades_counts(prompts, a, b, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = (torch.randint(-3, 4, (prompts, n), generator=generator) for n in (a, b))
+    wins = pairwise_wins(ours, theirs)
+    assert_close(pairwise_wins(ours**3 + 5, theirs**3 + 5), wins)
+    assert_close(pairwise_wins(ours.flip(1), theirs.flip(1)), wins)
+    assert_close(pairwise_wins(-theirs, -ours), wins)
+    assert_close(pairwise_wins(ours.flip(0), theirs.flip(0)), wins.flip(0))
+
+
+def test_interval_of_skewed_wins_is_skewed():
+    # 2 of 20 prompts won: of the binomial, 12% lie at 0 wins; 95.7% lie below 5 and 98.9% below 6.
+    result = win_rate((torch.arange(20) < 2).float()[:, None], torch.full((20, 1), 0.5), resamples=20_000)
+    assert_close((result.low, result.high), (0.0, 5 / 20), rtol=0, atol=1e-6)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_best_of_n_knows_neither_the_order_of_answers_nor_the_scale_of_scores(prompts, n, random):
+    scores = tensor([random.sample(range(20), n) for _ in range(prompts)]).float()  # no ties
+    grades = tensor([[random.random() for _ in range(n)] for _ in range(prompts)])
+    expected = tensor([max(zip(s, g))[1] for s, g in zip(scores.tolist(), grades.tolist())])
+    order = random.sample(range(n), n)
+    assert torch.equal(best_of_n(grades[:, order], scores[:, order] / 3 - 5), expected)

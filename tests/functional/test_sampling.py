@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import tensor
 from torch.testing import assert_close
@@ -112,3 +114,44 @@ def test_a_filtered_token_is_never_drawn():
     filtered = filter_logits(logits, top_k=3)
     tokens = sample_token(filtered.expand(5000, -1), torch.Generator().manual_seed(0))
     assert tokens.unique().tolist() == sorted(logits[0].argsort(descending=True)[:3].tolist())
+
+
+@given(
+    st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=2, max_size=6, unique_by=lambda x: round(x, 3)),
+    st.integers(0, 7),
+    st.floats(0, 1),
+    st.randoms(use_true_random=False),
+)
+def test_filters_follow_the_order_of_tokens_and_leave_the_others(row, top_k, top_p, random):
+    logits = tensor([row], dtype=torch.float64)
+    filtered = filter_logits(logits, top_k, top_p)
+    order = random.sample(range(len(row)), len(row))
+    assert torch.equal(filter_logits(logits[:, order], top_k, top_p), filtered[:, order])
+    left = kept(filtered)[0]
+    assert torch.equal(filtered[:, left], logits[:, left]) and row.index(max(row)) in left
+    assert len(left) <= (top_k or len(row)) and min(row[i] for i in left) >= max(
+        [x for i, x in enumerate(row) if i not in left], default=-INF
+    )
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), st.floats(0, 1, exclude_max=True))
+def test_sample_token_inverts_the_cumulative_distribution(weights, u):
+    edges = [sum(weights[:i]) / sum(weights) for i in range(len(weights) + 1)]
+    token = sample_token(tensor([weights], dtype=torch.float64).log(), uniform=tensor([u], dtype=torch.float64)).item()
+    assert weights[token] > 0
+    assert edges[token] - 1e-9 <= u <= edges[token + 1] + 1e-9
+
+
+def test_each_row_takes_its_own_number():
+    logits = torch.zeros(4, 4)
+    uniform = tensor([0.9, 0.1, 0.3, 0.6], dtype=torch.float64)
+    assert sample_token(logits, uniform=uniform).tolist() == [3, 0, 1, 2]
+    assert sample_token(logits[:1], uniform=tensor([0.25], dtype=torch.float64)).tolist() == [
+        1
+    ]  # [0, 1/4) is the first
+
+
+@pytest.mark.parametrize("row", [[float("nan"), 0.0], [-INF, -INF], [INF, 0.0]])
+def test_a_row_that_is_no_distribution_is_refused(row):
+    with pytest.raises(ValueError, match="diverged"):
+        sample_token(tensor([[0.0, 0.0], row]))

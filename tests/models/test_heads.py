@@ -8,10 +8,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
+    critic_from_policy,
+    critic_from_reward_model,
+    critic_on_policy,
     load_reward_model,
     packed_hidden,
     packed_scores,
-    packed_values,
     reward_model_from_config,
     save_model,
     score_shift,
@@ -46,12 +48,42 @@ def test_scores_are_read_at_the_last_token(reward_model, tokenizer):
         assert_close(score, alone @ reward_model.score.weight[0])
 
 
-def test_values_are_read_at_every_token(reward_model, tokenizer):
-    batch = packed(tokenizer)
-    values = packed_values(reward_model, batch)
+def test_a_critic_that_begins_as_the_reward_model_values_every_token_as_it_does(policy, reward_model, tokenizer):
+    batch, critic = packed(tokenizer), critic_from_reward_model(policy, reward_model)
+    values = critic(batch, packed_hidden(policy, batch))
     assert values.shape == (batch.tokens.numel(),)
     assert_close(values[batch.ends], packed_scores(reward_model, batch))
-    assert_close(values, packed_hidden(reward_model, batch) @ reward_model.score.weight[0])
+    for start, sequence in zip(batch.starts.tolist(), ended(tokenizer)):
+        alone = reward_model.base_model(input_ids=tensor([sequence])).last_hidden_state[0]
+        assert_close(values[start : start + len(sequence)], alone @ reward_model.score.weight[0])
+    critic.head.weight.data.zero_()  # it is a copy
+    assert reward_model.score.weight.any()
+
+
+def test_a_frozen_reward_model_makes_a_critic_that_learns(policy, reward_model):
+    critic = critic_from_reward_model(policy, reward_model.requires_grad_(False))
+    assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_a_critic_that_begins_as_the_policy_values_everything_0(policy, tokenizer):
+    batch, critic = packed(tokenizer), critic_from_policy(policy)
+    assert not critic(batch, packed_hidden(policy, batch)).any()
+    assert torch.equal(packed_hidden(critic.trunk, batch), packed_hidden(policy, batch))
+    assert not {id(p) for p in critic.parameters()} & {id(p) for p in policy.parameters()}
+
+
+def test_a_critic_on_the_policy_is_a_head_alone(policy, tokenizer):
+    batch, critic = packed(tokenizer), critic_on_policy(policy)
+    assert [p.shape for p in critic.parameters()] == [(1, 32)]
+    hidden = packed_hidden(policy, batch)
+    assert not critic(batch, hidden).any()
+    nn.init.normal_(critic.head.weight)
+    assert_close(critic(batch, hidden), hidden @ critic.head.weight[0])
+
+
+def test_a_critic_from_a_reward_model_that_is_not_there_is_refused(policy):
+    with pytest.raises(UserError, match="ppo/critic=reward_model needs a reward model, and there is none"):
+        critic_from_reward_model(policy, None)
 
 
 def test_the_head_is_linear_without_bias(reward_model):

@@ -15,6 +15,7 @@ TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
     ("stage", "one", "two"),
     [
         ("sft", ["sft.data.batch_size=16"], ["sft.data.batch_size=8"]),
+        ("dpo", ["dpo.data.batch_size=8"], ["dpo.data.batch_size=4"]),
         (
             "ppo",  # one minibatch a rollout: else the processes deal the answers into other minibatches
             ["ppo.data.batch_size=16", "ppo.module.minibatch_size=16", "ppo.module.ppo_epochs=2"],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,22 @@ def test_another_run_starts_from_the_models_of_the_first(lit_rlhf, run_copy):
     assert settings["world"]["seed"] == 0  # the questions stay those of the first run
     assert settings["ppo"]["seed"] == 7
     assert sorted(f.name for f in other.iterdir()) == ["ppo", "report.html", "summary.json"]
+
+
+def test_dpo_starts_from_the_rankings_and_models_of_another_run(lit_rlhf, run_copy):
+    lit_rlhf("stage=[dpo,evaluate]", "run=other", "from_run=quickstart")
+    other = run_copy.parent / "other"
+    summary = json.loads((other / "summary.json").read_text())
+    assert summary["dpo"]["val_loss_first"] == pytest.approx(math.log(2))
+    assert {"val_loss", "val_accuracy", "gold_accuracy", "val_pairs"} <= set(summary["dpo"])
+    assert set(summary["evaluate"]["models"]) == {"base", "sft", "ppo", "dpo"}
+    assert {"dpo_vs_sft", "dpo_vs_ppo"} <= set(summary["evaluate"]["win_rate"])
+    assert summary["evaluate"]["models"]["dpo"]["kl"] > 0
+    names = {name for row in read_metrics(other / "dpo" / "metrics.csv").values() for name in row}
+    assert {"val/dpo/loss", "val/dpo/accuracy", "val/dpo/gold_accuracy"} <= names
+    assert (other / "dpo" / "samples.jsonl").is_file()
+    inputs = json.loads((other / "dpo" / "done.json").read_text())["inputs"]
+    assert set(inputs) == {"../quickstart/sft/model", "../quickstart/data/rankings-0.jsonl"}
 
 
 def test_overwritten_upstream_is_noticed(lit_rlhf, run_copy):

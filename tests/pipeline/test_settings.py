@@ -8,13 +8,22 @@ from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.settings import STAGES, check_settings, compose_settings, conf_dir, stages_of, sweep_jobs
+from lit_rlhf.pipeline.settings import (
+    PIPELINE,
+    STAGES,
+    check_settings,
+    compose_settings,
+    conf_dir,
+    stages_of,
+    sweep_jobs,
+)
 
 register_resolvers()
 CONF = conf_dir()
 FILL = [  # what a user must give
     "pretrain.data.path=a.txt", "sft.data.path=a.jsonl", "preference.data.path=a.jsonl", "ppo.data.path=a.jsonl",
     "evaluate.data.path=a.jsonl", "tokenizer.path=folder", "model.path=folder", "reward.data.path=a.jsonl",
+    "dpo.data.path=a.jsonl",
 ]  # fmt: skip
 
 
@@ -102,9 +111,10 @@ def test_what_must_be_given_is_named_with_where_it_comes_from():
 
 
 def test_stages_run_in_their_order_and_a_checkpoint_replaces_pretraining():
-    assert stages_of(compose_settings([])) == list(STAGES)
+    assert stages_of(compose_settings([])) == list(PIPELINE)
     assert stages_of(compose_settings(["stage=[ppo,sft]"])) == ["sft", "ppo"]
-    assert stages_of(compose_settings(["model=hf", "model.path=x"])) == list(STAGES[1:])
+    assert stages_of(compose_settings(["stage=[evaluate,dpo]"])) == ["dpo", "evaluate"]
+    assert stages_of(compose_settings(["model=hf", "model.path=x"])) == list(PIPELINE[1:])
 
 
 def test_a_setting_has_one_address_alone_in_the_pipeline_and_in_a_sweep():

@@ -1,7 +1,9 @@
 """Small models on the built-in world: enough to see that the stages are right, not that they are good."""
 
 import copy
+from collections import defaultdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.stages import PPOModule, WorldPPODataModule
 from lit_rlhf.text import ensure_chat_template, train_bpe
 from lit_rlhf.text.world import World
 from lit_rlhf.training import LastCheckpoint, RandomState, adamw, make_trainer
@@ -38,12 +41,30 @@ def policy(tokenizer):
 
 
 @pytest.fixture
-def reward_model(policy):
+def family(model_config, tokenizer):
+    """A policy like GPT-2, Llama or Qwen; packed rows are 128 tokens long, and GPT-2 counts their padding too."""
+    length = "n_positions" if model_config["model_type"] == "gpt2" else "max_position_embeddings"
+    torch.manual_seed(0)
+    return policy_from_config({**model_config, length: 128}, tokenizer)
+
+
+def scored(policy):
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config)
     torch.nn.init.normal_(model.score.weight, std=0.5)
     return model.eval()
+
+
+@pytest.fixture
+def reward_model(policy):
+    return scored(policy)
+
+
+@pytest.fixture
+def reward_model_of():
+    """(policy) -> a random reward model like it."""
+    return scored
 
 
 @pytest.fixture
@@ -71,6 +92,129 @@ def short():
 @pytest.fixture
 def optimizer():
     return partial(adamw, lr=1e-2)
+
+
+class Watched(PPOModule):
+    """Keeps rollouts, updates, logs, policies and, of the first two updates, the largest |ratio - 1| before them."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.batches, self.rollouts, self.updates, self.off, self.policies = [], [], [], [], []
+        self.logged = defaultdict(list)
+
+    def collect(self, prompts, *place):
+        rollout = super().collect(prompts, *place)
+        if not place:
+            self.batches.append(prompts)
+            self.rollouts.append(rollout)
+        return rollout
+
+    @torch.no_grad()
+    def ratios(self, minibatch):
+        """(N, A), each answer read alone by plain transformers."""
+        logprobs = torch.zeros(len(minibatch), int(minibatch.lengths.max()))
+        for i, (sequence, n) in enumerate(zip(minibatch.sequences, minibatch.lengths.tolist())):
+            logprobs[i, :n] = plain_logprobs(self.policy, sequence, n, self.sampling.temperature)
+        if self.action == "answer":
+            logprobs = logprobs.sum(-1, keepdim=True)
+        return torch.where(minibatch.mask, (logprobs - minibatch.old_logprobs).exp(), 1.0)
+
+    def update(self, minibatch, number=0):
+        if len(self.off) < 2:
+            self.off.append((self.ratios(minibatch) - 1).abs().max().item())
+        self.updates.append(super().update(minibatch, number))
+        return self.updates[-1]
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.policies.append({name: p.detach().clone() for name, p in self.policy.named_parameters()})
+
+    def log(self, name, value, **settings):
+        self.logged[name].append(float(value))
+        super().log(name, value, **settings)
+
+
+def plain_logprobs(policy, sequence, length, temperature=1.0):
+    """Log-probs (length,) of the last ``length`` tokens of one sequence, alone in a forward pass of transformers'."""
+    tokens = torch.tensor([sequence])
+    logprobs = (policy(input_ids=tokens).logits[0, -length - 1 : -1] / temperature).log_softmax(-1)
+    return logprobs.gather(1, tokens[0, -length:, None])[:, 0]
+
+
+@pytest.fixture
+def logprobs_of():
+    return plain_logprobs
+
+
+@pytest.fixture
+def ppo(policy, reward_model, tokenizer, optimizer):
+    """(settings) -> PPO on copies of small models; it keeps what it did."""
+
+    def make(policy=policy, reward_model=reward_model, kind=Watched, **settings):
+        settings = {
+            "sampling": Sampling(max_new_tokens=8), "minibatch_size": 4, "optimizer": optimizer, **settings,
+        }  # fmt: skip
+        return kind(copy.deepcopy(policy), copy.deepcopy(reward_model), tokenizer, **settings)
+
+    return make
+
+
+@pytest.fixture
+def prompts(world, tokenizer):
+    """(settings) -> prompts of the world, ready."""
+
+    def make(**settings):
+        settings = {"prompts": 64, "batch_size": 8, "limit_held_out": 6, **settings}
+        data = WorldPPODataModule(world, tokenizer, **settings)
+        data.setup()
+        return data
+
+    return make
+
+
+@pytest.fixture
+def train(prompts, fit):
+    """(module, iterations, settings of the data) -> the module, trained on the world's prompts."""
+
+    def run(module, iterations=1, **settings):
+        fit(module, prompts(**settings), max_epochs=1, limit_train_batches=iterations)
+        return module
+
+    return run
+
+
+@pytest.fixture
+def alone(prompts):
+    """(module, rank) -> (module, batch): its methods can be called without a trainer."""
+
+    def make(module, rank=0, world_size=1, **settings):
+        data = prompts(**settings)
+        strategy = SimpleNamespace(
+            reduce=lambda x, reduce_op: x, reduce_boolean_decision=lambda decision, all: decision
+        )
+        module._trainer = SimpleNamespace(
+            precision="32-true", world_size=world_size, global_rank=rank, strategy=strategy, datamodule=data,
+            is_global_zero=True, progress_bar_callback=None, callback_metrics={},
+        )  # fmt: skip
+        module.log = module.log_dict = lambda *_, **__: None
+        return module, next(iter(data.loader(data.train_prompts)))
+
+    return make
+
+
+@pytest.fixture
+def moved():
+    """(module) -> the module, its policy no longer the reference."""
+
+    def move(module, by=0.05):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in module.policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(by * torch.randn_like(parameter))
+        return module
+
+    return move
 
 
 @pytest.fixture(autouse=True)

@@ -1,24 +1,26 @@
 """A stage that was stopped and goes on gives the weights of one that was not, to the bit."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_rlhf.models import Sampling
+from lit_rlhf.models import LoRA, Sampling, add_lora, critic_from_reward_model, critic_on_policy
 from lit_rlhf.stages import (
-    PPOModule,
+    DPOModule,
     PreferenceModule,
     PretrainModule,
     RewardModule,
     SFTModule,
-    WorldPPODataModule,
+    WorldDPODataModule,
     WorldPreferenceDataModule,
     WorldPretrainDataModule,
     WorldRewardDataModule,
     WorldSFTDataModule,
 )
+from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
 from lit_rlhf.text import write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import make_trainer
@@ -54,7 +56,6 @@ def rankings(tmp_path, world):
 @pytest.fixture
 def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
     """() -> (module, data, batches in all)"""
-    sampling = Sampling(max_new_tokens=6)
     make = {
         "pretrain": lambda: (
             PretrainModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
@@ -68,21 +69,15 @@ def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
             RewardModule(copy.deepcopy(reward_model), tokenizer, optimizer=optimizer),
             WorldRewardDataModule(rankings, tokenizer, world, batch_size=32),
         ),
-        "ppo": lambda: (
-            PPOModule(
-                copy.deepcopy(policy), copy.deepcopy(reward_model), tokenizer, optimizer=optimizer, sampling=sampling,
-                minibatch_size=4, ppo_epochs=2,
-            ),
-            WorldPPODataModule(world, tokenizer, prompts=64, batch_size=8),
+        "dpo": lambda: (
+            DPOModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
+            WorldDPODataModule(rankings, tokenizer, world, batch_size=32),
         ),
     }  # fmt: skip
     return make[request.param]
 
 
-ITERATIONS = {"max_epochs": 1, "limit_train_batches": 9}
-
-
-@pytest.mark.parametrize("batches", [1, 4, 5, 7])  # 5 is the last batch of an epoch of SFT and of the reward model
+@pytest.mark.parametrize("batches", [1, 4, 5, 7])  # 5 is the last batch of an epoch of SFT, reward model and DPO
 @pytest.mark.parametrize(
     ("stage", "budget"),
     [
@@ -90,7 +85,7 @@ ITERATIONS = {"max_epochs": 1, "limit_train_batches": 9}
         ("sft", {"max_steps": 9}),
         ("sft", {"max_epochs": 3}),
         ("reward", {"max_epochs": 2}),
-        ("ppo", ITERATIONS),
+        ("dpo", {"max_epochs": 2}),
     ],
     indirect=["stage"],
 )
@@ -106,6 +101,57 @@ def test_stopped_and_resumed_equals_uninterrupted(stage, budget, batches, fit):
     assert any((a != b).any() for a, b in zip(stopped.parameters(), whole.parameters()))
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+def brevity(prompts, responses, **_):
+    return [float(len(r)) for r in responses]
+
+
+PPO = {
+    "default": lambda world: {},
+    "all that adapts": lambda world: {
+        "kl": KLPenalty(estimator="k2", in_loss=True, adaptive=True, target=0.05, horizon=40.0, stop=0.5),
+        "loss": KLPenaltyLoss(beta=0.5, target=1e-3),
+        "scoring": Scoring(functions=[brevity], scale="running", center=True),
+        "reference": ReferenceUpdate(ema=0.7),
+    },
+    "refreshed reference": lambda world: {"reference": ReferenceUpdate(refresh_every=2)},
+    "ptx": lambda world: {
+        "ptx": partial(WorldPretrainDataModule, world, documents=200, block_size=24), "ptx_coef": 0.5,
+    },
+    "LoRA": lambda world: {"lora": LoRA(r=2), "critic": partial(critic_from_reward_model, lora=LoRA(r=2))},
+    "shared critic": lambda world: {"critic": critic_on_policy, "critic_warmup": 2, "probe_rollouts": 1},
+    "RLOO of whole answers": lambda world: {
+        "advantage": MonteCarlo(baseline="others"), "answers_per_prompt": 2, "action": "answer",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PPO)
+def test_every_ppo_resumes_with_its_coefficients_and_metrics(kind, world, policy, ppo, prompts, fit):
+    def make():
+        settings = PPO[kind](world)
+        torch.manual_seed(0)  # the run's seed: adapters begin at random
+        adapted = add_lora(copy.deepcopy(policy), settings.pop("lora", None))
+        return ppo(adapted, sampling=Sampling(max_new_tokens=6), ppo_epochs=2, **settings)
+
+    budget = {"max_epochs": 1, "limit_train_batches": 5}
+    whole = make()
+    fit(whole, prompts(), "whole", **budget)
+    for batches in (1, 2, 4):
+        stopped = make()
+        with pytest.raises(Stop):
+            fit(stopped, prompts(), "parts", callbacks=[StopAfter(batches)], every=1, **budget)
+        resumed = make()
+        torch.manual_seed(99)
+        fit(resumed, prompts(), "parts", resume=True, **budget)
+        assert whole.state_dict().keys() == resumed.state_dict().keys()
+        for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+            assert torch.equal(a, b), (batches, name)
+        assert any((a != b).any() for a, b in zip(stopped.parameters(), whole.parameters()))
+        for name, values in resumed.logged.items():
+            assert values == whole.logged[name][-len(values) :], (batches, name)
+        assert len(resumed.logged["ppo/score"]) == 5 - batches
 
 
 def test_collection_that_was_killed_ends_with_the_same_records(tmp_path, world, tokenizer, policy, short):

@@ -1,4 +1,4 @@
-"""Evaluation: base, SFT and PPO answer the same held-out prompts; who wins, and what it cost."""
+"""Evaluation: base, SFT, PPO and DPO answer the same held-out prompts; who wins, and what it cost."""
 
 from __future__ import annotations
 
@@ -199,7 +199,9 @@ class EvaluateModule(LightningModule):
         }
 
     def export(self, folder: Path) -> None:
-        """Write ``samples.jsonl``: every prompt with each model's greedy answer and its first samples."""
+        """Write ``samples.jsonl``: every prompt with each model's greedy answer and its first samples.
+
+        ``candidates`` are what the best of n is chosen from: scores and gold grades of n answers by the SFT model."""
         rows = []
         for i, prompt in enumerate(self.prompts):
             row: dict[str, Any] = dict(prompt, models={})
@@ -212,6 +214,9 @@ class EvaluateModule(LightningModule):
                     "grades": answers.grades[i] if answers.grades else None,
                     "greedy_grade": greedy.grades[i][0] if greedy.grades else None,
                 }
+            if self.candidates.texts:
+                gold = [grade["gold"] for grade in self.candidates.grades[i]] if self.candidates.grades else None
+                row["candidates"] = {"scores": self.candidates.scores[i], "gold": gold}
             rows.append(row)
         write_jsonl(folder / "samples.jsonl", rows)
 

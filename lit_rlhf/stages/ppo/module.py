@@ -1,10 +1,10 @@
-"""Proximal policy optimization against a reward model, token by token (InstructGPT; arXiv:1707.06347)."""
+"""Policy optimization against a reward model: PPO and the rungs of the ladder to it (InstructGPT; arXiv:1707.06347)."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -14,48 +14,86 @@ from torchmetrics.aggregation import CatMetric
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
 from lit_rlhf.functional import (
+    adapted_kl_coef,
     clip_fraction,
-    clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
-    gae,
+    full_kl,
+    kl_estimate,
     masked_mean,
     sequence_kl,
+    token_logprobs,
     token_rewards,
     whiten,
+    whole_answer,
     win_rate,
 )
-from lit_rlhf.models import Responses, Sampling, freeze, generate, packed_scores, save_model, score_shift, score_std
-from lit_rlhf.stages.ppo.rollout import Rollout, pack_on, response_logprobs, response_values
-from lit_rlhf.stages.prompts import PromptBatch, spread
+from lit_rlhf.models import (
+    CriticFactory,
+    Responses,
+    Sampling,
+    answer,
+    critic_from_reward_model,
+    lora_layers,
+    packed_hidden,
+    save_model,
+)
+from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
+from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary, pretraining_text
+from lit_rlhf.stages.ppo.loss import ClippedLoss, KLPenaltyLoss, PolicyLoss
+from lit_rlhf.stages.ppo.probe import gradient_noise
+from lit_rlhf.stages.ppo.reference import KLPenalty, Reference, ReferenceUpdate
+from lit_rlhf.stages.ppo.rollout import (
+    Rollout,
+    pack_on,
+    record_of,
+    response_logits,
+    response_logprobs,
+    response_values,
+    scatter,
+)
+from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
+from lit_rlhf.stages.pretrain.data import PretrainDataModule
+from lit_rlhf.stages.pretrain.module import text_loss
+from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
 
+ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)  # what random numbers are for
+
 
 class PPOModule(LightningModule):
-    """Alternates rollouts and optimization epochs: one ``training_step`` is one PPO iteration.
+    """Alternates rollouts and optimization epochs: one ``training_step`` is one iteration.
 
     Args:
         policy: what is trained; starts as the SFT model.
-        reward_model: a sequence classifier with one label, frozen; it must share the policy's vocabulary.
+        reward_model: a sequence classifier with one label, frozen, of the policy's vocabulary; None: functions alone.
         tokenizer: of the policy.
-        critic: a sequence classifier read at every token; None starts it as a copy of the reward model.
+        critic: makes the critic from policy and reward model; not asked where ``advantage`` needs none.
+        advantage: ``(rewards, values, mask, answers_per_prompt) -> (advantages, returns)``.
+        loss: ``(logprobs, old_logprobs, advantages, mask) -> loss`` of the policy.
+        scoring: what an answer scores.
+        kl: how the divergence from the reference is measured, held and paid for.
+        kl_coef: reward units a nat; the price of that divergence, or the first one where it is adaptive.
+        reference: whether the reference follows the policy.
+        action: "token": every token is an action; "answer": the whole answer is one.
+        answers_per_prompt: K; a rollout holds K answers to each prompt of a batch.
         optimizer: receives the parameter groups of policy and critic.
         schedule: receives the optimizer and the number of optimizer steps.
         critic_lr: learning rate of the critic; the policy's is the optimizer's own.
-        kl_coef: reward units a nat; weight of the penalty ``log pi - log pi_ref`` on every token.
-        clip_range: how far the probability ratio may move before its gradient stops.
+        critic_warmup: iterations at the start in which only the critic learns.
         value_clip_range: how far a value may move in one rollout, in reward units; None: unlimited.
         value_coef: weight of the critic's loss.
-        gamma: discount of a token.
-        lam: GAE's lambda; 1 is Monte Carlo, 0 one-step TD.
+        whiten: centre and scale the advantages over all actions of a rollout.
+        ptx: makes the pretraining text, ``(tokenizer=...) -> PretrainDataModule``; not asked while ``ptx_coef`` is 0.
+        ptx_coef: weight of the language-modelling loss on that text, per nat a token (InstructGPT, eq. 2).
+        ptx_ratio: rows of that text an answer.
         ppo_epochs: optimization epochs a rollout.
         minibatch_size: answers an optimizer step and process.
         max_grad_norm: the gradients of policy and critic are clipped to it, each for itself.
-        missing_eos_penalty: taken from the score of an answer that was cut off at max_new_tokens.
+        probe_rollouts: rollouts on which the gradient's noise is measured, before the policy's first step; 0: not done.
         sampling: how answers are drawn in rollouts and in validation.
         val_samples: answers a held-out prompt in validation.
         seed: of sampling and of the order of minibatches.
@@ -64,23 +102,32 @@ class PPOModule(LightningModule):
     def __init__(
         self,
         policy: PreTrainedModel,
-        reward_model: PreTrainedModel,
+        reward_model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        critic: PreTrainedModel | None = None,
+        critic: CriticFactory = critic_from_reward_model,
+        advantage: AdvantageEstimator = GAE(),
+        loss: PolicyLoss = ClippedLoss(),
+        scoring: Scoring = Scoring(),
+        kl: KLPenalty = KLPenalty(),
+        kl_coef: Annotated[float, Field(ge=0)] = 0.1,
+        reference: ReferenceUpdate = ReferenceUpdate(),
+        action: Literal["token", "answer"] = "token",
+        answers_per_prompt: Annotated[int, Field(ge=1)] = 1,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
         critic_lr: Annotated[float, Field(gt=0)] = 1e-3,
-        kl_coef: Annotated[float, Field(ge=0)] = 0.1,
-        clip_range: Annotated[float, Field(gt=0)] = 0.2,
+        critic_warmup: Annotated[int, Field(ge=0)] = 0,
         value_clip_range: Annotated[float, Field(gt=0)] | None = 0.2,
         value_coef: Annotated[float, Field(ge=0)] = 0.5,
-        gamma: Annotated[float, Field(ge=0, le=1)] = 1.0,
-        lam: Annotated[float, Field(ge=0, le=1)] = 0.95,
+        whiten: bool = True,
+        ptx: Callable[..., PretrainDataModule] | None = None,
+        ptx_coef: Annotated[float, Field(ge=0)] = 0.0,
+        ptx_ratio: Annotated[float, Field(gt=0)] = 0.25,
         ppo_epochs: Annotated[int, Field(ge=1)] = 1,
         minibatch_size: Annotated[int, Field(ge=1)] = 32,
         max_grad_norm: Annotated[float, Field(gt=0)] = 1.0,
-        missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0,
+        probe_rollouts: Annotated[int, Field(ge=0)] = 0,
         sampling: Sampling | None = None,
         val_samples: Annotated[int, Field(ge=1)] = 4,
         seed: int = 0,
@@ -89,78 +136,131 @@ class PPOModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # the frozen models are not in the checkpoint
         check_vocabulary(policy, reward_model)
+        check_group(advantage, answers_per_prompt)
         self.tokenizer = tokenizer
-        self.policy = policy.requires_grad_(True)
-        self.reference = freeze(copy.deepcopy(policy))
-        self.critic = (critic or copy.deepcopy(reward_model)).requires_grad_(True)
-        self.reward_model = freeze(reward_model)
+        self.policy = policy
+        if not any(p.requires_grad for p in policy.parameters()):  # it came frozen out of another module
+            adapted = bool(lora_layers(policy))
+            for name, parameter in policy.named_parameters():
+                parameter.requires_grad_("lora_" in name or not adapted)
+        self.reference = Reference(policy, reference)
+        self.critic = critic(policy, reward_model) if getattr(advantage, "needs_critic", True) else None
+        self.scorer = Scorer(reward_model, scoring)
+        self.advantage, self.loss, self.kl = advantage, loss, kl
+        self.action, self.answers_per_prompt = action, answers_per_prompt
         self.optimizer, self.schedule, self.critic_lr = optimizer, schedule, critic_lr
-        self.kl_coef, self.clip_range, self.value_clip_range = kl_coef, clip_range, value_clip_range
-        self.value_coef, self.gamma, self.lam = value_coef, gamma, lam
+        self.critic_warmup = critic_warmup if self.critic is not None else 0
+        self.value_clip_range, self.value_coef, self.whiten_advantages = value_clip_range, value_coef, whiten
+        self.ptx_coef, self.ptx_ratio = ptx_coef, ptx_ratio
+        self.ptx = pretraining_text(ptx, tokenizer) if ptx_coef > 0 else None
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
-        self.missing_eos_penalty = missing_eos_penalty
+        self.probe_rollouts = probe_rollouts
         self.sampling, self.val_samples, self.seed = sampling or Sampling(), val_samples, seed
-        if self.sampling.temperature == 0:
-            raise UserError("ppo.module.sampling.temperature is 0: PPO learns from samples; give it a value above 0")
+        check_sampling(self.sampling)
+        self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
         self.register_buffer("episodes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("score_first", torch.zeros(()))  # mean score of the first rollout and of the last
         self.register_buffer("score_last", torch.zeros(()))
         self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
         self._val: dict[str, CatMetric] = {}
+        self._reference_grades: dict[int, Tensor] = {}
         self.eval()  # see train(): models made from a config come in training mode
 
     # ---------------------------------------------------------------- rollout
 
     @torch.no_grad()
-    def collect(self, prompts: PromptBatch) -> Rollout:
-        """Sample answers, score them, and work out what each token was worth."""
-        answers = self.sample(self.policy, prompts.tokens, int(self.iteration), shard=self._shard)
+    def collect(self, prompts: PromptBatch, *place: int) -> Rollout:
+        """Sample answers, score them, and work out what each action was worth; ``place`` sets off other draws."""
+        prompts = repeated(prompts, self.answers_per_prompt)
+        answers = self.sample(self.policy, prompts.tokens, *(place or (int(self.iteration),)), shard=self._shard)
         sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
-        packed = pack_on(sequences, self.tokenizer.pad_token_id, self.device)
-        scores = self.score(packed, answers.finished)
-        ref_logprobs = response_logprobs(self.reference, packed, answers.lengths, self.sampling.temperature)
-        values = response_values(self.critic, packed, answers.lengths)
-        rewards = token_rewards(scores, answers.logprobs, ref_logprobs, answers.mask, self.kl_coef)
-        advantages, returns = gae(rewards, values, answers.mask, self.gamma, self.lam)
-        rollout = Rollout(
-            sequences, answers.lengths, answers.mask, answers.logprobs, ref_logprobs, values, rewards,
-            self.whiten(advantages, answers.mask), returns,
-        )  # fmt: skip
-        self._log_rollout(rollout, scores, answers)
+        packed, lengths, mask = self.packed(sequences), answers.lengths, answers.mask
+        texts = answers.texts(self.tokenizer)
+        raw = self.scorer.raw(packed, prompts.messages, texts, record_of(prompts, answers))
+        if not place:
+            self.scorer.observe(raw, lambda x: self._reduce(x, "sum"))
+        scores = self.scorer.shape(raw, lengths, answers.finished)
+        hidden = packed_hidden(self.policy, packed) if self._reads_policy else None
+        values = torch.zeros_like(answers.logprobs)
+        if self.critic is not None:
+            values = response_values(self.critic(packed, hidden), packed, lengths)
+        old_logprobs, ref_logprobs, kl = self._divergence(packed, lengths, hidden, answers)
+        penalties = torch.zeros_like(kl) if self.kl.in_loss else self.kl_coef * kl
+        rewards = token_rewards(scores, penalties, mask)
+        token_mask, ref_tokens = mask, ref_logprobs
+        if self.action == "answer":  # one action: what is taken in tokens is summed, and judged at its start
+            rewards, old_logprobs, ref_logprobs = (whole_answer(x, mask) for x in (rewards, old_logprobs, ref_logprobs))
+            values, mask = values[:, :1], mask[:, :1]
+        advantages, returns = self.advantage(rewards, values, mask, self.answers_per_prompt)
+        spread = advantages[mask].std(unbiased=False)
+        if self.whiten_advantages:
+            advantages = self.whiten(advantages, mask)
+        returns = torch.zeros_like(values) if returns is None else returns
+        rollout = Rollout(sequences, lengths, mask, old_logprobs, ref_logprobs, values, rewards, advantages, returns)
+        if not place:
+            self._log_rollout(rollout, scores, answers, sequence_kl(answers.logprobs, ref_tokens, token_mask))
+            self.log("ppo/advantage_std", spread, sync_dist=True, batch_size=len(rollout))
+            self._log_grades(prompts, texts, answers)
         return rollout
+
+    def packed(self, sequences: list[list[int]]) -> Packed:
+        """Rows without padding, on this module's device."""
+        return pack_on(sequences, self.tokenizer.pad_token_id, self.device)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether log-probs of the rollout engine are those of a training pass; in half precision they are not."""
+        return str(self.trainer.precision).startswith(("32", "64"))
+
+    @property
+    def _reads_policy(self) -> bool:
+        """Whether a rollout needs another pass of the policy over what it wrote."""
+        shared = self.critic is not None and self.critic.trunk is None
+        return shared or not self._exact or (self.kl.estimator == "full" and not self.kl.in_loss)
+
+    def _divergence(
+        self, packed: Packed, lengths: Tensor, hidden: Tensor | None, answers: Responses
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probs of the policy, of the reference, estimated divergence), all (N, T), in nats."""
+        temperature = self.sampling.temperature
+        with self.reference.for_penalty(self.policy) as reference:
+            ref_hidden = packed_hidden(reference, packed)
+            ref_logits, tokens, mask = response_logits(reference, ref_hidden, packed, lengths, temperature)
+        ref_logprobs = scatter(token_logprobs(ref_logits, tokens), mask)
+        logprobs = answers.logprobs
+        if hidden is not None:
+            logits, _, _ = response_logits(self.policy, hidden, packed, lengths, temperature)
+            if not self._exact:
+                logprobs = scatter(token_logprobs(logits, tokens), mask)
+            if self.kl.estimator == "full":
+                return logprobs, ref_logprobs, scatter(full_kl(logits.float(), ref_logits.float()), mask)
+        estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator  # full, in the loss: not needed here
+        return logprobs, ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator)
 
     @property
     def _shard(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size
 
     def sample(
-        self, policy: PreTrainedModel, prompts: list[list[int]], *place: int, shard: tuple[int, int] = (0, 1)
+        self,
+        policy: PreTrainedModel,
+        prompts: list[list[int]],
+        *place: int,
+        purpose: int = ROLLOUT,
+        shard: tuple[int, int] = (0, 1),
     ) -> Responses:
-        """One answer to each prompt; the draw depends on the seed and ``place`` alone."""
-        return generate(
-            policy,
-            prompts,
-            self.sampling,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            generator=seeded(self.seed, *place, device=self.device),
-            shard=shard,
-        )
-
-    def score(self, packed: Packed, finished: Tensor) -> Tensor:
-        """Scores (N,) in standard deviations of the SFT model's answers, demonstrations at 0."""
-        raw = packed_scores(self.reward_model, packed).float()
-        scores = (raw + score_shift(self.reward_model)) / score_std(self.reward_model)
-        return scores - self.missing_eos_penalty * (~finished).float()
+        """One answer to each prompt; the draw depends on the seed, ``place`` and ``purpose`` alone."""
+        generator = seeded(self.seed, *place, purpose, device=self.device)
+        return answer(policy, self.tokenizer, prompts, self.sampling, generator, shard)
 
     def whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Centred and scaled over all valid tokens of the rollout, over all processes together."""
+        """Centred and scaled over all actions of the rollout, over all processes together."""
         if self.trainer.world_size == 1:
             return whiten(advantages, mask)
         x = advantages[mask].double()
         sums = torch.stack([x.sum(), (x**2).sum(), x.new_tensor(float(len(x)))])
-        total, squares, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        total, squares, count = self._reduce(sums, "sum")
         mean = total / count
         scaled = (advantages - mean) * (squares / count - mean**2 + 1e-8).rsqrt()
         return torch.where(mask, scaled, 0.0).to(advantages.dtype)
@@ -169,78 +269,168 @@ class PPOModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: a rollout, then ``ppo_epochs`` passes over it in minibatches."""
+        iteration = int(self.iteration)
+        if self.probe_rollouts and iteration == self.critic_warmup:
+            self.log_dict(gradient_noise(self, batch, self.probe_rollouts, PROBE))
         rollout = self.collect(batch)
-        order = seeded(self.seed, int(self.iteration), 1)
-        updates = []
-        for _ in self._bar(range(self.ppo_epochs), "optimization epochs"):
-            for minibatch in rollout.shuffled(self.minibatch_size, order):
-                updates.append(self.update(minibatch))
+        updates = self._optimize(rollout, seeded(self.seed, iteration, ORDER))
         self.iteration += 1
         self.episodes += len(rollout) * self.trainer.world_size
         # Logged once an iteration: a value logged in each inner step would keep only the last one.
-        means = {f"ppo/{name}": torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
+        means = {f"ppo/{n}": torch.stack([u[n] for u in updates if n in u]).mean() for n in updates[0]}
+        means["ppo/first_ratio"], means["ppo/first_kl"] = updates[0]["ratio"], updates[0]["approx_kl"]
+        del means["ppo/ratio"]
         self.log_dict(means, sync_dist=True, batch_size=len(rollout))
         self.log("ppo/episodes", self.episodes.float())
         self.log("ppo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("ppo/kl_coef", self.kl_coef)
+        self._adapt(rollout, self._mean(means["ppo/approx_kl"]).item())
 
-    def update(self, minibatch: Rollout) -> dict[str, Tensor]:
-        """One optimizer step on a minibatch; returns what is to be watched."""
+    def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:
+        """The optimization epochs; they end early where the policy has moved further than ``kl.stop``."""
+        updates: list[dict[str, Tensor]] = []
+        for _ in self._bar(range(self.ppo_epochs), "optimization epochs"):
+            for minibatch in rollout.shuffled(self.minibatch_size, order):
+                updates.append(self.update(minibatch, len(updates)))
+                too_far = self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop
+                # All processes stop together: one that went on alone would wait for the others forever.
+                if self.trainer.strategy.reduce_boolean_decision(too_far, all=False):
+                    return updates
+        return updates
+
+    def update(self, minibatch: Rollout, number: int = 0) -> dict[str, Tensor]:
+        """Optimizer step ``number`` of a rollout, on a minibatch; returns what is to be watched."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        packed = pack_on(minibatch.sequences, self.tokenizer.pad_token_id, self.device)
-        logprobs = response_logprobs(self.policy, packed, minibatch.lengths, self.sampling.temperature)
-        values = response_values(self.critic, packed, minibatch.lengths)
-        mask, old = minibatch.mask, minibatch.old_logprobs
-        policy_loss = clipped_policy_loss(logprobs, old, minibatch.advantages, mask, self.clip_range)
-        value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, mask, self.value_clip_range)
-        # Policy and critic share no weights, so one backward pass of the sum serves both (and DDP).
-        loss = policy_loss + self.value_coef * value_loss
+        policy_loss, value_loss, watched = self.losses(minibatch)
+        # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
+        loss = (policy_loss + self.value_coef * value_loss) * self._action_share(minibatch.mask)
+        watched["loss"] = loss.detach()
+        if self.ptx is not None:
+            ptx = self._ptx_loss(self.ptx, number)
+            watched["ptx_loss"] = ptx.detach()
+            if number == 0:
+                watched |= self._part_norms(loss, self.ptx_coef * ptx)
+            loss = loss + self.ptx_coef * ptx
         optimizer.zero_grad()
-        self.manual_backward(loss * self._token_share(mask))
-        norms = [
-            torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
-            for model in (self.policy, self.critic)
-        ]
+        self.manual_backward(loss)
+        if self.iteration < self.critic_warmup:
+            for parameter in self.policy.parameters():
+                parameter.grad = None  # the optimizer leaves it alone
+        watched["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if self.critic is not None:
+            watched["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
         optimizer.step()
         schedule.step()
-        return {
-            "loss": loss.detach(),
+        return watched
+
+    def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(policy's loss, critic's, what is to be watched) of a minibatch."""
+        packed = self.packed(minibatch.sequences)
+        hidden = packed_hidden(self.policy, packed)
+        logits, tokens, mask = response_logits(
+            self.policy, hidden, packed, minibatch.lengths, self.sampling.temperature
+        )
+        logprobs = self._actions(scatter(token_logprobs(logits, tokens), mask), mask)
+        actions, old = minibatch.mask, minibatch.old_logprobs
+        policy_loss = self.loss(logprobs, old, minibatch.advantages, actions)
+        detached = logprobs.detach()
+        watched = {
             "policy_loss": policy_loss.detach(),
-            "value_loss": value_loss.detach(),
-            "clip_fraction": clip_fraction(logprobs.detach(), old, mask, self.clip_range),
-            "approx_kl": masked_mean(old - logprobs.detach(), mask),
-            "grad_norm": norms[0],
-            "critic_grad_norm": norms[1],
+            "clip_fraction": clip_fraction(detached, old, actions, getattr(self.loss, "clip_range", 0.2)),
+            "approx_kl": masked_mean(kl_estimate(old, detached, "k3"), actions),
+            "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
+        }
+        if self.kl.in_loss:
+            kl = self._kl_in_loss(minibatch, packed, logprobs, logits, mask)
+            watched["kl_loss"] = kl.detach()
+            policy_loss = policy_loss + self.kl_coef * kl
+        if self.critic is None:
+            return policy_loss, policy_loss.new_zeros(()), watched
+        values = response_values(self.critic(packed, hidden), packed, minibatch.lengths)[:, : actions.shape[1]]
+        value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, actions, self.value_clip_range)
+        watched["value_loss"] = value_loss.detach()
+        return policy_loss, value_loss, watched
+
+    def _actions(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Per action from per token: (N, A) from (N, T)."""
+        return whole_answer(x, mask) if self.action == "answer" else x
+
+    def _kl_in_loss(self, minibatch: Rollout, packed: Packed, logprobs: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+        """Mean divergence from the reference an action, in nats, whose gradient is the penalty."""
+        if self.kl.estimator == "full":
+            with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
+                hidden = packed_hidden(reference, packed)
+                ref_logits, _, _ = response_logits(
+                    reference, hidden, packed, minibatch.lengths, self.sampling.temperature
+                )
+            kl = self._actions(scatter(full_kl(logits.float(), ref_logits.float()), mask), mask)
+        else:
+            kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
+        return masked_mean(kl, minibatch.mask)
+
+    def _ptx_loss(self, text: PretrainDataModule, number: int) -> Tensor:
+        """Mean loss on pretraining text, in nats a token; which text depends on iteration, step and process alone."""
+        count = max(1, round(self.ptx_ratio * self.minibatch_size))
+        generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
+        return text_loss(self.policy, text.rows(count, generator).to(self.device))
+
+    def _part_norms(self, rl: Tensor, ptx: Tensor) -> dict[str, Tensor]:
+        """Norms of the two parts of the policy's gradient, before they are added."""
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        return {
+            name: torch.nn.utils.get_total_norm(
+                [
+                    g
+                    for g in torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+                    if g is not None
+                ]
+            )
+            for name, part in (("rl_grad_norm", rl), ("ptx_grad_norm", ptx))
         }
 
-    def _token_share(self, mask: Tensor) -> Tensor | float:
-        """Tokens of this process over the average of all: DDP's mean of the gradients is then a mean over tokens."""
+    def _action_share(self, mask: Tensor) -> Tensor | float:
+        """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""
         if self.trainer.world_size == 1:
             return 1.0
         mine = mask.sum().float()
-        return mine / self.trainer.strategy.reduce(mine.clone(), reduce_op="mean")
+        return mine / self._reduce(mine.clone(), "mean")
+
+    def _adapt(self, rollout: Rollout, moved: float) -> None:
+        """What follows the policy from iteration to iteration: coefficients and reference."""
+        if self.kl.adaptive and self.kl.target is not None:
+            kl = self._mean(self.trainer.callback_metrics["ppo/kl"].to(self.device)).item()
+            episodes = len(rollout) * self.trainer.world_size
+            self.kl_coef.fill_(adapted_kl_coef(self.kl_coef.item(), kl, self.kl.target, episodes, self.kl.horizon))
+        if isinstance(self.loss, KLPenaltyLoss):
+            self.log("ppo/beta", self.loss.beta.clone())
+            self.loss.adapt(moved)
+        self.reference.follow(self.policy, int(self.iteration))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        groups = decay_groups(self.policy) + decay_groups(self.critic, lr=self.critic_lr)
+        groups = decay_groups(self.policy)
+        if self.critic is not None:
+            groups += decay_groups(self.critic, lr=self.critic_lr)
         optimizer = self.optimizer(groups)
         loader = self.trainer.datamodule.train_dataloader()
-        per_rollout = -(-loader.batch_size // self.minibatch_size) * self.ppo_epochs
+        answers = loader.batch_size * self.answers_per_prompt
+        per_rollout = -(-answers // self.minibatch_size) * self.ppo_epochs
         return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, len(loader) * per_rollout)}
 
     # ---------------------------------------------------------------- watching
 
-    def _log_rollout(self, rollout: Rollout, scores: Tensor, answers: Responses) -> None:
-        kl = sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, rollout.mask)
+    def _log_rollout(self, rollout: Rollout, scores: Tensor, answers: Responses, kl: Tensor) -> None:
         metrics = {
             "ppo/score": scores.mean(),
             "ppo/score_std": scores.std(unbiased=False),
             "ppo/reward": rollout.rewards.sum(-1).mean(),
             "ppo/kl": kl.mean(),
-            "ppo/entropy": masked_mean(answers.entropy, rollout.mask),
+            "ppo/entropy": masked_mean(answers.entropy, answers.mask),
             "ppo/response_length": answers.lengths.float().mean(),
             "ppo/finished": answers.finished.float().mean(),
-            "ppo/value": masked_mean(rollout.values, rollout.mask),
-            "ppo/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
         }
+        if self.critic is not None:
+            metrics["ppo/value"] = masked_mean(rollout.values, rollout.mask)
+            metrics["ppo/explained_variance"] = explained_variance(rollout.values, rollout.returns, rollout.mask)
         if self.iteration == 0:
             self.score_first.copy_(self._mean(metrics["ppo/score"]))
         self.score_last.copy_(self._mean(metrics["ppo/score"]))
@@ -248,9 +438,19 @@ class PPOModule(LightningModule):
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
 
+    def _log_grades(self, prompts: PromptBatch, texts: list[str], answers: Responses) -> None:
+        """What the gold judge thinks of the rollout, where there is one: nothing is learned from it."""
+        grades = self._grades(prompts, texts, answers.finished)
+        if grades is not None:
+            gold = torch.tensor([g.gold for g in grades], device=self.device, dtype=torch.float32)
+            self.log("ppo/gold", gold.mean(), sync_dist=True, batch_size=len(texts))
+
+    def _reduce(self, value: Tensor, how: str) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op=how)
+
     def _mean(self, value: Tensor) -> Tensor:
         """Over all processes."""
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
+        return self._reduce(value.clone(), "mean")
 
     def _bar(self, steps: Any, name: str) -> Any:
         quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
@@ -259,9 +459,8 @@ class PPOModule(LightningModule):
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""
         prompts = spread(self.trainer.datamodule.held_out_prompts, 4)
-        answers = self.sample(self.policy, [p.tokens for p in prompts], int(self.iteration), 2)
-        texts = self.tokenizer.batch_decode(answers.token_lists(), skip_special_tokens=True)
-        return [(shown(p.messages), text.strip()) for p, text in zip(prompts, texts)]
+        answers = self.sample(self.policy, [p.tokens for p in prompts], int(self.iteration), purpose=SAMPLES)
+        return [(shown(p.messages), text) for p, text in zip(prompts, answers.texts(self.tokenizer))]
 
     # -------------------------------------------------------------- validation
 
@@ -271,31 +470,40 @@ class PPOModule(LightningModule):
         self._val = {name: CatMetric(sync_on_compute=False).to(self.device) for name in names}
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answers of policy and reference to held-out prompts, graded by gold or, without it, by the reward model."""
-        tokens = [t for t in batch.tokens for _ in range(self.val_samples)]
-        for name, model in (("policy", self.policy), ("reference", self.reference)):
-            answers = self.sample(model, tokens, batch_idx, 3)
-            packed = pack_on(
-                [p + r for p, r in zip(tokens, answers.token_lists())], self.tokenizer.pad_token_id, self.device
-            )
-            scores = self.score(packed, answers.finished)
-            grades = self._grades(batch, answers)
-            gold = scores if grades is None else scores.new_tensor([g.gold for g in grades])
-            self._val[name].update(gold.view(-1, self.val_samples))
-            if name == "policy":
-                ref = response_logprobs(self.reference, packed, answers.lengths, self.sampling.temperature)
-                self._val["kl"].update(sequence_kl(answers.logprobs, ref, answers.mask))
-                self._val["score"].update(scores)
-                if grades is not None:
-                    self._val["correct"].update(scores.new_tensor([g.correct for g in grades]))
+        """Answers of policy and SFT model to held-out prompts, graded by gold or, without it, by the score."""
+        batch = repeated(batch, self.val_samples)
+        answers, packed, scores, worth, grades = self._answer_held_out(self.policy, batch, batch_idx)
+        self._val["policy"].update(worth.view(-1, self.val_samples))
+        self._val["score"].update(scores)
+        if grades is not None:
+            self._val["correct"].update(scores.new_tensor([g.correct for g in grades]))
+        with self.reference.as_it_began(self.policy) as reference:
+            ref_logprobs = response_logprobs(reference, packed, answers.lengths, self.sampling.temperature)
+            self._val["kl"].update(sequence_kl(answers.logprobs, ref_logprobs, answers.mask))
+            # It answers the same each time, but a running scale goes on.
+            if batch_idx not in self._reference_grades or self.scorer.scoring.scale == "running":
+                *_, worth, _ = self._answer_held_out(reference, batch, batch_idx)
+                self._reference_grades[batch_idx] = worth.view(-1, self.val_samples)
+        self._val["reference"].update(self._reference_grades[batch_idx])
 
-    def _grades(self, batch: PromptBatch, answers: Responses) -> list[Any] | None:
+    def _answer_held_out(
+        self, policy: PreTrainedModel, batch: PromptBatch, place: int
+    ) -> tuple[Responses, Packed, Tensor, Tensor, list[Any] | None]:
+        """(answers, packed, scores, worth, grades); worth (N,) is gold, or the score without a gold judge."""
+        answers = self.sample(policy, batch.tokens, place, purpose=VALIDATION)
+        packed = self.packed([p + r for p, r in zip(batch.tokens, answers.token_lists())])
+        texts = answers.texts(self.tokenizer)
+        raw = self.scorer.raw(packed, batch.messages, texts, record_of(batch, answers))
+        scores = self.scorer.shape(raw, answers.lengths, answers.finished)
+        grades = self._grades(batch, texts, answers.finished)
+        worth = scores if grades is None else scores.new_tensor([g.gold for g in grades])
+        return answers, packed, scores, worth, grades
+
+    def _grades(self, prompts: PromptBatch, texts: list[str], finished: Tensor) -> list[Any] | None:
         judge = getattr(self.trainer.datamodule, "judge", None)
         if judge is None:
             return None
-        texts = self.tokenizer.batch_decode(answers.token_lists(), skip_special_tokens=True)
-        prompts = [m for m in batch.messages for _ in range(self.val_samples)]
-        return [judge.grade(p, t.strip(), not f) for p, t, f in zip(prompts, texts, answers.finished.tolist())]
+        return [judge.grade(m, t, not f) for m, t, f in zip(prompts.messages, texts, finished.tolist())]
 
     def on_validation_epoch_end(self) -> None:
         policy, reference = (self._val[name].compute().cpu() for name in ("policy", "reference"))
@@ -307,7 +515,16 @@ class PPOModule(LightningModule):
         }
         if getattr(self.trainer.datamodule, "judge", None) is not None:
             metrics |= {"val/ppo/gold": policy.mean(), "val/ppo/correct": self._val["correct"].compute().mean()}
+        if self.ptx is not None:
+            metrics["val/ppo/ptx_loss"] = self._held_out_text_loss(self.ptx)
         self.log_dict(metrics, prog_bar=True)
+
+    @torch.no_grad()
+    def _held_out_text_loss(self, text: PretrainDataModule) -> Tensor:
+        """Mean loss on the held-out pretraining text, in nats a token."""
+        batches = [rows.to(self.device) for rows in text.val_dataloader()]
+        losses = torch.stack([text_loss(self.policy, rows) * rows.labels.numel() for rows in batches])
+        return losses.sum() / sum(rows.labels.numel() for rows in batches)
 
     # ------------------------------------------------------------- after it all
 
@@ -315,7 +532,7 @@ class PPOModule(LightningModule):
         """Headline figures; ``kl`` in nats an answer and the win rate against SFT, both on held-out prompts."""
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         gold = getattr(self.trainer.datamodule, "judge", None) is not None
-        return {
+        figures = {
             "score_first": self.score_first.item(),
             "score_last": self.score_last.item(),
             "kl": metrics["val/ppo/kl"],
@@ -324,8 +541,12 @@ class PPOModule(LightningModule):
             "val_score": metrics["val/ppo/score"],
             "gold": metrics.get("val/ppo/gold"),
             "correct": metrics.get("val/ppo/correct"),
+            "kl_coef": self.kl_coef.item(),
             "win_rate": {**self.wins._asdict(), "judge": "gold" if gold else "reward model (proxy)"},
         }
+        if "val/ppo/ptx_loss" in metrics:
+            figures["ptx_loss"] = metrics["val/ppo/ptx_loss"]
+        return figures
 
     def export(self, folder: Path) -> None:
         """Write ``model/``: a causal language model, like the SFT model it began as."""
@@ -336,16 +557,6 @@ class PPOModule(LightningModule):
         return super().train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the frozen models, which are on disk already."""
-        frozen = ("reference.", "reward_model.")
+        """Without the frozen models, which are on disk already; a reference that moves is kept."""
+        frozen = ("reference.start.", "scorer.reward_model.")
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
-
-
-def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel) -> None:
-    """Raise ``UserError`` where the reward model would read other words than the policy wrote."""
-    ours, theirs = (m.get_input_embeddings().num_embeddings for m in (policy, reward_model))
-    if ours != theirs:
-        raise UserError(
-            f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read "
-            "other words than were written; train the reward model from the same SFT model (stage=reward)"
-        )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import next_token_logits, packed_hidden, response_positions
+from lit_rlhf.models import Responses, next_token_logits, packed_hidden, response_positions
+from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.packing import Packed, pack
 
 
@@ -18,17 +20,18 @@ from lit_rlhf.text.packing import Packed, pack
 class Rollout:
     """N sampled answers of up to T tokens with everything that is learned from them.
 
-    The token ids are those that were sampled: never decoded and tokenized again."""
+    A is T where every token is an action, and 1 where the whole answer is one. The token ids are those that were
+    sampled: never decoded and tokenized again."""
 
     sequences: list[list[int]]  # N token lists, prompt and response
     lengths: Tensor  # (N,) int64, tokens of each response, end-of-text included
-    mask: Tensor  # (N, T) bool, True = response token
-    old_logprobs: Tensor  # (N, T) nats, under the policy that sampled
-    ref_logprobs: Tensor  # (N, T) nats, under the reference
-    values: Tensor  # (N, T) the critic's, before each token
-    rewards: Tensor  # (N, T) KL penalty on every token, score on the last
-    advantages: Tensor  # (N, T) whitened
-    returns: Tensor  # (N, T) the critic's targets
+    mask: Tensor  # (N, A) bool, True = action
+    old_logprobs: Tensor  # (N, A) nats, under the policy that sampled
+    ref_logprobs: Tensor  # (N, A) nats, under the reference
+    values: Tensor  # (N, A) the critic's, before each action; 0 without one
+    rewards: Tensor  # (N, A) KL penalty on every action, score on the last
+    advantages: Tensor  # (N, A)
+    returns: Tensor  # (N, A) the critic's targets; 0 without one
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -55,31 +58,37 @@ def pack_on(sequences: list[list[int]], pad_id: int, device: torch.device) -> Pa
 
 
 def response_logits(
-    policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float
+    policy: PreTrainedModel, hidden: Tensor, packed: Packed, lengths: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, tokens, mask) of the responses only: (M, V), (M,) and (N, T) with M Trues.
+    """(logits, tokens, mask) of the responses only: (M, V), (M,) and (N, T) with M Trues; ``hidden`` (R * L, D).
 
     Logits are divided by the temperature that was sampled with, in the reference too: both are then distributions over
     what could have been drawn."""
     positions, mask = response_positions(packed, lengths)
     flat = positions[mask]
-    hidden = packed_hidden(policy, packed)[flat - 1]  # the token before predicts
-    return next_token_logits(policy, hidden) / temperature, packed.tokens.flatten()[flat], mask
+    logits = next_token_logits(policy, hidden[flat - 1])  # the token before predicts
+    return logits / temperature, packed.tokens.flatten()[flat], mask
 
 
 def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
     """Log-probs (N, T) of the response tokens, in nats; 0 elsewhere."""
-    logits, tokens, mask = response_logits(policy, packed, lengths, temperature)
+    logits, tokens, mask = response_logits(policy, packed_hidden(policy, packed), packed, lengths, temperature)
     return scatter(token_logprobs(logits, tokens), mask)
 
 
-def response_values(critic: PreTrainedModel, packed: Packed, lengths: Tensor) -> Tensor:
-    """The critic's value (N, T) of the state before each response token; 0 elsewhere."""
+def response_values(values: Tensor, packed: Packed, lengths: Tensor) -> Tensor:
+    """The value (N, T) of the state before each response token, out of those (R * L,) at all tokens; 0 elsewhere."""
     positions, mask = response_positions(packed, lengths)
-    hidden = packed_hidden(critic, packed)[positions[mask] - 1]
-    return scatter(critic.score(hidden).squeeze(-1).float(), mask)
+    return scatter(values[positions[mask] - 1], mask)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
     """(N, T) with ``values`` (M,) where ``mask`` is True, in order, and 0 elsewhere; gradients pass through."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def record_of(prompts: PromptBatch, answers: Responses) -> dict[str, list[Any]]:
+    """What reward functions get to know besides prompts and answers, a list each."""
+    names = dict.fromkeys(name for record in prompts.records for name in record)
+    columns = {name: [record.get(name) for record in prompts.records] for name in names}
+    return {**columns, "kind": prompts.kinds, "finished": answers.finished.tolist()}

@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 import torch
 from lightning import LightningDataModule
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
@@ -26,6 +26,10 @@ class TextRows(NamedTuple):
 
     tokens: Tensor  # (B, T + 1) int64
 
+    def to(self, device: torch.device) -> TextRows:
+        """The rows on ``device``."""
+        return TextRows(self.tokens.to(device))
+
     @property
     def inputs(self) -> Tensor:
         """(B, T)"""
@@ -41,7 +45,7 @@ class PretrainDataModule(LightningDataModule):
     """Text from files: .txt (one document), or records with a field ``text``.
 
     Args:
-        path: a file, a Hub name, or a list of them.
+        path: a file, a Hub name, or a list of them; None: there is no text.
         tokenizer: one that is ready, or a function that trains one on the texts.
         weights: share of each source in what is read, of any sum; None reads each in proportion to its size.
         block_size: tokens a row (T); documents follow each other with end-of-text between them.
@@ -56,7 +60,7 @@ class PretrainDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str | list[str],
+        path: str | list[str] | None,
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         weights: list[Annotated[float, Field(gt=0)]] | None = None,
@@ -69,7 +73,7 @@ class PretrainDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.limit = limit
-        self.paths = [path] if isinstance(path, str) else list(path)
+        self.paths = [path] if isinstance(path, str) else list(path or [])
         self._tokenizer = tokenizer
         self.weights = weights
         self.block_size, self.batch_size, self.held_out, self.seed = block_size, batch_size, held_out, seed
@@ -141,6 +145,12 @@ class PretrainDataModule(LightningDataModule):
 
     def _collate(self, tokens: Tensor, mine: list[int]) -> TextRows:
         return TextRows(torch.stack([tokens[i : i + self.block_size + 1] for i in mine]).long())
+
+    def rows(self, count: int, generator: Generator) -> TextRows:
+        """``count`` training rows drawn from ``generator``, with the sources' weights."""
+        order = self._order(0)
+        drawn = torch.randint(len(order), (count,), generator=generator)
+        return self._collate(self._tokens_of_all, [order[i] for i in drawn.tolist()])
 
     def train_dataloader(self) -> BatchLoader[TextRows]:
         return BatchLoader(

@@ -46,20 +46,16 @@ class PretrainModule(LightningModule):
         self.sample_prompt, self.sampling = sample_prompt, sampling or Sampling()
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
-    def loss(self, rows: TextRows) -> Tensor:
-        """Mean loss in nats a token."""
-        hidden = self.policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
-        return lm_loss(next_token_logits(self.policy, hidden), rows.labels)
-
     def training_step(self, batch: TextRows, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+        loss = text_loss(self.policy, batch)
         self.tokens_seen += batch.labels.numel() * self.trainer.world_size
         self.log("pretrain/loss", loss, prog_bar=True)
         self.log("pretrain/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: TextRows, batch_idx: int) -> None:
-        self.log("val/pretrain/loss", self.loss(batch), batch_size=batch.labels.numel(), prog_bar=True, sync_dist=True)
+        loss = text_loss(self.policy, batch)
+        self.log("val/pretrain/loss", loss, batch_size=batch.labels.numel(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
@@ -82,3 +78,9 @@ class PretrainModule(LightningModule):
     def export(self, folder: Path) -> None:
         """Write ``model/``: a causal language model that transformers loads."""
         save_model(self.policy, self.tokenizer, folder / "model")
+
+
+def text_loss(policy: PreTrainedModel, rows: TextRows) -> Tensor:
+    """Mean next-token loss on rows of text, in nats a token (GPT-1, eq. 1)."""
+    hidden = policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
+    return lm_loss(next_token_logits(policy, hidden), rows.labels)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import lm_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import last_scores, packed_hidden, packed_scores, save_model
+from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy
-from lit_rlhf.stages.reward.data import RankingBatch
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
@@ -84,20 +84,11 @@ class RewardModule(LightningModule):
         self._val.append((packed_scores(self.reward_model, batch.packed).float(), batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Loss and accuracy over all held-out pairs together, each pair once."""
-        offset, index = 0, []
-        for _, batch in self._val:
-            index.append(batch.prompt_index + offset)
-            offset += int(batch.prompt_index.max()) + 1
-        scores, prompt_index = torch.cat([s for s, _ in self._val]), torch.cat(index)
-        pairs = ranking_pairs(torch.cat([b.ranks for _, b in self._val]), prompt_index)
-        metrics = {
-            "val/reward/loss": ranking_loss(scores, pairs),
-            "val/reward/accuracy": pair_accuracy(scores, pairs),
-        }
-        if self._val[0][1].gold is not None:
-            gold = torch.cat([b.gold for _, b in self._val])
-            metrics["val/reward/gold_accuracy"] = pair_accuracy(scores, ranking_pairs(-gold, prompt_index))
+        """Over all held-out pairs together, each pair once."""
+        loss, accuracy, gold_accuracy = ranked(self._val)
+        metrics = {"val/reward/loss": loss, "val/reward/accuracy": accuracy}
+        if gold_accuracy is not None:
+            metrics["val/reward/gold_accuracy"] = gold_accuracy
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -121,13 +112,15 @@ class RewardModule(LightningModule):
         return torch.cat(scores).float()
 
     def calibrate(self) -> None:
-        """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note their spread.
+        """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note how they are spread.
 
-        Both go into config.json: ``score = logit + score_shift``, and PPO divides by ``score_std``."""
+        All goes into config.json: ``score = logit + score_shift``, and PPO divides by ``score_std``."""
         data = self.trainer.datamodule
         self.reward_model.config.score_shift = -self.raw_scores(data.demonstration_sequences).mean().item()
         answers = [sequence for ranking in data.train_set[:512] for sequence in ranking.sequences]
-        self.reward_model.config.score_std = max(self.raw_scores(answers).std().item(), 1e-6)
+        scores = self.raw_scores(answers) + self.reward_model.config.score_shift
+        self.reward_model.config.score_mean = scores.mean().item()
+        self.reward_model.config.score_std = max(scores.std().item(), 1e-6)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
@@ -138,7 +131,7 @@ class RewardModule(LightningModule):
             "val_loss": metrics["val/reward/loss"].item(),
             "val_accuracy": metrics["val/reward/accuracy"].item(),
             "gold_accuracy": None if gold is None else gold.item(),
-            "val_pairs": sum(a != b for r in data.val_set for i, a in enumerate(r.ranks) for b in r.ranks[:i]),
+            "val_pairs": data.val_pairs,
         }
         if self.bag_of_words:
             figures["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)

@@ -1,0 +1,59 @@
+"""Reading the folder of a sweep: its jobs, what each was asked, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Job:
+    """One job of a sweep, as its folder tells."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        self.record: dict[str, Any] = _read(folder / "job.json")
+        self.status: str = self.record["status"]
+        pairs = [o.lstrip("+~").split("=", 1) for o in self.record["overrides"]]
+        self.settings: dict[str, str] = {p[0]: p[1] for p in pairs if len(p) == 2}
+        self.figures = numbers(_read(folder / "summary.json")) if self.done else {}
+
+    @property
+    def done(self) -> bool:
+        """Whether it ended well."""
+        return self.status == "done"
+
+    @property
+    def error(self) -> str:
+        """Why it failed."""
+        return self.record.get("error", "")
+
+    @property
+    def objective(self) -> tuple[str, float]:
+        """(address, value); NaN for a failed job."""
+        return self.record.get("objective", "objective"), float(self.record.get("value") or math.nan)
+
+
+def load_jobs(sweep: Path) -> list[Job]:
+    """The jobs that ended, well or not, in the order in which they were started."""
+    jobs = [Job(file.parent) for file in Path(sweep).glob("*/job.json")]
+    return sorted(jobs, key=lambda job: (int(job.name) if job.name.isdigit() else sys.maxsize, job.name))
+
+
+def varied(jobs: list[Job]) -> list[str]:
+    """The settings in which the jobs differ."""
+    names = dict.fromkeys(name for job in jobs for name in job.settings)
+    return [n for n in names if len({job.settings.get(n) for job in jobs}) > 1]
+
+
+def numbers(node: Any, prefix: str = "") -> dict[str, float]:
+    """Address -> value of all numbers."""
+    if isinstance(node, dict):
+        return {k: v for key, value in node.items() for k, v in numbers(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: node} if isinstance(node, int | float) and not isinstance(node, bool) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,35 @@
+"""Pages: templates beside this file, filled and written whole.
+
+What a model wrote is text from a stranger: a page escapes it, makes control characters visible, and forbids itself
+scripts and requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lit_rlhf.apps.wording import duration, figure, number, percent, printable, tone
+
+
+def render(template: str, **values: Any) -> str:
+    """A page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, figure=figure, percent=percent, duration=duration, tone=tone)
+    return environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write under a temporary name, then rename; returns the path."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path

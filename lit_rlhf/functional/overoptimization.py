@@ -1,0 +1,66 @@
+"""Over-optimization: what is gained by gold as a proxy is pursued, against the distance from where it began.
+
+The distance is ``d = sqrt(KL)``, KL in nats an answer (arXiv:2210.10760); gains are measured from ``d = 0``."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GainFit(NamedTuple):
+    """A curve of gains, ``d (alpha - beta log d)`` for RL and ``d (alpha - beta d)`` for best-of-n."""
+
+    alpha: float  # gain a unit of distance, at first
+    beta: float  # how that is lost; below 0 nothing is
+    r2: float  # coefficient of determination; 1: every point lies on the curve
+
+
+def fit_rl_gain(distance: Tensor, gain: Tensor) -> GainFit:
+    """Least squares of ``R(d) = d (alpha - beta log d)``, for RL (arXiv:2210.10760, section 1); (M,) each, d >= 0."""
+    return _fit(distance, gain, _rl_loss(distance))
+
+
+def fit_best_of_n_gain(distance: Tensor, gain: Tensor) -> GainFit:
+    """Least squares of ``R(d) = d (alpha - beta d)``, for best-of-n (arXiv:2210.10760, section 1); (M,) each."""
+    return _fit(distance, gain, distance.double() ** 2)
+
+
+def rl_gain(distance: Tensor, fit: GainFit) -> Tensor:
+    """``d (alpha - beta log d)``, and 0 at d = 0."""
+    return fit.alpha * distance.double() - fit.beta * _rl_loss(distance)
+
+
+def best_of_n_gain(distance: Tensor, fit: GainFit) -> Tensor:
+    """``d (alpha - beta d)``"""
+    return fit.alpha * distance.double() - fit.beta * distance.double() ** 2
+
+
+def expected_best_of_n(worth: Tensor, scores: Tensor, n: int) -> Tensor:
+    """Mean worth (P,) of the answer that scores best among n, over all subsets of n of a prompt's N answers.
+
+    Unbiased, and of less variance than one draw of n (arXiv:2112.09332, appendix I). ``worth`` and ``scores`` are
+    (P, N), n <= N; the answer of rank i from below is the best of C(i - 1, n - 1) of the C(N, n) subsets."""
+    size = scores.shape[1]
+    weights = [math.comb(rank - 1, n - 1) / math.comb(size, n) for rank in range(1, size + 1)]
+    ranked = worth.double().gather(1, torch.sort(scores, dim=1, stable=True).indices)
+    return ranked @ torch.tensor(weights, dtype=torch.float64, device=worth.device)
+
+
+def _rl_loss(distance: Tensor) -> Tensor:
+    return torch.xlogy(distance.double(), distance.double())  # 0 at 0
+
+
+def _fit(distance: Tensor, gain: Tensor, loss: Tensor) -> GainFit:
+    """Of ``alpha distance - beta loss``; NaN where fewer than three points are known."""
+    if len(gain) < 3:
+        return GainFit(math.nan, math.nan, math.nan)
+    gain = gain.double()
+    columns = torch.stack([distance.double(), -loss], dim=1)
+    solution = torch.linalg.lstsq(columns, gain[:, None]).solution
+    rest = gain - (columns @ solution)[:, 0]
+    r2 = 1 - rest.square().sum() / (gain - gain.mean()).square().sum()
+    return GainFit(solution[0].item(), solution[1].item(), r2.item())

@@ -1,0 +1,127 @@
+"""Direct preference optimization: the policy is fitted to rankings, as its own reward model (arXiv:2305.18290)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from lightning import LightningModule
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.functional import dpo_loss, implicit_rewards, pair_accuracy, ranking_pairs
+from lit_rlhf.models import Sampling, answer, context_length, save_model
+from lit_rlhf.stages.ppo.reference import Reference, ReferenceUpdate
+from lit_rlhf.stages.ppo.rollout import response_logprobs
+from lit_rlhf.stages.prompts import spread
+from lit_rlhf.stages.rankings import RankingBatch, ranked
+from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.records import shown
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training.optim import optimizer_and_schedule
+
+
+class DPOModule(LightningModule):
+    """Fits a policy to rankings, without a reward model and without sampling.
+
+    As in the reward model, each of K answers is read once, and its log-prob serves all its pairs.
+
+    Args:
+        policy: what is trained; starts as the SFT model. The reference is what it starts as.
+        tokenizer: of the policy, with its chat template; saved beside the model.
+        optimizer: receives parameter groups.
+        schedule: receives the optimizer and the number of steps.
+        beta: reward units a nat: the larger, the nearer the policy stays to the reference.
+        sampling: how the samples during training are drawn.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        optimizer: OptimizerFactory = adamw,
+        schedule: Schedule = warmup_decay,
+        beta: Annotated[float, Field(gt=0)] = 0.1,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the reference is not in the checkpoint
+        self.policy, self.reference = policy, Reference(policy, ReferenceUpdate())
+        self.tokenizer = tokenizer
+        self.optimizer, self.schedule = optimizer, schedule
+        self.beta, self.sampling = beta, sampling or Sampling()
+        self._val: list[tuple[Tensor, RankingBatch]] = []
+        self.eval()  # see train(): models made from a config come in training mode
+
+    def logprobs(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs (N,) of whole answers in nats, end-of-text included, under the policy and under the reference."""
+        with torch.no_grad(), self.reference.as_it_began(self.policy) as reference:
+            ref_logprobs = response_logprobs(reference, batch.packed, batch.response_lengths, 1.0).sum(-1)
+        return response_logprobs(self.policy, batch.packed, batch.response_lengths, 1.0).sum(-1), ref_logprobs
+
+    def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
+        logprobs, ref_logprobs = self.logprobs(batch)
+        pairs = ranking_pairs(batch.ranks, batch.prompt_index)
+        loss = dpo_loss(logprobs, ref_logprobs, pairs, self.beta) * batch.share
+        self.log("dpo/loss", loss, prog_bar=True)
+        if pairs.prompts:
+            log_ratios = (logprobs - ref_logprobs).detach()
+            chosen, rejected = log_ratios[pairs.better].mean(), log_ratios[pairs.worse].mean()
+            self.log("dpo/accuracy", pair_accuracy(log_ratios, pairs), prog_bar=True)
+            self.log("dpo/margin", self.beta * (chosen - rejected))
+            self.log("dpo/chosen_log_ratio", chosen)
+            self.log("dpo/rejected_log_ratio", rejected)
+        self.log("dpo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._val = []
+
+    def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:
+        self._val.append((implicit_rewards(*self.logprobs(batch), self.beta), batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Over all held-out pairs together, each pair once."""
+        loss, accuracy, gold_accuracy = ranked(self._val)
+        metrics = {"val/dpo/loss": loss, "val/dpo/accuracy": accuracy}
+        if gold_accuracy is not None:
+            metrics["val/dpo/gold_accuracy"] = gold_accuracy
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
+
+    def write_samples(self) -> list[tuple[str, str]]:
+        """(prompt, answer) of some held-out prompts, by the policy as it is now."""
+        prompts = [ranking.prompt for ranking in spread(self.trainer.datamodule.val_rankings, 4)]
+        room = context_length(self.policy) - self.sampling.max_new_tokens
+        tokens = [t[-room:] for t in encode_prompts(self.tokenizer, prompts)]
+        generator = seeded(self.trainer.global_step, device=self.device)
+        answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)
+        return [(shown(prompt), text) for prompt, text in zip(prompts, answers.texts(self.tokenizer))]
+
+    def figures(self) -> dict[str, Any]:
+        """Headline figures, from the last validation; accuracies are those of the implicit rewards."""
+        metrics = self.trainer.callback_metrics
+        gold = metrics.get("val/dpo/gold_accuracy")
+        return {
+            "val_loss": metrics["val/dpo/loss"].item(),
+            "val_accuracy": metrics["val/dpo/accuracy"].item(),
+            "gold_accuracy": None if gold is None else gold.item(),
+            "val_pairs": self.trainer.datamodule.val_pairs,
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write ``model/``: a causal language model, like the SFT model it began as."""
+        save_model(self.policy, self.tokenizer, folder / "model")
+
+    def train(self, mode: bool = True) -> DPOModule:
+        """Dropout stays off in both models, or the first step's log-ratios would not be 0."""
+        return super().train(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without the reference, which is on disk already."""
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("reference.")}

@@ -1,0 +1,64 @@
+"""How an answer's rewards become advantages: the choices of ``ppo/advantage``.
+
+Any callable ``(rewards, values, mask, answers_per_prompt) -> (advantages, returns)`` will do, a function in a notebook
+too: tensors are (N, T), or (N, 1) where the whole answer is one action; ``returns`` is the critic's target, or None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lit_rlhf.functional import Baseline, baseline, gae, group_std, reward_to_go
+
+
+class AdvantageEstimator(Protocol):
+    """What :class:`PPOModule` asks for advantages. ``needs_critic`` is True for one that does not say."""
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(advantages, returns)"""
+        ...
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalized advantage estimation with a critic: one-step TD at ``lam`` 0, Monte-Carlo targets at ``lam`` 1."""
+
+    needs_critic: ClassVar[bool] = True
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0  # discount of a token
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        return gae(rewards, values, mask, self.gamma, self.lam)
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """Rewards to go, less a baseline from other answers: REINFORCE, RLOO, and with ``divide_by_std`` GRPO."""
+
+    needs_critic: ClassVar[bool] = False
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0  # discount of a token
+    baseline: Baseline = "none"
+    divide_by_std: bool = False  # of the answers to the same prompt
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether several answers a prompt are needed."""
+        return self.baseline in ("prompt", "others") or self.divide_by_std
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int = 1
+    ) -> tuple[Tensor, None]:
+        returns = reward_to_go(rewards, mask, self.gamma)
+        totals = returns[:, 0]
+        advantages = returns - baseline(totals, self.baseline, answers_per_prompt)[:, None]
+        if self.divide_by_std:
+            advantages = advantages / (group_std(totals, answers_per_prompt)[:, None] + 1e-4)
+        return torch.where(mask, advantages, 0.0), None

@@ -1,0 +1,58 @@
+"""What PPO cannot work with, and why, said before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import Sampling
+from lit_rlhf.stages.pretrain.data import PretrainDataModule
+
+
+def pretraining_text(
+    make: Callable[..., PretrainDataModule] | None, tokenizer: PreTrainedTokenizerBase
+) -> PretrainDataModule:
+    """The text of the language-modelling term, read. Raises ``UserError`` where there is none."""
+    text = None if make is None else make(tokenizer=tokenizer)
+    if text is None or not text.paths:
+        raise UserError(
+            "ppo.module.ptx_coef is above 0 and there is no pretraining text to mix in: give it as ppo.ptx.path=... "
+            "(a .txt file, or records with a field text)"
+        )
+    text.setup()
+    return text
+
+
+def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> None:
+    """Raise ``UserError`` where the reward model would read other words than the policy wrote."""
+    if reward_model is None:
+        return
+    ours, theirs = (m.get_input_embeddings().num_embeddings for m in (policy, reward_model))
+    if ours != theirs:
+        raise UserError(
+            f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read "
+            "other words than were written; train the reward model from the same SFT model (stage=reward)"
+        )
+
+
+def check_group(advantage: Callable[..., Any], answers_per_prompt: int) -> None:
+    """Raise ``UserError`` where answers to a prompt are to be compared and there is one only."""
+    if getattr(advantage, "compares_answers", False) and answers_per_prompt < 2:
+        raise UserError(
+            "ppo.module.answers_per_prompt is 1, and this advantage (RLOO, GRPO, a mean over the prompt) compares the "
+            "answers to a prompt with each other: give 2 or more, 4 say"
+        )
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ``UserError`` where the policy could not learn from what is sampled."""
+    if sampling.temperature == 0:
+        raise UserError("ppo.module.sampling.temperature is 0: PPO learns from samples; give it a value above 0")
+    if sampling.top_k or sampling.top_p < 1:
+        raise UserError(
+            "ppo.sampling.top_k and top_p must be 0 and 1: what is cut off could not be drawn, so the samples would "
+            "not be those of the policy that learns from them"
+        )

@@ -1,0 +1,94 @@
+"""What the policy must not stray from, and at what price."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import Estimator
+from lit_rlhf.models import adapters_off, freeze, lora_layers
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """The penalty for leaving the reference; its coefficient is ``ppo.module.kl_coef``."""
+
+    estimator: Estimator = "k1"  # k1, k2, k3, or full: over the whole vocabulary
+    in_loss: bool = False  # False: taken from the rewards, token by token; True: added to the loss
+    adaptive: bool = False  # move the coefficient until the divergence is at the target
+    target: Annotated[float, Field(gt=0)] | None = None  # nats an answer
+    horizon: Annotated[float, Field(gt=0)] = 1000.0  # episodes; the shorter, the faster the coefficient moves
+    stop: Annotated[float, Field(gt=0)] | None = None  # nats a token; a rollout's updates end beyond it
+
+    def __post_init__(self) -> None:
+        if self.in_loss and self.estimator == "k1":
+            raise UserError(
+                "ppo.kl.estimator=k1 with ppo.kl.in_loss=true: the gradient of k1 is 0 in expectation, so it would "
+                "hold nothing back; take k2 (the gradient of KL(policy || reference)), full, or in_loss=false"
+            )
+        if self.adaptive and self.target is None:
+            raise UserError("ppo.kl.adaptive=true needs ppo.kl.target, in nats an answer (6 is a common value)")
+
+
+@dataclass(frozen=True)
+class ReferenceUpdate:
+    """Whether the reference of the penalty follows the policy; figures against SFT never do."""
+
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None  # decay an iteration of its average of the policy
+    refresh_every: Annotated[int, Field(ge=1)] | None = None  # iterations between two copies of the policy
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and self.refresh_every is not None:
+            raise UserError("ppo.reference.ema and ppo.reference.refresh_every exclude each other; give one of them")
+
+
+class Reference(nn.Module):
+    """The policy as it began: a frozen copy or, with LoRA, the policy itself with its adapters off.
+
+    ``moving`` is the copy that the penalty is measured against where ``update`` makes it follow the policy."""
+
+    def __init__(self, policy: PreTrainedModel, update: ReferenceUpdate) -> None:
+        super().__init__()
+        self.update = update
+        lora = bool(lora_layers(policy))
+        moves = update.ema is not None or update.refresh_every is not None
+        if lora and moves:
+            raise UserError("with LoRA there is no copy of the policy that could move: leave ppo.reference alone")
+        self.start = None if lora else freeze(copy.deepcopy(policy))
+        self.moving = freeze(copy.deepcopy(policy)) if moves else None
+
+    @contextmanager
+    def as_it_began(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """The SFT model."""
+        if self.start is not None:
+            yield self.start
+        else:
+            with adapters_off(policy):
+                yield policy
+
+    @contextmanager
+    def for_penalty(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """The model that the penalty is measured against."""
+        if self.moving is not None:
+            yield self.moving
+        else:
+            with self.as_it_began(policy) as model:
+                yield model
+
+    @torch.no_grad()
+    def follow(self, policy: PreTrainedModel, iteration: int) -> None:
+        """After ``iteration`` iterations (1 after the first): move, where that is wanted."""
+        every, ema = self.update.refresh_every, self.update.ema
+        if self.moving is None or (every is not None and iteration % every):
+            return
+        for mine, theirs in zip(self.moving.parameters(), policy.parameters()):
+            mine.lerp_(theirs, 1.0 if ema is None else 1 - ema)

@@ -1,0 +1,158 @@
+"""What an answer scores: the reward model, functions of your own, and how the sum is shaped."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import freeze, packed_scores, score_mean, score_shift, score_std
+from lit_rlhf.text.packing import Packed
+from lit_rlhf.text.records import Messages, shown
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How answers are scored.
+
+    ``functions`` are called as ``fn(prompts, responses, **record)`` and return a number an answer: ``prompts`` are
+    lists of messages, ``responses`` texts, and ``record`` has a list for each other field of the prompts' records, and
+    ``finished``, whether an answer ended by itself. Each is a callable or its name, ``"my_module.my_function"``.
+    The score of an answer is ``clip(scaled reward model + sum of weight * function) - penalties``; the running scale
+    divides the sum."""
+
+    reward_model_weight: Annotated[float, Field(ge=0)] = 1.0  # 0: functions alone
+    functions: Sequence[Any] = ()  # callables, or their names "module.function"
+    weights: Sequence[float] | None = None  # one a function; None: 1 each
+    scale: Literal["reference", "running", "none"] = "reference"  # whose standard deviation divides
+    center: bool = False  # also subtract that mean; False: the mean is not moved
+    clip: Annotated[float, Field(gt=0)] | None = None  # largest absolute score; None: no limit
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0  # for an answer that was cut off
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0  # a token
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "functions", [resolve(f) for f in self.functions])
+        weights = [1.0] * len(self.functions) if self.weights is None else list(self.weights)
+        if len(weights) != len(self.functions):
+            raise UserError(f"ppo.scoring.weights has {len(weights)} entries for {len(self.functions)} functions")
+        object.__setattr__(self, "weights", weights)
+
+
+def resolve(function: Any) -> RewardFunction:
+    """The callable, or the one of that name. Raises ``UserError`` where there is none."""
+    if callable(function):
+        return function
+    module, _, name = str(function).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"ppo.scoring.functions: {function!r} is no function ({error}); give module.function of a module that "
+            "Python finds from the current folder"
+        ) from None
+    if not callable(found):
+        raise UserError(f"ppo.scoring.functions: {function!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+class Scorer(nn.Module):
+    """Scores answers. The running mean and deviation are buffers, so a resumed run goes on with its own."""
+
+    def __init__(self, reward_model: PreTrainedModel | None, scoring: Scoring) -> None:
+        super().__init__()
+        if (reward_model is None or scoring.reward_model_weight == 0) and not scoring.functions:
+            raise UserError("nothing scores the answers: give a reward model, or functions as ppo.scoring.functions")
+        self.reward_model = None if reward_model is None else freeze(reward_model)
+        self.scoring = scoring
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros((), dtype=torch.float64))
+
+    def raw(
+        self, packed: Packed, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
+    ) -> Tensor:
+        """What is said of N answers, which end the ``packed`` sequences: (N,), before it is shaped."""
+        settings = self.scoring
+        said = torch.zeros(len(responses), device=packed.tokens.device)
+        if self.reward_model is not None and settings.reward_model_weight > 0:
+            logits = packed_scores(self.reward_model, packed).float() + score_shift(self.reward_model)
+            if settings.scale == "reference":
+                mean = score_mean(self.reward_model) if settings.center else 0.0
+                logits = (logits - mean) / score_std(self.reward_model)
+            said = said + settings.reward_model_weight * logits
+        for function, weight in zip(settings.functions, settings.weights or ()):
+            said = said + weight * said.new_tensor(call(function, prompts, responses, record))
+        return said
+
+    def observe(self, raw: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Take a rollout's ``raw`` scores (N,) into the running statistics; ``reduce`` sums over processes."""
+        x = raw.double()
+        sums = reduce(torch.stack([x.new_tensor(float(len(x))), x.sum(), (x**2).sum()]))
+        for known, new in zip((self.count, self.total, self.squares), sums):
+            known.add_(new)
+
+    def shape(self, raw: Tensor, lengths: Tensor, finished: Tensor) -> Tensor:
+        """Scores (N,) from the ``raw`` ones, for answers of ``lengths`` (N,) tokens, ``finished`` (N,) or cut off."""
+        settings, scores = self.scoring, raw
+        if settings.scale == "running":
+            mean, square = (x / self.count.clamp(min=1) for x in (self.total, self.squares))
+            # Where all scores are alike, their variance is a rounding error, which must not divide.
+            std = torch.where(square - mean**2 > 1e-12 * square, square - mean**2, 1.0).sqrt()
+            scores = ((raw - mean if settings.center else raw) / std).float()
+        if settings.clip is not None:
+            scores = scores.clamp(-settings.clip, settings.clip)
+        return scores - settings.missing_eos_penalty * (~finished).float() - settings.length_penalty * lengths
+
+
+def call(
+    function: RewardFunction, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
+) -> list[float]:
+    """The scores of a reward function. Raises ``UserError`` where it fails: on which prompt, on which answer."""
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        scores = [float(score) for score in function(prompts, responses, **record)]
+    except Exception as error:
+        i = _culprit(function, prompts, responses, record)
+        raise UserError(
+            f"reward function {name} raised {type(error).__name__}: {error}, on {_place(prompts, responses, i)}"
+        ) from error
+    if len(scores) != len(responses):
+        raise UserError(
+            f"reward function {name} returned {len(scores)} scores for {len(responses)} answers; one each was expected"
+        )
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"reward function {name} returned {score}, not a finite number, for {_place(prompts, responses, i)}"
+            )
+    return scores
+
+
+def _culprit(
+    function: RewardFunction, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
+) -> int:
+    """The first answer on which the function fails alone too; 0 where it only fails on all together."""
+    for i in range(len(responses)):
+        try:
+            [float(s) for s in function(prompts[i : i + 1], responses[i : i + 1], **_row(record, i))]
+        except Exception:  # whatever a user's function may raise
+            return i
+    return 0
+
+
+def _row(record: dict[str, list[Any]], i: int) -> dict[str, list[Any]]:
+    return {name: column[i : i + 1] for name, column in record.items()}
+
+
+def _place(prompts: list[Messages], responses: list[str], i: int) -> str:
+    return f"the prompt {shown(prompts[i])[:80]!r} and the answer {responses[i][:80]!r} ({i + 1} of {len(responses)})"

@@ -1,0 +1,230 @@
+"""Rankings as packed rows, every answer of a prompt in one batch: what reward model and DPO have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
+from lit_rlhf.stages.pretrain.data import TokenizerTrainer
+from lit_rlhf.stages.prompts import Judge
+from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
+from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.records import OnBadRecord, Ranking, load_records, parse_ranking, split_by_prompt
+from lit_rlhf.text.world import World
+from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+
+
+class RankingBatch(NamedTuple):
+    """All answers of some prompts."""
+
+    packed: Packed  # N sequences: prompt and answer
+    response_lengths: Tensor  # (N,) int64, tokens of each answer, which end its sequence
+    ranks: Tensor  # (N,) int64, 1 = best
+    prompt_index: Tensor  # (N,) int64, which prompt an answer belongs to
+    learned: Tensor  # (M,) int64, flat indices of the response tokens of each prompt's best-ranked answers
+    share: float  # prompts of this micro-batch that have a pair, over the average of the step's micro-batches
+    gold: Tensor | None  # (N,) float, grades by the gold judge, where there is one
+
+
+class EncodedRanking(NamedTuple):
+    """One prompt's answers, as tokens."""
+
+    sequences: list[list[int]]  # prompt and answer, one an answer
+    response_lengths: list[int]  # tokens of each answer, which end its sequence
+    ranks: list[int]
+    gold: list[float] | None
+
+
+class RankingDataModule(LightningDataModule):
+    """Rankings or pairs from a file.
+
+    Args:
+        path: a file or a Hub name: rankings, or pairs ``chosen`` / ``rejected`` (whole transcripts, too).
+        tokenizer: one that is ready, or a function that trains one on the texts.
+        batch_size: prompts a process and step.
+        max_length: tokens of prompt and answer; longer ones are handled as ``on_long`` says, and counted.
+        on_long: "cut" drops the beginning of the prompt, "skip" leaves the ranking out.
+        row_length: tokens of a packed row.
+        held_out: fraction of the prompts kept for validation.
+        split_seed: which ones; the same in every stage.
+        seed: order of the prompts.
+        limit: train on at most so many rankings, to try things out; None: all.
+        on_bad_record: "fail" names the first bad record, "skip" counts them.
+    """
+
+    judge: Judge | None = None
+    parse_record = staticmethod(parse_ranking)
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        max_length: Annotated[int, Field(ge=2)] = 512,
+        on_long: Literal["skip", "cut"] = "cut",
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        on_bad_record: OnBadRecord = "fail",
+    ) -> None:
+        super().__init__()
+        self.limit = limit
+        self.path, self._tokenizer = path, tokenizer
+        self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
+        self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
+        self.on_bad_record: OnBadRecord = on_bad_record
+        self.skipped: list[str] = []
+        self.long = 0  # answers whose dialogue was too long
+        self.train_set: list[EncodedRanking] = []
+
+    def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+        """(train, held out)."""
+        return split_by_prompt(rankings, lambda r: r.prompt, self.held_out, self.split_seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set:
+            return
+        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
+        self.skipped = loaded.skipped
+        self.train_rankings, self.val_rankings = self.split(loaded.records)
+        self.tokenizer = (
+            self._tokenizer
+            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
+            else self._tokenizer(_texts(self.train_rankings))
+        )
+        ensure_chat_template(self.tokenizer)
+        self.train_set = self._encode(self.train_rankings[: self.limit])
+        self.val_set = self._encode(self.val_rankings, graded=True)
+        if not self.train_set or not self.val_set:
+            raise UserError(
+                f"{self.path}: {self.long} answers are longer than max_length={self.max_length} tokens; raise it, or "
+                "set on_long=cut"
+            )
+
+    def _encode(self, rankings: list[Ranking], graded: bool = False) -> list[EncodedRanking]:
+        answers = [text for r in rankings for text in r.responses]
+        prompts = [r.prompt for r in rankings]
+        before = encode_prompts(self.tokenizer, prompts)
+        responses = iter(encode_responses(self.tokenizer, [r.prompt for r in rankings for _ in r.responses], answers))
+        encoded = []
+        for ranking, prompt in zip(rankings, before):
+            answered = [next(responses) for _ in ranking.responses]
+            sequences = [[*prompt, *answer] for answer in answered]
+            too_long = sum(len(s) > self.max_length for s in sequences)
+            self.long += too_long
+            if too_long and self.on_long == "skip":
+                continue
+            gold = None
+            if graded and self.judge is not None:
+                gold = [self.judge.grade(ranking.prompt, text).gold for text in ranking.responses]
+            # At least one token of the prompt stays in front: it predicts the answer's first.
+            lengths = [min(len(answer), self.max_length - 1) for answer in answered]
+            encoded.append(EncodedRanking([s[-self.max_length :] for s in sequences], lengths, ranking.ranks, gold))
+        return encoded
+
+    def _collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
+        chosen = [items[i] for i in mine]
+        with_pairs = sum(len(set(items[i].ranks)) > 1 for i in everyones) * len(mine) / len(everyones)
+        own = sum(len(set(item.ranks)) > 1 for item in chosen)
+        packed = pack([s for item in chosen for s in item.sequences], self.tokenizer.pad_token_id, self.row_length)
+        best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
+        lengths = [n for item in chosen for n in item.response_lengths]
+        after = (packed.ends + 1).tolist()
+        return RankingBatch(
+            packed,
+            torch.tensor(lengths),
+            torch.tensor([rank for item in chosen for rank in item.ranks]),
+            torch.tensor([i for i, item in enumerate(chosen) for _ in item.ranks]),
+            torch.cat([torch.arange(end - n, end) for end, n, good in zip(after, lengths, best) if good]),
+            own / max(with_pairs, 1e-9),
+            torch.tensor([g for item in chosen for g in item.gold]) if chosen[0].gold is not None else None,
+        )
+
+    @property
+    def val_pairs(self) -> int:
+        """Held-out pairs that the annotator did not tie."""
+        return sum(a != b for r in self.val_set for i, a in enumerate(r.ranks) for b in r.ranks[:i])
+
+    def train_dataloader(self) -> BatchLoader[RankingBatch]:
+        return BatchLoader(
+            shuffled(len(self.train_set), self.seed),
+            min(self.batch_size, len(self.train_set)),
+            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
+            **sharding(self.trainer),
+        )
+
+    def val_dataloader(self) -> BatchLoader[RankingBatch]:
+        return BatchLoader(
+            in_order(len(self.val_set)),
+            4 * self.batch_size,
+            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
+            keep_rest=True,
+        )
+
+
+class WorldRankingDataModule(RankingDataModule):
+    """Rankings of the built-in world's prompts, split as the world splits them, with its gold judge."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        world: World,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        super().__init__(
+            path, tokenizer, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed, limit=limit
+        )
+        self.world = world
+        self.judge = world
+
+    def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+        held = {p.text for p in self.world.prompts("held_out", self.split_seed)}
+        texts = [self.world.question(r.prompt).text for r in rankings]
+        return (
+            [r for r, text in zip(rankings, texts) if text not in held],
+            [r for r, text in zip(rankings, texts) if text in held],
+        )
+
+
+class Ranked(NamedTuple):
+    """How scores order held-out answers."""
+
+    loss: Tensor  # nats a pair, the mean over prompts
+    accuracy: Tensor  # fraction of the annotator's pairs
+    gold_accuracy: Tensor | None  # fraction of the gold judge's pairs, where there is one
+
+
+def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
+    """All pairs of all batches together, each once; with each batch come the scores (N,) of its answers."""
+    counts = [int(batch.prompt_index.max()) + 1 for _, batch in scored]
+    prompt_index = torch.cat([b.prompt_index + sum(counts[:i]) for i, (_, b) in enumerate(scored)])
+    scores, batches = torch.cat([s for s, _ in scored]), [batch for _, batch in scored]
+    pairs = ranking_pairs(torch.cat([b.ranks for b in batches]), prompt_index)
+    gold = None
+    if batches[0].gold is not None:
+        gold = pair_accuracy(scores, ranking_pairs(-torch.cat([b.gold for b in batches]), prompt_index))
+    return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold)
+
+
+def _texts(rankings: list[Ranking]) -> list[str]:
+    return [
+        *(m["content"] for r in rankings for m in r.prompt),
+        *(text for r in rankings for text in r.responses),
+    ]
