@@ -68,7 +68,8 @@ RUNS = {  # name -> settings
     "critic": ["ppo.module.critic_lr=1.0", "ppo.module.value_clip_range=null"],
     "stale_logprobs": ["ppo.module._target_=health_curves.StaleLogprobs"],
     "stale_weights": ["ppo.module._target_=health_curves.StaleWeights"],
-    "by_heart": [*FREE, "ppo.data.limit=8", "ppo.optimizer.lr=1e-3"],
+    "eight_prompts": [*FREE, "ppo.data.limit=8", "ppo.optimizer.lr=1e-3"],
+    "two_prompts": [*FREE, "ppo.data.limit=2", "ppo.optimizer.lr=1e-3"],
 }
 
 
@@ -85,14 +86,14 @@ PANELS = {  # check -> what shows it
     "first_step": Panel("ppo/first_ratio", "ratio, largest", "stale_logprobs"),
     "large_steps": Panel("ppo/approx_kl", "nats a token", "greedy"),
     "negative_kl": Panel("ppo/kl", "nats an answer", "stale_weights"),
-    "entropy_collapse": Panel("ppo/entropy", "nats a token", "greedy"),
+    "entropy_collapse": Panel("ppo/entropy", "nats a token", "two_prompts"),
     "growing_answers": Panel("ppo/response_length", "tokens", "long"),
     "unfinished_answers": Panel("ppo/finished", "share of answers", "long"),
     "poor_critic": Panel("ppo/explained_variance", "", "critic"),
     "score_spread": Panel("ppo/score_std", "reward units", "extreme"),
     "advantage_spread": Panel("ppo/advantage_std", "reward units", "critic"),
-    "worse_held_out": Panel("val/ppo/score", "SFT std", "by_heart", "ppo/score"),
-    "over_optimization": Panel("ppo/gold", "points; SFT std", "greedy", "ppo/score"),
+    "worse_held_out": Panel("val/ppo/score", "SFT std", "two_prompts", "ppo/score"),
+    "over_optimization": Panel("ppo/gold", "points; SFT std", "eight_prompts", "ppo/score"),
 }
 
 

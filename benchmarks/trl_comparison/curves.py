@@ -97,7 +97,12 @@ TRAINERS = {"TRL": train_trl, "lit_rlhf": train_ours}
 
 def train_all(task: Task, seeds: list[int], iterations: int) -> dict[str, list[Curve]]:
     """The curves of each trainer, one a seed."""
-    return {name: [train(task, seed, iterations) for seed in seeds] for name, train in TRAINERS.items()}
+    curves: dict[str, list[Curve]] = {name: [] for name in TRAINERS}
+    for seed in seeds:
+        for name, train in TRAINERS.items():
+            curves[name].append(train(task, seed, iterations))
+            print(f"trained with {name}, seed {seed}", flush=True)
+    return curves
 
 
 def table(curves: dict[str, list[Curve]], seeds: list[int]) -> str:

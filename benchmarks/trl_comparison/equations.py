@@ -56,8 +56,9 @@ PLACE = (
     "for it; to the last token if not. With lam = 1 and gamma = 1 that changes no advantage. With lam < 1 the last "
     "token's advantage is then partly what the critic guesses once the answer is complete, although its score is "
     "known; with gamma < 1 the score is discounted once more; and an answer's advantages depend on whether a longer "
-    "one stands beside it. InstructGPT's eq. 2 and GAE, where a finished episode is worth 0, speak for ours. The "
-    "difference is small where the critic guesses the score well, and 0 while it is a copy of the reward model."
+    "one stands beside it. InstructGPT's eq. 2 and GAE, where a finished episode is worth 0, speak for ours. With "
+    "gamma = 1 the difference is small where the critic guesses the score well, and 0 while it is a copy of the reward "
+    "model."
 )
 BESSEL = (
     "TRL divides by the deviation with n - 1, ours by the one with n. Neither is wrong; the factor "
@@ -327,5 +328,5 @@ def table(rows: list[Row]) -> str:
         difference = "0" if row.difference == 0 else f"{row.difference:.1e}" if row.difference < 1e-4 else (
             f"{row.difference:.3g}")  # fmt: skip
         lines.append(f"| {row.quantity} | {difference} | {note if row.as_expected else note + ' UNEXPECTED'} |")
-    wrap = textwrap.TextWrapper(120, subsequent_indent="   ")
+    wrap = textwrap.TextWrapper(120, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join([*lines, "", *(wrap.fill(f"{i}. {note}") for i, note in enumerate(notes, 1))])

@@ -175,7 +175,7 @@ def draw(chart: Chart) -> Drawing:
     y_low, y_high = _widened(min(y_values), max(y_values))
     if chart.unit == "%":
         y_low, y_high = max(0.0, y_low), min(100.0, y_high)
-    x_step, y_step = _tick_step(x_low, x_high), _tick_step(y_low, y_high)
+    x_step, y_step = tick_step(x_low, x_high), tick_step(y_low, y_high)
     # A KL of -0.01 does not need an axis that begins at -1: a little may stick out.
     y_low, y_high = math.floor(y_low / y_step + 0.08) * y_step, math.ceil(y_high / y_step - 0.08) * y_step
     last = math.ceil(x_high / x_step) * x_step
@@ -190,8 +190,8 @@ def draw(chart: Chart) -> Drawing:
     strokes = [_stroke(line, x_at, y_at, chart.unit) for line in chart.lines]
     return Drawing(
         chart,
-        [Tick(x_at(x), label) for x, label in _ticks(x_low, x_high, x_step)],
-        [Tick(y_at(y), label) for y, label in _ticks(y_low, y_high, y_step)],
+        [Tick(x_at(x), label) for x, label in ticks(x_low, x_high, x_step)],
+        [Tick(y_at(y), label) for y, label in ticks(y_low, y_high, y_step)],
         strokes,
         Tick(y_at(chart.reference[0]), chart.reference[1]) if chart.reference else None,
     )
@@ -250,13 +250,14 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _tick_step(low: float, high: float) -> float:
+def tick_step(low: float, high: float) -> float:
+    """A round step that parts a range into about four."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999) * power
 
 
-def _ticks(low: float, high: float, step: float) -> Iterator[tuple[float, str]]:
+def ticks(low: float, high: float, step: float) -> Iterator[tuple[float, str]]:
     """Multiples of ``step`` from ``low`` to ``high`` with labels of equally many decimals."""
     for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
         yield i * step, _tick_label(i * step, step)

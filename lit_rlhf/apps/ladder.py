@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, episodes
+from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, episodes, tick_step, ticks
 from lit_rlhf.apps.jobs import Job, load_jobs, varied
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
@@ -57,7 +57,7 @@ class Noise(NamedTuple):
     title: str
     tone: str
     value: float | None
-    share: float  # of the width of the drawing, whose scale is logarithmic
+    share: float  # of the width of the drawing
 
 
 def write_ladder(sweep: Path) -> Path:
@@ -67,7 +67,7 @@ def write_ladder(sweep: Path) -> Path:
     if not rungs:
         raise UserError(f"{sweep}: no job of a sweep has ended well in this folder, so there is nothing to show")
     outcomes = {rung.title: outcome(rung) for rung in rungs}
-    noise, decades = noises(rungs)
+    noise, noise_ticks = noises(rungs)
     page = render(
         "ladder.html.jinja",
         name="/".join(Path(sweep).resolve().parts[-3:]),
@@ -79,7 +79,7 @@ def write_ladder(sweep: Path) -> Path:
         seeds=sorted({str(run.seed) for rung in rungs for run in rung.runs}),
         curves={part: charts(rungs, part) for part in dict.fromkeys(rung.part for rung in rungs)},
         noise=noise,
-        decades=decades,
+        noise_ticks=noise_ticks,
         failed=[(job, described(job, jobs)) for job in jobs if not job.done],
     )
     return write_page(Path(sweep) / "ladder.html", page)
@@ -185,20 +185,18 @@ def curve(runs: list[Run], metric: str) -> Points:
 
 
 def noises(rungs: list[Rung]) -> tuple[list[Noise], list[tuple[float, str]]]:
-    """(the noise of each rung's gradient, (place, label) of the powers of ten between which they lie)"""
+    """(the noise of each rung's gradient, (place, label) of the ticks below)"""
     known = [(rung, noise) for rung in rungs if (noise := gradient_noise(rung.runs)) is not None]
     values = [noise for _, noise in known if math.isfinite(noise)]
     if not values:
         return [], []
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    width = max(high - low, 1)
+    step = tick_step(0.0, max(values))
+    end = math.ceil(max(values) / step) * step
     found = [
-        Noise(rung.title, rung.tone, value, (math.log10(value) - low) / width)
-        if math.isfinite(value)
-        else Noise(rung.title, rung.tone, None, 1.0)
+        Noise(rung.title, rung.tone, value if math.isfinite(value) else None, min(value / end, 1.0))
         for rung, value in known
     ]
-    return found, [(i / width, f"{10.0 ** (low + i):g}") for i in range(width + 1)]
+    return found, [(at / end, label) for at, label in ticks(0.0, end, step)]
 
 
 def gradient_noise(runs: list[Run]) -> float | None:

@@ -53,7 +53,7 @@ class Limits:
     spread_high: Annotated[float, Field(gt=1)] = 5.0  # times what it was at first
     spread_least: Positive = 0.2  # reward units; where it was less at first, this is taken: rewards may begin rare
     held_out: Positive = 0.2  # fall of the held-out score, in standard deviations of the first scores
-    gold: Positive = 4.0  # fall of the gold grade, in its standard errors
+    gold: Positive = 4.0  # fall of the gold grade and rise of the score, each in its standard errors
 
 
 # ------------------------------------------------------------------- the checks
@@ -211,7 +211,8 @@ def over_optimization(history: History, limits: Limits) -> str | None:
     best = max(ends, key=lambda end: _mean(gold[end - window : end]))
     before, now = (_mean(gold[end - window : end]) for end in (best, len(gold)))
     score_before, score_now = (_mean(score[end - window : end]) for end in (best, len(gold)))
-    if before - now > limits.gold * _error(gold, window) and score_now > score_before:
+    fell = before - now > limits.gold * _error(gold, window)
+    if fell and score_now - score_before > limits.gold * _error(score, window):
         return (
             f"the gold grade fell to {now:.2f} from {before:.2f} (iterations {best - window + 1} to {best}) while the "
             f"score rose to {score_now:.2f} from {score_before:.2f}: the policy exploits mistakes of what scores it; "
@@ -255,9 +256,9 @@ def _first(history: History, name: str, limits: Limits) -> float:
 
 
 def _recent(history: History, name: str, limits: Limits) -> float:
-    """Mean over the window; nan while that would reach into the first iterations."""
-    values = history[name]
-    return _mean(values[-limits.window :]) if len(values) >= limits.baseline + limits.window else math.nan
+    """Mean over the window; nan while there are fewer iterations."""
+    values = history[name][-limits.window :]
+    return _mean(values) if len(values) == limits.window else math.nan
 
 
 def _error(values: Sequence[float], window: int) -> float:
