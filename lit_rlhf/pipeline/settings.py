@@ -170,7 +170,8 @@ def check_settings(cfg: DictConfig) -> None:
         _check_model(StageLevel, plain, f"{name}.")
         if stage.get("keep", {}).get("best") and stage["trainer"]["val_check_interval"] is None:
             raise UserError(
-                f"{name}.keep.best=true needs validations during training; set {name}.trainer.val_check_interval, 10 say"
+                f"{name}.keep.best=true needs validations during training; set {name}.trainer.val_check_interval "
+                "(iterations), 10 say"
             )
         for key, node in stage.items():
             _check_node(node, f"{name}.{key}")
