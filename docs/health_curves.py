@@ -19,8 +19,7 @@ from torch import Tensor
 
 from lit_rlhf.models import Responses
 from lit_rlhf.stages import PPOModule
-from lit_rlhf.stages.ppo.module import ROLLOUT
-from lit_rlhf.stages.ppo.rollout import response_logprobs
+from lit_rlhf.stages.ppo.rollout import ROLLOUT, response_logprobs
 from lit_rlhf.training import read_metrics
 
 HERE = Path(__file__).parent

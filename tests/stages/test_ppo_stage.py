@@ -196,7 +196,7 @@ def test_the_probe_measures_the_covariance_of_gradients(ppo, alone):
         return made
 
     module.losses = watched
-    figures = gradient_noise(module, batch, 3, 5)
+    figures = gradient_noise(module, batch, 3)
     gradients = torch.stack(kept)
     variance = gradients.var(0).sum().item()
     signal = gradients.mean(0).square().sum().item() - variance / len(kept)

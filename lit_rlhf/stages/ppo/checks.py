@@ -5,25 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import Sampling
-from lit_rlhf.stages.pretrain.data import PretrainDataModule
-
-
-def pretraining_text(
-    make: Callable[..., PretrainDataModule] | None, tokenizer: PreTrainedTokenizerBase
-) -> PretrainDataModule:
-    """The text of the language-modelling term, read. Raises ``UserError`` where there is none."""
-    text = None if make is None else make(tokenizer=tokenizer)
-    if text is None or not text.paths:
-        raise UserError(
-            "ppo.module.ptx_coef is above 0 and there is no pretraining text to mix in: give it as ppo.ptx.path=... "
-            "(a .txt file, or records with a field text)"
-        )
-    text.setup()
-    return text
 
 
 def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> None:

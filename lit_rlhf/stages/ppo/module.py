@@ -10,7 +10,6 @@ import torch
 from lightning import LightningModule
 from pydantic import Field
 from torch import Tensor
-from torchmetrics.aggregation import CatMetric
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +26,6 @@ from lit_rlhf.functional import (
     token_rewards,
     whiten,
     whole_answer,
-    win_rate,
 )
 from lit_rlhf.models import (
     CriticFactory,
@@ -40,16 +38,21 @@ from lit_rlhf.models import (
     save_model,
 )
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
-from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary, pretraining_text
+from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary
+from lit_rlhf.stages.ppo.held_out import HeldOut
 from lit_rlhf.stages.ppo.loss import ClippedLoss, KLPenaltyLoss, PolicyLoss
 from lit_rlhf.stages.ppo.probe import gradient_noise
+from lit_rlhf.stages.ppo.ptx import gradient_norm, held_out_text_loss, pretraining_text
 from lit_rlhf.stages.ppo.reference import KLPenalty, Reference, ReferenceUpdate
 from lit_rlhf.stages.ppo.rollout import (
+    ORDER,
+    ROLLOUT,
+    SAMPLES,
+    TEXT,
     Rollout,
     pack_on,
     record_of,
     response_logits,
-    response_logprobs,
     response_values,
     scatter,
 )
@@ -58,10 +61,8 @@ from lit_rlhf.stages.pretrain.data import PretrainDataModule
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
 from lit_rlhf.text.packing import Packed
-from lit_rlhf.text.records import shown
+from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
-
-ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)  # what random numbers are for
 
 
 class PPOModule(LightningModule):
@@ -155,7 +156,7 @@ class PPOModule(LightningModule):
         self.ptx = pretraining_text(ptx, tokenizer) if ptx_coef > 0 else None
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
         self.probe_rollouts = probe_rollouts
-        self.sampling, self.val_samples, self.seed = sampling or Sampling(), val_samples, seed
+        self.sampling, self.seed = sampling or Sampling(), seed
         check_sampling(self.sampling)
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
@@ -163,8 +164,7 @@ class PPOModule(LightningModule):
         self.register_buffer("score_first", torch.zeros(()))  # mean score of the first rollout and of the last
         self.register_buffer("score_last", torch.zeros(()))
         self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
-        self._val: dict[str, CatMetric] = {}
-        self._reference_grades: dict[int, Tensor] = {}
+        self.held_out = HeldOut(val_samples)
         self.eval()  # see train(): models made from a config come in training mode
 
     # ---------------------------------------------------------------- rollout
@@ -201,7 +201,9 @@ class PPOModule(LightningModule):
         if not place:
             self._log_rollout(rollout, scores, answers, sequence_kl(answers.logprobs, ref_tokens, token_mask))
             self.log("ppo/advantage_std", spread, sync_dist=True, batch_size=len(rollout))
-            self._log_grades(prompts, texts, answers)
+            grades = self.grades(prompts.messages, texts, answers.finished)
+            if grades is not None:  # nothing is learned from it
+                self.log("ppo/gold", grades["gold"].mean(), sync_dist=True, batch_size=len(texts))
         return rollout
 
     def packed(self, sequences: list[list[int]]) -> Packed:
@@ -271,7 +273,7 @@ class PPOModule(LightningModule):
         """One iteration: a rollout, then ``ppo_epochs`` passes over it in minibatches."""
         iteration = int(self.iteration)
         if self.probe_rollouts and iteration == self.critic_warmup:
-            self.log_dict(gradient_noise(self, batch, self.probe_rollouts, PROBE))
+            self.log_dict(gradient_noise(self, batch, self.probe_rollouts))
         rollout = self.collect(batch)
         updates = self._optimize(rollout, seeded(self.seed, iteration, ORDER))
         self.iteration += 1
@@ -309,7 +311,8 @@ class PPOModule(LightningModule):
             ptx = self._ptx_loss(self.ptx, number)
             watched["ptx_loss"] = ptx.detach()
             if number == 0:
-                watched |= self._part_norms(loss, self.ptx_coef * ptx)
+                parts = {"rl_grad_norm": loss, "ptx_grad_norm": self.ptx_coef * ptx}
+                watched |= {name: gradient_norm(part, self.policy) for name, part in parts.items()}
             loss = loss + self.ptx_coef * ptx
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -374,20 +377,6 @@ class PPOModule(LightningModule):
         generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
         return text_loss(self.policy, text.rows(count, generator).to(self.device))
 
-    def _part_norms(self, rl: Tensor, ptx: Tensor) -> dict[str, Tensor]:
-        """Norms of the two parts of the policy's gradient, before they are added."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        return {
-            name: torch.nn.utils.get_total_norm(
-                [
-                    g
-                    for g in torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-                    if g is not None
-                ]
-            )
-            for name, part in (("rl_grad_norm", rl), ("ptx_grad_norm", ptx))
-        }
-
     def _action_share(self, mask: Tensor) -> Tensor | float:
         """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""
         if self.trainer.world_size == 1:
@@ -438,13 +427,6 @@ class PPOModule(LightningModule):
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
 
-    def _log_grades(self, prompts: PromptBatch, texts: list[str], answers: Responses) -> None:
-        """What the gold judge thinks of the rollout, where there is one: nothing is learned from it."""
-        grades = self._grades(prompts, texts, answers.finished)
-        if grades is not None:
-            gold = torch.tensor([g.gold for g in grades], device=self.device, dtype=torch.float32)
-            self.log("ppo/gold", gold.mean(), sync_dist=True, batch_size=len(texts))
-
     def _reduce(self, value: Tensor, how: str) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op=how)
 
@@ -456,6 +438,17 @@ class PPOModule(LightningModule):
         quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
         return tqdm(steps, desc=name, leave=False, disable=quiet or len(steps) < 2)
 
+    def grades(self, prompts: list[Messages], texts: list[str], finished: Tensor) -> dict[str, Tensor] | None:
+        """``gold`` and ``correct`` (N,) by the gold judge; None where there is none."""
+        judge = getattr(self.trainer.datamodule, "judge", None)
+        if judge is None:
+            return None
+        grades = [judge.grade(m, t, not f) for m, t, f in zip(prompts, texts, finished.tolist())]
+        return {
+            name: torch.tensor([float(getattr(g, name)) for g in grades], device=self.device)
+            for name in ("gold", "correct")
+        }
+
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""
         prompts = spread(self.trainer.datamodule.held_out_prompts, 4)
@@ -465,66 +458,17 @@ class PPOModule(LightningModule):
     # -------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        # Every process answers all held-out prompts with the same random numbers, so there is nothing to gather.
-        names = ("policy", "reference", "kl", "score", "correct")
-        self._val = {name: CatMetric(sync_on_compute=False).to(self.device) for name in names}
+        self.held_out.begin()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answers of policy and SFT model to held-out prompts, graded by gold or, without it, by the score."""
-        batch = repeated(batch, self.val_samples)
-        answers, packed, scores, worth, grades = self._answer_held_out(self.policy, batch, batch_idx)
-        self._val["policy"].update(worth.view(-1, self.val_samples))
-        self._val["score"].update(scores)
-        if grades is not None:
-            self._val["correct"].update(scores.new_tensor([g.correct for g in grades]))
-        with self.reference.as_it_began(self.policy) as reference:
-            ref_logprobs = response_logprobs(reference, packed, answers.lengths, self.sampling.temperature)
-            self._val["kl"].update(sequence_kl(answers.logprobs, ref_logprobs, answers.mask))
-            # It answers the same each time, but a running scale goes on.
-            if batch_idx not in self._reference_grades or self.scorer.scoring.scale == "running":
-                *_, worth, _ = self._answer_held_out(reference, batch, batch_idx)
-                self._reference_grades[batch_idx] = worth.view(-1, self.val_samples)
-        self._val["reference"].update(self._reference_grades[batch_idx])
-
-    def _answer_held_out(
-        self, policy: PreTrainedModel, batch: PromptBatch, place: int
-    ) -> tuple[Responses, Packed, Tensor, Tensor, list[Any] | None]:
-        """(answers, packed, scores, worth, grades); worth (N,) is gold, or the score without a gold judge."""
-        answers = self.sample(policy, batch.tokens, place, purpose=VALIDATION)
-        packed = self.packed([p + r for p, r in zip(batch.tokens, answers.token_lists())])
-        texts = answers.texts(self.tokenizer)
-        raw = self.scorer.raw(packed, batch.messages, texts, record_of(batch, answers))
-        scores = self.scorer.shape(raw, answers.lengths, answers.finished)
-        grades = self._grades(batch, texts, answers.finished)
-        worth = scores if grades is None else scores.new_tensor([g.gold for g in grades])
-        return answers, packed, scores, worth, grades
-
-    def _grades(self, prompts: PromptBatch, texts: list[str], finished: Tensor) -> list[Any] | None:
-        judge = getattr(self.trainer.datamodule, "judge", None)
-        if judge is None:
-            return None
-        return [judge.grade(m, t, not f) for m, t, f in zip(prompts.messages, texts, finished.tolist())]
+        self.held_out.add(self, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        policy, reference = (self._val[name].compute().cpu() for name in ("policy", "reference"))
-        self.wins = win_rate(policy, reference)
-        metrics = {
-            "val/ppo/win_rate": self.wins.mean,
-            "val/ppo/kl": self._val["kl"].compute().mean(),
-            "val/ppo/score": self._val["score"].compute().mean(),
-        }
-        if getattr(self.trainer.datamodule, "judge", None) is not None:
-            metrics |= {"val/ppo/gold": policy.mean(), "val/ppo/correct": self._val["correct"].compute().mean()}
+        metrics = self.held_out.metrics()
         if self.ptx is not None:
-            metrics["val/ppo/ptx_loss"] = self._held_out_text_loss(self.ptx)
-        self.log_dict(metrics, prog_bar=True)
-
-    @torch.no_grad()
-    def _held_out_text_loss(self, text: PretrainDataModule) -> Tensor:
-        """Mean loss on the held-out pretraining text, in nats a token."""
-        batches = [rows.to(self.device) for rows in text.val_dataloader()]
-        losses = torch.stack([text_loss(self.policy, rows) * rows.labels.numel() for rows in batches])
-        return losses.sum() / sum(rows.labels.numel() for rows in batches)
+            metrics["ptx_loss"] = held_out_text_loss(self.policy, self.ptx, self.device)
+        self.log_dict({f"val/ppo/{name}": value for name, value in metrics.items()}, prog_bar=True)
 
     # ------------------------------------------------------------- after it all
 
@@ -542,7 +486,7 @@ class PPOModule(LightningModule):
             "gold": metrics.get("val/ppo/gold"),
             "correct": metrics.get("val/ppo/correct"),
             "kl_coef": self.kl_coef.item(),
-            "win_rate": {**self.wins._asdict(), "judge": "gold" if gold else "reward model (proxy)"},
+            "win_rate": {**self.held_out.wins._asdict(), "judge": "gold" if gold else "reward model (proxy)"},
         }
         if "val/ppo/ptx_loss" in metrics:
             figures["ptx_loss"] = metrics["val/ppo/ptx_loss"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_rlhf.stages.ppo.rollout import PROBE
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.training import seeded
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from lit_rlhf.stages.ppo.module import PPOModule
 
 
-def gradient_noise(module: PPOModule, prompts: PromptBatch, rollouts: int, purpose: int) -> dict[str, Tensor]:
+def gradient_noise(module: PPOModule, prompts: PromptBatch, rollouts: int) -> dict[str, Tensor]:
     """Noise of one minibatch's policy gradient, over ``rollouts`` fresh rollouts of the policy as it is.
 
     ``ppo/gradient_variance`` is the trace of the gradient's covariance between minibatches, ``ppo/gradient_signal`` the
@@ -24,8 +25,8 @@ def gradient_noise(module: PPOModule, prompts: PromptBatch, rollouts: int, purpo
     total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     squares, count = 0.0, 0
     for i in range(rollouts):
-        rollout = module.collect(prompts, i, purpose)
-        for minibatch in rollout.shuffled(module.minibatch_size, seeded(module.seed, i, purpose)):
+        rollout = module.collect(prompts, i, PROBE)
+        for minibatch in rollout.shuffled(module.minibatch_size, seeded(module.seed, i, PROBE)):
             gradients = torch.autograd.grad(module.losses(minibatch)[0], parameters, allow_unused=True)
             for known, new in zip(total, gradients):
                 if new is not None:

@@ -15,6 +15,8 @@ from lit_rlhf.models import Responses, next_token_logits, packed_hidden, respons
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.packing import Packed, pack
 
+ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)  # what PPO draws random numbers for
+
 
 @dataclass
 class Rollout:

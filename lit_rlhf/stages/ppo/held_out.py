@@ -1,0 +1,86 @@
+"""Policy against SFT model on held-out prompts: what a validation of PPO measures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.functional import WinRate, sequence_kl, win_rate
+from lit_rlhf.models import Responses
+from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of, response_logprobs
+from lit_rlhf.stages.prompts import PromptBatch, repeated
+from lit_rlhf.text.packing import Packed
+
+if TYPE_CHECKING:
+    from lit_rlhf.stages.ppo.module import PPOModule
+
+
+class Answered(NamedTuple):
+    """N answers to held-out prompts, K to each of P."""
+
+    answers: Responses
+    packed: Packed
+    scores: Tensor  # (N,) reward units
+    correct: Tensor | None  # (N,) by the gold judge
+    worth: Tensor  # (P, K) what answers are compared by: gold grades, or scores where there is no judge
+
+
+class HeldOut:
+    """One validation, batch by batch.
+
+    Every process answers all held-out prompts with the same random numbers, so there is nothing to gather.
+
+    Args:
+        samples: K, answers a prompt.
+    """
+
+    wins: WinRate  # of the last validation
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self._reference: dict[int, Tensor] = {}  # batch -> worth of the SFT model's answers, which stay the same
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the answers of the last validation."""
+        self._answered: list[Answered] = []
+        self._beside: list[Tensor] = []  # worth of the SFT model's answers to the same prompts
+        self._kl: list[Tensor] = []  # (N,) nats an answer, against the SFT model
+
+    def add(self, module: PPOModule, batch: PromptBatch, place: int) -> None:
+        """Both models answer the prompts of batch number ``place``."""
+        batch = repeated(batch, self.samples)
+        answered = self._answer(module, module.policy, batch, place)
+        answers = answered.answers
+        with module.reference.as_it_began(module.policy) as sft:
+            ref_logprobs = response_logprobs(sft, answered.packed, answers.lengths, module.sampling.temperature)
+            if place not in self._reference or module.scorer.scoring.scale == "running":  # which goes on
+                self._reference[place] = self._answer(module, sft, batch, place).worth
+        self._answered.append(answered)
+        self._beside.append(self._reference[place])
+        self._kl.append(sequence_kl(answers.logprobs, ref_logprobs, answers.mask))
+
+    def _answer(self, module: PPOModule, policy: PreTrainedModel, batch: PromptBatch, place: int) -> Answered:
+        answers = module.sample(policy, batch.tokens, place, purpose=VALIDATION)
+        packed = module.packed([p + r for p, r in zip(batch.tokens, answers.token_lists())])
+        texts = answers.texts(module.tokenizer)
+        raw = module.scorer.raw(packed, batch.messages, texts, record_of(batch, answers))
+        scores = module.scorer.shape(raw, answers.lengths, answers.finished)
+        grades = module.grades(batch.messages, texts, answers.finished)
+        correct, worth = (None, scores) if grades is None else (grades["correct"], grades["gold"])
+        return Answered(answers, packed, scores, correct, worth.view(-1, self.samples))
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means over all batches; ``wins`` has the win rate's interval."""
+        policy = torch.cat([a.worth for a in self._answered])
+        self.wins = win_rate(policy.cpu(), torch.cat(self._beside).cpu())
+        metrics = {
+            "win_rate": policy.new_tensor(self.wins.mean),
+            "kl": torch.cat(self._kl).mean(),
+            "score": torch.cat([a.scores for a in self._answered]).mean(),
+        }
+        correct = [a.correct for a in self._answered if a.correct is not None]
+        return metrics | {"gold": policy.mean(), "correct": torch.cat(correct).mean()} if correct else metrics

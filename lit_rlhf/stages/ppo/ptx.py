@@ -1,0 +1,42 @@
+"""PPO-ptx: pretraining text beside the answers, so that the policy does not forget it (InstructGPT, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.pretrain.data import PretrainDataModule
+from lit_rlhf.stages.pretrain.module import text_loss
+
+
+def pretraining_text(
+    make: Callable[..., PretrainDataModule] | None, tokenizer: PreTrainedTokenizerBase
+) -> PretrainDataModule:
+    """The text of the language-modelling term, read. Raises ``UserError`` where there is none."""
+    text = None if make is None else make(tokenizer=tokenizer)
+    if text is None or not text.paths:
+        raise UserError(
+            "ppo.module.ptx_coef is above 0 and there is no pretraining text to mix in: give it as ppo.ptx.path=... "
+            "(a .txt file, or records with a field text)"
+        )
+    text.setup()
+    return text
+
+
+@torch.no_grad()
+def held_out_text_loss(policy: PreTrainedModel, text: PretrainDataModule, device: torch.device) -> Tensor:
+    """Mean loss on the held-out pretraining text, in nats a token."""
+    batches = [rows.to(device) for rows in text.val_dataloader()]
+    losses = torch.stack([text_loss(policy, rows) * rows.labels.numel() for rows in batches])
+    return losses.sum() / sum(rows.labels.numel() for rows in batches)
+
+
+def gradient_norm(loss: Tensor, policy: PreTrainedModel) -> Tensor:
+    """Norm of the policy's gradient of one part of the loss, before the parts are added."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.nn.utils.get_total_norm([g for g in gradients if g is not None])

@@ -1,0 +1,113 @@
+"""PPO's choices, as a user types them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.settings import check_settings, compose_settings
+
+register_resolvers()
+REWARDS = """
+def brief(prompts, responses, kind, finished, **record):
+    return [-len(response) / 10 for response in responses]
+
+def failing(prompts, responses, **record):
+    raise LookupError("no such row")
+"""
+FROM = ("stage=ppo", "from_run=quickstart")
+
+
+@pytest.fixture
+def after_reward(finished_run, tmp_path):
+    """A folder with a finished run to start from, and reward functions."""
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    return tmp_path
+
+
+def refuse(monkeypatch, folder, *overrides):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError) as error:
+        cfg = compose_settings(list(overrides))
+        remember_world(cfg)
+        check_settings(cfg)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("ppo.loss.clip_range=0", "ppo.loss.clip_range=0: it should be greater than 0"),
+        ("ppo.loss.clip_range=-0.1", "ppo.loss.clip_range=-0.1: it should be greater than 0"),
+        ("ppo/loss=kl_penalty ppo.loss.beta=-1", "ppo.loss.beta=-1: it should be greater than or equal to 0"),
+        ("ppo.advantage.lam=1.5", "ppo.advantage.lam=1.5: it should be less than or equal to 1"),
+        ("ppo/advantage=rloo ppo.advantage.baseline=median", "ppo.advantage.baseline=median: it should be 'none'"),
+        ("ppo/advantage=rloo ppo.advantage.lam=1", "ppo.advantage.lam: there is no such setting"),
+        ("ppo.kl.estimator=k4", "ppo.kl.estimator=k4: it should be 'k1', 'k2', 'k3' or 'full'"),
+        ("ppo.kl.target=0", "ppo.kl.target=0: it should be greater than 0"),
+        ("ppo.kl.stop=0", "ppo.kl.stop=0: it should be greater than 0"),
+        ("ppo.reference.ema=1", "ppo.reference.ema=1: it should be less than 1"),
+        ("ppo.reference.refresh_every=0", "ppo.reference.refresh_every=0: it should be greater than or equal to 1"),
+        ("ppo.module.action=word", "ppo.module.action=word: it should be 'token' or 'answer'"),
+        ("ppo.module.answers_per_prompt=0", "answers_per_prompt=0: it should be greater than or equal to 1"),
+        ("ppo.module.value_clip_range=0", "ppo.module.value_clip_range=0: it should be greater than 0"),
+        ("ppo.scoring.scale=batch", "ppo.scoring.scale=batch: it should be 'reference', 'running' or 'none'"),
+        ("ppo.scoring.functions=my.fn", "ppo.scoring.functions=my.fn: it should be a valid"),
+        ("ppo.scoring.missing_eos_penalty=-1", "missing_eos_penalty=-1: it should be greater than or equal to 0"),
+        ("ppo.lora.r=-1", "ppo.lora.r=-1: it should be greater than or equal to 0"),
+        ("ppo.lora.targets=q_proj", "ppo.lora.targets=q_proj: it should be"),
+        ("ppo.module.ptx_coef=-1", "ppo.module.ptx_coef=-1: it should be greater than or equal to 0"),
+        ("ppo.module.ptx_ratio=0", "ppo.module.ptx_ratio=0: it should be greater than 0"),
+        ("ppo/critic=none", "Could not find 'ppo/critic/none'"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_before_anything_is_loaded(overrides, message, tmp_path, monkeypatch):
+    said = refuse(monkeypatch, tmp_path, *overrides.split())
+    assert message in said and "\n" not in said.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("ppo/advantage=rloo ppo.module.answers_per_prompt=1", "ppo.module.answers_per_prompt is 1, and this"),
+        ("ppo.kl.in_loss=true", "ppo.kl.estimator=k1 with ppo.kl.in_loss=true"),
+        ("ppo.reward_model=null ppo.scoring.functions=[my_rewards.brief]", "ppo/critic=reward_model needs a reward"),
+        ("ppo.lora.r=2 ppo.lora.targets=[nothing]", "match no matrix of this model; it has down_proj"),
+        ("ppo.scoring.functions=[my_rewards.failing]", "reward function failing raised LookupError: no such row, on"),
+    ],
+)
+def test_what_cannot_be_ends_in_one_line(overrides, message, lit_rlhf, after_reward):
+    done = lit_rlhf(*FROM, "run=refused", *overrides.split(), check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("lit-rlhf: ")
+
+
+@pytest.mark.slow
+def test_functions_of_the_users_take_the_reward_models_place(lit_rlhf, after_reward):
+    function = "ppo.scoring.functions=[my_rewards.brief]"
+    lit_rlhf(*FROM, "run=own", "ppo.reward_model=null", function, "ppo/advantage=grpo", "ppo/loss=kl_penalty")
+    figures = json.loads((after_reward / "runs" / "own" / "summary.json").read_text())["ppo"]
+    assert figures["score_first"] < 0
+
+
+@pytest.mark.slow
+def test_adapters_text_and_a_running_scale(lit_rlhf, after_reward):
+    lit_rlhf(*FROM, "run=lora", "ppo.lora.r=2", "ppo.module.ptx_coef=0.1", "ppo.scoring.scale=running",
+             "ppo.kl.adaptive=true", "ppo.kl.target=1", "ppo/critic=shared")  # fmt: skip
+    runs = after_reward / "runs"
+    figures = json.loads((runs / "lora" / "summary.json").read_text())["ppo"]
+    assert figures["ptx_loss"] > 0
+    folders = [runs / "quickstart" / "sft" / "model", runs / "lora" / "ppo" / "model"]
+    start, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    assert start.state_dict().keys() == model.state_dict().keys()
+    changed = {name for name, weight in model.state_dict().items() if (weight != start.state_dict()[name]).any()}
+    assert changed and all("_proj." in name for name in changed)
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(folders[1])("What?")["input_ids"]])
+    assert model(tokens).logits.shape[-1] == start.config.vocab_size
