@@ -2,7 +2,7 @@
 
     PYTHONPATH=docs python docs/health_curves.py quickstart --runs runs
 
-with ``quickstart`` a finished run. A run that is there is not made again; all of them take half an hour on one core."""
+with ``quickstart`` a finished run of seed 1. A run that is there is not made again; all of them take a quarter of an hour on one core."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_rlhf.models import Responses
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.stages.ppo.rollout import ROLLOUT, response_logprobs
+from lit_rlhf.text.world import World
 from lit_rlhf.training import read_metrics
 
 HERE = Path(__file__).parent
@@ -34,6 +35,12 @@ def words(prompts: list[Any], responses: list[str], **record: Any) -> list[float
 def extremes(prompts: list[Any], responses: list[str], **record: Any) -> list[float]:
     """A reward without bounds: it doubles with every "the"."""
     return [2.0 ** response.split().count("the") for response in responses]
+
+
+def correct(prompts: list[Any], responses: list[str], finished: list[bool], **record: Any) -> list[float]:
+    """A reward that can be verified: what the world of seed 1 knows to be true."""
+    world = World(1)
+    return [float(world.grade(p, r, not f).correct) for p, r, f in zip(prompts, responses, finished)]
 
 
 class StaleLogprobs(PPOModule):
@@ -59,6 +66,7 @@ class StaleWeights(StaleLogprobs):
 
 FREE = ["ppo.module.kl_coef=0"]  # nothing holds the policy near the SFT model
 LENGTH = ["ppo.scoring.reward_model_weight=0", "ppo.scoring.functions=[health_curves.words]"]
+CORRECT = ["ppo.scoring.reward_model_weight=0", "ppo.scoring.functions=health_curves.correct"]
 RUNS = {  # name -> settings
     "healthy": [],
     "greedy": [*FREE, "ppo.optimizer.lr=3e-3"],
@@ -69,6 +77,7 @@ RUNS = {  # name -> settings
     "stale_weights": ["ppo.module._target_=health_curves.StaleWeights"],
     "eight_prompts": [*FREE, "ppo.data.limit=8", "ppo.optimizer.lr=1e-3"],
     "two_prompts": [*FREE, "ppo.data.limit=2", "ppo.optimizer.lr=1e-3"],
+    "by_heart": [*FREE, *CORRECT, "ppo.data.limit=2", "ppo.optimizer.lr=1e-3"],
 }
 
 
@@ -91,8 +100,8 @@ PANELS = {  # check -> what shows it
     "poor_critic": Panel("ppo/explained_variance", "", "critic"),
     "score_spread": Panel("ppo/score_std", "reward units", "extreme"),
     "advantage_spread": Panel("ppo/advantage_std", "reward units", "critic"),
-    "worse_held_out": Panel("val/ppo/score", "SFT std", "two_prompts", "ppo/score"),
-    "over_optimization": Panel("ppo/gold", "points; SFT std", "eight_prompts", "ppo/score"),
+    "worse_held_out": Panel("val/ppo/score", "reward units", "by_heart", "ppo/score"),
+    "over_optimization": Panel("ppo/gold", "points; reward units", "eight_prompts", "ppo/score"),
 }
 
 

@@ -174,7 +174,7 @@ def check_settings(cfg: DictConfig) -> None:
                 "(iterations), 10 say"
             )
         for key, node in stage.items():
-            _check_node(node, f"{name}.{key}")
+            _check_node(cfg, node, f"{name}.{key}")
 
 
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
@@ -201,19 +201,20 @@ def _missing(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _missing(node[key], f"{prefix}{key}.")
 
 
-def _check_node(node: Any, address: str) -> None:
+def _check_node(cfg: DictConfig, node: Any, address: str) -> None:
     """Check every object of a resolved tree against its constructor's parameters."""
     if isinstance(node, dict):
         if "_target_" in node:
-            _check_call(node, address)
+            _check_call(cfg, node, address)
         for key, value in node.items():
-            _check_node(value, f"{address}.{key}")
+            _check_node(cfg, value, f"{address}.{key}")
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _check_node(value, f"{address}[{index}]")
+            _check_node(cfg, value, f"{address}[{index}]")
 
 
-def _check_call(node: dict[str, Any], address: str) -> None:
+def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
+    address = origin(cfg, address)
     try:
         target = get_object(node["_target_"])
     except Exception as error:  # import errors of any kind
@@ -229,7 +230,21 @@ def _check_call(node: dict[str, Any], address: str) -> None:
             takes = ", ".join(name for name in parameters if name != "self")
             raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
         if key in hints and not _holds_objects(value):
-            _check_value(hints[key], value, f"{address}.{key}")
+            _check_value(hints[key], value, origin(cfg, f"{address}.{key}"))
+
+
+def origin(cfg: DictConfig, address: str) -> str:
+    """Where the value at an address is set: ``ppo.advantage.lam`` for ``ppo.module.advantage.lam``."""
+    parts, at, node = address.split("."), "", cfg
+    for i, part in enumerate(parts):
+        if not isinstance(node, DictConfig) or part not in node:
+            break
+        at = f"{at}.{part}" if at else part
+        if OmegaConf.is_interpolation(node, part):
+            there = re.fullmatch(r"\$\{([\w.]+)\}", str(node._get_node(part)._value()))
+            return origin(cfg, ".".join([there[1], *parts[i + 1 :]])) if there else address
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+    return address
 
 
 def _holds_objects(value: Any) -> bool:

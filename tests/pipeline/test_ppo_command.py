@@ -54,10 +54,10 @@ def refuse(monkeypatch, folder, *overrides):
         ("ppo.reference.ema=1", "ppo.reference.ema=1: it should be less than 1"),
         ("ppo.reference.refresh_every=0", "ppo.reference.refresh_every=0: it should be greater than or equal to 1"),
         ("ppo.module.action=word", "ppo.module.action=word: it should be 'token' or 'answer'"),
+        ("ppo.seed=x", "ppo.seed=x: it should be a valid integer"),
         ("ppo.module.answers_per_prompt=0", "answers_per_prompt=0: it should be greater than or equal to 1"),
         ("ppo.module.value_clip_range=0", "ppo.module.value_clip_range=0: it should be greater than 0"),
         ("ppo.scoring.scale=batch", "ppo.scoring.scale=batch: it should be 'reference', 'running' or 'none'"),
-        ("ppo.scoring.functions=my.fn", "ppo.scoring.functions=my.fn: it should be a valid"),
         ("ppo.scoring.missing_eos_penalty=-1", "missing_eos_penalty=-1: it should be greater than or equal to 0"),
         ("ppo.lora.r=-1", "ppo.lora.r=-1: it should be greater than or equal to 0"),
         ("ppo.lora.targets=q_proj", "ppo.lora.targets=q_proj: it should be"),
@@ -91,7 +91,7 @@ def test_what_cannot_be_ends_in_one_line(overrides, message, lit_rlhf, after_rew
 
 @pytest.mark.slow
 def test_functions_of_the_users_take_the_reward_models_place(lit_rlhf, after_reward):
-    function = "ppo.scoring.functions=[my_rewards.brief]"
+    function = "ppo.scoring.functions=my_rewards.brief"
     lit_rlhf(*FROM, "run=own", "ppo.reward_model=null", function, "ppo/advantage=grpo", "ppo/loss=kl_penalty")
     figures = json.loads((after_reward / "runs" / "own" / "summary.json").read_text())["ppo"]
     assert figures["score_first"] < 0

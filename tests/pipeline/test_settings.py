@@ -82,7 +82,7 @@ def test_every_target_can_be_imported():
         ("ppo.module.minibatch_size=true", "a number was expected, not true or false"),
         ("preference.module.answers_per_prompt=1", "answers_per_prompt=1: it should be greater than or equal to 2"),
         ("sft.trainer.max_steps=-7", "sft.trainer.max_steps=-7: it should be greater than or equal to -1"),
-        ("trainer.precision=half", "pretrain.trainer.precision=half: it should be"),
+        ("trainer.precision=half", "trainer.precision=half: it should be"),
         ("+sft.data.colour=red", "sft.data.colour: lit_rlhf.stages.WorldSFTDataModule has no such setting; it takes"),
         ("seed=-1", "seed=-1: it should be greater than or equal to 0"),
         ("seed=x", "seed=x: it should be a valid integer"),

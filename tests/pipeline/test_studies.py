@@ -17,6 +17,7 @@ from lit_rlhf.pipeline.settings import (
     stages_of,
     sweep_jobs,
 )
+from lit_rlhf.training import read_metrics
 
 register_resolvers()
 RUNGS = sorted(file.stem for file in (conf_dir() / "rung").glob("*.yaml"))
@@ -81,6 +82,8 @@ def test_the_ladder_ends_in_a_page(lit_rlhf, run_copy):
     [folder] = (run_copy / "ladder" / "sweeps").iterdir()
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [(row["rung"], row["status"]) for row in rows] == [("reinforce", "done"), ("ppo", "done"), ("dpo", "done")]
+    noise = [row.get("ppo/gradient_noise") for row in read_metrics(folder / "1" / "ppo" / "metrics.csv").values()]
+    assert [value is not None for value in noise] == [False, True] + [False] * (len(noise) - 2)  # after the warm-up
     assert f"page: {folder.relative_to(run_copy.parent)}/ladder.html" in said
     page = (folder / "ladder.html").read_text(encoding="utf-8")
     for title in ("REINFORCE", "PPO, one pass (default)", "DPO", "SFT model, best of 2"):

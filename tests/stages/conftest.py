@@ -129,6 +129,11 @@ class Watched(PPOModule):
         super().training_step(batch, batch_idx)
         self.policies.append({name: p.detach().clone() for name, p in self.policy.named_parameters()})
 
+    def log_once(self, metrics):
+        super().log_once(metrics)
+        for name, value in metrics.items():
+            self.logged[name].append(float(value))
+
     def log(self, name, value, **settings):
         self.logged[name].append(float(value))
         super().log(name, value, **settings)

@@ -83,6 +83,7 @@ def test_a_module_of_the_users_own_is_found(tmp_path, monkeypatch, raw, logits):
     (tmp_path / "my_rewards.py").write_text("def brief(prompts, responses, **_):\n    return [1 for _ in responses]\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert_close(raw(Scoring(functions=["my_rewards.brief"], weights=[3])), logits + 3)
+    assert_close(raw(Scoring(functions="my_rewards.brief", weights=[3])), logits + 3)
 
 
 def test_functions_get_prompts_answers_and_the_columns_of_their_records(raw):

@@ -273,7 +273,7 @@ class PPOModule(LightningModule):
         """One iteration: a rollout, then ``ppo_epochs`` passes over it in minibatches."""
         iteration = int(self.iteration)
         if self.probe_rollouts and iteration == self.critic_warmup:
-            self.log_dict(gradient_noise(self, batch, self.probe_rollouts))
+            self.log_once(gradient_noise(self, batch, self.probe_rollouts))
         rollout = self.collect(batch)
         updates = self._optimize(rollout, seeded(self.seed, iteration, ORDER))
         self.iteration += 1
@@ -426,6 +426,11 @@ class PPOModule(LightningModule):
         self.entropy_last.copy_(self._mean(metrics["ppo/entropy"]))
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
+
+    def log_once(self, metrics: dict[str, Tensor]) -> None:
+        """Log in this iteration alone: what ``log`` gets, Lightning would repeat in every later one."""
+        for logger in self.loggers:
+            logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=int(self.iteration))
 
     def _reduce(self, value: Tensor, how: str) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op=how)

@@ -32,7 +32,7 @@ class Scoring:
     divides the sum."""
 
     reward_model_weight: Annotated[float, Field(ge=0)] = 1.0  # 0: functions alone
-    functions: Sequence[Any] = ()  # callables, or their names "module.function"
+    functions: str | Callable[..., Any] | Sequence[Any] = ()  # callables or their names "module.function"; a single one needs no list
     weights: Sequence[float] | None = None  # one a function; None: 1 each
     scale: Literal["reference", "running", "none"] = "reference"  # whose standard deviation divides
     center: bool = False  # also subtract that mean; False: the mean is not moved
@@ -41,7 +41,8 @@ class Scoring:
     length_penalty: Annotated[float, Field(ge=0)] = 0.0  # a token
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "functions", [resolve(f) for f in self.functions])
+        given = [self.functions] if isinstance(self.functions, str) or callable(self.functions) else self.functions
+        object.__setattr__(self, "functions", [resolve(f) for f in given])
         weights = [1.0] * len(self.functions) if self.weights is None else list(self.weights)
         if len(weights) != len(self.functions):
             raise UserError(f"ppo.scoring.weights has {len(weights)} entries for {len(self.functions)} functions")
