@@ -2,7 +2,8 @@
 
     PYTHONPATH=docs python docs/health_curves.py quickstart --runs runs
 
-with ``quickstart`` a finished run of seed 1. A run that is there is not made again; all of them take a quarter of an hour on one core."""
+with ``quickstart`` a finished run of seed 1. A run that is there is not made again; all of them take a quarter of an
+hour on one core."""
 
 from __future__ import annotations
 

@@ -43,6 +43,16 @@ def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path, stage, one, t
         assert_close(figures[0]["val_loss"], figures[1]["val_loss"], atol=1e-4, rtol=1e-4)
 
 
+def test_two_processes_end_a_rollout_together(lit_rlhf, finished_run, tmp_path):
+    """One that went on alone would wait for the other for ever; each sees its own answers and divergence."""
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    moving = ["ppo.kl.stop=2.5e-4", "ppo.kl.adaptive=true", "ppo.kl.target=0.1", "ppo/loss=kl_penalty"]
+    small = ["ppo.data.batch_size=4", "ppo.module.minibatch_size=4", "ppo.module.ppo_epochs=8", "ppo.optimizer.lr=3e-4"]
+    lit_rlhf("stage=ppo", "run=two", "from_run=quickstart", *moving, *small, "ppo.module.ptx_coef=0.1", *TWO)
+    figures = json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["ppo"]
+    assert figures["episodes"] == 24 and figures["kl_coef"] != pytest.approx(0.2)
+
+
 def test_chain_with_two_processes(lit_rlhf, tmp_path):
     said = lit_rlhf("stage=[pretrain,sft,preference]", *TWO).stdout
     assert (tmp_path / "runs" / "quickstart" / "data" / "rankings-0.jsonl").is_file()

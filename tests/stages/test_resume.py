@@ -154,6 +154,31 @@ def test_every_ppo_resumes_with_its_coefficients_and_metrics(kind, world, policy
         assert len(resumed.logged["ppo/score"]) == 5 - batches
 
 
+@pytest.mark.parametrize("step", [9, 10, 13])  # 8 an iteration: in the first optimization epoch, its end, the second
+def test_an_iteration_that_was_cut_off_is_repeated_from_its_start(step, policy, ppo, prompts, fit):
+    settings = {"sampling": Sampling(max_new_tokens=6), "minibatch_size": 4, "ppo_epochs": 4}
+    budget = {"max_epochs": 1, "limit_train_batches": 3, "batch_size": 8}
+    batch_size = budget.pop("batch_size")
+    whole, stopped, resumed = (ppo(copy.deepcopy(policy), **settings) for _ in range(3))
+    fit(whole, prompts(batch_size=batch_size), "whole", **budget)
+    update, calls = stopped.update, iter(range(1, 1000))
+
+    def killed(*arguments):
+        if next(calls) > step:
+            raise Stop
+        return update(*arguments)
+
+    stopped.update = killed
+    with pytest.raises(Stop):
+        fit(stopped, prompts(batch_size=batch_size), "parts", every=1, **budget)
+    fit(resumed, prompts(batch_size=batch_size), "parts", resume=True, **budget)
+    assert len(resumed.logged["ppo/score"]) == 2  # of 3 iterations the first was whole
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+    for name, values in resumed.logged.items():
+        assert values == whole.logged[name][-len(values) :], name
+
+
 def test_collection_that_was_killed_ends_with_the_same_records(tmp_path, world, tokenizer, policy, short):
     def collect(journal, limit=1.0):
         module = PreferenceModule(

@@ -32,7 +32,7 @@ class Scoring:
     divides the sum."""
 
     reward_model_weight: Annotated[float, Field(ge=0)] = 1.0  # 0: functions alone
-    functions: str | Callable[..., Any] | Sequence[Any] = ()  # callables or their names "module.function"; a single one needs no list
+    functions: str | Callable[..., Any] | Sequence[Any] = ()  # or their names, "module.function"
     weights: Sequence[float] | None = None  # one a function; None: 1 each
     scale: Literal["reference", "running", "none"] = "reference"  # whose standard deviation divides
     center: bool = False  # also subtract that mean; False: the mean is not moved
