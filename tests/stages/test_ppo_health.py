@@ -376,7 +376,7 @@ def test_the_page_names_settings_that_exist(settings):
         assert name == "_target_" or f"`{name}`" in PAGE
 
 
-def test_the_page_defines_every_metric_and_no_other(policy, reward_model, tokenizer, optimizer, world, fit):
+def test_the_page_defines_every_metric_and_no_other(policy, reward_model, tokenizer, optimizer, world, tmp_path):
     """What PPO logs with all that can be logged turned on."""
     module = PPOModule(
         copy.deepcopy(policy), reward_model, tokenizer, optimizer=optimizer, minibatch_size=4, val_samples=1,
@@ -384,9 +384,11 @@ def test_the_page_defines_every_metric_and_no_other(policy, reward_model, tokeni
         ptx=partial(WorldPretrainDataModule, world, documents=200, block_size=32), ptx_coef=0.1, probe_rollouts=1,
     )  # fmt: skip
     data = WorldPPODataModule(world, tokenizer, prompts=64, batch_size=8, limit_held_out=4)
-    trainer = fit(module, data, callbacks=[HealthWatch()], max_epochs=1, limit_train_batches=1, val_check_interval=1)
-    assert set(re.findall(r"^\| `((?:val/)?ppo/\w+)` \|", PAGE, re.MULTILINE)) == {
-        name
-        for name in trainer.callback_metrics
-        if "/" in name  # what the progress bar shows has short names
-    }
+    logger = MetricsFile(tmp_path / "metrics.csv")
+    trainer = make_trainer(
+        "cpu", logger=logger, callbacks=[HealthWatch()], max_epochs=1, limit_train_batches=1, val_check_interval=1,
+        log_every_n_steps=1, enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    logged = {name for row in read_metrics(logger.path).values() for name in row}
+    assert set(re.findall(r"^\| `((?:val/)?ppo/\w+)` \|", PAGE, re.MULTILINE)) == logged
