@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,34 +28,51 @@ class Run:
     settings: dict[str, str]
     samples: dict[str, list[dict[str, Any]]]
     health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
+    rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
 
     @property
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
 
+def round_folders(run: Path) -> list[Path]:
+    """The rounds of a run, the first one first."""
+    return sorted((run / "rounds").glob("[0-9]*"), key=lambda folder: int(folder.name))
+
+
+def newest(run: Path, inside: str) -> Path:
+    """What lies in a run's folder, else in that of the last round that has it."""
+    folders = [run, *reversed(round_folders(run))]
+    return next((folder / inside for folder in folders if (folder / inside).exists()), run / inside)
+
+
 def load_run(path: Path) -> Run:
-    """Read a run's folder."""
+    """Read a run's folder; of stages that were gone through in rounds, the last round's."""
     summary = _read_json(path / "summary.json")
-    done = {stage: _read_json(path / stage / "done.json") for stage in STAGES}
+    folders = {stage: newest(path, stage) for stage in STAGES}
+    done = {stage: _read_json(folder / "done.json") for stage, folder in folders.items()}
     done = {stage: record for stage, record in done.items() if record}
-    metrics = {stage: read_metrics(path / stage / "metrics.csv") for stage in STAGES}
+    metrics = {stage: read_metrics(folder / "metrics.csv") for stage, folder in folders.items()}
     metrics = {stage: rows for stage, rows in metrics.items() if rows}
     if not done and not metrics:
         raise UserError(f"{path}: no stage of a run is in this folder, so there is nothing to report on; run one first")
-    files = [f for stage in STAGES for f in (path / stage / "done.json", path / stage / "metrics.csv") if f.is_file()]
+    files = [f for folder in folders.values() for f in (folder / "done.json", folder / "metrics.csv") if f.is_file()]
+    seconds = {stage: record["seconds"] for stage, record in done.items() if record.get("seconds") is not None}
+    if round_folders(path):  # of all rounds together
+        seconds = {stage: value for stage, value in summary.get("seconds", {}).items() if stage in done}
     return Run(
         name=_run_name(path.resolve()),
         seed=summary.get("seed"),
         date=datetime.fromtimestamp(max(f.stat().st_mtime for f in files)),
-        seconds={stage: record["seconds"] for stage, record in done.items() if record.get("seconds") is not None},
+        seconds=seconds,
         figures={stage: record.get("figures") or {} for stage, record in done.items()},
         metrics=metrics,
         data={stage: record.get("data") or {} for stage, record in done.items()},
         versions={name: v for record in done.values() for name, v in (record.get("versions") or {}).items()},
-        settings={s: _read_text(path / s / "config.yaml") for s in STAGES if (path / s / "config.yaml").is_file()},
-        samples={stage: _read_jsonl(path / stage / "samples.jsonl") for stage in STAGES},
-        health=_read_jsonl(watch) if (watch := path / "ppo" / "health.jsonl").is_file() else None,
+        settings={s: _read_text(f / "config.yaml") for s, f in folders.items() if (f / "config.yaml").is_file()},
+        samples={stage: _read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
+        health=_read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").is_file() else None,
+        rounds={f.name: known for f in round_folders(path) if (known := _read_json(f / "summary.json"))},
     )
 
 

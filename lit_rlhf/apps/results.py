@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import MEASURES, STAGES, figure, from_to, model_name, number, percent
+from lit_rlhf.apps.wording import GRADES, MEASURES, STAGES, figure, from_to, model_name, number, percent
 
 
 class Headline(NamedTuple):
@@ -111,8 +111,10 @@ def cards(run: Run) -> list[Card]:
 
 def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
     ppo = figures.get("ppo", {})
-    if ppo.get("kl") is not None:
-        yield Card("KL to SFT", number(ppo["kl"]), "nats an answer, after PPO")
+    evaluated = _at(figures, ("evaluate", "models", "ppo", "kl"))  # a later round's PPO began elsewhere
+    kl = ppo.get("kl") if evaluated is None else evaluated
+    if ppo and kl is not None:
+        yield Card("KL to SFT", number(kl), "nats an answer, after PPO")
     if ppo.get("score_last") is not None and "evaluate" not in figures:
         score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"
         yield Card("Score", score, "in PPO's rollouts, SFT std")
@@ -206,3 +208,28 @@ def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:
         for kind in kinds
     ]
     return sorted(rows, key=lambda row: -row[1][-1][2]) if len(rows) > 1 else []
+
+
+ROUNDS = (  # of a round: what it is called, its unit, where it stands in summary.json
+    ("Rankings", "", ("preference", "rankings")),
+    ("Reward model, pairs right", "%", ("reward", "val_accuracy")),
+    ("Reward model, gold pairs right", "%", ("reward", "gold_accuracy")),
+    ("Episodes", "", ("ppo", "episodes")),
+    ("KL from where it began", "nats", ("ppo", "kl")),
+    ("Wins against SFT", "%", ("evaluate", "win_rate", "ppo_vs_sft", "mean")),
+    ("KL to SFT", "nats", ("evaluate", "models", "ppo", "kl")),
+    ("Gold grade", "points", ("evaluate", "models", "ppo", "gold")),
+    ("Correctness", GRADES, ("evaluate", "models", "ppo", "correct")),
+)
+
+
+def rounds(run: Run) -> tuple[list[str], list[tuple[str, str, list[Any]]]]:
+    """(numbers of the rounds, [(measure, unit, its value in each round)])."""
+    rows = [(name, unit, [_at(summary, place) for summary in run.rounds.values()]) for name, unit, place in ROUNDS]
+    return list(run.rounds), [row for row in rows if any(value is not None for value in row[2])]
+
+
+def _at(node: Any, place: tuple[str, ...]) -> Any:
+    for key in place:
+        node = (node or {}).get(key)
+    return node

@@ -132,6 +132,8 @@ def from_to(first: float | None, last: float) -> str:
 
 def model_name(name: str, best_of: Any = None) -> str:
     """What a model is called on the page."""
+    if name.startswith("round_"):
+        return f"Round {name.removeprefix('round_')}"
     return f"Best of {best_of or 'n'}" if name == "best_of_n" else MODELS.get(name, name)
 
 

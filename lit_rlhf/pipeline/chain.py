@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lit_rlhf.apps.reading import newest, round_folders
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import StageFolder, check_inputs, check_records, read_json, read_yaml, write_text
@@ -62,14 +63,21 @@ def run_alone(name: str, overrides: list[str]) -> None:
 
 
 def write_summary(run: Path) -> dict[str, Any]:
-    """``summary.json``: the headline figures of all finished stages; the seed is the last one's."""
-    done = {name: read_json(run / name / "done.json") for name in STAGES}
+    """``summary.json``: the headline figures of all finished stages; the seed is the last one's.
+
+    Of stages that were gone through in rounds it has the last round's, and ``rounds`` has each round's own."""
+    done = {name: read_json(newest(run, f"{name}/done.json")) for name in STAGES}
     records = {name: record for name, record in done.items() if record is not None}
+    rounds = [read_json(folder / "summary.json") for folder in round_folders(run)]
     seconds = {name: record["seconds"] for name, record in records.items()}
+    if rounds:
+        each = [r["seconds"] for r in rounds if r is not None]
+        seconds |= {name: sum(s.get(name, 0.0) for s in each) for name in seconds if any(name in s for s in each)}
     summary = {
-        "seed": [read_yaml(run / name / "config.yaml")[name]["seed"] for name in records][-1],
+        "seed": [read_yaml(newest(run, f"{name}/config.yaml"))[name]["seed"] for name in records][-1],
         "seconds": {**seconds, "total": sum(seconds.values())},
         **{name: record["figures"] for name, record in records.items()},
+        **({"rounds": rounds} if rounds else {}),
     }
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -87,4 +95,4 @@ def headline(name: str, figures: dict[str, Any], seconds: float) -> str:
 def win_rates(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The win rates among a stage's figures."""
     rate = figures.get("win_rate") or {}
-    return {"win rate against SFT": rate} if "mean" in rate else rate
+    return {"win rate against where it began": rate} if "mean" in rate else rate

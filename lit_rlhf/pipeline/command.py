@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.chain import run_chain
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.rounds import run_rounds
 from lit_rlhf.pipeline.run import is_main_process, quiet
 from lit_rlhf.pipeline.settings import (
     check_settings,
@@ -123,7 +124,8 @@ def run(cfg: DictConfig) -> float | None:
 
 def work(cfg: DictConfig) -> tuple[str, float]:
     """Run the stages; returns (address, value) of the objective."""
-    summary = run_chain(cfg, _overrides())
+    go = run_rounds if cfg.rounds > 1 else run_chain
+    summary = go(cfg, _overrides())
     if not is_main_process() or not stages_of(cfg):
         return "", float("nan")
     return objective_of(cfg, summary, stages_of(cfg))

@@ -12,6 +12,7 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from lit_rlhf.apps.reading import newest
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import fingerprint
 from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
@@ -35,10 +36,10 @@ def upstream_data(name: str, *, _root_: DictConfig) -> str:
 
 def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
     """This run's own result where it has one or is about to make one, else ``from_run``'s."""
-    own = Path(cfg.paths.run_dir) / inside
+    own = newest(Path(cfg.paths.run_dir), inside)
     if own.exists() or stage in stages_of(cfg):
         return own
-    return Path(cfg.paths.runs) / cfg.from_run / inside
+    return newest(Path(cfg.paths.runs) / cfg.from_run, inside)
 
 
 def register_resolvers() -> None:
@@ -53,7 +54,7 @@ def remember_world(cfg: DictConfig) -> None:
     A sweep over ``seed`` then varies the training, not the questions."""
     known: dict[str, Any] = {}
     for run in (Path(cfg.paths.run_dir), Path(cfg.paths.runs) / cfg.run, Path(cfg.paths.runs) / cfg.from_run):
-        for file in sorted(run.glob("*/config.yaml")):
+        for file in [*sorted(run.glob("*/config.yaml")), *sorted(run.glob("rounds/*/*/config.yaml"))]:
             known = known or {k: v["seed"] for k, v in read_yaml(file).items() if k in ("world", "split")}
     for part in ("world", "split"):
         if cfg[part].seed is None:
@@ -149,6 +150,8 @@ class StageFolder:
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._relative(v) for v in value]
         if isinstance(value, str) and os.sep in value and Path(value).exists():
             return os.path.relpath(value, self.run)
         return value
@@ -164,7 +167,7 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
         if node is not None:
             found.append((f"{stage}.policies.{name}.path", node["path"]))
     if stage in ("reward", "dpo"):
-        found.append((f"{stage}.data.path", settings["data"]["path"]))
+        found += _data_paths(stage, settings)
     return found
 
 

@@ -37,6 +37,14 @@ def conf_dir() -> Path:
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"
 
 
+class BetweenRounds(BaseModel):
+    """What a round takes over from those before it."""
+
+    model_config = ConfigDict(strict=True)
+    policy: Literal["last", "sft"]
+    rankings: Annotated[int, Field(ge=1)] | None
+
+
 class TopLevel(BaseModel):
     """The settings that belong to no stage."""
 
@@ -45,6 +53,7 @@ class TopLevel(BaseModel):
     run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
     from_run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    rounds: Annotated[int, Field(ge=1)]
     overwrite: bool
     objective: str | None
     threads: Annotated[int, Field(ge=1)] | None
@@ -161,6 +170,7 @@ def check_settings(cfg: DictConfig) -> None:
     top = {name: cfg[name] for name in TopLevel.model_fields}
     top["stage"] = list(cfg.stage) if not isinstance(cfg.stage, str) else cfg.stage
     _check_model(TopLevel, top, "")
+    _check_model(BetweenRounds, dict(cfg.between_rounds), "between_rounds.")
     for part in ("world", "split"):
         if cfg[part].seed is not None:
             _check_value(Annotated[int, Field(ge=0)], cfg[part].seed, f"{part}.seed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -47,7 +48,7 @@ class RankingDataModule(LightningDataModule):
     """Rankings or pairs from a file.
 
     Args:
-        path: a file or a Hub name: rankings, or pairs ``chosen`` / ``rejected`` (whole transcripts, too).
+        path: a file or a Hub name, or several: rankings, or pairs ``chosen`` / ``rejected`` (whole transcripts, too).
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: prompts a process and step.
         max_length: tokens of prompt and answer; longer ones are handled as ``on_long`` says, and counted.
@@ -65,7 +66,7 @@ class RankingDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 8,
@@ -80,7 +81,8 @@ class RankingDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.limit = limit
-        self.path, self._tokenizer = path, tokenizer
+        self.paths = [path] if isinstance(path, str | Path) else list(path)
+        self._tokenizer = tokenizer
         self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
         self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
         self.on_bad_record: OnBadRecord = on_bad_record
@@ -95,9 +97,9 @@ class RankingDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
-        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
-        self.skipped = loaded.skipped
-        self.train_rankings, self.val_rankings = self.split(loaded.records)
+        loaded = [load_records(path, self.parse_record, self.on_bad_record) for path in self.paths]
+        self.skipped = [line for source in loaded for line in source.skipped]
+        self.train_rankings, self.val_rankings = self.split([r for source in loaded for r in source.records])
         self.tokenizer = (
             self._tokenizer
             if isinstance(self._tokenizer, PreTrainedTokenizerBase)
@@ -108,8 +110,8 @@ class RankingDataModule(LightningDataModule):
         self.val_set = self._encode(self.val_rankings, graded=True)
         if not self.train_set or not self.val_set:
             raise UserError(
-                f"{self.path}: {self.long} answers are longer than max_length={self.max_length} tokens; raise it, or "
-                "set on_long=cut"
+                f"{', '.join(map(str, self.paths))}: {self.long} answers are longer than max_length={self.max_length} "
+                "tokens; raise it, or set on_long=cut"
             )
 
     def _encode(self, rankings: list[Ranking], graded: bool = False) -> list[EncodedRanking]:
@@ -178,7 +180,7 @@ class WorldRankingDataModule(RankingDataModule):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase,
         world: World,
         *,

@@ -130,8 +130,7 @@ def test_unwritable_folder(lit_rlhf, tmp_path):
     assert (done.returncode, "cannot be written to" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize(("stage", "how"), [("sft", signal.SIGINT), ("ppo", signal.SIGKILL)])
 def test_stopped_run_goes_on_to_the_same_weights(lit_rlhf, run_copy, finished_run, same_weights, stage, how):
     shutil.rmtree(run_copy / stage)
     more = ["sft.trainer.max_epochs=40", "ppo.trainer.limit_train_batches=40"]

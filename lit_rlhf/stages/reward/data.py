@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +24,7 @@ class RewardDataModule(RankingDataModule):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         demonstrations: str | Path | None = None,
