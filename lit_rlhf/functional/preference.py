@@ -36,7 +36,7 @@ def ranking_loss(scores: Tensor, pairs: Pairs, margin: float = 0.0, label_smooth
 
     ``scores`` (N,), one an answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied.
     ``margin`` is what ``r_w - r_l`` must exceed for each rank between the two (arXiv:2307.09288, eq. 2, with the rank
-    distance as ``m``); ``label_smoothing`` is the chance that the annotator erred, at which the pair is turned round."""
+    distance as ``m``); ``label_smoothing`` is how often the annotator is thought to have erred."""
     gaps = scores[pairs.better] - scores[pairs.worse]
     if margin:
         gaps = gaps - margin * pairs.distance

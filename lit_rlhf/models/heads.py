@@ -179,7 +179,7 @@ class Critic(nn.Module):
         return self.head(hidden).squeeze(-1).float()
 
 
-CriticFactory = Callable[[PreTrainedModel, "AnyRewardModel | None"], Critic]
+CriticFactory = Callable[[PreTrainedModel, AnyRewardModel | None], Critic]
 
 
 def critic_from_reward_model(

@@ -219,12 +219,19 @@ class RewardEnsemble(nn.Module):
 
     def __init__(self, members: list[nn.Module], combine: Literal["mean", "worst"] = "mean") -> None:
         super().__init__()
+        sizes = {m.get_input_embeddings().num_embeddings for m in members}
+        if len(sizes) > 1:
+            raise UserError(f"these reward models cannot be an ensemble: they know {sorted(sizes)} tokens")
         self.members = nn.ModuleList(members)
         self.combine = combine
         self.config = copy.copy(members[0].config)
         self.config.score_shift, self.config.score_std = 0.0, 1.0
         means = [getattr(m.config, "score_mean", 0.0) / getattr(m.config, "score_std", 1.0) for m in members]
         self.config.score_mean = sum(means) / len(means)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the first member."""
+        return self.members[0].get_input_embeddings()
 
     def combined(self, scores: Tensor) -> Tensor:
         """Scores (N,) out of those (M, N) of the members."""

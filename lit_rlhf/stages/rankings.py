@@ -146,7 +146,8 @@ class RankingDataModule(LightningDataModule):
             encoded.append(EncodedRanking(cut, lengths, ranking.ranks, gold, alone, kind, ranking.annotator))
         return encoded
 
-    def _collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
+    def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
+        """The items ``mine`` of this micro-batch, out of ``everyones`` of the optimizer step."""
         chosen = [items[i] for i in mine]
         with_pairs = sum(len(set(items[i].ranks)) > 1 for i in everyones) * len(mine) / len(everyones)
         own = sum(len(set(item.ranks)) > 1 for item in chosen)
@@ -180,7 +181,7 @@ class RankingDataModule(LightningDataModule):
         return BatchLoader(
             shuffled(len(self.train_set), self.seed),
             min(self.batch_size, len(self.train_set)),
-            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
+            lambda mine, everyones: self.collate(self.train_set, mine, everyones),
             **sharding(self.trainer),
         )
 
@@ -188,7 +189,7 @@ class RankingDataModule(LightningDataModule):
         return BatchLoader(
             in_order(len(self.val_set)),
             4 * self.batch_size,
-            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
+            lambda mine, everyones: self.collate(self.val_set, mine, everyones),
             keep_rest=True,
         )
 

@@ -120,7 +120,7 @@ def test_what_is_saved_loads_here_and_not_as_a_classifier(head, reward_model_wit
     assert settings["head"] == {"kind": head.kind, "pooling": head.pooling} and settings["score_shift"] == -1.25
     with pytest.raises(ValueError, match="lit_rlhf_reward"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
-    with pytest.raises(UserError, match="reward.head asks for linear"):
+    with pytest.raises(UserError, match=r"reward\.head asks for linear"):
         load_reward_model(tmp_path / "model", tokenizer, new_head=True)
     again = load_reward_model(tmp_path / "model", tokenizer, new_head=True, head=head)
     assert_close(packed_scores(again.eval(), together), packed_scores(model, together))

@@ -91,4 +91,4 @@ def _at(values: Tensor, index: Tensor) -> list[int]:
 
 
 def _known(value: Tensor) -> float | None:
-    return None if value.isnan() else value.item()
+    return None if value.isnan() else round(value.item(), 3)
