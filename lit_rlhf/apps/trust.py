@@ -12,7 +12,7 @@ GROUPS = {  # of done.json: what they are called
     "kind": "Kind of prompt",
     "annotator": "Annotator",
     "distance": "Ranks between the two answers",
-    "length": "The preferred answer is, measured by the other,",
+    "length": "Length of the preferred answer, against the other",
 }
 
 

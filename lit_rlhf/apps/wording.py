@@ -49,7 +49,7 @@ FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "calibration_error": ("calibration error", "%"),
     "gold_calibration_error": ("calibration error, by gold", "%"),
     "length_correlation": ("correlation of score and length", ""),
-    "annotator_length_correlation": ("of the annotator's ranks and length", ""),
+    "annotator_length_correlation": ("annotator's: of rank and length", ""),
     "bag_of_words_accuracy": ("bag of words", "%"),
     "score_first": ("score at first", "SFT std"),
     "score_last": ("score at the end", "SFT std"),

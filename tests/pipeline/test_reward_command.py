@@ -51,7 +51,6 @@ def test_a_likelihood_head_and_an_ensemble_go_the_whole_road(lit_rlhf, finished_
     inputs = json.loads((tmp_path / "runs" / "ensemble" / "ppo" / "done.json").read_text())["inputs"]
     assert sum("reward/model" in path for path in inputs) == 2  # both are remembered
     said = lit_rlhf(
-        "stage=ppo", "from_run=quickstart", "run=gone", "ppo.reward_model.path=[runs/quickstart/reward/model,runs/x/y/z]",
-        check=False,
+        "stage=ppo", "from_run=quickstart", "run=gone", f"ppo.reward_model.path=[{members[0]},runs/x/y/z]", check=False,
     )  # fmt: skip
     assert said.returncode == 2 and "runs/x/y/z" in said.stderr and "Traceback" not in said.stderr

@@ -245,7 +245,7 @@ def test_the_diagnosis_by_hand():
     assert found["by"]["annotator"]["Ann"] == {"accuracy": 1.0, "pairs": 6}
     assert found["by"]["gold_kind"]["b"] == {"accuracy": 1.0, "pairs": 6}
     assert found["by"]["distance"] == {}  # all are one rank apart
-    assert list(found["by"]["length"]) == ["as long", "longer"]  # twice as long is not more than twice
+    assert list(found["by"]["length"]) == ["equal", "longer"]  # double is not more than double
     assert found["calibration"] == [{"predicted": pytest.approx(0.75), "observed": 0.5, "pairs": 12}]
     assert found["calibration_error"] == pytest.approx(0.25) == found["gold_calibration_error"]
     # inside a prompt, lengths 4 and 2 score ln 3 and 0; of 3 and 3, length says nothing: 6 ab / sqrt(6 a² 12 b²)

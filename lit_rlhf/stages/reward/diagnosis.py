@@ -12,7 +12,7 @@ from lit_rlhf.functional import Pairs, calibration, correlation, ranking_pairs
 from lit_rlhf.stages.rankings import EncodedRanking
 
 BINS = 10  # of the calibration curve, from 50% to 100% sure
-LENGTHS = ("less than half as long", "shorter", "as long", "longer", "more than twice as long")
+LENGTHS = ("less than half", "shorter", "equal", "longer", "more than double")
 FEWEST = 5  # pairs of a group that is shown
 
 
