@@ -16,7 +16,7 @@ class Pairs(NamedTuple):
     worse: Tensor  # (M,) int64, index of the other one
     weight: Tensor  # (M,) float, 1 / (number of untied pairs of this prompt)
     prompts: int  # prompts that have at least one untied pair
-    distance: Tensor | None = None  # (M,) int64, by how many ranks the two differ
+    distance: Tensor  # (M,) int64, by how many ranks the two differ
 
 
 def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> Pairs:
@@ -98,7 +98,8 @@ def correlation(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
         return values - means[member]
 
     a, b = centred(x), centred(y)
-    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+    found: Tensor = (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+    return found
 
 
 def pair_accuracy(scores: Tensor, pairs: Pairs) -> Tensor:
