@@ -95,7 +95,8 @@ def correlation(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
     def centred(values: Tensor) -> Tensor:
         values = values.double()
         means = values.new_zeros(len(counts)).index_add(0, member, values) / counts
-        return values - means[member]
+        deviations: Tensor = values - means[member]
+        return deviations
 
     a, b = centred(x), centred(y)
     found: Tensor = (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
