@@ -104,6 +104,7 @@ class Chart(NamedTuple):
     lines: list[Line]
     reference: tuple[float, str] | None = None
     room: Sequence[tuple[float, float]] = ()  # also within the axes: charts that share it can be compared
+    x_from: float = 0.0  # the axis begins here, or further left where a line does
 
 
 def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[Chart]:
@@ -171,7 +172,7 @@ def draw(chart: Chart) -> Drawing:
     x_values, y_values = [x for x, _ in points], [y for _, y in points]
     if chart.reference:
         y_values.append(chart.reference[0])
-    x_low, x_high = _widened(min(0.0, *x_values), max(x_values))
+    x_low, x_high = _widened(min(chart.x_from, *x_values), max(x_values))
     y_low, y_high = _widened(min(y_values), max(y_values))
     if chart.unit == "%":
         y_low, y_high = max(0.0, y_low), min(100.0, y_high)

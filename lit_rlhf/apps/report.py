@@ -15,6 +15,7 @@ from lit_rlhf.apps.reading import Run, load_run
 from lit_rlhf.apps.results import by_kind, cards, changes, compared, headline, judge_of, rounds, win_rates
 from lit_rlhf.apps.road import data_table, road, stage_figures
 from lit_rlhf.apps.samples import answers, timelines
+from lit_rlhf.apps.trust import calibration_chart, groups
 from lit_rlhf.apps.wording import STAGES
 
 
@@ -25,6 +26,7 @@ def write_report(run: Path) -> Path:
 
 def page_of(run: Run) -> str:
     """The page as HTML."""
+    calibration = calibration_chart(run)
     return render(
         "report.html.jinja",
         run=run,
@@ -38,6 +40,8 @@ def page_of(run: Run) -> str:
         changes=changes(run),
         kinds=by_kind(run),
         rounds=rounds(run),
+        trust=groups(run),
+        calibration=draw(calibration) if calibration else None,
         curves={stage: [draw(panel) for panel in panels(run, stage)] for stage in STAGES},
         more_curves=[draw(panel) for panel in panels(run, "ppo", MORE_PPO_PANELS)],
         stage_figures={stage: stage_figures(run.figures.get(stage, {})) for stage in STAGES},

@@ -34,8 +34,12 @@ from lit_rlhf.functional.ppo import (
     policy_gradient_loss,
 )
 from lit_rlhf.functional.preference import (
+    Calibration,
     Pairs,
+    calibration,
+    correlation,
     dpo_loss,
+    feedback_loss,
     implicit_rewards,
     pair_accuracy,
     ranking_loss,
@@ -46,6 +50,7 @@ from lit_rlhf.functional.sampling import filter_logits, sample_token
 
 __all__ = [
     "Baseline",
+    "Calibration",
     "Estimator",
     "GainFit",
     "Pairs",
@@ -56,12 +61,15 @@ __all__ = [
     "best_of_n",
     "best_of_n_gain",
     "best_of_n_kl",
+    "calibration",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "correlation",
     "dpo_loss",
     "expected_best_of_n",
     "explained_variance",
+    "feedback_loss",
     "filter_logits",
     "fit_best_of_n_gain",
     "fit_rl_gain",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ class Pairs(NamedTuple):
     worse: Tensor  # (M,) int64, index of the other one
     weight: Tensor  # (M,) float, 1 / (number of untied pairs of this prompt)
     prompts: int  # prompts that have at least one untied pair
+    distance: Tensor  # (M,) int64, by how many ranks the two differ
 
 
 def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> Pairs:
@@ -27,15 +28,79 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> Pairs:
     better, worse = torch.nonzero(same_prompt & (ranks[:, None] < ranks[None, :]), as_tuple=True)
     owner = prompt_index[better]
     _, inverse, counts = torch.unique(owner, return_inverse=True, return_counts=True)
-    return Pairs(better, worse, 1.0 / counts[inverse].float(), int(counts.numel()))
+    return Pairs(better, worse, 1.0 / counts[inverse].float(), int(counts.numel()), ranks[worse] - ranks[better])
 
 
-def ranking_loss(scores: Tensor, pairs: Pairs) -> Tensor:
+def ranking_loss(scores: Tensor, pairs: Pairs, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """Bradley-Terry loss ``-1/C(K,2) E[log sigmoid(r_w - r_l)]`` (InstructGPT, eq. 1); a scalar.
 
-    ``scores`` (N,), one an answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied."""
-    margins = scores[pairs.better] - scores[pairs.worse]
-    return -(F.logsigmoid(margins) * pairs.weight).sum() / max(pairs.prompts, 1)
+    ``scores`` (N,), one an answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied.
+    ``margin`` is what ``r_w - r_l`` must exceed for each rank between the two (arXiv:2307.09288, eq. 2, with the rank
+    distance as ``m``); ``label_smoothing`` is how often the annotator is thought to have erred."""
+    gaps = scores[pairs.better] - scores[pairs.worse]
+    if margin:
+        gaps = gaps - margin * pairs.distance
+    right = (1 - label_smoothing) * F.logsigmoid(gaps) + label_smoothing * F.logsigmoid(-gaps)
+    return -(right * pairs.weight).sum() / max(pairs.prompts, 1)
+
+
+def feedback_loss(scores: Tensor, ratings: Tensor, form: Literal["logistic", "squared"] = "logistic") -> Tensor:
+    """What is learned from answers that were rated alone; a scalar, the mean over them, 0 without one.
+
+    ``scores`` (N,); ``ratings`` (N,) ``y`` from 0 (worst) to 1 (best), NaN where an answer was not rated. Logistic:
+    ``-y log sigmoid(r) - (1 - y) log sigmoid(-r)``, for thumbs; squared: ``(r - (2 y - 1))^2``, for ratings that the
+    score itself is to repeat."""
+    rated = ~ratings.isnan()
+    targets, given = ratings[rated], scores[rated]
+    if form == "squared":
+        losses = (given - (2 * targets - 1)) ** 2
+    else:
+        losses = F.binary_cross_entropy_with_logits(given, targets.to(given.dtype), reduction="none")
+    return losses.sum() / max(int(rated.sum()), 1)
+
+
+class Calibration(NamedTuple):
+    """How often a model that says "p" is right, bin by bin; only bins that are not empty."""
+
+    predicted: Tensor  # (B,) mean of the probabilities
+    observed: Tensor  # (B,) share of them that came true
+    counts: Tensor  # (B,) int64
+    error: Tensor  # expected calibration error, a scalar from 0 to 1
+
+
+def calibration(probabilities: Tensor, outcomes: Tensor, bins: int = 10, low: float = 0.0) -> Calibration:
+    """Reliability of predictions (arXiv:1706.04599, section 2): ``ECE = sum n_b / M |observed_b - predicted_b|``.
+
+    ``probabilities`` (M,) between ``low`` and 1 fall into ``bins`` of equal width; ``outcomes`` (M,) is 1 where the
+    predicted came true. Raises ``ValueError`` without a prediction."""
+    if not probabilities.numel():
+        raise ValueError("there is no prediction to calibrate")
+    probabilities, outcomes = probabilities.double(), outcomes.double()
+    place = ((probabilities - low) / (1 - low) * bins).long().clamp(0, bins - 1)
+    sums = probabilities.new_zeros(bins)
+    counts = sums.index_add(0, place, torch.ones_like(probabilities))
+    filled = counts > 0
+    predicted = sums.index_add(0, place, probabilities)[filled] / counts[filled]
+    observed = sums.index_add(0, place, outcomes)[filled] / counts[filled]
+    error = ((observed - predicted).abs() * counts[filled]).sum() / len(probabilities)
+    return Calibration(predicted, observed, counts[filled].long(), error)
+
+
+def correlation(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
+    """Pearson's correlation of ``x`` and ``y`` (N,) inside groups (N,), whose means are taken away; a scalar.
+
+    NaN where one of them does not vary."""
+    _, member, counts = torch.unique(group, return_inverse=True, return_counts=True)
+
+    def centred(values: Tensor) -> Tensor:
+        values = values.double()
+        means = values.new_zeros(len(counts)).index_add(0, member, values) / counts
+        deviations: Tensor = values - means[member]
+        return deviations
+
+    a, b = centred(x), centred(y)
+    found: Tensor = (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+    return found
 
 
 def pair_accuracy(scores: Tensor, pairs: Pairs) -> Tensor:

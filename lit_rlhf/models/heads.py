@@ -1,36 +1,76 @@
 """Scores from a Transformer: the reward model and the critic.
 
-Both are a bias-free linear head on the last hidden state. The reward model, one of Hugging Face's sequence classifiers
-with one label, reads it at the last token, the critic at every token."""
+The plain one is one of Hugging Face's sequence classifiers with one label: a bias-free linear head on the last hidden
+state. The reward model reads it at the last token, the critic at every token. Other heads: ``reward_head.py``."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.lora import LoRA, add_lora, merged
 from lit_rlhf.models.policy import load_pretrained, match_tokenizer, packed_hidden, policy_from_config
-from lit_rlhf.text.packing import Packed
+from lit_rlhf.models.reward_head import (
+    RewardEnsemble,
+    RewardHead,
+    RewardTransformer,
+    ScoreHead,
+    check_head,
+    saved_head,
+)
+from lit_rlhf.text.chat import encode_prompts, encode_responses
+from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.records import Messages
+
+AnyRewardModel = PreTrainedModel | RewardTransformer | RewardEnsemble
 
 
 def load_reward_model(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
     new_head: bool = False,
+    head: RewardHead | None = None,
     lora: LoRA | None = None,
-) -> PreTrainedModel:
-    """Load a reward model, with adapters where ``lora`` asks for them.
+    combine: Literal["mean", "worst"] = "mean",
+) -> AnyRewardModel:
+    """Load a reward model, with adapters where ``lora`` asks for them; from a list of paths, an ensemble.
 
-    With ``new_head`` a language model will do, too: its trunk gets a scalar head that scores everything 0. Without it,
-    a folder that holds no head raises ``UserError``: its scores would mean nothing."""
+    With ``new_head`` a language model will do, too: its trunk gets the ``head`` (linear, at the last token), fresh.
+    Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing."""
+    if not isinstance(path, str | Path):
+        members = [load_reward_model(each, tokenizer, dtype) for each in path]
+        return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
+    found, wanted = saved_head(path), head or RewardHead()
+    if found is not None:
+        if new_head:
+            check_head(found, wanted, path)
+        model = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
+    elif new_head and not wanted.plain:
+        policy = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+        if tokenizer is not None:
+            match_tokenizer(policy, tokenizer, str(path))
+        model = RewardTransformer.from_policy(policy, wanted)
+    else:
+        model = _load_classifier(path, dtype, new_head)
+    if tokenizer is not None:
+        match_tokenizer(model, tokenizer, str(path))
+    return add_lora(model, lora)
+
+
+def _load_classifier(path: str | Path, dtype: str, new_head: bool) -> PreTrainedModel:
     model, loading = load_pretrained(
         AutoModelForSequenceClassification, path, num_labels=1, dtype=getattr(torch, dtype), output_loading_info=True
     )
@@ -41,75 +81,119 @@ def load_reward_model(
                 "from it with stage=reward"
             )
         nn.init.zeros_(score_head(model).weight)
-    if tokenizer is not None:
-        match_tokenizer(model, tokenizer, str(path))
-    return add_lora(model, lora)
+    return model
 
 
-def reward_model_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialized reward model that scores everything 0; ``config`` as in ``policy_from_config``."""
-    architecture = policy_from_config(config, tokenizer).config
+def reward_model_from_config(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, head: RewardHead | None = None
+) -> PreTrainedModel | RewardTransformer:
+    """A freshly initialized reward model; ``config`` as in ``policy_from_config``."""
+    policy = policy_from_config(config, tokenizer)
+    if head is not None and not head.plain:
+        return RewardTransformer.from_policy(policy, head)
+    architecture = policy.config
     architecture.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(architecture)
     nn.init.zeros_(score_head(model).weight)
     return model
 
 
-def score_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear head (1, D) of a one-label sequence classifier."""
+def score_head(model: PreTrainedModel | RewardTransformer) -> nn.Module:
+    """What reads the score: a linear layer (1, D) of a one-label sequence classifier, or a head of ours."""
     return model.score
 
 
-def packed_scores(model: PreTrainedModel, batch: Packed) -> Tensor:
-    """The scalar (N,) at the last token of each packed sequence: the score before it is shifted."""
-    return last_scores(model, packed_hidden(model, batch), batch)
+def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
+    """Scores (N,) of packed sequences, before they are shifted; one entry for all heads and for ensembles.
+
+    A likelihood head must know where the answers begin: ``batch.response_lengths``."""
+    if isinstance(model, RewardEnsemble):
+        members = [(packed_scores(m, batch).float() + score_shift(m)) / score_std(m) for m in model.members]
+        return model.combined(torch.stack(members))
+    return scores_and_hidden(model, batch)[0]
 
 
-def last_scores(model: PreTrainedModel, hidden: Tensor, batch: Packed) -> Tensor:
-    """The same from hidden states (R * L, D) that are there already."""
-    return score_head(model)(hidden[batch.ends.to(hidden.device)]).squeeze(-1)
+def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed) -> tuple[Tensor, Tensor]:
+    """Scores (N,) and the last hidden states (R * L, D) that they were read off."""
+    if isinstance(model, RewardTransformer):
+        return model.scores_and_hidden(batch)
+    hidden = packed_hidden(model, batch)
+    return score_head(model)(hidden[batch.ends]).squeeze(-1), hidden
 
 
-def score_shift(model: PreTrainedModel) -> float:
+def output_embedding(model: PreTrainedModel | RewardTransformer) -> Tensor | None:
+    """(V, D): what turns hidden states into logits of tokens; None where a reward model kept none."""
+    lm_head = getattr(score_head(model), "lm_head", None)
+    if lm_head is not None:
+        return lm_head.weight
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return model.get_input_embeddings().weight if tied else None
+
+
+@torch.no_grad()
+def score_answers(
+    model: AnyRewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    batch_size: int = 64,
+) -> Tensor:
+    """Scores (N,) of one answer to each of N prompts, shifted so that demonstrations average 0; on the CPU."""
+    device, scores = next(model.parameters()).device, []
+    before, answers = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, prompts, responses)
+    for i in range(0, len(prompts), batch_size):
+        sequences = [[*p, *r] for p, r in zip(before[i : i + batch_size], answers[i : i + batch_size])]
+        packed = pack(sequences, tokenizer.pad_token_id, response_lengths=[len(r) for r in answers[i : i + batch_size]])
+        packed = Packed(*(tensor.to(device) for tensor in packed))
+        scores.append(packed_scores(model, packed).float().cpu() + score_shift(model))
+    return torch.cat(scores)
+
+
+def score_shift(model: AnyRewardModel) -> float:
     """What is added to the raw score so that demonstrations average 0; 0 for a model that does not say."""
     return float(getattr(model.config, "score_shift", 0.0))
 
 
-def score_std(model: PreTrainedModel) -> float:
+def score_std(model: AnyRewardModel) -> float:
     """Standard deviation of the scores of sampled answers; 1 for a model that does not say."""
     return float(getattr(model.config, "score_std", 1.0))
 
 
-def score_mean(model: PreTrainedModel) -> float:
+def score_mean(model: AnyRewardModel) -> float:
     """Mean of the shifted scores of sampled answers; 0 for a model that does not say."""
     return float(getattr(model.config, "score_mean", 0.0))
 
 
 class Critic(nn.Module):
-    """The value of the state before each next token: a linear head on a trunk of its own, or on the policy's."""
+    """The value of the state before each next token: a head on a trunk of its own, or a linear one on the policy's."""
 
-    def __init__(self, trunk: PreTrainedModel | None, head: nn.Linear) -> None:
+    def __init__(self, trunk: PreTrainedModel | None, head: nn.Linear | ScoreHead) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 
     def forward(self, packed: Packed, policy_hidden: Tensor) -> Tensor:
         """Values (R * L,) at every token of packed rows; ``policy_hidden`` (R * L, D) serves a shared trunk."""
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed)
+        if isinstance(self.head, ScoreHead):
+            return self.head.values(hidden, packed, self.trunk.get_input_embeddings().weight).float()
         return self.head(hidden).squeeze(-1).float()
 
 
-CriticFactory = Callable[[PreTrainedModel, "PreTrainedModel | None"], Critic]
+CriticFactory = Callable[[PreTrainedModel, AnyRewardModel | None], Critic]
 
 
 def critic_from_reward_model(
-    policy: PreTrainedModel, reward_model: PreTrainedModel | None, lora: LoRA | None = None
+    policy: PreTrainedModel, reward_model: AnyRewardModel | None, lora: LoRA | None = None
 ) -> Critic:
-    """A critic that begins as the reward model (InstructGPT, appendix C.4); ``lora`` gives it adapters."""
+    """A critic that begins as the reward model (InstructGPT, appendix C.4), of an ensemble as its first member.
+
+    ``lora`` gives it adapters."""
     if reward_model is None:
         raise UserError(
             "ppo/critic=reward_model needs a reward model, and there is none; take ppo/critic=policy or "
             "ppo/critic=shared"
         )
+    reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
     critic = copy.deepcopy(reward_model).requires_grad_(True)
     add_lora(critic, lora)
     return Critic(critic.base_model, score_head(critic))

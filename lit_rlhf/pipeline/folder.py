@@ -161,8 +161,8 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """(address, path) of the models and collected data that a stage starts from."""
     found = []
     for name in ("policy", "reward_model"):
-        if (settings.get(name) or {}).get("path"):
-            found.append((f"{stage}.{name}.path", settings[name]["path"]))
+        paths = (settings.get(name) or {}).get("path") or []
+        found += [(f"{stage}.{name}.path", path) for path in ([paths] if isinstance(paths, str) else paths)]
     for name, node in settings.get("policies", {}).items():
         if node is not None:
             found.append((f"{stage}.policies.{name}.path", node["path"]))

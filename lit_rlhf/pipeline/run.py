@@ -16,7 +16,7 @@ import transformers
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import lit_rlhf
 from lit_rlhf.errors import UserError
@@ -102,6 +102,8 @@ def _there(node: DictConfig | None) -> bool:
     if node is None:
         return False
     path = node.get("path")
+    if isinstance(path, ListConfig):
+        return bool(path)  # an ensemble: a member that is missing is an error
     # A path below an existing folder is a local one; anything else may be a Hub name.
     return path is None or Path(path).exists() or (not Path(path).is_absolute() and len(Path(path).parts) <= 2)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -26,13 +27,14 @@ from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
 class RankingBatch(NamedTuple):
     """All answers of some prompts."""
 
-    packed: Packed  # N sequences: prompt and answer
-    response_lengths: Tensor  # (N,) int64, tokens of each answer, which end its sequence
+    packed: Packed  # N sequences: prompt and answer, with the answers' lengths
     ranks: Tensor  # (N,) int64, 1 = best
     prompt_index: Tensor  # (N,) int64, which prompt an answer belongs to
     learned: Tensor  # (M,) int64, flat indices of the response tokens of each prompt's best-ranked answers
     share: float  # prompts of this micro-batch that have a pair, over the average of the step's micro-batches
     gold: Tensor | None  # (N,) float, grades by the gold judge, where there is one
+    ratings: Tensor  # (N,) float, 0 to 1, of answers whose prompt has no pair but feedback; NaN: none
+    rated_share: float  # rated answers of this micro-batch, over the average of the step's micro-batches
 
 
 class EncodedRanking(NamedTuple):
@@ -42,6 +44,9 @@ class EncodedRanking(NamedTuple):
     response_lengths: list[int]  # tokens of each answer, which end its sequence
     ranks: list[int]
     gold: list[float] | None
+    ratings: list[float]  # NaN where an answer is not learned from alone
+    kind: str  # of prompt, "" where nobody says
+    annotator: str
 
 
 class RankingDataModule(LightningDataModule):
@@ -90,6 +95,12 @@ class RankingDataModule(LightningDataModule):
         self.long = 0  # answers whose dialogue was too long
         self.train_set: list[EncodedRanking] = []
 
+    def records(self) -> list[Ranking]:
+        """All rankings."""
+        loaded = [load_records(path, self.parse_record, self.on_bad_record) for path in self.paths]
+        self.skipped = [line for source in loaded for line in source.skipped]
+        return [ranking for source in loaded for ranking in source.records]
+
     def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         """(train, held out)."""
         return split_by_prompt(rankings, lambda r: r.prompt, self.held_out, self.split_seed)
@@ -97,9 +108,7 @@ class RankingDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
-        loaded = [load_records(path, self.parse_record, self.on_bad_record) for path in self.paths]
-        self.skipped = [line for source in loaded for line in source.skipped]
-        self.train_rankings, self.val_rankings = self.split([r for source in loaded for r in source.records])
+        self.train_rankings, self.val_rankings = self.split(self.records())
         self.tokenizer = (
             self._tokenizer
             if isinstance(self._tokenizer, PreTrainedTokenizerBase)
@@ -132,25 +141,36 @@ class RankingDataModule(LightningDataModule):
                 gold = [self.judge.grade(ranking.prompt, text).gold for text in ranking.responses]
             # At least one token of the prompt stays in front: it predicts the answer's first.
             lengths = [min(len(answer), self.max_length - 1) for answer in answered]
-            encoded.append(EncodedRanking([s[-self.max_length :] for s in sequences], lengths, ranking.ranks, gold))
+            alone = ranking.ratings if ranking.ratings and len(set(ranking.ranks)) == 1 else [math.nan] * len(answered)
+            kind = str(ranking.lineage.get("kind", ""))
+            cut = [s[-self.max_length :] for s in sequences]
+            encoded.append(EncodedRanking(cut, lengths, ranking.ranks, gold, alone, kind, ranking.annotator))
         return encoded
 
-    def _collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
+    def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
+        """The items ``mine`` of this micro-batch, out of ``everyones`` of the optimizer step."""
         chosen = [items[i] for i in mine]
         with_pairs = sum(len(set(items[i].ranks)) > 1 for i in everyones) * len(mine) / len(everyones)
         own = sum(len(set(item.ranks)) > 1 for item in chosen)
-        packed = pack([s for item in chosen for s in item.sequences], self.tokenizer.pad_token_id, self.row_length)
-        best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
         lengths = [n for item in chosen for n in item.response_lengths]
+        sequences = [s for item in chosen for s in item.sequences]
+        packed = pack(sequences, self.tokenizer.pad_token_id, self.row_length, lengths)
+        ratings = [rating for item in chosen for rating in item.ratings]
+        rated = _rated(items[i] for i in everyones) * len(mine) / len(everyones)
+        # An answer that was rated alone is worth imitating where it was liked.
+        best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
+        best = [good and not rating <= 0.5 for good, rating in zip(best, ratings)]
         after = (packed.ends + 1).tolist()
+        learned = [torch.arange(end - n, end) for end, n, good in zip(after, lengths, best) if good]
         return RankingBatch(
             packed,
-            torch.tensor(lengths),
             torch.tensor([rank for item in chosen for rank in item.ranks]),
             torch.tensor([i for i, item in enumerate(chosen) for _ in item.ranks]),
-            torch.cat([torch.arange(end - n, end) for end, n, good in zip(after, lengths, best) if good]),
+            torch.cat(learned) if learned else torch.zeros(0, dtype=torch.int64),
             own / max(with_pairs, 1e-9),
             torch.tensor([g for item in chosen for g in item.gold]) if chosen[0].gold is not None else None,
+            torch.tensor(ratings),
+            _rated(chosen) / max(rated, 1e-9),
         )
 
     @property
@@ -162,7 +182,7 @@ class RankingDataModule(LightningDataModule):
         return BatchLoader(
             shuffled(len(self.train_set), self.seed),
             min(self.batch_size, len(self.train_set)),
-            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
+            lambda mine, everyones: self.collate(self.train_set, mine, everyones),
             **sharding(self.trainer),
         )
 
@@ -170,7 +190,7 @@ class RankingDataModule(LightningDataModule):
         return BatchLoader(
             in_order(len(self.val_set)),
             4 * self.batch_size,
-            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
+            lambda mine, everyones: self.collate(self.val_set, mine, everyones),
             keep_rest=True,
         )
 
@@ -223,6 +243,11 @@ def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
     if batches[0].gold is not None:
         gold = pair_accuracy(scores, ranking_pairs(-torch.cat([b.gold for b in batches]), prompt_index))
     return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold)
+
+
+def _rated(items: Iterable[EncodedRanking]) -> int:
+    """Answers that are learned from alone."""
+    return sum(not math.isnan(rating) for item in items for rating in item.ratings)
 
 
 def _texts(rankings: list[Ranking]) -> list[str]:

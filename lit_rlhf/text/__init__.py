@@ -4,10 +4,12 @@ from lit_rlhf.text.chat import encode_dialogues, encode_prompts, encode_response
 from lit_rlhf.text.packing import Packed, left_pad, pack, stream
 from lit_rlhf.text.records import (
     Demonstration,
+    Feedback,
     Messages,
     Ranking,
     load_records,
     parse_demonstration,
+    parse_feedback,
     parse_prompt,
     parse_ranking,
     parse_text,
@@ -18,6 +20,7 @@ from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
 
 __all__ = [
     "Demonstration",
+    "Feedback",
     "Messages",
     "Packed",
     "Ranking",
@@ -30,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "parse_demonstration",
+    "parse_feedback",
     "parse_prompt",
     "parse_ranking",
     "parse_text",

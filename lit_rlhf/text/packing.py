@@ -19,6 +19,7 @@ class Packed(NamedTuple):
     positions: Tensor  # (R, L) int64, 0 at the start of each sequence; padding at a row's end is a sequence of its own
     starts: Tensor  # (N,) int64, where each sequence begins in the flattened rows
     lengths: Tensor  # (N,) int64
+    response_lengths: Tensor | None = None  # (N,) int64, tokens of the response that ends each sequence; None: not said
 
     @property
     def ends(self) -> Tensor:
@@ -26,11 +27,16 @@ class Packed(NamedTuple):
         return self.starts + self.lengths - 1
 
 
-def pack(sequences: Sequence[Sequence[int]], pad_id: int, row_length: int | None = 128) -> Packed:
+def pack(
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    row_length: int | None = 128,
+    response_lengths: Sequence[int] | None = None,
+) -> Packed:
     """Lay ``sequences`` (each of one token or more) into rows, longest first, each where it first fits.
 
     A row is as long as the longest sequence where that is longer than ``row_length``; None gives each a row of its
-    own."""
+    own. ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them."""
     lengths = [len(s) for s in sequences]
     alone = row_length is None
     row_length = max(lengths) if row_length is None else max(min(row_length, sum(lengths)), max(lengths))
@@ -55,6 +61,7 @@ def pack(sequences: Sequence[Sequence[int]], pad_id: int, row_length: int | None
         torch.tensor(positions),
         torch.tensor([row * row_length + column for row, column in place]),
         torch.tensor(lengths),
+        None if response_lengths is None else torch.tensor(response_lengths),
     )
 
 

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,18 @@ class Ranking:
     ranks: list[int]
     annotator: str = ""
     lineage: dict[str, Any] = field(default_factory=dict)  # which model, round and sampling settings made the responses
+    ratings: list[float] | None = None  # 0 (worst) to 1 (best), where the ranks come from feedback
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What someone thought of one answer: a thumb (1 or -1), or a number on a scale of their own."""
+
+    prompt: Messages
+    response: str
+    rating: float
+    annotator: str = ""
+    lineage: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_text(row: dict[str, Any]) -> str:
@@ -112,6 +125,48 @@ def parse_ranking(row: dict[str, Any]) -> Ranking:
     if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
         raise ValueError(f"'ranks' is {_short(ranks)}; whole numbers from 1 (best) up were expected")
     return Ranking(_prompt(_require(row, "prompt"), "prompt"), responses, ranks, annotator, lineage)
+
+
+def parse_feedback(row: dict[str, Any]) -> Feedback:
+    """``prompt``, ``response``, ``rating``: 1 or -1 for a thumb up or down, or a number."""
+    rating = _require(row, "rating")
+    try:
+        value = float(rating)  # a CSV file has texts only
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(rating, bool) or not math.isfinite(value):
+        raise ValueError(f"'rating' is {_short(rating)}; 1 or -1 for a thumb up or down, or a number, was expected")
+    lineage = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
+    return Feedback(parse_prompt(row), _text(row, "response"), value, str(row.get("annotator", "")), lineage)
+
+
+def rankings_of_feedback(feedback: Sequence[Feedback]) -> list[Ranking]:
+    """A ranking for each prompt: answers that were rated higher rank higher, equal ratings tie.
+
+    Ratings between -1 and 1 are thumbs; others are measured between the lowest and the highest of them all. An answer
+    that was rated several times counts with the mean. Raises ``UserError`` where all ratings are equal, but thumbs."""
+    given = [f.rating for f in feedback]
+    thumbs = all(-1 <= rating <= 1 for rating in given)
+    low, high = (-1.0, 1.0) if thumbs else (min(given), max(given))
+    if low == high:
+        raise UserError(f"all {len(given)} ratings are {low:g}; nothing can be learned from answers that are all alike")
+    prompts: dict[str, list[Feedback]] = {}
+    for item in feedback:
+        prompts.setdefault(prompt_key(item.prompt), []).append(item)
+    return [_rated(items, low, high) for items in prompts.values()]
+
+
+def _rated(items: list[Feedback], low: float, high: float) -> Ranking:
+    by_answer: dict[str, list[float]] = {}
+    for item in items:
+        by_answer.setdefault(item.response, []).append((item.rating - low) / (high - low))
+    ratings = [sum(values) / len(values) for values in by_answer.values()]
+    order = sorted(ratings, reverse=True)
+    annotators = sorted({item.annotator for item in items})
+    return Ranking(
+        items[0].prompt, list(by_answer), [order.index(r) + 1 for r in ratings], "+".join(annotators), items[0].lineage,
+        ratings,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

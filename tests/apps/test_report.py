@@ -320,3 +320,24 @@ def test_evaluation_counts_no_prompts_for_training(tmp_path):
     write_stage(tmp_path, "evaluate", {}, data={"train_prompts": 1, "held_out_prompts": 264, "long": 0})
     table = "Stage prompts for training held-out prompts long PPO 4,000 264 0 Evaluation – 264 0"
     assert table in report(tmp_path).text
+
+
+def test_where_the_reward_model_is_right(tmp_path):
+    groups = {"fact <b>": {"accuracy": 0.8125, "pairs": 64}, "sum": {"accuracy": 0.625, "pairs": 32}}
+    gold = {"fact <b>": {"accuracy": 0.9375, "pairs": 60}}
+    figures = {
+        "val_accuracy": 0.75, "val_loss": 0.5, "calibration_error": 0.0321, "length_correlation": None,
+        "calibration": [{"predicted": p, "observed": o, "pairs": 40} for p, o in ((0.55, 0.5), (0.9, 0.95))],
+        "by": {"kind": groups, "gold_kind": gold, "annotator": {}, "distance": {}, "length": {}},
+    }  # fmt: skip
+    write_stage(tmp_path / "r", "reward", figures)
+    page = write_report(tmp_path / "r").read_text()
+    section = page[page.index('<section id="trust">') :]
+    section = section[: section.index("</section>")]
+    assert "3.21 points off on average" in section
+    assert "fact &lt;b&gt;" in section and "<b>fact" not in section
+    assert 'cx="81.25%"' in section and 'cx="93.75%"' in section  # by the annotator, by gold
+    assert '<b class="ink-gold">93.8%</b> <small>64</small>' in section and "<b>62.5%</b> <small>32</small>" in section
+    assert section.count("<h3>") == 1  # groupings with nothing to compare are left out
+    write_stage(tmp_path / "old", "reward", {"val_accuracy": 0.75, "val_loss": 0.5})
+    assert "trust" not in write_report(tmp_path / "old").read_text()

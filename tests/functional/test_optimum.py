@@ -342,7 +342,7 @@ def every_comparison():
     index = torch.arange(15 * PROMPTS).view(PROMPTS, 15)
     better, worse = (torch.cat([torch.cartesian_prod(row, row)[:, i] for row in index]) for i in (0, 1))
     r = REWARDS.flatten()
-    return Pairs(better, worse, torch.sigmoid(r[better] - r[worse]) / 225, PROMPTS)
+    return Pairs(better, worse, torch.sigmoid(r[better] - r[worse]) / 225, PROMPTS, torch.ones_like(better))
 
 
 def minimized(loss, start):

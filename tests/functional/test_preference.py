@@ -1,12 +1,22 @@
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.preference import dpo_loss, implicit_rewards, pair_accuracy, ranking_loss, ranking_pairs
+from lit_rlhf.functional.preference import (
+    calibration,
+    correlation,
+    dpo_loss,
+    feedback_loss,
+    implicit_rewards,
+    pair_accuracy,
+    ranking_loss,
+    ranking_pairs,
+)
 
 # Four prompts, interleaved: 7 has 4 answers, 2 has 3 with a tie, 5 has 2, 9 is tied throughout.
 PROMPTS = [7, 2, 7, 5, 2, 7, 9, 5, 7, 9, 2]
@@ -199,3 +209,77 @@ def test_dpo_loss_gradcheck():
     pairs, ref = ranking_pairs(tensor(RANKS), tensor(PROMPTS)), tensor(SCORES, dtype=torch.float64).flip(0)
     x = tensor(SCORES, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: dpo_loss(x, ref, pairs, beta=0.3), x)
+
+
+def test_margin_grows_with_the_rank_distance_by_hand():
+    # ranks 1, 2, 4: distances 1, 3 and 2; with scores 3 a, 2 a, 0 each gap less the margin a is distance * 0 = 0
+    pairs = ranking_pairs(tensor([1, 2, 4]), tensor([0, 0, 0]))
+    assert sorted(zip(pairs.better.tolist(), pairs.worse.tolist(), pairs.distance.tolist())) == [
+        (0, 1, 1), (0, 2, 3), (1, 2, 2),
+    ]  # fmt: skip
+    scores = tensor([3.0, 2.0, 0.0]) * 0.7
+    assert_close(ranking_loss(scores, pairs, margin=0.7), tensor(math.log(2)))
+    pair = ranking_pairs(tensor([1, 3]), tensor([0, 0]))  # sigma(ln 3) = 3/4
+    assert_close(ranking_loss(tensor([math.log(3) + 1.0, 0.0]), pair, margin=0.5), tensor(-math.log(0.75)))
+
+
+def test_label_smoothing_by_hand():
+    pairs = ranking_pairs(tensor([1, 2]), tensor([0, 0]))
+    loss = ranking_loss(tensor([math.log(3), 0.0]), pairs, label_smoothing=0.1)
+    assert_close(loss, tensor(-0.9 * math.log(0.75) - 0.1 * math.log(0.25)))
+    # least where sigma(gap) is 1 - 0.1: the gradient is sigma(gap) - 0.9
+    gap = torch.tensor([math.log(9), 0.0], dtype=torch.float64, requires_grad=True)
+    ranking_loss(gap, pairs, label_smoothing=0.1).backward()
+    assert_close(gap.grad, torch.zeros(2, dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+def test_feedback_loss_by_hand():
+    scores, ratings = tensor([math.log(3), math.log(3), 0.5, 9.0]), tensor([1.0, 0.0, 0.75, math.nan])
+    soft = -0.75 * math.log(1 / (1 + math.exp(-0.5))) - 0.25 * math.log(1 / (1 + math.exp(0.5)))
+    assert_close(feedback_loss(scores, ratings), tensor((-math.log(0.75) - math.log(0.25) + soft) / 3))
+    squared = ((math.log(3) - 1) ** 2 + (math.log(3) + 1) ** 2 + 0.0) / 3  # 0.75 of the way from -1 to 1 is 0.5
+    assert_close(feedback_loss(scores, ratings, "squared"), tensor(squared))
+
+
+def test_feedback_loss_leaves_answers_without_a_rating_alone():
+    scores = tensor([1.0, 2.0], requires_grad=True)
+    loss = feedback_loss(scores, tensor([math.nan, math.nan]))
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.tolist() == [0.0, 0.0]
+
+
+def test_calibration_by_hand():
+    # bins of 0.25: {0.1, 0.2}, {}, {0.6}, {0.8, 0.9, 1.0}
+    probabilities, outcomes = tensor([0.1, 0.6, 0.8, 0.2, 1.0, 0.9]), tensor([0.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    found = calibration(probabilities, outcomes, bins=4)
+    assert_close(found.predicted, torch.tensor([0.15, 0.6, 0.9], dtype=torch.float64), atol=1e-6, rtol=0)
+    assert_close(found.observed, torch.tensor([0.5, 1.0, 2 / 3], dtype=torch.float64))
+    assert found.counts.tolist() == [2, 1, 3]
+    assert_close(found.error.item(), (2 * 0.35 + 0.4 + 3 * (0.9 - 2 / 3)) / 6, atol=1e-6, rtol=0)
+    folded = calibration(tensor([0.5, 0.7, 0.8]), tensor([0.5, 1.0, 1.0]), bins=2, low=0.5)  # {0.5, 0.7}, {0.8}
+    assert folded.counts.tolist() == [2, 1]
+    assert_close(folded.error.item(), (2 * 0.15 + 0.2) / 3, atol=1e-6, rtol=0)
+
+
+def test_what_comes_true_as_often_as_it_was_said_is_calibrated():
+    generator = torch.Generator().manual_seed(0)
+    said = torch.rand(100_000, generator=generator)
+    came = (torch.rand(100_000, generator=generator) < said).float()
+    assert calibration(said, came).error < 0.01
+    assert_close(calibration(said**0.5, came).error.item(), 1 / 6, atol=0.01, rtol=0)  # E[sqrt u - u] = 2/3 - 1/2
+
+
+def test_calibration_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no prediction"):
+        calibration(torch.zeros(0), torch.zeros(0))
+
+
+def test_correlation_inside_groups():
+    # inside each prompt y = 2 x + c, though prompts with larger x have smaller y
+    x, group = tensor([1.0, 2.0, 3.0, 11.0, 12.0]), tensor([0, 0, 0, 1, 1])
+    y = 2 * x - 50 * group
+    assert_close(correlation(x, y, group).item(), 1.0)
+    assert_close(correlation(x, -y, group).item(), -1.0)
+    # deviations (-1, 0, 1) and (1, -2, 1): orthogonal
+    assert_close(correlation(tensor([1, 2, 3]), tensor([4, 1, 4]), tensor([5, 5, 5])).item(), 0.0)
+    assert correlation(x, torch.ones(5), group).isnan()

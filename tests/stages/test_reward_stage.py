@@ -1,11 +1,23 @@
 import copy
+import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import (
+    RewardEnsemble,
+    RewardHead,
+    RewardTransformer,
+    load_reward_model,
+    packed_scores,
+    score_answers,
+)
 from lit_rlhf.stages import RewardDataModule, RewardModule
+from lit_rlhf.stages.rankings import EncodedRanking
+from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text import write_jsonl
 
 ROWS = [
@@ -116,3 +128,165 @@ def test_long_answers_are_counted(data):
     assert made.long == 2
     assert max(len(s) for item in made.train_set for s in item.sequences) <= 60
     assert data(long, max_length=60, on_long="skip").long == 2
+
+
+FEEDBACK = [
+    *({"prompt": f"Rated {i}?", "response": f"fine {i}", "rating": 1} for i in range(12)),  # no pair: one by one
+    *({"prompt": f"Rated {i + 20}?", "response": "bad", "rating": -1} for i in range(12)),
+    *({"prompt": f"Rated {i + 40}?", "response": "ok", "rating": 1} for i in range(6)),
+    *({"prompt": f"Rated {i + 40}?", "response": "no", "rating": -1} for i in range(6)),
+]  # fmt: skip
+
+
+@pytest.fixture
+def feedback(tmp_path):
+    write_jsonl(tmp_path / "feedback.jsonl", FEEDBACK)
+    return tmp_path / "feedback.jsonl"
+
+
+def step(module, batch):
+    """The loss and what is logged of one training step, without a trainer."""
+    logged = {}
+    module.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
+    module._trainer = type("T", (), {"optimizers": [type("O", (), {"param_groups": [{"lr": 0.0}]})()]})()
+    return module.training_step(batch, 0), logged
+
+
+def plain_score(model, tokens):
+    return model.eval()(torch.tensor([tokens])).logits.item()
+
+
+def test_feedback_is_paired_where_it_differs_and_else_learned_one_by_one(data, feedback, tokenizer, reward_model):
+    made = data(feedback=feedback, batch_size=64)
+    by_prompt = {len(item.ranks): item for item in made.train_set}
+    assert set(by_prompt) == {1, 2, 3}  # alone, a pair from feedback, a ranking of three
+    batch = next(iter(made.train_dataloader()))
+    alone, pairs = [], []
+    for item in made.train_set:
+        scores = [plain_score(reward_model, tokens) for tokens in item.sequences]
+        gaps = [scores[i] - scores[j] for i, a in enumerate(item.ranks) for j, b in enumerate(item.ranks) if a < b]
+        if gaps:
+            pairs.append(sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps))
+        else:
+            liked = made.tokenizer.decode(item.sequences[0]).count("fine")
+            alone.append(math.log1p(math.exp(-scores[0] if liked else scores[0])))
+    loss, logged = step(RewardModule(reward_model, tokenizer, feedback_coef=0.25), batch)
+    assert_close(logged["reward/loss"], sum(pairs) / len(pairs), atol=1e-5, rtol=1e-5)
+    assert_close(logged["reward/feedback_loss"], sum(alone) / len(alone), atol=1e-5, rtol=1e-5)
+    assert_close(loss.item(), sum(pairs) / len(pairs) + 0.25 * sum(alone) / len(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_feedback_alone_trains_a_model(data, feedback, tokenizer, reward_model, optimizer, fit, tmp_path):
+    made = RewardDataModule(None, tokenizer, feedback=feedback, batch_size=8, held_out=0.3)
+    module = RewardModule(reward_model, tokenizer, optimizer=optimizer)
+    fit(module, made, max_epochs=10)
+    liked, disliked = [], []
+    for item in made.val_set:
+        if len(item.ranks) == 1:
+            (liked if item.ratings[0] == 1 else disliked).append(plain_score(reward_model, item.sequences[0]))
+    assert liked and disliked and min(liked) > 0 > max(disliked)  # a thumb's sign is the score's
+    with pytest.raises(UserError, match="neither path"):
+        RewardDataModule(None, tokenizer)
+
+
+def test_accumulated_feedback_equals_a_full_batch(data, feedback, tokenizer, reward_model, optimizer, fit):
+    one, two = (RewardModule(copy.deepcopy(reward_model), tokenizer, optimizer=optimizer) for _ in range(2))
+    fit(one, data(feedback=feedback, batch_size=8), max_steps=3)
+    fit(two, data(feedback=feedback, batch_size=2), max_steps=3, accumulate_grad_batches=4)
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_what_was_disliked_is_not_imitated(data, feedback, tokenizer, reward_model):
+    made = RewardDataModule(None, tokenizer, feedback=feedback, batch_size=32, held_out=0.1)
+    made.setup()
+    batch = next(iter(made.train_dataloader()))
+    learned = tokenizer.decode(batch.packed.tokens.flatten()[batch.learned])
+    assert "fine" in learned and "ok" in learned and "bad" not in learned and "no" not in learned
+
+
+def test_margin_and_smoothing_reach_the_loss_and_not_the_validation(data, tokenizer, reward_model, optimizer, fit):
+    made, losses = data(), {}
+    batch = next(iter(made.train_dataloader()))
+    for name, settings in {"plain": {}, "margin": {"margin": 2.0}, "smooth": {"label_smoothing": 0.2}}.items():
+        losses[name] = step(RewardModule(reward_model.eval(), tokenizer, **settings), batch)[1]["reward/loss"]
+    gaps = []
+    for i in made.train_dataloader().order(0)[:8]:
+        best, worst, middle = (plain_score(reward_model, s) for s in made.train_set[i].sequences)
+        gaps += [(best - worst, 2), (best - middle, 1), (middle - worst, 1)]
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+    expected = {
+        "plain": sum(softplus(-gap) for gap, _ in gaps) / 24,
+        "margin": sum(softplus(2.0 * apart - gap) for gap, apart in gaps) / 24,
+        "smooth": sum(0.8 * softplus(-gap) + 0.2 * softplus(gap) for gap, _ in gaps) / 24,
+    }
+    for name, value in expected.items():
+        assert losses[name] == pytest.approx(value, abs=1e-4)
+    trainer = fit(RewardModule(reward_model, tokenizer, optimizer=optimizer, margin=2.0), made, max_steps=1)
+    trainer.validate(trainer.lightning_module, datamodule=made, verbose=False)
+    margins = []
+    for item in made.val_set:
+        best, worst, middle = (plain_score(reward_model, s) for s in item.sequences)
+        margins += [best - worst, best - middle, middle - worst]
+    held_out = sum(softplus(-gap) for gap in margins) / len(margins)
+    assert trainer.callback_metrics["val/reward/loss"].item() == pytest.approx(held_out, abs=1e-4)
+
+
+def item(ranks, lengths, kind="", annotator="", gold=None):
+    return EncodedRanking([[1]] * len(ranks), lengths, ranks, gold, [math.nan] * len(ranks), kind, annotator)
+
+
+def test_the_diagnosis_by_hand():
+    # Six prompts of kind a, by Ann: right, sure of 3/4. Six of kind b, by Bo: wrong, sure of 3/4.
+    items = [item([1, 2], [4, 2], "a", "Ann", [5.0, 0.0])] * 6 + [item([2, 1], [3, 3], "b", "Bo", [1.0, 0.0])] * 6
+    scores = torch.tensor([math.log(3), 0.0] * 12)
+    found = diagnosis(scores, items)
+    assert found["by"]["kind"] == {"a": {"accuracy": 1.0, "pairs": 6}, "b": {"accuracy": 0.0, "pairs": 6}}
+    assert found["by"]["annotator"]["Ann"] == {"accuracy": 1.0, "pairs": 6}
+    assert found["by"]["gold_kind"]["b"] == {"accuracy": 1.0, "pairs": 6}
+    assert found["by"]["distance"] == {}  # all are one rank apart
+    assert list(found["by"]["length"]) == ["equal", "longer"]  # double is not more than double
+    assert found["calibration"] == [{"predicted": pytest.approx(0.75), "observed": 0.5, "pairs": 12}]
+    assert found["calibration_error"] == pytest.approx(0.25) == found["gold_calibration_error"]
+    # inside a prompt, lengths 4 and 2 score ln 3 and 0; of 3 and 3, length says nothing: 6 ab / sqrt(6 a² 12 b²)
+    assert found["length_correlation"] == pytest.approx(math.sqrt(0.5), abs=1e-3)
+    assert found["annotator_length_correlation"] == pytest.approx(math.sqrt(0.5), abs=1e-3)
+
+
+def test_a_diagnosis_without_a_pair_is_empty():
+    assert diagnosis(torch.zeros(2), [item([1, 1], [2, 2])]) == {}
+
+
+@pytest.mark.parametrize("head", [RewardHead("mlp", "mean"), RewardHead("linear", "token"), RewardHead("likelihood")])
+def test_every_head_learns_the_order_and_loads_again(tmp_path, data, tokenizer, policy, optimizer, fit, head):
+    model = RewardTransformer.from_policy(policy, head)
+    module, made = RewardModule(model, tokenizer, optimizer=optimizer, lm_coef=0.1), data()
+    trainer = fit(module, made, max_epochs=6)
+    trainer.validate(module, datamodule=made, verbose=False)
+    assert module.figures()["val_accuracy"] == 1.0
+    assert module.lm_coef == 0.1  # the embedding is tied, so there is a language model to keep
+    module.export(tmp_path)
+    loaded = load_reward_model(tmp_path / "model", tokenizer).eval()
+    rankings = made.train_rankings[:5]
+    best = score_answers(loaded, tokenizer, [r.prompt for r in rankings], [r.responses[0] for r in rankings])
+    worst = score_answers(loaded, tokenizer, [r.prompt for r in rankings], [r.responses[1] for r in rankings])
+    assert (best > worst).all()
+    answers = made.demonstration_answers(made.train_rankings)
+    scores = score_answers(loaded, tokenizer, [p for p, _ in answers], [a for _, a in answers])
+    assert_close(scores.mean().item(), 0.0, atol=1e-4, rtol=0)  # demonstrations average 0
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_ppo_is_scored_and_valued_by_a_likelihood_head(ensemble, policy, ppo, prompts, train, tokenizer):
+    members = [RewardTransformer.from_policy(copy.deepcopy(policy), RewardHead("likelihood")) for _ in range(2)]
+    members[1].config.score_std = 2.0
+    module = ppo(reward_model=RewardEnsemble(members, "worst") if ensemble else members[0], critic_warmup=0)
+    data = prompts()
+    train(module, 1, batch_size=8)
+    rollout = module.rollouts[0]
+    packed = module.packed(rollout.sequences, rollout.lengths)
+    raw = packed_scores(module.scorer.reward_model, packed)
+    expected = packed_scores(members[0].eval(), packed)
+    assert_close(raw, torch.minimum(expected, expected / 2) if ensemble else expected)
+    assert (raw < 0).all() and data.train_prompts
+    assert rollout.values.std() > 0  # what the answer's beginning was worth, not the fresh head's 0

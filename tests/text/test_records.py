@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from lit_rlhf.text import (
     split_by_prompt,
     write_jsonl,
 )
-from lit_rlhf.text.records import is_held_out, parse_transcript, prompt_key
+from lit_rlhf.text.records import is_held_out, parse_feedback, parse_transcript, prompt_key, rankings_of_feedback
 
 PROMPT = [{"role": "user", "content": "q"}]
 DIALOGUE = [
@@ -487,3 +488,37 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_jsonl(path, [{"text": "new"}, {"text": {1, 2}}])  # a set is not JSON
     assert path.read_text(encoding="utf-8") == '{"text": "ü"}\n'
+
+
+def rated(prompt, response, rating, annotator=""):
+    return parse_feedback({"prompt": prompt, "response": response, "rating": rating, "annotator": annotator})
+
+
+def test_feedback_on_one_prompt_becomes_a_ranking_and_equal_ratings_tie():
+    rankings = rankings_of_feedback(
+        [rated("a?", "x", 1, "Ann"), rated("b?", "u", 1), rated("a?", "y", -1, "Bo"), rated("a?", "z", 1, "Ann")]
+    )
+    first, second = rankings
+    assert (first.responses, first.ranks, first.ratings) == (["x", "y", "z"], [1, 3, 1], [1.0, 0.0, 1.0])
+    assert first.annotator == "Ann+Bo" and first.prompt == [{"role": "user", "content": "a?"}]
+    assert (second.responses, second.ranks, second.ratings) == (["u"], [1], [1.0])
+
+
+def test_numbers_are_measured_between_the_lowest_and_the_highest_and_repeats_averaged():
+    given = [rated("a?", "x", 2), rated("a?", "y", 5), rated("a?", "x", 3), rated("a?", "z", 1)]
+    (ranking,) = rankings_of_feedback(given)
+    assert ranking.ratings == [0.375, 1.0, 0.0]  # x: (0.25 + 0.5) / 2
+    assert ranking.ranks == [2, 1, 3]
+
+
+def test_ratings_that_are_all_alike_are_refused_but_thumbs_are_not():
+    with pytest.raises(UserError, match="all 2 ratings are 4"):
+        rankings_of_feedback([rated("a?", "x", 4), rated("b?", "y", 4)])
+    assert [r.ratings for r in rankings_of_feedback([rated("a?", "x", -1)])] == [[0.0]]
+
+
+@pytest.mark.parametrize("rating", [None, True, "good", math.nan, [1]])
+def test_a_rating_that_is_no_number_is_named(rating):
+    with pytest.raises(ValueError, match="rating"):
+        parse_feedback({"prompt": "a?", "response": "x", "rating": rating})
+    assert parse_feedback({"prompt": "a?", "response": "x", "rating": "-1"}).rating == -1.0  # from a CSV file

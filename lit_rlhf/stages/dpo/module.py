@@ -59,8 +59,8 @@ class DPOModule(LightningModule):
     def logprobs(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
         """Log-probs (N,) of whole answers in nats, end-of-text included, under the policy and under the reference."""
         with torch.no_grad(), self.reference.as_it_began(self.policy) as reference:
-            ref_logprobs = response_logprobs(reference, batch.packed, batch.response_lengths, 1.0).sum(-1)
-        return response_logprobs(self.policy, batch.packed, batch.response_lengths, 1.0).sum(-1), ref_logprobs
+            ref_logprobs = response_logprobs(reference, batch.packed, batch.packed.response_lengths, 1.0).sum(-1)
+        return response_logprobs(self.policy, batch.packed, batch.packed.response_lengths, 1.0).sum(-1), ref_logprobs
 
     def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
         logprobs, ref_logprobs = self.logprobs(batch)

@@ -116,14 +116,14 @@ class EvaluateModule(LightningModule):
         """Scores (B,) of the answers behind the prompts as the reward model knows them."""
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
-        packed = pack_on(sequences, self.reward_model.config.pad_token_id, self.device)
+        packed = pack_on(sequences, self.reward_model.config.pad_token_id, self.device, answers.lengths)
         return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(
             self.reward_model
         )
 
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
-        packed = pack_on(sequences, self.tokenizers["sft"].pad_token_id, self.device)
+        packed = pack_on(sequences, self.tokenizers["sft"].pad_token_id, self.device, answers.lengths)
         ref = response_logprobs(self.policies["sft"], packed, answers.lengths, self.sampling.temperature)
         return sequence_kl(answers.logprobs, ref, answers.mask)
 

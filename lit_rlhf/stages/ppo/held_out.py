@@ -65,7 +65,7 @@ class HeldOut:
 
     def _answer(self, module: PPOModule, policy: PreTrainedModel, batch: PromptBatch, place: int) -> Answered:
         answers = module.sample(policy, batch.tokens, place, purpose=VALIDATION)
-        packed = module.packed([p + r for p, r in zip(batch.tokens, answers.token_lists())])
+        packed = module.packed([p + r for p, r in zip(batch.tokens, answers.token_lists())], answers.lengths)
         texts = answers.texts(module.tokenizer)
         raw = module.scorer.raw(packed, batch.messages, texts, record_of(batch, answers))
         scores = module.scorer.shape(raw, answers.lengths, answers.finished)

@@ -175,7 +175,8 @@ class PPOModule(LightningModule):
         prompts = repeated(prompts, self.answers_per_prompt)
         answers = self.sample(self.policy, prompts.tokens, *(place or (int(self.iteration),)), shard=self._shard)
         sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
-        packed, lengths, mask = self.packed(sequences), answers.lengths, answers.mask
+        lengths, mask = answers.lengths, answers.mask
+        packed = self.packed(sequences, lengths)
         texts = answers.texts(self.tokenizer)
         raw = self.scorer.raw(packed, prompts.messages, texts, record_of(prompts, answers))
         if not place:
@@ -206,9 +207,9 @@ class PPOModule(LightningModule):
                 self.log("ppo/gold", grades["gold"].mean(), sync_dist=True, batch_size=len(texts))
         return rollout
 
-    def packed(self, sequences: list[list[int]]) -> Packed:
-        """Rows without padding, on this module's device."""
-        return pack_on(sequences, self.tokenizer.pad_token_id, self.device)
+    def packed(self, sequences: list[list[int]], lengths: Tensor) -> Packed:
+        """Rows without padding, on this module's device; responses of ``lengths`` (N,) tokens end the sequences."""
+        return pack_on(sequences, self.tokenizer.pad_token_id, self.device, lengths)
 
     @property
     def _exact(self) -> bool:
@@ -328,7 +329,7 @@ class PPOModule(LightningModule):
 
     def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(policy's loss, critic's, what is to be watched) of a minibatch."""
-        packed = self.packed(minibatch.sequences)
+        packed = self.packed(minibatch.sequences, minibatch.lengths)
         hidden = packed_hidden(self.policy, packed)
         logits, tokens, mask = response_logits(
             self.policy, hidden, packed, minibatch.lengths, self.sampling.temperature

@@ -54,9 +54,10 @@ class Rollout:
             yield self.select(index.to(self.lengths.device))
 
 
-def pack_on(sequences: list[list[int]], pad_id: int, device: torch.device) -> Packed:
-    """Packed rows on ``device``."""
-    return Packed(*(tensor.to(device) for tensor in pack(sequences, pad_id)))
+def pack_on(sequences: list[list[int]], pad_id: int, device: torch.device, lengths: Tensor) -> Packed:
+    """Packed rows on ``device``, of sequences that end with responses of ``lengths`` (N,) tokens."""
+    packed = pack(sequences, pad_id, response_lengths=lengths.tolist())
+    return Packed(*(None if tensor is None else tensor.to(device) for tensor in packed))
 
 
 def response_logits(

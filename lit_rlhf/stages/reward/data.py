@@ -9,10 +9,20 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
 from lit_rlhf.text.chat import encode_prompts, encode_responses
-from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, load_records, parse_demonstration
+from lit_rlhf.text.records import (
+    Messages,
+    OnBadRecord,
+    Ranking,
+    load_records,
+    parse_demonstration,
+    parse_feedback,
+    rankings_of_feedback,
+)
+from lit_rlhf.text.world import World
 
 
 class RewardDataModule(RankingDataModule):
@@ -20,14 +30,17 @@ class RewardDataModule(RankingDataModule):
 
     Args:
         demonstrations: file of demonstrations whose mean score becomes 0; None: the best-ranked training answers.
+        feedback: file of answers with ``rating`` (thumbs, or numbers), beside the rankings or, where ``path`` is None,
+            alone. Answers to one prompt that are rated differently are pairs; the others are learned from one by one.
     """
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: str | Path | Sequence[str | Path] | None,
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         demonstrations: str | Path | None = None,
+        feedback: str | Path | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
@@ -38,11 +51,22 @@ class RewardDataModule(RankingDataModule):
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
     ) -> None:
+        if path is None and feedback is None:
+            raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
         super().__init__(
-            path, tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, row_length=row_length,
+            path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, row_length=row_length,
             held_out=held_out, split_seed=split_seed, seed=seed, limit=limit, on_bad_record=on_bad_record,
         )  # fmt: skip
-        self.demonstrations = demonstrations
+        self.demonstrations, self.feedback = demonstrations, feedback
+
+    def records(self) -> list[Ranking]:
+        """All rankings, those that follow from feedback last."""
+        rankings = super().records()
+        if self.feedback is None:
+            return rankings
+        rated = load_records(self.feedback, parse_feedback, self.on_bad_record)
+        self.skipped = [*self.skipped, *rated.skipped]
+        return [*rankings, *rankings_of_feedback(rated.records)]
 
     def demonstration_answers(self, train: list[Ranking]) -> list[tuple[Messages, str]]:
         """(prompt, answer) of the demonstrations that are to score 0 on average."""
@@ -59,13 +83,32 @@ class RewardDataModule(RankingDataModule):
         answers = self.demonstration_answers(self.train_rankings)[:1000]
         prompts, texts = [list(column) for column in zip(*answers)]
         before = encode_prompts(self.tokenizer, prompts)
-        self.demonstration_sequences = [
-            [*p, *r][-self.max_length :] for p, r in zip(before, encode_responses(self.tokenizer, prompts, texts))
-        ]
+        behind = encode_responses(self.tokenizer, prompts, texts)
+        self.demonstration_sequences = [[*p, *r][-self.max_length :] for p, r in zip(before, behind)]
+        self.demonstration_lengths = [min(len(r), self.max_length - 1) for r in behind]
 
 
 class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
     """Rankings of the built-in world's prompts; its demonstrations are to score 0 on average."""
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        tokenizer: PreTrainedTokenizerBase,
+        world: World,
+        *,
+        feedback: str | Path | None = None,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        super().__init__(
+            path, tokenizer, world, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed,
+            limit=limit,
+        )  # fmt: skip
+        self.feedback = feedback
 
     def demonstration_answers(self, train: list[Ranking]) -> list[tuple[Messages, str]]:
         rows = self.world.demonstrations(1000, self.split_seed, split="train", split_seed=self.split_seed)

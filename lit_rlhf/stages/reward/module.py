@@ -1,10 +1,10 @@
-"""Reward model: a scalar head at the last token, Bradley-Terry over all pairs of a prompt."""
+"""Reward model: a score for an answer, learned by Bradley-Terry over all pairs of a prompt, and from single ratings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import lm_loss, pair_accuracy, ranking_loss, ranking_pairs
-from lit_rlhf.models import last_scores, packed_hidden, packed_scores, save_model
+from lit_rlhf.functional import feedback_loss, lm_loss, pair_accuracy, ranking_loss, ranking_pairs
+from lit_rlhf.models import RewardTransformer, output_embedding, packed_scores, save_model, scores_and_hidden
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy
+from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
@@ -28,24 +29,33 @@ class RewardModule(LightningModule):
     K answers to a prompt take K forward passes, not K (K - 1): each is read once, and its score serves all its pairs.
 
     Args:
-        reward_model: a sequence classifier with one label; its trunk usually comes from the SFT model.
+        reward_model: a sequence classifier with one label, or one with another head; its trunk usually comes from the
+            SFT model.
         tokenizer: with the chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
         lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats a token), which keeps
             what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
             its input embedding goes without.
+        margin: what the scores of two answers must differ by, for each rank between them.
+        label_smoothing: how often the annotator is thought to have erred.
+        feedback_coef: weight of the loss on answers that were rated alone.
+        feedback_loss: "logistic" for thumbs, "squared" for ratings that the score is to repeat, from -1 to 1.
         bag_of_words: also fit a logistic regression on word counts, to compare with.
     """
 
     def __init__(
         self,
-        reward_model: PreTrainedModel,
+        reward_model: PreTrainedModel | RewardTransformer,
         tokenizer: PreTrainedTokenizerBase,
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
         lm_coef: Annotated[float, Field(ge=0)] = 0.0,
+        margin: Annotated[float, Field(ge=0)] = 0.0,
+        label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+        feedback_coef: Annotated[float, Field(ge=0)] = 1.0,
+        feedback_loss: Literal["logistic", "squared"] = "logistic",
         bag_of_words: bool = False,
     ) -> None:
         super().__init__()
@@ -53,21 +63,27 @@ class RewardModule(LightningModule):
         self.tokenizer = tokenizer
         self.optimizer, self.schedule = optimizer, schedule
         self.lm_coef, self.bag_of_words = lm_coef, bag_of_words
-        if lm_coef > 0 and not getattr(reward_model.config, "tie_word_embeddings", False):
+        self.margin, self.label_smoothing = margin, label_smoothing
+        self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss
+        if lm_coef > 0 and output_embedding(reward_model) is None:
             rank_zero_warn(
                 "no language-modelling loss (lm_coef): this model's output embedding is not its input embedding"
             )
             self.lm_coef = 0.0
+        self._diagnosis: dict[str, Any] = {}
         self._val: list[tuple[Tensor, RankingBatch]] = []
 
     def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
-        hidden = packed_hidden(self.reward_model, batch.packed)
-        scores = last_scores(self.reward_model, hidden, batch.packed)
+        scores, hidden = scores_and_hidden(self.reward_model, batch.packed)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
-        loss = ranking_loss(scores, pairs) * batch.share
+        loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing) * batch.share
         self.log("reward/loss", loss, prog_bar=True)
-        if self.lm_coef > 0:
-            logits = hidden[batch.learned - 1] @ self.reward_model.get_input_embeddings().weight.T
+        if batch.rated_share > 0:
+            rated = feedback_loss(scores, batch.ratings, self.feedback_loss) * batch.rated_share
+            self.log("reward/feedback_loss", rated)
+            loss = loss + self.feedback_coef * rated
+        if self.lm_coef > 0 and len(batch.learned):
+            logits = hidden[batch.learned - 1] @ output_embedding(self.reward_model).T
             lm = lm_loss(logits, batch.packed.tokens.flatten()[batch.learned])
             self.log("reward/lm_loss", lm)
             loss = loss + self.lm_coef * lm
@@ -84,26 +100,37 @@ class RewardModule(LightningModule):
         self._val.append((packed_scores(self.reward_model, batch.packed).float(), batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Over all held-out pairs together, each pair once."""
+        """Over all held-out pairs together, each pair once; the loss is the plain one, without margin or smoothing."""
         loss, accuracy, gold_accuracy = ranked(self._val)
+        self._diagnosis = diagnosis(torch.cat([s for s, _ in self._val]).cpu(), self.trainer.datamodule.val_set)
         metrics = {"val/reward/loss": loss, "val/reward/accuracy": accuracy}
         if gold_accuracy is not None:
             metrics["val/reward/gold_accuracy"] = gold_accuracy
+        if self._diagnosis:
+            metrics["val/reward/calibration_error"] = torch.tensor(self._diagnosis["calibration_error"])
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self, decay_groups(self.reward_model), self.optimizer, self.schedule)
 
     @torch.no_grad()
-    def raw_scores(self, sequences: Sequence[Sequence[int]], batch_size: int = 256) -> Tensor:
-        """Scores (N,) of token sequences, before the shift."""
+    def raw_scores(
+        self, sequences: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, batch_size: int = 256
+    ) -> Tensor:
+        """Scores (N,) of token sequences, before the shift; ``lengths`` of the answers, which end them."""
         training = self.reward_model.training
         self.reward_model.eval()
         scores = [
             packed_scores(
                 self.reward_model,
                 self.transfer_batch_to_device(
-                    pack(sequences[i : i + batch_size], self.tokenizer.pad_token_id), self.device, 0
+                    pack(
+                        sequences[i : i + batch_size],
+                        self.tokenizer.pad_token_id,
+                        response_lengths=None if lengths is None else lengths[i : i + batch_size],
+                    ),
+                    self.device,
+                    0,
                 ),
             )
             for i in range(0, len(sequences), batch_size)
@@ -116,9 +143,11 @@ class RewardModule(LightningModule):
 
         All goes into config.json: ``score = logit + score_shift``, and PPO divides by ``score_std``."""
         data = self.trainer.datamodule
-        self.reward_model.config.score_shift = -self.raw_scores(data.demonstration_sequences).mean().item()
+        demonstrations = self.raw_scores(data.demonstration_sequences, data.demonstration_lengths)
+        self.reward_model.config.score_shift = -demonstrations.mean().item()
         answers = [sequence for ranking in data.train_set[:512] for sequence in ranking.sequences]
-        scores = self.raw_scores(answers) + self.reward_model.config.score_shift
+        lengths = [length for ranking in data.train_set[:512] for length in ranking.response_lengths]
+        scores = self.raw_scores(answers, lengths) + self.reward_model.config.score_shift
         self.reward_model.config.score_mean = scores.mean().item()
         self.reward_model.config.score_std = max(scores.std().item(), 1e-6)
 
@@ -132,12 +161,14 @@ class RewardModule(LightningModule):
             "val_accuracy": metrics["val/reward/accuracy"].item(),
             "gold_accuracy": None if gold is None else gold.item(),
             "val_pairs": data.val_pairs,
+            **self._diagnosis,
         }
         if self.bag_of_words:
             figures["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)
         return figures
 
     def export(self, folder: Path) -> None:
-        """Write ``model/``: a sequence classifier that transformers loads; its logit is the score before the shift."""
+        """Write ``model/``: with the plain head a sequence classifier that transformers loads, its logit being the
+        score before the shift; with another, a folder that ``load_reward_model`` alone reads."""
         self.calibrate()
         save_model(self.reward_model, self.tokenizer, folder / "model")

@@ -1,0 +1,56 @@
+"""How far a run's reward model can be trusted: in which groups of pairs it is right, and whether it knows when."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lit_rlhf.apps.charts import Chart, Line
+from lit_rlhf.apps.reading import Run
+from lit_rlhf.apps.wording import number
+
+GROUPS = {  # of done.json: what they are called
+    "kind": "Kind of prompt",
+    "annotator": "Annotator",
+    "distance": "Ranks between the two answers",
+    "length": "Length of the preferred answer, against the other",
+}
+
+
+class Group(NamedTuple):
+    """Some of the held-out pairs."""
+
+    name: str
+    accuracy: float
+    pairs: int
+    gold: float | None  # accuracy by the gold judge, where there is one
+
+
+def groups(run: Run) -> list[tuple[str, list[Group]]]:
+    """(heading, groups); only groupings with more than one group."""
+    by = run.figures.get("reward", {}).get("by") or {}
+    found = []
+    for key, heading in GROUPS.items():
+        gold = by.get(f"gold_{key}") or {}
+        rows = [
+            Group(name, known["accuracy"], known["pairs"], gold.get(name, {}).get("accuracy"))
+            for name, known in (by.get(key) or {}).items()
+        ]
+        if rows:
+            found.append((heading, rows))
+    return found
+
+
+def calibration_chart(run: Run) -> Chart | None:
+    """How often the better-scored answer wins, against how sure the scores are; None where it was not worked out."""
+    figures: dict[str, Any] = run.figures.get("reward", {})
+    curve = figures.get("calibration")
+    if not curve:
+        return None
+    points = [(100 * b["predicted"], 100 * b["observed"]) for b in curve]
+    error = f"held out, {number(100 * figures['calibration_error'])} points off on average"
+    lines = [
+        Line("as right as sure", "other", [(50.0, 50.0), (100.0, 100.0)], "dashed"),
+        Line(error, "val", points, "curve"),
+        Line("", "val", points, "dots"),
+    ]
+    return Chart("Calibration", "%", "how sure: sigmoid of the difference of scores, %", lines, x_from=50.0)

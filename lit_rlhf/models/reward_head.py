@@ -1,0 +1,262 @@
+"""What reads a score off a Transformer, and the reward model that has such a head.
+
+A bias-free linear head at the last token is Hugging Face's sequence classifier with one label and needs nothing of
+this file. The other heads make a model of our own, which plain transformers refuses to load, so it never reads one
+wrongly."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.policy import context_length, packed_hidden, response_positions
+from lit_rlhf.text.packing import Packed, pack
+
+MODEL_TYPE = "lit_rlhf_reward"  # in config.json: transformers knows no such model
+SCALE = {"score_shift", "score_mean", "score_std"}
+GATE_BIAS = -1.0  # a fresh gate lets 27% of the likelihood through
+
+
+@dataclass(frozen=True)
+class RewardHead:
+    """How a score is read off the last hidden states.
+
+    A likelihood head adds to the linear one what the model's own language-modelling head thinks of the answer:
+    ``score = linear(h) + sum over the answer's tokens of sigmoid(gate(h_t)) (log p(token) - max log p)``, in nats: 0
+    for a token that the model would have chosen itself, below for all others."""
+
+    kind: Literal["linear", "mlp", "likelihood"] = "linear"
+    pooling: Literal["last", "mean", "token"] = "last"  # token: an added one, whose embedding is learned
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the head of a sequence classifier of Hugging Face's."""
+        return (self.kind, self.pooling) == ("linear", "last")
+
+
+class ScoreHead(nn.Module):
+    """A fresh head, which scores everything 0, but for the likelihood, which counts from the start.
+
+    Args:
+        spec: which one.
+        width: D, of the hidden states.
+        lm_head: the language-modelling head of a likelihood head; None: the input embedding, as where weights are tied.
+    """
+
+    def __init__(self, spec: RewardHead, width: int, lm_head: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        last = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(last.weight)
+        self.read = nn.Sequential(nn.Linear(width, width), nn.GELU(), last) if spec.kind == "mlp" else last
+        if spec.kind == "likelihood":
+            self.gate = nn.Linear(width, 1)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, GATE_BIAS)
+            self.lm_head = lm_head
+        if spec.pooling == "token":
+            self.token = nn.Parameter(0.02 * torch.randn(width))
+
+    def scores(self, hidden: Tensor, batch: Packed, added: Tensor | None, embedding: Tensor) -> Tensor:
+        """Scores (N,) of packed sequences.
+
+        ``hidden`` (R * L, D); ``added`` (N, D), the states at the added tokens; ``embedding`` (V, D), the input's."""
+        if self.spec.pooling == "token":
+            pooled = added
+        elif self.spec.pooling == "last":
+            pooled = hidden[batch.ends]
+        else:
+            owner = torch.repeat_interleave(torch.arange(len(batch.lengths), device=hidden.device), batch.lengths)
+            zeros = hidden.new_zeros(len(batch.lengths), hidden.shape[1])
+            pooled = zeros.index_add(0, owner, hidden[_tokens(batch)]) / batch.lengths[:, None]
+        scores = self.read(pooled).squeeze(-1)
+        if self.spec.kind != "likelihood":
+            return scores
+        return scores + self._likelihoods(hidden, batch, embedding)[1].sum(-1)
+
+    def values(self, hidden: Tensor, batch: Packed, embedding: Tensor) -> Tensor:
+        """What each token (R * L,) would score were it the last one: a critic that begins as the reward model.
+
+        An added token is read by none of them: such a head is asked about states that it has not been trained on."""
+        if self.spec.pooling == "mean":
+            hidden_so_far = torch.zeros_like(hidden)
+            for start, length in zip(batch.starts.tolist(), batch.lengths.tolist()):
+                steps = torch.arange(1, length + 1, device=hidden.device)
+                hidden_so_far[start : start + length] = hidden[start : start + length].cumsum(0) / steps[:, None]
+            values = self.read(hidden_so_far).squeeze(-1)
+        else:
+            values = self.read(hidden).squeeze(-1)
+        if self.spec.kind != "likelihood":
+            return values
+        flat, likelihoods = self._likelihoods(hidden, batch, embedding)
+        mask = response_positions(batch, batch.response_lengths)[1]
+        return values.float().index_add(0, flat, likelihoods.cumsum(-1)[mask])
+
+    def _likelihoods(self, hidden: Tensor, batch: Packed, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(positions, gated log-likelihoods): (M,) flat indices of the answers' tokens, and (N, T), 0 after an end."""
+        if batch.response_lengths is None:
+            raise ValueError("a likelihood head must know the answers: pack with response_lengths")
+        positions, mask = response_positions(batch, batch.response_lengths)
+        flat = positions[mask]
+        before = hidden[flat - 1]  # the state that predicts a token
+        logits = (before @ embedding.T if self.lm_head is None else self.lm_head(before)).float()
+        chosen = logits.gather(1, batch.tokens.flatten()[flat, None]).squeeze(1)
+        gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * (chosen - logits.amax(1))
+        return flat, gated.new_zeros(mask.shape).masked_scatter(mask, gated)
+
+
+class RewardTransformer(nn.Module):
+    """A Transformer without a language-modelling head, and a :class:`ScoreHead`.
+
+    Where others need it, it looks like one of Hugging Face's: ``config``, ``base_model``, ``save_pretrained``."""
+
+    base_model_prefix = "trunk"
+
+    def __init__(self, trunk: PreTrainedModel, score: ScoreHead) -> None:
+        super().__init__()
+        self.trunk, self.score = trunk, score
+
+    @classmethod
+    def from_policy(cls, policy: PreTrainedModel, spec: RewardHead) -> RewardTransformer:
+        """A language model with a fresh head in place of its own, which a likelihood head keeps for itself."""
+        embedding, lm_head = policy.get_input_embeddings(), policy.get_output_embeddings()
+        own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
+        return cls(policy.base_model, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> RewardTransformer:
+        """Load what :meth:`save_pretrained` wrote."""
+        folder = Path(folder)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+        trunk = AutoModel.from_config(AutoConfig.for_model(**settings["trunk"]))
+        spec = RewardHead(**settings["head"])
+        own = weights.get("score.lm_head.weight")
+        lm_head = None if own is None else nn.Linear(own.shape[1], own.shape[0], bias="score.lm_head.bias" in weights)
+        model = cls(trunk, ScoreHead(spec, trunk.get_input_embeddings().embedding_dim, lm_head))
+        model.load_state_dict(weights)
+        for name in SCALE & settings.keys():
+            setattr(model.config, name, settings[name])
+        return model.to(dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, which names the head, and model.safetensors."""
+        note = f"{self.score.spec.kind} head, pooling {self.score.spec.pooling}: lit_rlhf.models.load_reward_model"
+        trunk = self.config.to_dict()
+        settings = {
+            "model_type": MODEL_TYPE,
+            "architectures": [type(self).__name__],
+            "loads_with": note,
+            "head": asdict(self.score.spec),
+            **{name: trunk.pop(name) for name in sorted(SCALE & trunk.keys())},
+            "trunk": trunk,
+        }
+        folder = Path(folder)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The trunk's, which holds ``score_shift`` too."""
+        return self.trunk.config
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The trunk."""
+        return self.trunk
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the trunk."""
+        return self.trunk.get_input_embeddings()
+
+    def scores_and_hidden(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Scores (N,) and last hidden states (R * L, D) of packed rows."""
+        if self.score.spec.pooling == "token":
+            hidden, added = self._with_added_token(batch)
+        else:
+            hidden, added = packed_hidden(self, batch), None
+        return self.score.scores(hidden, batch, added, self.get_input_embeddings().weight), hidden
+
+    def _with_added_token(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Hidden states (R * L, D) of the tokens, and (N, D) of a token added behind each sequence.
+
+        Sequences that fill the whole context lose their first token to it."""
+        cells, room = batch.tokens.numel(), context_length(self.trunk)
+        bounds = zip(batch.starts.tolist(), batch.lengths.tolist())
+        rows = [[*range(s + max(0, n + 1 - room), s + n), cells] for s, n in bounds]
+        wider = pack(rows, -1, batch.tokens.shape[1] + 8)  # of places in the old rows; -1: padding
+        places = wider.tokens.to(batch.tokens.device)
+        embeddings = self.get_input_embeddings()(batch.tokens).flatten(0, 1)
+        table = torch.cat([embeddings, self.score.token.to(embeddings.dtype)[None]])
+        output = self.trunk(
+            inputs_embeds=table[places.clamp(min=0)], position_ids=wider.positions.to(places.device), use_cache=False
+        ).last_hidden_state.flatten(0, 1)
+        places = places.flatten()
+        old = (places >= 0) & (places < cells)
+        hidden = torch.zeros_like(embeddings).index_copy(0, places[old], output[old].to(embeddings.dtype))
+        return hidden, output[wider.ends.to(places.device)]
+
+
+class RewardEnsemble(nn.Module):
+    """Several reward models that score together (arXiv:2310.02743).
+
+    Scores of different models are in different units, so each is first shifted and divided by its own ``score_std``.
+
+    Args:
+        members: reward models with one tokenizer.
+        combine: "mean" of their scores, or the "worst": an answer earns what the most sceptical of them gives.
+    """
+
+    def __init__(self, members: list[nn.Module], combine: Literal["mean", "worst"] = "mean") -> None:
+        super().__init__()
+        sizes = {m.get_input_embeddings().num_embeddings for m in members}
+        if len(sizes) > 1:
+            raise UserError(f"these reward models cannot be an ensemble: they know {sorted(sizes)} tokens")
+        self.members = nn.ModuleList(members)
+        self.combine = combine
+        self.config = copy.copy(members[0].config)
+        self.config.score_shift, self.config.score_std = 0.0, 1.0
+        means = [getattr(m.config, "score_mean", 0.0) / getattr(m.config, "score_std", 1.0) for m in members]
+        self.config.score_mean = sum(means) / len(means)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the first member."""
+        return self.members[0].get_input_embeddings()
+
+    def combined(self, scores: Tensor) -> Tensor:
+        """Scores (N,) out of those (M, N) of the members."""
+        return scores.mean(0) if self.combine == "mean" else scores.amin(0)
+
+
+def saved_head(path: str | Path) -> RewardHead | None:
+    """The head of a reward model of ours in ``path``; None where that is something else."""
+    file = Path(path) / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return RewardHead(**settings["head"]) if settings.get("model_type") == MODEL_TYPE else None
+
+
+def check_head(found: RewardHead, wanted: RewardHead, path: str | Path) -> None:
+    """Raise ``UserError`` where a reward model has another head than the settings ask for."""
+    if found != wanted:
+        raise UserError(
+            f"{path}: a reward model with a {found.kind} head (pooling {found.pooling}), where reward.head asks for "
+            f"{wanted.kind} (pooling {wanted.pooling}); set reward/head={found.kind} "
+            f"reward.head.pooling={found.pooling}, or begin from a language model"
+        )
+
+
+def _tokens(batch: Packed) -> Tensor:
+    """Flat indices of all sequences' tokens, one sequence after the other, without padding."""
+    steps = torch.arange(int(batch.lengths.sum()), device=batch.starts.device)
+    before = batch.lengths.cumsum(0) - batch.lengths
+    return steps + torch.repeat_interleave(batch.starts - before, batch.lengths)
