@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional import Estimate, distinct_ngrams, ratio, ratio_difference, self_similarity
+from lit_rlhf.functional import Estimate, distinct_ngrams, ratio, ratio_difference, self_similarity, wilson_interval
 
 
 @dataclass
@@ -35,13 +35,20 @@ class Measured(NamedTuple):
         """Over all prompts, with its interval."""
         return ratio(*self)
 
+    def share(self) -> Estimate:
+        """The same of a share: Wilson's interval where all or none are counted, as resampling shows no spread then."""
+        estimate = self.estimate()
+        if estimate.value not in (0.0, 1.0):
+            return estimate
+        return Estimate(estimate.value, *wilson_interval(estimate.value * estimate.n, estimate.n), estimate.n)
+
     def change(self, before: Measured) -> Estimate:
         """What was added since ``before``, over the same prompts."""
         return ratio_difference(self, before)
 
 
 def measures(answers: Answers) -> dict[str, Measured]:
-    """Everything that is known of a model's answers, by name; :data:`MEASURES` says what each is."""
+    """Everything that is known of a model's answers, by name."""
     found = {name: measure(answers) for name, measure in MEASURES.items()}
     return {name: measured for name, measured in found.items() if measured is not None}
 
@@ -106,7 +113,12 @@ MEASURES: dict[str, Callable[[Answers], Measured | None]] = {
     "self_similarity": _similarity,
     "different": _different,
 }
-LOSSES = ("entropy", "distinct_1", "distinct_2", "self_similarity", "different", "words")  # what training may cost
+
+
+def estimates(answers: Answers) -> dict[str, Estimate]:
+    """All measures with their intervals."""
+    found = measures(answers)
+    return {name: measured.share() if name == "right" else measured.estimate() for name, measured in found.items()}
 
 
 def worth(answers: Answers, judge: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import WinRate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
+from lit_rlhf.functional import Estimate, WinRate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
 from lit_rlhf.models import (
     Responses,
     Sampling,
@@ -25,7 +25,7 @@ from lit_rlhf.models import (
     score_shift,
     score_std,
 )
-from lit_rlhf.stages.evaluate.answers import LOSSES, Answers, measures, worth
+from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.ppo.rollout import pack_on, response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
@@ -262,18 +262,19 @@ class EvaluateModule(LightningModule):
     def _model_figures(self, name: str) -> dict[str, Any]:
         answers, greedy = self.answers[name], self.greedy[name]
         graded = bool(answers.grades)
-        estimates = {key: measured.estimate() for key, measured in measures(answers).items()}
+        found = estimates(answers)
         figures: dict[str, Any] = dict.fromkeys(("gold", "correct", "polite", "right", "score", "kl"))
-        figures |= {key: estimate.value for key, estimate in estimates.items()}
+        figures |= {key: estimate.value for key, estimate in found.items()}
         if name == "sft":
             figures["kl"] = 0.0
-        interval = {key: {"low": e.low, "high": e.high, "prompts": e.n} for key, e in estimates.items()}
+        interval = {key: _interval(estimate) for key, estimate in found.items()}
         if text := self.texts.get(name):
             figures["perplexity"], figures["text"] = text["perplexity"], text
             interval["perplexity"] = {"low": text["low"], "high": text["high"], "rows": text["rows"]}
+        of_greedy = estimates(Answers(grades=greedy.grades))
         for key in ("right", "gold"):
-            values = [row[0][key] for row in greedy.grades]
-            figures[f"greedy_{key}"] = sum(values) / len(values) if graded else None
+            figures[f"greedy_{key}"] = of_greedy[key].value if graded else None
+            interval |= {f"greedy_{key}": _interval(of_greedy[key])} if graded else {}
         return figures | {
             "answers": sum(map(len, answers.texts)),
             "by_kind": self._by_kind(answers) if graded else {},
@@ -286,12 +287,10 @@ class EvaluateModule(LightningModule):
             kinds.setdefault(prompt["kind"], Answers()).grades.append(row)
         result = {}
         for kind, graded in sorted(kinds.items()):
-            found = {key: m.estimate() for key, m in measures(graded).items() if key in ("gold", "correct", "right")}
-            result[kind] = {key: estimate.value for key, estimate in found.items()} | {
-                "right_low": found["right"].low,
-                "right_high": found["right"].high,
-                "prompts": found["right"].n,
-            }
+            found = estimates(graded)
+            right = found["right"]
+            ends = {"right_low": right.low, "right_high": right.high, "prompts": right.n}
+            result[kind] = {key: found[key].value for key in ("gold", "correct", "right")} | ends
         return result
 
     def _changes(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -301,9 +300,9 @@ class EvaluateModule(LightningModule):
         before = measures(self.answers["sft"])
         return {
             name: {
-                key: _change(measured.change(before[key]))
+                key: {"change": (change := measured.change(before[key])).value, **_interval(change)}
                 for key, measured in measures(answers).items()
-                if key in LOSSES and key in before and len(measured.numerators) == len(before[key].numerators)
+                if key in before and len(measured.numerators) == len(before[key].numerators)
             }
             for name, answers in self.answers.items()
             if name not in ("base", PROMPTED, "sft")
@@ -312,11 +311,11 @@ class EvaluateModule(LightningModule):
     def _best_of_figures(self, worths: Mapping[str, Tensor]) -> dict[str, Any]:
         """The SFT model's best of n answers by the reward model: what PPO has to be held against."""
         shown = ("gold", "correct", "right", "score")
-        found = {key: measured.estimate() for key, measured in measures(self.best).items() if key in shown}
+        found = {key: estimate for key, estimate in estimates(self.best).items() if key in shown}
         return {
             "n": self.best_of,
             **{key: found[key].value if key in found else None for key in shown},
-            "interval": {key: {"low": e.low, "high": e.high, "prompts": e.n} for key, e in found.items()},
+            "interval": {key: _interval(estimate) for key, estimate in found.items()},
             "win_rate": {
                 f"best_of_n_vs_{name}": _rate(win_rate(worths["best_of_n"], worths[name])) for name in self.answers
             },
@@ -364,5 +363,5 @@ def _rate(rate: WinRate) -> dict[str, Any]:
     return dict(rate._asdict())
 
 
-def _change(change: Any) -> dict[str, float]:
-    return {"change": change.value, "low": change.low, "high": change.high, "prompts": change.n}
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {"low": estimate.low, "high": estimate.high, "prompts": estimate.n}
