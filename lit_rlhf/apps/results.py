@@ -206,7 +206,7 @@ def ladder(run: Run) -> Ladder | None:
         Rated(key, model_name(key, best_of), r["elo"], r["low"], r["high"], (at(r["low"]), at(r["elo"]), at(r["high"])))
         for key, r in found["models"].items()
     ]
-    marks = [(at(x), label) for x, label in ticks(low, high, step)]
+    marks = [(at(x), number(round(x))) for x, _ in ticks(low, high, step)]
     return Ladder(sorted(rated, key=lambda r: -r.elo), marks, model_name(found["anchor"]), found["prompts"])
 
 
