@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import GRADES, number
+from lit_rlhf.apps.wording import GRADES, model_name, number, tone
+from lit_rlhf.functional import best_of_n_kl
 
 POINTS_DRAWN = 300  # of a line; more are averaged
 
@@ -124,6 +125,34 @@ def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[
         if any(len(line.points) > 1 for line in lines):
             reference = panel.reference and (scale * panel.reference[0], panel.reference[1])
             yield Chart(panel.title, panel.unit, "episodes" if stage == "ppo" else "optimizer steps", lines, reference)
+
+
+def frontier(run: Run) -> Iterator[Chart]:
+    """What was gained against how far the policy has moved from the SFT model (arXiv:2009.01325), step by step.
+
+    Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n."""
+    rows = run.metrics.get("ppo", {})
+    evaluation = run.figures.get("evaluate", {})
+    best = evaluation.get("best_of_n") or {}
+    for key, title, unit in (("score", "Score against KL", "SFT std"), ("gold", "Gold grade against KL", "points")):
+        lines = [
+            Line("PPO's rollouts", "train", _against_kl(rows, f"ppo/{key}", "ppo/kl"), "dots"),
+            Line("held out", "val", _against_kl(rows, f"val/ppo/{key}", "val/ppo/kl")),
+        ]
+        for name, figures in (evaluation.get("models") or {}).items():
+            if figures.get("kl") is not None and figures.get(key) is not None:
+                lines.append(Line(model_name(name), tone(name), [(figures["kl"], figures[key])]))
+        if best.get(key) is not None:
+            point = (best_of_n_kl(best["n"]), best[key])
+            lines.append(Line(model_name("best_of_n", best["n"]), "best_of_n", [point]))
+        lines = [line for line in lines if line.points]
+        if sum(len(line.points) for line in lines) > 2:
+            yield Chart(title, unit, "KL to SFT, nats an answer", lines)
+
+
+def _against_kl(rows: dict[int, dict[str, float]], value: str, kl: str) -> Points:
+    points = [(row.get(kl, math.nan), row.get(value, math.nan)) for _, row in sorted(rows.items())]
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
 def episodes(rows: dict[int, dict[str, float]]) -> dict[int, float]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_rlhf.apps.charts import MORE_PPO_PANELS, draw, panels
+from lit_rlhf.apps.charts import MORE_PPO_PANELS, draw, frontier, panels
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
-from lit_rlhf.apps.results import by_kind, cards, changes, compared, headline, judge_of, rounds, win_rates
+from lit_rlhf.apps.results import by_kind, cards, changes, compared, headline, judge_of, ladder, rounds, win_rates
 from lit_rlhf.apps.road import data_table, road, stage_figures
 from lit_rlhf.apps.samples import answers, timelines
 from lit_rlhf.apps.trust import calibration_chart, groups
@@ -37,12 +37,14 @@ def page_of(run: Run) -> str:
         cards=cards(run),
         road=road(run),
         wins=win_rates(run),
+        ladder=ladder(run),
         changes=changes(run),
         kinds=by_kind(run),
         rounds=rounds(run),
         trust=groups(run),
         calibration=draw(calibration) if calibration else None,
         curves={stage: [draw(panel) for panel in panels(run, stage)] for stage in STAGES},
+        frontier=[draw(chart) for chart in frontier(run)],
         more_curves=[draw(panel) for panel in panels(run, "ppo", MORE_PPO_PANELS)],
         stage_figures={stage: stage_figures(run.figures.get(stage, {})) for stage in STAGES},
         answers=answers(run.samples.get("evaluate", []), *compared(run)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lit_rlhf.apps.charts import tick_step, ticks
 from lit_rlhf.apps.reading import Run
 from lit_rlhf.apps.wording import GRADES, MEASURES, STAGES, figure, from_to, model_name, number, percent
 
@@ -169,11 +170,61 @@ def _win(name: str, rate: dict[str, Any], best_of: Any) -> Win:
     return Win(ours, theirs, *names, *(rate[key] for key in ("mean", "low", "high", "n", "prompts")))
 
 
+class Rated(NamedTuple):
+    """A model's rating, and where it lies in the drawing, in percent of its width."""
+
+    model: str
+    name: str
+    elo: float
+    low: float
+    high: float
+    at: tuple[float, float, float]  # low, rating, high
+
+
+class Ladder(NamedTuple):
+    """Ratings of all models, the strongest first."""
+
+    rated: list[Rated]
+    ticks: list[tuple[float, str]]  # percent of the width, label
+    anchor: str
+    prompts: int
+
+
+def ladder(run: Run) -> Ladder | None:
+    """The ratings of a run's evaluation."""
+    evaluation = run.figures.get("evaluate", {})
+    found = evaluation.get("ratings")
+    if not found:
+        return None
+    ends = [r[key] for r in found["models"].values() for key in ("low", "high")]
+    low, high = min(ends) - 20, max(ends) + 20  # room for a point's size
+    step = tick_step(low, high)
+
+    def at(points: float) -> float:
+        return 100 * (points - low) / (high - low)
+
+    best_of = (evaluation.get("best_of_n") or {}).get("n")
+    rated = [
+        Rated(key, model_name(key, best_of), r["elo"], r["low"], r["high"], (at(r["low"]), at(r["elo"]), at(r["high"])))
+        for key, r in found["models"].items()
+    ]
+    marks = [(at(x), number(round(x))) for x, _ in ticks(low, high, step)]
+    return Ladder(sorted(rated, key=lambda r: -r.elo), marks, model_name(found["anchor"]), found["prompts"])
+
+
+class Cell(NamedTuple):
+    """A measure of a model, with its 95% interval where that is known."""
+
+    value: Any
+    low: float | None = None
+    high: float | None = None
+
+
 class Changes(NamedTuple):
     """Measures (rows) of models (columns)."""
 
     models: list[tuple[str, str]]  # key, name
-    rows: list[tuple[str, str, list[Any], float | None]]  # name, unit, value of each model, change
+    rows: list[tuple[str, str, list[Cell], Cell | None]]  # name, unit, value of each model, change
     change: str  # from which model to which
 
 
@@ -186,12 +237,19 @@ def changes(run: Run) -> Changes:
         models["best_of_n"] = best
     rows = []
     for key, (name, unit) in MEASURES.items():
-        values = [figures.get(key) for figures in models.values()]
+        cells = [_cell(figures, key) for figures in models.values()]
         before, after = (models.get(name, {}).get(key) for name in (theirs, ours))
-        if any(value is not None for value in values):
-            rows.append((name, unit, values, None if before is None or after is None else after - before))
+        if any(cell.value is not None for cell in cells):
+            paired = (evaluation.get("changes") or {}).get(ours, {}).get(key) if theirs == "sft" else None
+            ends = (paired["low"], paired["high"]) if paired else (None, None)
+            rows.append((name, unit, cells, None if before is None or after is None else Cell(after - before, *ends)))
     names = [(key, model_name(key, best.get("n"))) for key in models]
     return Changes(names, rows, f"{model_name(theirs)} → {model_name(ours)}")
+
+
+def _cell(figures: dict[str, Any], key: str) -> Cell:
+    interval = (figures.get("interval") or {}).get(key) or {}
+    return Cell(figures.get(key), interval.get("low"), interval.get("high"))
 
 
 def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:

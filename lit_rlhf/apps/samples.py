@@ -70,6 +70,8 @@ def _outcome(ours: float | None, theirs: float | None) -> str:
 def _worth(models: dict[str, Any], name: str) -> float | None:
     """Of a model's first sample."""
     model = models.get(name, {})
+    if model.get("ranks"):
+        return -model["ranks"][0]
     if model.get("grades"):
         return model["grades"][0]["gold"]
     return model["scores"][0] if model.get("scores") else None

@@ -19,7 +19,7 @@ STAGES = {
     "dpo": "DPO",
     "evaluate": "Evaluation",
 }
-MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
+MODELS = {"base": "Base", "prompted": "Prompted base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 GRADES = "−1 to 1"
 MEASURES = {  # of a model in evaluation: what it is called, its unit
     "gold": ("Gold grade", "points"),
@@ -31,6 +31,11 @@ MEASURES = {  # of a model in evaluation: what it is called, its unit
     "kl": ("KL to SFT", "nats an answer"),
     "entropy": ("Entropy", "nats a token"),
     "words": ("Length", "words"),
+    "distinct_1": ("Distinct words", "%"),
+    "distinct_2": ("Distinct pairs of words", "%"),
+    "self_similarity": ("Self-similarity", "0 to 1"),
+    "different": ("Different answers", "%"),
+    "perplexity": ("Perplexity of text", "a token"),
 }
 FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "val_loss_first": ("held-out loss at first", ""),
@@ -143,4 +148,6 @@ def model_name(name: str, best_of: Any = None) -> str:
 
 def tone(name: str) -> str:
     """The colour of a model: the end of a CSS class."""
+    if name == "prompted":
+        return "train"
     return name if name in (*MODELS, "best_of_n") else "other"

@@ -12,6 +12,8 @@ from lit_rlhf.functional.advantage import (
     token_rewards,
     whole_answer,
 )
+from lit_rlhf.functional.diversity import distinct_ngrams, self_similarity, similarity
+from lit_rlhf.functional.interval import Estimate, ratio, ratio_difference, wilson_interval
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
 from lit_rlhf.functional.lm import lm_loss, token_entropy, token_logprobs
 from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, position_ids, whiten
@@ -45,15 +47,28 @@ from lit_rlhf.functional.preference import (
     ranking_loss,
     ranking_pairs,
 )
-from lit_rlhf.functional.rating import WinRate, best_of_n, best_of_n_kl, pairwise_wins, win_rate
+from lit_rlhf.functional.rating import (
+    Ratings,
+    WinRate,
+    best_of_n,
+    best_of_n_kl,
+    bradley_terry,
+    elo,
+    pairwise_wins,
+    ratings,
+    tournament,
+    win_rate,
+)
 from lit_rlhf.functional.sampling import filter_logits, sample_token
 
 __all__ = [
     "Baseline",
     "Calibration",
+    "Estimate",
     "Estimator",
     "GainFit",
     "Pairs",
+    "Ratings",
     "WinRate",
     "adapted_beta",
     "adapted_kl_coef",
@@ -61,12 +76,15 @@ __all__ = [
     "best_of_n",
     "best_of_n_gain",
     "best_of_n_kl",
+    "bradley_terry",
     "calibration",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
     "correlation",
+    "distinct_ngrams",
     "dpo_loss",
+    "elo",
     "expected_best_of_n",
     "explained_variance",
     "feedback_loss",
@@ -90,14 +108,21 @@ __all__ = [
     "position_ids",
     "ranking_loss",
     "ranking_pairs",
+    "ratings",
+    "ratio",
+    "ratio_difference",
     "reward_to_go",
     "rl_gain",
     "sample_token",
+    "self_similarity",
     "sequence_kl",
+    "similarity",
     "token_entropy",
     "token_logprobs",
     "token_rewards",
+    "tournament",
     "whiten",
     "whole_answer",
+    "wilson_interval",
     "win_rate",
 ]

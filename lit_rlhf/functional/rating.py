@@ -1,12 +1,15 @@
-"""Who wins: win rates and their intervals."""
+"""Who wins: win rates and ratings, and their intervals."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lit_rlhf.functional.interval import Z95, middle_95, resampled, wilson_interval
 
 
 class WinRate(NamedTuple):
@@ -31,13 +34,119 @@ def win_rate(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0)
     """Mean win rate with a percentile bootstrap that resamples prompts (Efron 1979).
 
     ``ours`` (P, A), ``theirs`` (P, B) as in :func:`pairwise_wins`. Answers to one prompt are not independent, so the
-    prompts are resampled, not the answers. ``n`` counts our answers, ``prompts`` the rows."""
+    prompts are resampled, not the answers. Where every comparison is won, or every one lost, resampling shows no
+    spread; the interval is Wilson's then, over prompts. ``n`` counts our answers, ``prompts`` the rows."""
     wins = pairwise_wins(ours, theirs)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(wins), (resamples, len(wins)), generator=generator)
-    means = wins[draws].mean(-1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return WinRate(wins.mean().item(), low, high, ours.numel(), len(wins))
+    mean = wins.mean().item()
+    if mean in (0.0, 1.0):
+        low, high = wilson_interval(mean * len(wins), len(wins))
+    else:
+        low, high = (end.item() for end in middle_95(resampled(len(wins), resamples, seed) @ wins / len(wins)))
+    return WinRate(mean, low, high, ours.numel(), len(wins))
+
+
+def tournament(worths: Sequence[Tensor]) -> Tensor:
+    """(P, M, M): the share of prompt p's comparisons that model i wins against model j, a tie half; 0 on the diagonal.
+
+    ``worths`` are the M models' grades, (P, answers of that model) each."""
+    wins = torch.stack([torch.stack([pairwise_wins(a, b) for b in worths], -1) for a in worths], -2)
+    return wins * (1 - torch.eye(len(worths), dtype=wins.dtype))  # nobody meets itself
+
+
+def bradley_terry(wins: Tensor, prior: float = 0.5) -> Tensor:
+    """Strengths (..., M), in nats and of mean 0, under which ``wins`` (..., M, M) are most likely.
+
+    Model i beats j with probability ``σ(s_i − s_j)`` (Bradley & Terry 1952); ``wins[..., i, j]`` is how often it did,
+    a tie half on either side. ``prior`` wins are added to both sides of each pair that has met (with two models and
+    1/2, the Jeffreys prior): a model that has always won would else be infinitely strong. Raises ``ValueError`` where
+    the models fall into groups that never met: nothing says how those compare."""
+    met = _met(wins)
+    if not bool(_connected(met).all()):
+        raise ValueError("the models fall into groups that never met each other, so they have no common scale")
+    return _most_likely(wins.double() + prior * met)
+
+
+class Ratings(NamedTuple):
+    """Strengths (..., M) less the anchor's, in nats, with 95% intervals."""
+
+    strengths: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def ratings(wins: Tensor, anchor: int = 0, prior: float = 0.5) -> Ratings:
+    """Bradley-Terry strengths of M models from ``wins`` (..., P, M, M), :func:`tournament`'s, over P prompts.
+
+    The intervals are 1.96 standard errors wide on either side, from the "sandwich" of the information with the spread
+    of each prompt's share of the gradient (Huber 1967; White 1982): all models answer the same prompts, so one
+    prompt's comparisons are not independent, and the information alone is too sure. Where a group of models has won,
+    or lost, every comparison with the rest, there is no such spread; the errors are then at least those that the
+    information (with the prior) gives. Raises ``ValueError`` as :func:`bradley_terry` does."""
+    total = wins.double().sum(-3)
+    strengths = bradley_terry(total, prior)
+    games = total + prior * _met(total)
+    # The likelihood knows differences only: flattened in that direction, the information has an inverse.
+    inverse = torch.linalg.inv(_information(games, strengths) + torch.ones_like(total))
+    from_anchor = torch.eye(total.shape[-1], dtype=torch.float64)
+    from_anchor = from_anchor - from_anchor[anchor]
+    pull = _surplus(wins.double(), strengths[..., None, :]) @ inverse @ from_anchor.mT  # (..., P, M)
+    prompts = wins.shape[-3]
+    variance = pull.square().sum(-2) * prompts / max(prompts - 1, 1)
+    independent = (from_anchor @ inverse @ from_anchor.mT).diagonal(dim1=-2, dim2=-1)
+    perfect = ~_connected(total > 0)[..., None]
+    half = Z95 * torch.where(perfect, torch.maximum(variance, independent), variance).sqrt()
+    strengths = strengths - strengths[..., anchor, None]
+    return Ratings(strengths, strengths - half, strengths + half)
+
+
+def elo(strengths: Tensor, anchor_rating: float = 1000.0) -> Tensor:
+    """Strengths in nats on Elo's scale, where 400 points are odds of 10 to 1 (Elo 1978); 0 nats is the anchor's rating.
+
+    All games at once, by maximum likelihood: unlike the ratings of a club, they do not depend on the games' order."""
+    return anchor_rating + 400 / math.log(10) * strengths
+
+
+def _met(wins: Tensor) -> Tensor:
+    """(..., M, M) 1 for pairs that were compared."""
+    return ((wins + wins.mT) > 0).double()
+
+
+def _connected(edges: Tensor) -> Tensor:
+    """(...): whether every model can be reached from every other along ``edges`` (..., M, M)."""
+    steps = edges.double() + torch.eye(edges.shape[-1], dtype=torch.float64)
+    reach = torch.linalg.matrix_power(steps.clamp(max=1), edges.shape[-1])
+    connected: Tensor = (reach > 0).all(-1).all(-1)
+    return connected
+
+
+def _chance(strengths: Tensor) -> Tensor:
+    """(..., M, M): with which probability i beats j."""
+    return torch.sigmoid(strengths[..., :, None] - strengths[..., None, :])
+
+
+def _surplus(games: Tensor, strengths: Tensor) -> Tensor:
+    """Wins (..., M) beyond those that the strengths (..., M) let expect: the gradient of the log-likelihood."""
+    return (games - (games + games.mT) * _chance(strengths)).sum(-1)
+
+
+def _information(games: Tensor, strengths: Tensor) -> Tensor:
+    """Fisher information (..., M, M) of the strengths."""
+    chance = _chance(strengths)
+    weight = (games + games.mT) * chance * (1 - chance)
+    return torch.diag_embed(weight.sum(-1)) - weight
+
+
+def _most_likely(games: Tensor) -> Tensor:
+    """Newton's method for all of ``games`` (..., M, M) at once; no step is longer than a nat."""
+    strengths: Tensor = games.new_zeros(games.shape[:-1])
+    for _ in range(200):
+        information = _information(games, strengths) + torch.ones_like(games)
+        step = torch.linalg.solve(information, _surplus(games, strengths))
+        step = step / step.abs().amax(-1, keepdim=True).clamp(min=1)
+        strengths = strengths + step
+        if step.abs().max() < 1e-5:  # the error is the square of the last step
+            break
+    return strengths
 
 
 def best_of_n(grades: Tensor, scores: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from lit_rlhf.pipeline.settings import (
     compose_settings,
     conf_dir,
     is_multirun,
+    name_loaders,
+    opened,
     stages_of,
     sweep_jobs,
 )
@@ -39,7 +41,7 @@ def main() -> None:
     sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
     arguments = sys.argv[1:]
     # Hydra's parser takes overrides in one piece only; people put -m anywhere.
-    sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+    sys.argv[1:] = arguments = opened(sorted(arguments, key=lambda a: a not in ("-m", "--multirun")))
     if not any(a.split("=")[0] in HYDRAS_OWN for a in arguments) and is_main_process():
         try:
             check_arguments(arguments)
@@ -92,6 +94,7 @@ def prepare(cfg: DictConfig) -> None:
     """Fill in what follows from where the run lives."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.run_dir = HydraConfig.get().runtime.output_dir
+    name_loaders(cfg)
     if isinstance(cfg.seed, int) and isinstance(cfg.run, str):
         remember_world(cfg)
 

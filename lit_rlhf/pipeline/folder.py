@@ -197,8 +197,9 @@ def check_inputs(cfg: DictConfig) -> None:
             if not Path(path).exists() and (path.startswith((str(cfg.paths.runs), "/", ".")))
             if not any(path.startswith(start) for start in coming)
         ]
-        if name == "evaluate":  # models that are not there are left out, but someone must answer
-            missing = [m for m in missing if m[0] == "evaluate.policies.sft.path"]
+        if name == "evaluate":  # stages that were not run are left out, but someone must answer
+            own = [str(upstream(cfg, stage, f"{stage}/model")) for stage in STAGES]
+            missing = [m for m in missing if m[0] == "evaluate.policies.sft.path" or m[1] not in own]
         for address, path in missing:
             if not path.startswith(str(cfg.paths.runs)):
                 raise UserError(f"{address}={path}: there is no such file or folder")

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import lit_rlhf
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import StageFolder
+from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
 from lit_rlhf.training import (
     BestCheckpoint,
     LastCheckpoint,
@@ -42,6 +43,7 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     settings = OmegaConf.create(folder.settings[name])
     seed_everything(settings.seed, verbose=False)
     data = make_data(settings.data, name)
+    trained_on = check_trained(settings, data) if name == "evaluate" and is_main_process() else {}
     module = make_module(settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
@@ -57,7 +59,8 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         if not trainer.is_global_zero:
             return {}
         module.export(folder.path)
-        figures = figures_of(settings, module, name, folder)
+        figures = figures_of(settings, module, name, folder) | ({"trained_on": trained_on} if trained_on else {})
+        write_trained_prompts(folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         folder.finish({"figures": figures, "seconds": seconds, "versions": versions(), "data": data_notes(data)})
     finally:

@@ -22,6 +22,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 from lit_rlhf.errors import UserError
 
@@ -78,6 +79,7 @@ class StageLevel(BaseModel):
     checkpoint_every: Annotated[int, Field(ge=1)] = 1
     samples_every: Annotated[int, Field(ge=1)] = 1
     keep: Keep | None = None
+    allow_trained: bool = False
 
 
 def compose_settings(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
@@ -87,6 +89,19 @@ def compose_settings(overrides: list[str], config_dir: Path | None = None) -> Di
             return compose("config", overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_composition_error(str(error), overrides)) from None
+
+
+def opened(arguments: list[str]) -> list[str]:
+    """Arguments as Hydra takes them: ``evaluate.policies.NAME=FOLDER`` may add a model, without a ``+``."""
+    return [f"++{a}" if re.match(r"evaluate\.policies\.\w+=", a) else a for a in arguments]
+
+
+def name_loaders(cfg: DictConfig) -> None:
+    """Write out what stands for a model of ``evaluate.policies`` that is given by its folder or Hub name alone."""
+    for name, node in cfg.evaluate.policies.items():
+        if isinstance(node, str):
+            loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer", "path": node}
+            OmegaConf.update(cfg, f"evaluate.policies.{name}", loader, force_add=True)
 
 
 def sweep_jobs(overrides: list[str]) -> list[list[str]]:
@@ -266,7 +281,7 @@ def _holds_objects(value: Any) -> bool:
 def _check_value(kind: Any, value: Any, address: str) -> None:
     try:
         adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticSchemaGenerationError, TypeError):
+    except (PydanticSchemaGenerationError, SchemaError, TypeError):
         return  # nothing that can be checked before the object is made
     try:
         adapter.validate_python(value)

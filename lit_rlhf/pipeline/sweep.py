@@ -81,7 +81,8 @@ class SweepTable(Callback):
 
 def write_table(jobs: list[Job], path: Path) -> None:
     """One row a job: its overrides, its headline figures."""
-    figures = dict.fromkeys(name for job in jobs for name in job.figures if ".by_kind." not in name)
+    parts = {"by_kind", "interval"}
+    figures = dict.fromkeys(name for job in jobs for name in job.figures if parts.isdisjoint(name.split(".")))
     settings = dict.fromkeys(name for job in jobs for name in job.settings)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["job", "status", *settings, *(f for f in figures if f not in settings), "error"])

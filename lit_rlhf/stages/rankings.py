@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.prompts import Judge
 from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import OnBadRecord, Ranking, load_records, parse_ranking, split_by_prompt
+from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, load_records, parse_ranking, split_by_prompt
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
 
@@ -122,6 +122,10 @@ class RankingDataModule(LightningDataModule):
                 f"{', '.join(map(str, self.paths))}: {self.long} answers are longer than max_length={self.max_length} "
                 "tokens; raise it, or set on_long=cut"
             )
+
+    def trained_prompts(self) -> Iterator[Messages]:
+        """The prompts whose answers are learned from."""
+        yield from (ranking.prompt for ranking in self.train_rankings[: self.limit])
 
     def _encode(self, rankings: list[Ranking], graded: bool = False) -> list[EncodedRanking]:
         answers = [text for r in rankings for text in r.responses]

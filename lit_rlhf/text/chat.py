@@ -42,6 +42,27 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = ROLE_TEMPLATE if has_roles else TRANSCRIPT_TEMPLATE
 
 
+class Speakers(NamedTuple):
+    """Who talks in a transcript, and how it is written."""
+
+    user: str = "Human:"
+    assistant: str = "Assistant:"
+    between: str = "\n\n"  # two turns
+    end: str = "\n\nHuman:"  # where the answer is over: a base model goes on with everybody's turns
+
+
+def transcript_prompt(messages: Messages, speakers: Speakers) -> str:
+    """A dialogue as plain text that a base model goes on with as its assistant."""
+    names = {"user": speakers.user, "assistant": speakers.assistant}
+    turns = [" ".join(filter(None, (names.get(m["role"], ""), m["content"]))) for m in messages]
+    return speakers.between.join([*turns, speakers.assistant])
+
+
+def transcript_answer(text: str, speakers: Speakers) -> str:
+    """The assistant's turn of what a base model wrote behind :func:`transcript_prompt`."""
+    return text.strip().partition(speakers.end)[0].strip()
+
+
 class Encoded(NamedTuple):
     """A dialogue as tokens, with the tokens that the model is to learn."""
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -327,6 +328,15 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 def prompt_key(messages: Sequence[dict[str, str]]) -> str:
     """The prompt as one unambiguous string."""
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+
+
+def prompt_fingerprint(messages: Sequence[dict[str, str]]) -> str:
+    """16 hex digits that are the same for prompts which differ in case, in spaces or in Unicode's spellings only."""
+    turns = [
+        {"role": m["role"], "content": " ".join(unicodedata.normalize("NFKC", m["content"]).casefold().split())}
+        for m in messages
+    ]
+    return hashlib.sha256(prompt_key(turns).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def shown(messages: Sequence[dict[str, str]]) -> str:

@@ -7,6 +7,8 @@ from itertools import combinations
 import pytest
 
 from lit_rlhf.apps import write_report
+from lit_rlhf.apps.charts import frontier
+from lit_rlhf.apps.reading import load_run
 from lit_rlhf.apps.wording import STAGES
 from lit_rlhf.errors import UserError
 
@@ -169,6 +171,29 @@ def test_a_whole_run(tmp_path):
     assert "KL to SFT nats an answer 2.19 2.19 2.19" in page.text
     assert "1,536,000" in page.text and "4,321" in page.text
     assert "proxy" not in page.text.lower()
+
+
+def test_ratings_and_what_was_lost(tmp_path):
+    write_whole(tmp_path)
+    done = json.loads((tmp_path / "evaluate/done.json").read_text())
+    rated = {"sft": (1000.0, 1000.0, 1000.0), "ppo": (1182.6, 1160.0, 1205.2), "base": (401.0, 380.0, 422.0)}
+    models = {name: dict(zip(("elo", "low", "high"), points)) for name, points in rated.items()}
+    figures = done["figures"] | {"ratings": {"anchor": "sft", "prompts": 264, "models": models}}
+    figures["models"]["ppo"] |= {"self_similarity": 0.682, "interval": {"self_similarity": {"low": 0.65, "high": 0.71}}}
+    figures["models"]["sft"]["self_similarity"] = 0.423
+    figures["changes"] = {"ppo": {"self_similarity": {"change": 0.259, "low": 0.224, "high": 0.294}}}
+    write_json(tmp_path / "evaluate/done.json", done | {"figures": figures})
+    page = report(tmp_path)
+    assert {"ratings", "frontier"} <= page.ids
+    assert "PPO 1,183 1,160 – 1,205 SFT 1,000 the anchor Base 401 380 – 422" in page.text  # the strongest first
+    assert "Self-similarity 0 to 1 – 0.423 0.682 0.650 – 0.710 +0.259 +0.224 – +0.294" in page.text
+
+
+def test_distances_without_evaluation_are_those_of_training(tmp_path):
+    write_ppo(tmp_path)
+    charts = list(frontier(load_run(tmp_path)))
+    assert [chart.title for chart in charts] == ["Score against KL"]  # gold was not logged
+    assert charts[0].lines[0].points == [(i / 5, i / 10) for i in range(8)]
 
 
 def test_sections_link_to_each_other(tmp_path):

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.rating import best_of_n, best_of_n_kl, pairwise_wins, win_rate
+from lit_rlhf.functional.rating import (
+    best_of_n,
+    best_of_n_kl,
+    bradley_terry,
+    elo,
+    pairwise_wins,
+    ratings,
+    tournament,
+    win_rate,
+)
 
 
 def test_pairwise_wins_by_hand():
@@ -38,9 +47,127 @@ def test_win_rate_counts_our_answers_and_the_prompts():
     assert (result.mean, result.low, result.high) == (0.5, 0.5, 0.5)
 
 
-def test_always_winning_leaves_no_interval():
-    assert win_rate(torch.ones(9, 2), torch.zeros(9, 2))[:3] == (1.0, 1.0, 1.0)
-    assert win_rate(torch.zeros(9, 2), torch.ones(9, 2))[:3] == (0.0, 0.0, 0.0)
+def drawn_tournament(truth, prompts, generator):
+    """Worth of one answer a model and prompt: strength plus Gumbel noise, so that i beats j with σ(s_i − s_j) exactly,
+    though a good answer to a prompt wins against all others to it at once."""
+    noise = -torch.log(-torch.log(torch.rand(prompts, len(truth), generator=generator, dtype=torch.float64)))
+    return tournament([(truth + noise)[:, i, None] for i in range(len(truth))])
+
+
+def test_tournament_by_hand():
+    wins = tournament([tensor([[3.0, 1.0], [0.0, 0.0]]), tensor([[2.0], [0.0]])])  # 1 of 2; a tie
+    assert_close(wins, tensor([[[0.0, 0.5], [0.5, 0.0]], [[0.0, 0.5], [0.5, 0.0]]], dtype=torch.float64))
+
+
+def test_two_models_are_as_strong_as_the_odds():  # 30 : 10 without a prior is log 3
+    wins = tensor([[0.0, 30.0], [10.0, 0.0]])
+    strengths = bradley_terry(wins, prior=0.0)
+    assert_close(strengths[0] - strengths[1], tensor(math.log(3), dtype=torch.float64))
+    with_prior = bradley_terry(wins)
+    assert_close((with_prior[0] - with_prior[1]).item(), math.log(30.5 / 10.5))
+
+
+def test_strengths_are_those_of_zermelos_iteration():  # another method, one game at a time in loops
+    generator = torch.Generator().manual_seed(0)
+    wins = torch.randint(1, 30, (5, 5), generator=generator).double().fill_diagonal_(0).tolist()
+    weights = [1.0] * 5
+    for _ in range(150):
+        weights = [
+            sum(wins[i]) / sum((wins[i][j] + wins[j][i]) / (weights[i] + weights[j]) for j in range(5) if j != i)
+            for i in range(5)
+        ]
+    expected = torch.tensor(weights, dtype=torch.float64).log()
+    assert_close(bradley_terry(tensor(wins), prior=0.0), expected - expected.mean(), rtol=0, atol=1e-6)
+
+
+def test_extreme_records_reach_the_maximum():  # the gradient is 0: each model wins as often as its strength says
+    wins = tensor([[0.0, 1000.0, 1000.0], [0.0, 0.0, 999.0], [0.0, 1.0, 0.0]]).double()
+    strengths = bradley_terry(wins)
+    games, chance = wins + 0.5 * (1 - torch.eye(3)), torch.sigmoid(strengths[:, None] - strengths)
+    assert_close(games.sum(1), ((games + games.T) * chance * (1 - torch.eye(3))).sum(1))
+
+
+def test_a_perfect_record_is_finite_and_wide():
+    wins = tensor([[0.0, 1.0], [0.0, 0.0]]).double().expand(50, 2, 2)
+    result = ratings(wins, anchor=1)
+    assert_close(result.strengths, tensor([math.log(50.5 / 0.5), 0.0], dtype=torch.float64))
+    assert result.high[0] - result.low[0] > 4  # nats: who never lost may be anything from clearly better upwards
+    assert 0 < result.low[0] < result.strengths[0] < result.high[0]
+    assert (result.low[1], result.high[1]) == (0, 0)
+
+
+def test_groups_that_never_met_have_no_common_scale():
+    wins = torch.zeros(4, 4)
+    wins[0, 1] = wins[1, 0] = wins[2, 3] = wins[3, 2] = 3.0
+    with pytest.raises(ValueError, match="never met"):
+        bradley_terry(wins)
+    with pytest.raises(ValueError, match="never met"):
+        ratings(wins.expand(9, 4, 4))
+    wins[1, 2] = 1.0  # a bridge, though a game that only one side ever won
+    assert bradley_terry(wins).isfinite().all()
+
+
+def test_not_all_pairs_have_to_meet():  # a against b 3 : 1, b against c 1 : 1; a against c follows
+    wins = tensor([[0.0, 3.0, 0.0], [1.0, 0.0, 2.0], [0.0, 2.0, 0.0]])
+    strengths = bradley_terry(wins, prior=0.0)
+    assert_close((strengths - strengths[1]).tolist(), [math.log(3), 0.0, 0.0])
+
+
+def test_elo_is_400_points_for_odds_of_ten():
+    assert_close(elo(tensor([0.0, math.log(10), -math.log(10)])), tensor([1000.0, 1400.0, 600.0]))
+    assert_close(elo(tensor([math.log(100)]), 0.0), tensor([800.0]))
+
+
+def test_a_simulated_tournament_gives_back_its_strengths():
+    points = tensor([1000.0, 900.0, 1130.0, 1275.0, 1210.0, 640.0], dtype=torch.float64)
+    truth = (points - 1000) * math.log(10) / 400
+    result = ratings(drawn_tournament(truth, 4000, torch.Generator().manual_seed(1)))
+    low, rating, high = elo(result.low), elo(result.strengths), elo(result.high)
+    off = (rating - points).abs()[1:] / ((high - low)[1:] / 2)  # in half widths of the intervals, the anchor apart
+    assert (off < 1).sum() >= 4 and off.max() < 1.5  # of five 95% intervals, one may miss
+    assert (high - low)[1:].max() < 35
+    assert torch.equal(rating.argsort(), points.argsort())
+
+
+def covered(truth, wins):
+    """Share (M - 1,) of the tournaments (S, P, M, M) in which each interval holds its true strength."""
+    result = ratings(wins)
+    return ((result.low <= truth) & (truth <= result.high))[:, 1:].double().mean(0)
+
+
+@pytest.mark.parametrize("prompts", [60, 150])
+def test_intervals_of_ratings_cover_the_truth_95_percent_of_the_time(prompts):
+    truth, generator = tensor([0.0, -1.0, 0.5, 1.5], dtype=torch.float64), torch.Generator().manual_seed(1)
+    worths = truth - torch.log(-torch.log(torch.rand(1000, prompts, 4, generator=generator, dtype=torch.float64)))
+    share = covered(truth, (worths[..., :, None] > worths[..., None, :]).double())
+    assert ((share >= 0.93) & (share <= 0.97)).all()
+
+
+def test_intervals_of_ratings_cover_the_truth_where_all_games_are_independent():
+    truth, generator = tensor([0.0, -1.0, 0.5, 1.5], dtype=torch.float64), torch.Generator().manual_seed(1)
+    won = torch.rand(1000, 100, 4, 4, generator=generator) < torch.sigmoid(truth[:, None] - truth)
+    share = covered(truth, won.double().triu(1) + (1 - won.double()).triu(1).mT)
+    assert ((share >= 0.93) & (share <= 0.97)).all()
+
+
+def test_errors_are_the_odds_ratios():  # of independent games between two: 1 / sqrt(n p (1 - p)) of the log-odds
+    wins = torch.zeros(40, 2, 2)
+    wins[:30, 0, 1] = wins[30:, 1, 0] = 1.0
+    result = ratings(wins, anchor=1, prior=0.0)
+    error = math.sqrt(40 / 39) / math.sqrt(40 * 3 / 16)
+    assert_close(result.high[0] - result.strengths[0], tensor(1.959964 * error, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_asking_a_prompt_twice_teaches_nothing_about_others():
+    once = drawn_tournament(tensor([0.0, 1.0, 2.0]), 50, torch.Generator().manual_seed(0))
+    for one, both in zip(ratings(once, prior=0.0), ratings(2 * once, prior=0.0)):
+        assert_close(one, both)
+
+
+def test_always_winning_is_not_certain():  # nine of nine: Wilson's lower end is 9 / (9 + 1.96^2)
+    assert win_rate(torch.ones(9, 2), torch.zeros(9, 2))[:3] == pytest.approx((1.0, 9 / (9 + 1.959964**2), 1.0))
+    lost = (0.0, 0.0, 1.959964**2 / (9 + 1.959964**2))
+    assert win_rate(torch.zeros(9, 2), torch.ones(9, 2))[:3] == pytest.approx(lost)
 
 
 def test_interval_has_the_width_of_95_percent():

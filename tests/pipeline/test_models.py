@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_other_families_go_the_whole_road(lit_rlhf, tmp_path, model):
     lit_rlhf(f"model={model}")
     summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
-    assert set(summary["evaluate"]["models"]) == {"base", "sft", "ppo"}
+    assert set(summary["evaluate"]["models"]) == {"base", "prompted", "sft", "ppo"}
 
 
 def test_checkpoint_takes_the_place_of_pretraining(lit_rlhf, tmp_path):
@@ -29,6 +29,6 @@ def test_checkpoint_takes_the_place_of_pretraining(lit_rlhf, tmp_path):
     run = tmp_path / "runs" / "quickstart"
     assert not (run / "pretrain").exists()
     summary = json.loads((run / "summary.json").read_text())
-    assert set(summary["evaluate"]["models"]) == {"base", "sft", "ppo"}
+    assert set(summary["evaluate"]["models"]) == {"base", "prompted", "sft", "ppo"}
     saved = json.loads((run / "ppo" / "model" / "config.json").read_text())
     assert saved["pad_token_id"] != saved["eos_token_id"]

@@ -100,7 +100,7 @@ def test_dpo_starts_from_the_rankings_and_models_of_another_run(lit_rlhf, run_co
     summary = json.loads((other / "summary.json").read_text())
     assert summary["dpo"]["val_loss_first"] == pytest.approx(math.log(2))
     assert {"val_loss", "val_accuracy", "gold_accuracy", "val_pairs"} <= set(summary["dpo"])
-    assert set(summary["evaluate"]["models"]) == {"base", "sft", "ppo", "dpo"}
+    assert set(summary["evaluate"]["models"]) == {"base", "prompted", "sft", "ppo", "dpo"}
     assert {"dpo_vs_sft", "dpo_vs_ppo"} <= set(summary["evaluate"]["win_rate"])
     assert summary["evaluate"]["models"]["dpo"]["kl"] > 0
     names = {name for row in read_metrics(other / "dpo" / "metrics.csv").values() for name in row}

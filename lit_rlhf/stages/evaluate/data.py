@@ -1,17 +1,86 @@
-"""Held-out prompts to be graded on."""
+"""Held-out prompts to be graded on, and held-out text to be read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.text.chat import Speakers
+from lit_rlhf.text.records import OnBadRecord, load_records, parse_text
+from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
 
 
 class EvaluateDataModule(PromptDataModule):
-    """The held-out prompts of a file; arguments as in :class:`PromptDataModule`."""
+    """The held-out prompts of a file.
+
+    Args:
+        text: a file of text that no model was trained on (.txt, or records with a field ``text``), for the perplexity;
+            None: it is not measured.
+
+    The others are those of :class:`PromptDataModule`."""
+
+    speakers = Speakers()  # who talks in the transcript that a base model goes on with
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 128,
+        max_length: Annotated[int, Field(ge=1)] = 256,
+        on_long: Literal["skip", "cut"] = "skip",
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        on_bad_record: OnBadRecord = "fail",
+        text: str | None = None,
+    ) -> None:
+        super().__init__(
+            path, tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, held_out=held_out,
+            limit_held_out=limit_held_out, split_seed=split_seed, seed=seed, limit=limit, on_bad_record=on_bad_record,
+        )  # fmt: skip
+        self.text = text
+
+    def documents(self) -> Sequence[str]:
+        """The held-out text; empty where there is none."""
+        return [] if self.text is None else load_records(self.text, parse_text, self.on_bad_record).records
 
     def test_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader(self.held_out_prompts)
 
 
 class WorldEvaluateDataModule(WorldPromptDataModule, EvaluateDataModule):
-    """The held-out prompts of the built-in world."""
+    """The held-out prompts of the built-in world, and ``text_documents`` documents newly drawn from its corpus."""
+
+    speakers = Speakers("Anna asked:", "Ben said:", "\n", "\n")  # as people talk in the corpus, a line each
+
+    def __init__(
+        self,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompts: Annotated[int, Field(ge=1)] = 3000,
+        batch_size: Annotated[int, Field(ge=1)] = 128,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        text_documents: Annotated[int, Field(ge=0)] = 300,
+    ) -> None:
+        super().__init__(
+            world, tokenizer, prompts=prompts, batch_size=batch_size, limit_held_out=limit_held_out,
+            split_seed=split_seed, seed=seed, limit=limit,
+        )  # fmt: skip
+        self.text_documents = text_documents
+
+    def documents(self) -> Sequence[str]:
+        # Pretraining draws its documents with the split's seed.
+        return self.world.corpus(self.text_documents, self.split_seed + 1, split_seed=self.split_seed)

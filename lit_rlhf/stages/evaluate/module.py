@@ -1,12 +1,11 @@
-"""Evaluation: base, SFT, PPO and DPO answer the same held-out prompts; who wins, and what it cost."""
+"""Evaluation: models answer the same held-out prompts; who wins, by how much, and what it cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -14,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import WinRate, best_of_n, masked_sum, sequence_kl, win_rate
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import Estimate, WinRate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
 from lit_rlhf.models import (
     Responses,
     Sampling,
@@ -25,23 +25,17 @@ from lit_rlhf.models import (
     score_shift,
     score_std,
 )
+from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
+from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.ppo.rollout import pack_on, response_logprobs
+from lit_rlhf.stages.preference.module import Annotator
 from lit_rlhf.stages.prompts import PromptBatch
-from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.chat import encode_prompts, encode_responses, transcript_answer, transcript_prompt
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import seeded
 
-
-@dataclass
-class Answers:
-    """What one model wrote; P prompts, n samples each."""
-
-    texts: list[list[str]] = field(default_factory=list)  # (P, n)
-    scores: list[list[float]] = field(default_factory=list)  # (P, n), by the reward model, in SFT standard deviations
-    grades: list[list[dict[str, Any]]] = field(default_factory=list)  # (P, n), by the gold judge
-    entropy: list[float] = field(default_factory=list)  # nats, summed over an answer's tokens
-    tokens: list[int] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)  # nats an answer, against SFT
+JudgeName = Literal["gold", "reward_model", "annotator"]
+PROMPTED = "prompted"  # the base model behind a transcript
 
 
 class EvaluateModule(LightningModule):
@@ -50,8 +44,13 @@ class EvaluateModule(LightningModule):
     Args:
         policies: name -> (model, tokenizer), from weakest to strongest; "sft" is what others are compared with.
         reward_model: grades where no gold judge does, and picks the best of n; None: not done.
+        annotator: ranks the answers of all models to a prompt together; None: nobody does.
+        judge: who decides which answer is better; None: the annotator, else the gold judge, else the reward model.
         samples: answers a prompt at ``sampling.temperature``.
         best_of: n of the best-of-n from the SFT model; 0: not done.
+        prompted_base: let "base" compete a second time, behind a transcript that makes it a weak assistant.
+        anchor_rating: Elo points of the SFT model (of the first one where there is none).
+        text_row_length: tokens of a row of held-out text, for the perplexity.
         sampling: how answers are drawn.
         seed: of the sampling.
     """
@@ -61,8 +60,13 @@ class EvaluateModule(LightningModule):
         policies: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         reward_model: PreTrainedModel | None = None,
         *,
+        annotator: Annotator | None = None,
+        judge: JudgeName | None = None,
         samples: Annotated[int, Field(ge=1)] = 4,
         best_of: Annotated[int, Field(ge=0)] = 8,
+        prompted_base: bool = True,
+        anchor_rating: float = 1000.0,
+        text_row_length: Annotated[int, Field(ge=2)] = 96,
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> None:
@@ -70,56 +74,111 @@ class EvaluateModule(LightningModule):
         self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in policies.items()})
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in policies.items()}
         self.reward_model = None if reward_model is None else freeze(reward_model)
+        self.annotator, self.judge = annotator, judge
         self.samples, self.best_of, self.seed = samples, best_of, seed
+        self.anchor_rating, self.text_row_length = anchor_rating, text_row_length
         self.sampling = sampling or Sampling()
-        self.answers: dict[str, Answers] = {name: Answers() for name in policies}
-        self.greedy: dict[str, Answers] = {name: Answers() for name in policies}
+        names = list(policies)
+        if prompted_base and "base" in names:
+            names.insert(names.index("base") + 1, PROMPTED)
+        self.answers: dict[str, Answers] = {name: Answers() for name in names}
+        self.greedy: dict[str, Answers] = {name: Answers() for name in names}
         self.candidates = Answers()  # best_of answers of the SFT model to each prompt
+        self.best = Answers()  # of these the one that the reward model likes best
         self.prompts: list[dict[str, Any]] = []
+        self.texts: dict[str, dict[str, Any]] = {}  # of each model on held-out text
+
+    def on_test_start(self) -> None:
+        there = {"gold": self._gold is not None, "reward_model": self.reward_model, "annotator": self.annotator}
+        if self.judge is not None and not there[self.judge]:
+            known = ", ".join(name for name, here in there.items() if here) or "nobody"
+            raise UserError(f"evaluate.module.judge={self.judge}: there is none in this evaluation; there is {known}")
+
+    @property
+    def _gold(self) -> Any:
+        return getattr(self.trainer.datamodule, "judge", None)
+
+    @property
+    def decides(self) -> JudgeName:
+        """Who decides which answer is better."""
+        if self.judge is not None:
+            return self.judge
+        graded = any(answers.grades for answers in self.answers.values())
+        return "annotator" if self.annotator is not None else "gold" if graded else "reward_model"
 
     # ---------------------------------------------------------------- sampling
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All models answer one batch of prompts."""
         self.prompts += [{"prompt": m, "kind": k} for m, k in zip(batch.messages, batch.kinds)]
-        for place, name in enumerate(self.policies):
-            self._answer(name, batch, self.samples, self.sampling, (batch_idx, place), self.answers[name])
-            self._answer(name, batch, 1, self.sampling.greedy(), (batch_idx, place, 1), self.greedy[name])
+        # Places are those of the policies as they were given: one more does not change what the others draw.
+        places = {name: place for place, name in enumerate(self.policies)}
+        for name in self.answers:
+            place = (batch_idx, places[name]) if name in places else (batch_idx, places["base"], 2)
+            self._answer(name, batch, self.samples, self.sampling, place, self.answers[name])
+            self._answer(name, batch, 1, self.sampling.greedy(), (*place, 1), self.greedy[name])
         if self.best_of and self.reward_model is not None and "sft" in self.policies:
             self._answer("sft", batch, self.best_of, self.sampling, (batch_idx, -1), self.candidates)
+            self._pick(len(batch.messages))
+        if self.annotator is not None:
+            self._rank(batch)
 
     def _answer(
         self, name: str, batch: PromptBatch, n: int, sampling: Sampling, place: tuple[int, ...], into: Answers
     ) -> None:
-        policy, tokenizer = self.policies[name], self.tokenizers[name]
-        # Each model is prompted by its own template: a base model only sees the text and goes on with it.
-        prompts = encode_prompts(tokenizer, batch.messages)
+        policy, tokenizer = self._model(name)
         room = context_length(policy) - sampling.max_new_tokens
-        repeated = [tokens[-room:] for tokens in prompts for _ in range(n)]
+        repeated = [tokens[-room:] for tokens in self._encoded(name, batch) for _ in range(n)]
         answers = answer(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
-        texts = answers.texts(tokenizer)
+        texts, finished = answers.texts(tokenizer), answers.finished.tolist()
+        if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
+            cut = [transcript_answer(text, self.trainer.datamodule.speakers) for text in texts]
+            finished = [f or short != text for f, short, text in zip(finished, cut, texts)]
+            texts = cut
         into.texts += _grouped(texts, n)
-        into.tokens += answers.lengths.tolist()
-        into.entropy += masked_sum(answers.entropy, answers.mask, dim=-1).tolist()
-        finished = answers.finished.tolist()
-        judge = getattr(self.trainer.datamodule, "judge", None)
-        if judge is not None:
+        into.tokens += _grouped(answers.lengths.tolist(), n)
+        into.entropy += _grouped(masked_sum(answers.entropy, answers.mask, dim=-1).tolist(), n)
+        if self._gold is not None:
             messages = [m for m in batch.messages for _ in range(n)]
-            grades = [judge.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]
+            grades = [self._gold.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]
             into.grades += _grouped([grade_figures(g) for g in grades], n)
         if self.reward_model is not None:
-            into.scores += _grouped(self._scores(batch, answers, n).tolist(), n)
-        if name != "sft" and "sft" in self.policies and name != "base" and sampling.temperature > 0:
-            into.kl += self._kl(repeated, answers).tolist()
+            into.scores += _grouped(self._scores(name, batch, answers, texts, n).tolist(), n)
+        if name != "sft" and self._talks_like_sft(name) and sampling.temperature > 0:
+            into.kl += _grouped(self._kl(repeated, answers).tolist(), n)
 
-    def _scores(self, batch: PromptBatch, answers: Responses, n: int) -> Tensor:
+    def _model(self, name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+        own = "base" if name == PROMPTED else name
+        return self.policies[own], self.tokenizers[own]
+
+    def _encoded(self, name: str, batch: PromptBatch) -> list[list[int]]:
+        """Each model is prompted by its own template: a base model only sees the text and goes on with it."""
+        _, tokenizer = self._model(name)
+        if name != PROMPTED:
+            return encode_prompts(tokenizer, batch.messages)
+        texts = [transcript_prompt(messages, self.trainer.datamodule.speakers) for messages in batch.messages]
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _scores(self, name: str, batch: PromptBatch, answers: Responses, texts: list[str], n: int) -> Tensor:
         """Scores (B,) of the answers behind the prompts as the reward model knows them."""
+        known, own = self.trainer.datamodule.tokenizer, self._model(name)[1]
+        responses = answers.token_lists()
+        if name == PROMPTED or own.get_vocab() != known.get_vocab():  # cut, or in tokens that it does not know
+            responses = encode_responses(known, [m for m in batch.messages for _ in range(n)], texts)
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
-        sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
-        packed = pack_on(sequences, self.reward_model.config.pad_token_id, self.device, answers.lengths)
+        sequences = [p + r for p, r in zip(prompts, responses)]
+        lengths = torch.tensor([len(r) for r in responses])
+        packed = pack_on(sequences, self.reward_model.config.pad_token_id, self.device, lengths)
         return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(
             self.reward_model
         )
+
+    def _talks_like_sft(self, name: str) -> bool:
+        """Whether a model has SFT's tokens and turns, so that both can be asked how likely an answer is."""
+        if "sft" not in self.policies or name == PROMPTED:
+            return False
+        ours, sft = self.tokenizers[name], self.tokenizers["sft"]
+        return ours.chat_template == sft.chat_template and ours.get_vocab() == sft.get_vocab()
 
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
@@ -127,75 +186,140 @@ class EvaluateModule(LightningModule):
         ref = response_logprobs(self.policies["sft"], packed, answers.lengths, self.sampling.temperature)
         return sequence_kl(answers.logprobs, ref, answers.mask)
 
+    def _pick(self, count: int) -> None:
+        """The best of n for the last ``count`` prompts."""
+        for i in range(len(self.candidates.texts) - count, len(self.candidates.texts)):
+            scores = self.candidates.scores[i]
+            best = max(range(len(scores)), key=scores.__getitem__)
+            self.best.texts.append([self.candidates.texts[i][best]])
+            self.best.scores.append([scores[best]])
+            if self.candidates.grades:
+                self.best.grades.append([self.candidates.grades[i][best]])
+
+    def _rank(self, batch: PromptBatch) -> None:
+        """The annotator ranks the answers of all contestants to a prompt together."""
+        contestants = list(self.contestants().values())
+        first = len(self.prompts) - len(batch.messages)
+        together = [[text for c in contestants for text in c.texts[i]] for i in range(first, len(self.prompts))]
+        for i, ranks in enumerate(self.annotator(batch.messages, together), start=first):
+            left = iter(ranks)
+            for contestant in contestants:
+                contestant.ranks.append([next(left) for _ in contestant.texts[i]])
+
     def on_test_epoch_end(self) -> None:
-        """Win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
-        rates = self.figures()["win_rate"]
-        self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in rates.items()})
+        """Held-out text is read; win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
+        if documents := getattr(self.trainer.datamodule, "documents", list)():
+            for name, policy in self.policies.items():
+                self.texts[name] = text_figures(policy, self.tokenizers[name], documents, self.text_row_length)
+        self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self._win_rates().items()})
 
     # --------------------------------------------------------------- comparing
 
-    def worth(self, answers: Answers) -> Tensor:
-        """What the answers are compared by, (P, n): gold grades, or the reward model's scores without them."""
-        if answers.grades:
-            return torch.tensor([[g["gold"] for g in row] for row in answers.grades], dtype=torch.float64)
-        if answers.scores:
-            return torch.tensor(answers.scores, dtype=torch.float64)
-        return torch.empty(0, 0)
+    def contestants(self) -> dict[str, Answers]:
+        """All that compete: the models, and the best of n."""
+        return {**self.answers, **({"best_of_n": self.best} if self.best.texts else {})}
+
+    def _worths(self) -> dict[str, Tensor]:
+        """What each contestant's answers are compared by; empty where nobody judges."""
+        worths = {name: worth(answers, self.decides) for name, answers in self.contestants().items()}
+        return worths if all(w.numel() for w in worths.values()) else {}
+
+    def _win_rates(self) -> dict[str, dict[str, Any]]:
+        worths = self._worths()
+        models = [name for name in self.answers if name in worths]
+        return {f"{b}_vs_{a}": _rate(win_rate(worths[b], worths[a])) for a, b in combinations(models, 2)}
 
     def figures(self) -> dict[str, Any]:
-        """Headline figures: models, win rates with 95% intervals, by kind of prompt."""
-        names = list(self.policies)
+        """Headline figures: models, win rates and ratings with 95% intervals, by kind of prompt."""
         result: dict[str, Any] = {
-            "judge": "gold" if self.answers[names[0]].grades else "reward model (proxy)",
+            "judge": self._judge_name(),
             "prompts": len(self.prompts),
-            "models": {name: self._model_figures(name) for name in names},
-            "win_rate": {},
+            "models": {name: self._model_figures(name) for name in self.answers},
+            "win_rate": self._win_rates(),
         }
-        worths = {name: self.worth(self.answers[name]) for name in names}
-        if all(w.numel() for w in worths.values()):
-            for weaker, stronger in combinations(names, 2):
-                result["win_rate"][f"{stronger}_vs_{weaker}"] = _rate(win_rate(worths[stronger], worths[weaker]))
-            if self.candidates.texts:
-                best = best_of_n(self.worth(self.candidates), torch.tensor(self.candidates.scores))[:, None]
-                result["best_of_n"] = self._best_of_figures(best, worths)
+        worths = self._worths()
+        if worths and self.best.texts:
+            result["best_of_n"] = self._best_of_figures(worths)
+        if len(worths) > 1:
+            result["ratings"] = self._ratings(worths)
+        if changes := self._changes():
+            result["changes"] = changes
         return result
+
+    def _judge_name(self) -> str:
+        if self.decides == "annotator":
+            return str(getattr(self.annotator, "name", type(self.annotator).__name__))
+        return "gold" if self.decides == "gold" else "reward model (proxy)"
+
+    def _ratings(self, worths: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Bradley-Terry ratings on Elo's scale of all contestants, each having met each on every prompt."""
+        names = list(worths)
+        anchor = names.index("sft") if "sft" in names else 0
+        fitted = ratings(tournament([worths[name] for name in names]), anchor)
+        points = [elo(ends, self.anchor_rating).tolist() for ends in fitted]
+        models = {n: dict(zip(("elo", "low", "high"), p)) for n, p in zip(names, zip(*points))}
+        return {"anchor": names[anchor], "prompts": len(self.prompts), "models": models}
 
     def _model_figures(self, name: str) -> dict[str, Any]:
         answers, greedy = self.answers[name], self.greedy[name]
         graded = bool(answers.grades)
-        flat = [g for row in answers.grades for g in row]
-        return {
-            **{
-                key: _mean([g[key] for g in flat]) if graded else None for key in ("gold", "correct", "polite", "right")
-            },
-            "words": _mean([len(text.split()) for row in answers.texts for text in row]),
-            "entropy": sum(answers.entropy) / max(sum(answers.tokens), 1),
-            "score": _mean([s for row in answers.scores for s in row]) if answers.scores else None,
-            "kl": _mean(answers.kl) if answers.kl else (0.0 if name == "sft" else None),
-            "greedy_right": _mean([row[0]["right"] for row in greedy.grades]) if graded else None,
-            "greedy_gold": _mean([row[0]["gold"] for row in greedy.grades]) if graded else None,
+        found = estimates(answers)
+        figures: dict[str, Any] = dict.fromkeys(("gold", "correct", "polite", "right", "score", "kl"))
+        figures |= {key: estimate.value for key, estimate in found.items()}
+        if name == "sft":
+            figures["kl"] = 0.0
+        interval = {key: _interval(estimate) for key, estimate in found.items()}
+        if text := self.texts.get(name):
+            figures["perplexity"], figures["text"] = text["perplexity"], text
+            interval["perplexity"] = {"low": text["low"], "high": text["high"], "rows": text["rows"]}
+        of_greedy = estimates(Answers(grades=greedy.grades))
+        for key in ("right", "gold"):
+            figures[f"greedy_{key}"] = of_greedy[key].value if graded else None
+            interval |= {f"greedy_{key}": _interval(of_greedy[key])} if graded else {}
+        return figures | {
+            "answers": sum(map(len, answers.texts)),
             "by_kind": self._by_kind(answers) if graded else {},
+            "interval": interval,
         }
 
     def _by_kind(self, answers: Answers) -> dict[str, dict[str, float]]:
-        kinds: dict[str, list[dict[str, Any]]] = {}
+        kinds: dict[str, Answers] = {}
         for prompt, row in zip(self.prompts, answers.grades):
-            kinds.setdefault(prompt["kind"], []).extend(row)
+            kinds.setdefault(prompt["kind"], Answers()).grades.append(row)
+        result = {}
+        for kind, graded in sorted(kinds.items()):
+            found = estimates(graded)
+            right = found["right"]
+            ends = {"right_low": right.low, "right_high": right.high, "prompts": right.n}
+            result[kind] = {key: found[key].value for key in ("gold", "correct", "right")} | ends
+        return result
+
+    def _changes(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What each model has lost or gained since SFT, model -> measure -> change with its interval."""
+        if "sft" not in self.answers:
+            return {}
+        before = measures(self.answers["sft"])
         return {
-            kind: {key: _mean([g[key] for g in grades]) for key in ("gold", "correct", "right")}
-            for kind, grades in sorted(kinds.items())
+            name: {
+                key: {"change": (change := measured.change(before[key])).value, **_interval(change)}
+                for key, measured in measures(answers).items()
+                if key in before and len(measured.numerators) == len(before[key].numerators)
+            }
+            for name, answers in self.answers.items()
+            if name not in ("base", PROMPTED, "sft")
         }
 
-    def _best_of_figures(self, best: Tensor, worths: dict[str, Tensor]) -> dict[str, Any]:
+    def _best_of_figures(self, worths: Mapping[str, Tensor]) -> dict[str, Any]:
         """The SFT model's best of n answers by the reward model: what PPO has to be held against."""
-        picked = [max(range(len(row)), key=row.__getitem__) for row in self.candidates.scores]
-        grades = [row[i] for row, i in zip(self.candidates.grades, picked)]
+        shown = ("gold", "correct", "right", "score")
+        found = {key: estimate for key, estimate in estimates(self.best).items() if key in shown}
         return {
             "n": self.best_of,
-            "gold": _mean([g["gold"] for g in grades]) if grades else None,
-            "correct": _mean([g["correct"] for g in grades]) if grades else None,
-            "right": _mean([g["right"] for g in grades]) if grades else None,
-            "win_rate": {f"best_of_n_vs_{name}": _rate(win_rate(best, worth)) for name, worth in worths.items()},
+            **{key: found[key].value if key in found else None for key in shown},
+            "interval": {key: _interval(estimate) for key, estimate in found.items()},
+            "win_rate": {
+                f"best_of_n_vs_{name}": _rate(win_rate(worths["best_of_n"], worths[name])) for name in self.answers
+            },
         }
 
     def export(self, folder: Path) -> None:
@@ -205,13 +329,14 @@ class EvaluateModule(LightningModule):
         rows = []
         for i, prompt in enumerate(self.prompts):
             row: dict[str, Any] = dict(prompt, models={})
-            for name in self.policies:
-                answers, greedy = self.answers[name], self.greedy[name]
+            for name, answers in self.answers.items():
+                greedy = self.greedy[name]
                 row["models"][name] = {
                     "greedy": greedy.texts[i][0],
                     "samples": answers.texts[i],
                     "scores": answers.scores[i] if answers.scores else None,
                     "grades": answers.grades[i] if answers.grades else None,
+                    "ranks": answers.ranks[i] if answers.ranks else None,
                     "greedy_grade": greedy.grades[i][0] if greedy.grades else None,
                 }
             if self.candidates.texts:
@@ -231,13 +356,13 @@ def grade_figures(grade: Any) -> dict[str, Any]:
     }
 
 
-def _grouped(items: list[Any], n: int) -> list[list[Any]]:
-    return [items[i : i + n] for i in range(0, len(items), n)]
-
-
-def _mean(values: list[Any]) -> float:
-    return sum(values) / max(len(values), 1)
+def _grouped(items: Sequence[Any], n: int) -> list[list[Any]]:
+    return [list(items[i : i + n]) for i in range(0, len(items), n)]
 
 
 def _rate(rate: WinRate) -> dict[str, Any]:
     return dict(rate._asdict())
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {"low": estimate.low, "high": estimate.high, "prompts": estimate.n}

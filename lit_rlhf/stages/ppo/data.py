@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.text.records import Messages
 from lit_rlhf.training import BatchLoader
 
 
@@ -14,6 +17,10 @@ class PPODataModule(PromptDataModule):
         batch = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
         length = iterations * batch if isinstance(iterations, int) else max(len(self.train_prompts), batch)
         return self.loader(self.train_prompts, shuffle_to=length)
+
+    def trained_prompts(self) -> Iterator[Messages]:
+        """The prompts that are answered in training."""
+        yield from (prompt.messages for prompt in self.train_prompts)
 
     def val_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader(self.held_out_prompts)

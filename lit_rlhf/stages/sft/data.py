@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -99,9 +100,17 @@ class SFTDataModule(LightningDataModule):
         )
         ensure_chat_template(self.tokenizer)
         self.sample_prompts = [record.messages[:-1] for record in held_out[:4]]
+        self._learned = train[: self.limit]
         self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out[: self.limit])
         if not self.train_set or not self.val_set:
             raise UserError(f"{self.path}: {self.long} dialogues are longer than sft.data.max_length={self.max_length}")
+
+    def trained_prompts(self) -> Iterator[Messages]:
+        """What stands before each answer that is learned."""
+        for record in self._learned:
+            for i, message in enumerate(record.messages):
+                if message["role"] == "assistant" and i >= record.context:
+                    yield record.messages[:i]
 
     def _encode(self, records: list[Demonstration]) -> list[Encoded]:
         kept = []

@@ -1,0 +1,42 @@
+"""How different a model's answers to one prompt are from each other.
+
+Answers are sequences of words (or of token ids): nothing here knows how a text is cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from itertools import combinations
+
+Words = Sequence[Hashable]
+
+
+def ngrams(words: Words, n: int) -> Counter[tuple[Hashable, ...]]:
+    """How often each run of n neighbouring words occurs."""
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def distinct_ngrams(answers: Sequence[Words], n: int) -> tuple[int, int]:
+    """(distinct n-grams, all n-grams) of K answers to one prompt together.
+
+    Their quotient is distinct-n (arXiv:1510.03055): 1 where nothing is said twice, towards 0 where all is. It falls
+    with the number of words, so compare models by the same K."""
+    counts = Counter[tuple[Hashable, ...]]()
+    for words in answers:
+        counts.update(ngrams(words, n))
+    return len(counts), counts.total()
+
+
+def similarity(ours: Words, theirs: Words, n: int = 2) -> float:
+    """Overlap of the n-grams of two answers, ``2 |A ∩ B| / (|A| + |B|)`` as multisets: ROUGE-n's F1 (Lin 2004).
+
+    0: nothing in common, 1: the same. The ends of an answer count as words, so that a single word has n-grams too."""
+    first, second = (ngrams([None, *words, None], n) for words in (ours, theirs))
+    total = first.total() + second.total()
+    return 2 * (first & second).total() / total if total else 1.0
+
+
+def self_similarity(answers: Sequence[Words], n: int = 2) -> float:
+    """Mean :func:`similarity` of all pairs of K > 1 answers to one prompt; 1 where they are all the same."""
+    pairs = list(combinations(answers, 2))
+    return sum(similarity(a, b, n) for a, b in pairs) / len(pairs)

@@ -1,0 +1,67 @@
+"""How sure a figure is: 95% intervals of shares, of means and of ratios over prompts."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054  # standard errors on either side of a normal mean that hold 95%
+
+
+class Estimate(NamedTuple):
+    """A figure with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # prompts, rows or whatever was resampled
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95% interval of a share ``successes / n`` of independent trials (Wilson 1927), within 0..1.
+
+    It has a width where all trials or none succeed, which a bootstrap has not."""
+    share, shrink = successes / n, 1 + Z95**2 / n
+    middle = (share + Z95**2 / (2 * n)) / shrink
+    half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def resampled(n: int, resamples: int, seed: int) -> Tensor:
+    """(resamples, n) float64: how often each of n prompts is drawn when n are drawn with replacement (Efron 1979)."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(n, (resamples, n), generator=generator)
+    ones = torch.ones((), dtype=torch.float64).expand_as(draws)
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, draws, ones)
+
+
+def middle_95(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(low, high): the 2.5% and 97.5% quantiles of ``values`` (R, ...) over their first dimension."""
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    return low, high
+
+
+def ratio(numerators: Tensor, denominators: Tensor, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """``sum(numerators) / sum(denominators)`` with a percentile bootstrap over prompts; both are (P,).
+
+    With denominators of 1 it is a mean; with nats and tokens, nats a token, where long answers count for more."""
+    top, bottom = numerators.double(), denominators.double()
+    counts = resampled(len(top), resamples, seed)
+    low, high = middle_95((counts @ top) / (counts @ bottom))
+    return Estimate((top.sum() / bottom.sum()).item(), low.item(), high.item(), len(top))
+
+
+def ratio_difference(
+    ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """:func:`ratio` of ours less that of theirs, each (numerators (P,), denominators (P,)) over the same prompts.
+
+    Both are resampled together: what is hard about a prompt is hard for both, and drops out of the difference."""
+    counts = resampled(len(ours[0]), resamples, seed)
+    (top, bottom), (their_top, their_bottom) = ([side.double() for side in pair] for pair in (ours, theirs))
+    low, high = middle_95((counts @ top) / (counts @ bottom) - (counts @ their_top) / (counts @ their_bottom))
+    value = top.sum() / bottom.sum() - their_top.sum() / their_bottom.sum()
+    return Estimate(value.item(), low.item(), high.item(), len(top))

@@ -1,0 +1,75 @@
+"""No evaluation on what was trained on: each stage writes down its training prompts, and evaluation looks them up.
+
+What is kept of a prompt is a fingerprint (16 hex digits, a line each), so that the file is small and tells nobody's
+words. Pretraining text is not looked through: it has no prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+from omegaconf import DictConfig
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import input_paths, read_json, read_yaml, write_text
+from lit_rlhf.text.records import prompt_fingerprint, shown
+
+FILE = "trained_prompts.txt"
+TRAINING = ("sft", "reward", "ppo", "dpo")  # stages that train on prompts, and of an older version may not say which
+
+
+def write_trained_prompts(folder: Path, data: LightningDataModule) -> None:
+    """Write down which prompts a stage has trained on, where its data can tell."""
+    if hasattr(data, "trained_prompts"):
+        prints = sorted({prompt_fingerprint(messages) for messages in data.trained_prompts()})
+        write_text(folder / FILE, "".join(f"{line}\n" for line in prints))
+
+
+def check_trained(settings: DictConfig, data: Any) -> dict[str, int]:
+    """Stage folder -> how many of the prompts to be evaluated it has trained on, for all that the models came from.
+
+    Raises ``UserError`` where there are any, unless ``allow_trained``."""
+    held_out = {prompt_fingerprint(prompt.messages): prompt.messages for prompt in data.held_out_prompts}
+    seen: dict[str, set[str]] = {}
+    for folder in trained_stages([Path(path) for _, path in input_paths("evaluate", settings)]):
+        if (folder / FILE).is_file():
+            seen[str(folder)] = held_out.keys() & (folder / FILE).read_text(encoding="utf-8").split()
+        elif folder.name in TRAINING:
+            print(f"evaluate: {folder} does not say which prompts it was trained on, so that was not checked")
+    leaked = {folder: prints for folder, prints in seen.items() if prints}
+    if leaked:
+        everywhere = set().union(*leaked.values())
+        where = ", ".join(f"{len(prints)} in {_place(Path(folder))}" for folder, prints in leaked.items())
+        found = (
+            f"{len(everywhere)} of {len(held_out)} prompts to be evaluated on were trained on: {where}; "
+            f"one is {shown(held_out[min(everywhere)])[:80]!r}"
+        )
+        if not settings.allow_trained:
+            raise UserError(
+                f"evaluate: {found}. Take them out, evaluate on others (evaluate.data.path=), or set "
+                "evaluate.allow_trained=true"
+            )
+        print(f"evaluate: {found} (evaluate.allow_trained=true)")
+    return {folder: len(prints) for folder, prints in leaked.items()}
+
+
+def trained_stages(models: list[Path]) -> Iterator[Path]:
+    """The folders of all stages behind model folders of runs, as each stage's ``inputs`` tell, each once."""
+    todo, seen = list(models), set[Path]()
+    while todo:
+        folder = todo.pop(0).resolve().parent
+        done = read_json(folder / "done.json")
+        if folder in seen or done is None:  # a model from elsewhere: nobody knows
+            continue
+        seen.add(folder)
+        yield folder
+        todo += [folder.parent / path for path in done["inputs"] if Path(path).name == "model"]
+
+
+def _place(folder: Path) -> str:
+    """A stage and the file that it was trained on."""
+    data = read_yaml(folder / "config.yaml")[folder.name]["data"]
+    source = data.get("path") or "the built-in world"
+    return f"{folder.name} ({source}; {folder})"

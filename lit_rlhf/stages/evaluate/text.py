@@ -1,0 +1,57 @@
+"""How well a model predicts held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.functional import ratio, token_logprobs
+from lit_rlhf.models import context_length, next_token_logits
+from lit_rlhf.text.packing import stream
+
+
+@torch.no_grad()
+def text_nats(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], row_length: int
+) -> tuple[Tensor, Tensor]:
+    """(nats (R,), tokens (R,)) of the rows into which ``documents`` are cut, one behind the other as in pretraining.
+
+    Rows of ``row_length`` tokens, or of the model's context where that is shorter; the last one is what is left."""
+    ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = stream(ids, tokenizer.eos_token_id).long().to(policy.device)
+    length = min(row_length, context_length(policy))
+    rows = [tokens[i : i + length + 1] for i in range(0, len(tokens) - 1, length)]
+    nats = []
+    for batch in _batches(rows):
+        hidden = policy.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
+        nats.append(-token_logprobs(next_token_logits(policy, hidden), batch[:, 1:]).sum(-1).cpu())
+    return torch.cat(nats).double(), torch.tensor([len(row) - 1.0 for row in rows], dtype=torch.float64)
+
+
+def _batches(rows: Sequence[Tensor], size: int = 64) -> list[Tensor]:
+    """Rows of equal length together; the last row may be shorter."""
+    full = [row for row in rows if len(row) == len(rows[0])]
+    return [torch.stack(full[i : i + size]) for i in range(0, len(full), size)] + [r[None] for r in rows[len(full) :]]
+
+
+def text_figures(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], row_length: int
+) -> dict[str, Any]:
+    """Perplexity, ``exp(nats a token)``, with its 95% interval (rows resampled), and bits a byte.
+
+    Models with different tokenizers are comparable by the latter alone."""
+    nats, tokens = text_nats(policy, tokenizer, documents, row_length)
+    estimate = ratio(nats, tokens)
+    return {
+        "perplexity": math.exp(estimate.value),
+        "low": math.exp(estimate.low),
+        "high": math.exp(estimate.high),
+        "rows": estimate.n,
+        "tokens": int(tokens.sum()),
+        "bits_per_byte": nats.sum().item() / math.log(2) / sum(len(text.encode()) for text in documents),
+    }

@@ -1,0 +1,136 @@
+"""Prompts that were trained on are not evaluated on."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import input_paths
+from lit_rlhf.pipeline.trained import FILE, check_trained, trained_stages, write_trained_prompts
+from lit_rlhf.stages import PPODataModule, RewardDataModule, SFTDataModule
+from lit_rlhf.text import train_bpe
+from lit_rlhf.text.chat import ensure_chat_template
+from lit_rlhf.text.records import prompt_fingerprint, write_jsonl
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+class Trained:
+    """Data that knows what it was trained on."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def trained_prompts(self):
+        return map(asked, self.texts)
+
+
+def make_stage(run, stage, texts, inputs=(), path="demos.jsonl"):
+    folder = run / stage
+    (folder / "model").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({stage: {"data": {"path": path}}}))
+    (folder / "done.json").write_text(json.dumps({"inputs": dict.fromkeys(inputs, "0")}))
+    write_trained_prompts(folder, Trained(*texts))
+    return folder / "model"
+
+
+def settings(*models, allow_trained=False):
+    policies = {f"m{i}": {"path": str(path)} for i, path in enumerate(models)}
+
+    class Settings(dict):
+        pass
+
+    found = Settings(policies=policies, reward_model=None)
+    found.allow_trained = allow_trained
+    return found
+
+
+def data(*texts):
+    return SimpleNamespace(held_out_prompts=[SimpleNamespace(messages=asked(text)) for text in texts])
+
+
+def test_leaks_are_counted_by_stage_and_file_through_the_whole_chain(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    make_stage(first, "pretrain", [])
+    make_stage(first, "sft", ["Why?", "Who is it?"], ["pretrain/model"])
+    make_stage(first, "reward", ["Where?"], ["sft/model", "data/rankings-0.jsonl"], path=None)
+    ppo = make_stage(second, "ppo", ["who  is IT?"], ["../first/sft/model", "../first/reward/model"], "prompts.jsonl")
+    with pytest.raises(UserError) as error:
+        check_trained(settings(ppo), data("WHO is it?", "Why?", "When?", "What?"))
+    said = str(error.value)
+    assert said.startswith("evaluate: 2 of 4 prompts to be evaluated on were trained on: ")
+    assert f"1 in ppo (prompts.jsonl; {second / 'ppo'})" in said and f"2 in sft (demos.jsonl; {first / 'sft'})" in said
+    assert "reward" not in said and "evaluate.allow_trained=true" in said and "\n" not in said
+
+
+def test_leaks_can_be_allowed_and_are_counted(tmp_path, capsys):
+    sft = make_stage(tmp_path / "run", "sft", ["Why?", "Who?"])
+    found = check_trained(settings(sft, allow_trained=True), data("Why?", "When?"))
+    assert found == {str(tmp_path / "run" / "sft"): 1}
+    assert "1 of 2 prompts" in capsys.readouterr().out
+
+
+def test_clean_runs_and_models_from_elsewhere_pass(tmp_path, capsys):
+    sft = make_stage(tmp_path / "run", "sft", ["Why?"])
+    assert check_trained(settings(sft, tmp_path / "elsewhere", "gpt2"), data("Why not?")) == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stage_that_does_not_say_is_named(tmp_path, capsys):
+    sft = make_stage(tmp_path / "run", "sft", ["Why?"])
+    (sft.parent / FILE).unlink()
+    assert check_trained(settings(sft), data("Why?")) == {}
+    assert "run/sft does not say which prompts it was trained on" in capsys.readouterr().out
+
+
+def test_stages_of_a_circle_are_visited_once(tmp_path):
+    a = make_stage(tmp_path, "sft", [], ["ppo/model"])
+    make_stage(tmp_path, "ppo", [], ["sft/model"])
+    assert [folder.name for folder in trained_stages([a, a])] == ["sft", "ppo"]
+
+
+def test_fingerprints_know_the_words_not_how_they_are_written():
+    assert prompt_fingerprint(asked("\uff37hat  is\n it?")) == prompt_fingerprint(asked(" what is it? "))
+    assert prompt_fingerprint(asked("What is it?")) != prompt_fingerprint(asked("What is it"))
+    system = [{"role": "system", "content": "what is it?"}]
+    assert prompt_fingerprint(system) != prompt_fingerprint(asked("what is it?"))
+
+
+def test_each_data_module_says_what_it_trains_on(tmp_path):
+    tokenizer = train_bpe(["What is one? It is a number."], vocab_size=300)
+    ensure_chat_template(tokenizer)
+    path = tmp_path / "all.jsonl"
+    answers = {"response": "A number.", "chosen": "A number.", "rejected": "No."}
+    write_jsonl(path, [{"prompt": f"What is {i}?", **answers} for i in range(60)])
+    trained = {}
+    for kind in (SFTDataModule, RewardDataModule, PPODataModule):
+        module = kind(path, tokenizer, held_out=0.3, limit=20)
+        module.setup()
+        trained[kind] = {prompt_fingerprint(m) for m in module.trained_prompts()}
+        assert len(trained[kind]) == 20
+    assert trained[SFTDataModule] == trained[RewardDataModule] == trained[PPODataModule]
+    held_out = {prompt_fingerprint(p.messages) for p in module.held_out_prompts}
+    assert held_out and not held_out & trained[SFTDataModule]
+
+
+def test_a_dialogue_trains_on_each_turn_that_is_learned(tmp_path):
+    tokenizer = train_bpe(["What is one? It is a number."], vocab_size=300)
+    turns = [("user", "Two?"), ("assistant", "No.")]
+    rest = [{"role": role, "content": content} for role, content in turns]
+    firsts = [[*asked(f"{i}?"), {"role": "assistant", "content": "Yes."}] for i in range(30)]
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": [*first, *rest]} for first in firsts])
+    module = SFTDataModule(tmp_path / "d.jsonl", tokenizer, held_out=0.2)
+    module.setup()
+    prompts = list(module.trained_prompts())
+    trained = [first for first in firsts if first[:1] in prompts]
+    assert 0 < len(trained) < 30
+    assert prompts == [p for first in trained for p in (first[:1], [*first, rest[0]])]
+
+
+def test_paths_of_all_models_are_looked_at():
+    given = {"policies": {"a": {"path": "x"}, "b": None}, "reward_model": {"path": "y"}}
+    assert [path for _, path in input_paths("evaluate", given)] == ["y", "x"]

@@ -1,0 +1,161 @@
+"""Evaluation with random models: who answers what does not matter, how it is counted does."""
+
+import math
+
+import pytest
+import torch
+from lightning import Trainer
+from torchmetrics.text import Perplexity
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import win_rate
+from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.stages import EvaluateDataModule, EvaluateModule, WorldEvaluateDataModule
+from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures
+from lit_rlhf.stages.evaluate.text import text_figures, text_nats
+from lit_rlhf.text import train_bpe
+from lit_rlhf.text.chat import Speakers, ensure_chat_template, transcript_answer, transcript_prompt
+from lit_rlhf.text.records import write_jsonl
+
+
+@pytest.fixture
+def models(policy, tokenizer, model_of):
+    return {"base": (model_of(1), tokenizer), "sft": (policy, tokenizer), "mine": (model_of(2), tokenizer)}
+
+
+@pytest.fixture
+def model_of(tokenizer):
+    def make(seed, tokens=tokenizer):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return policy_from_config({"model_type": "llama", "max_position_embeddings": 128, **sizes}, tokens)
+
+    return make
+
+
+def evaluated(data, *args, **settings):
+    module = EvaluateModule(*args, samples=2, sampling=Sampling(max_new_tokens=6), **settings)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    return module
+
+
+@pytest.fixture
+def data(world, tokenizer):
+    return WorldEvaluateDataModule(world, tokenizer, limit_held_out=10, batch_size=4, limit=1, text_documents=5)
+
+
+class Shortest:
+    """Prefers short answers; equally short ones tie."""
+
+    name = "the shortest"
+
+    def __call__(self, prompts, responses):
+        self.asked = [*getattr(self, "asked", []), *responses]
+        return [[sorted({len(t) for t in texts}).index(len(text)) + 1 for text in texts] for texts in responses]
+
+
+def test_all_meet_all_and_each_figure_has_its_interval(data, models, reward_model):
+    module = evaluated(data, models, reward_model, best_of=3)
+    figures = module.figures()
+    assert list(figures["models"]) == ["base", "prompted", "sft", "mine"]
+    assert figures["judge"] == "gold" and figures["prompts"] == 10
+    assert set(figures["ratings"]["models"]) == {"base", "prompted", "sft", "mine", "best_of_n"}
+    assert figures["ratings"]["models"]["sft"] == {"elo": 1000.0, "low": 1000.0, "high": 1000.0}
+    for name, model in figures["models"].items():
+        for key, ends in model["interval"].items():
+            assert ends["low"] <= model[key] <= ends["high"], (name, key)
+        assert {"entropy", "distinct_1", "distinct_2", "self_similarity", "score", "right"} <= set(model["interval"])
+    assert figures["models"]["mine"]["kl"] > 0 and figures["models"]["sft"]["kl"] == 0
+    rate = figures["win_rate"]["mine_vs_sft"]
+    gold = {n: torch.tensor([[g["gold"] for g in row] for row in module.answers[n].grades]) for n in ("mine", "sft")}
+    assert rate["mean"] == win_rate(gold["mine"], gold["sft"]).mean
+    assert set(figures["changes"]) == {"mine"}
+    change, both = figures["changes"]["mine"]["words"], figures["models"]
+    assert change["change"] == pytest.approx(both["mine"]["words"] - both["sft"]["words"])
+
+
+def test_an_annotator_decides_where_there_is_one(data, models, reward_model):
+    shortest = Shortest()
+    module = evaluated(data, models, reward_model, best_of=2, annotator=shortest, prompted_base=False)
+    figures = module.figures()
+    assert figures["judge"] == "the shortest"
+    assert [len(texts) for texts in shortest.asked] == [2 + 2 + 2 + 1] * 10  # all contestants' answers to a prompt
+    lengths = {n: torch.tensor([[-len(t) for t in row] for row in module.answers[n].texts]) for n in ("mine", "sft")}
+    assert figures["win_rate"]["mine_vs_sft"]["mean"] == win_rate(lengths["mine"], lengths["sft"]).mean
+    assert figures["models"]["sft"]["gold"] is not None  # the gold judge is still heard
+
+
+def test_the_reward_model_can_decide_though_there_is_a_gold_judge(data, models, reward_model):
+    module = evaluated(data, models, reward_model, best_of=0, judge="reward_model")
+    scores = {n: torch.tensor(module.answers[n].scores) for n in ("mine", "sft")}
+    assert module.figures()["judge"] == "reward model (proxy)"
+    assert module.figures()["win_rate"]["mine_vs_sft"]["mean"] == win_rate(scores["mine"], scores["sft"]).mean
+
+
+def test_a_judge_that_is_not_there_is_refused(data, models):
+    with pytest.raises(UserError, match=r"judge=annotator: there is none in this evaluation; there is gold"):
+        evaluated(data, models, judge="annotator")
+
+
+def test_a_model_with_other_tokens_is_scored_by_its_words(data, models, reward_model, model_of, world):
+    other = train_bpe(world.corpus(50, 1), vocab_size=400)
+    ensure_chat_template(other)
+    module = evaluated(data, {**models, "other": (model_of(3, other), other)}, reward_model, best_of=0)
+    figures = module.figures()["models"]["other"]
+    assert figures["kl"] is None  # SFT does not know its tokens
+    assert math.isfinite(figures["score"]) and figures["text"]["bits_per_byte"] > 0
+
+
+def test_without_anyone_to_judge_nothing_is_compared(tmp_path, tokenizer, models):
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Say {i}."} for i in range(40)])
+    data = EvaluateDataModule(tmp_path / "p.jsonl", tokenizer, held_out=0.3)
+    figures = evaluated(data, models).figures()
+    assert figures["win_rate"] == {} and "ratings" not in figures
+    assert figures["models"]["sft"]["gold"] is None and "perplexity" not in figures["models"]["sft"]
+    assert figures["models"]["sft"]["interval"]["self_similarity"]["prompts"] == figures["prompts"]
+
+
+def test_measures_by_hand():
+    answers = Answers(texts=[["a b", "a c"], ["d", "d"]], entropy=[[1.0, 2.0], [1.0, 0.0]], tokens=[[3, 3], [1, 1]])
+    found = {name: measured.estimate().value for name, measured in measures(answers).items()}
+    assert found["entropy"] == 4 / 8  # nats a token, not a mean of means
+    assert found["words"] == 6 / 4
+    assert found["distinct_1"] == (3 / 4 + 1 / 2) / 2
+    assert found["self_similarity"] == (1 / 3 + 1) / 2  # ^a ab b$ and ^a ac c$: one of three
+    assert found["different"] == 3 / 4
+    assert "gold" not in found and "kl" not in found
+
+
+def test_never_right_is_not_certainly_never():
+    grades = [[dict.fromkeys(("gold", "correct", "polite", "right"), 0.0)]] * 20
+    assert estimates(Answers(grades=grades))["right"][:3] == pytest.approx((0.0, 0.0, 0.1611), abs=1e-4)
+
+
+def test_perplexity_is_that_of_torchmetrics(policy, tokenizer, world):
+    documents = world.corpus(6, 3)
+    nats, tokens = text_nats(policy, tokenizer, documents, row_length=24)
+    ids = [t for text in documents for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    metric = Perplexity()
+    for i in range(0, len(ids) - 1, 24):
+        row = torch.tensor([ids[i : i + 25]])
+        with torch.no_grad():
+            metric.update(policy(row[:, :-1]).logits, row[:, 1:])
+    assert tokens.sum() == len(ids) - 1  # every token but the first is predicted once
+    figures = text_figures(policy, tokenizer, documents, 24)
+    assert figures["perplexity"] == pytest.approx(metric.compute().item(), rel=1e-4)
+    assert figures["perplexity"] == pytest.approx(math.exp(nats.sum() / tokens.sum()))
+    letters = sum(len(text.encode()) for text in documents)
+    assert figures["bits_per_byte"] == pytest.approx(nats.sum().item() / math.log(2) / letters)
+    assert figures["low"] < figures["perplexity"] < figures["high"]
+
+
+def test_transcripts_as_base_models_go_on_with_them():
+    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Who?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = "Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
+    assert transcript_prompt(messages, Speakers()) == expected
+    assert transcript_answer(" I am.\n\nand more\n\nHuman: Why?\n\nAssistant: So.", Speakers()) == "I am.\n\nand more"
+    world = WorldEvaluateDataModule.speakers
+    assert transcript_prompt(messages[1:2], world) == "Anna asked: Hi\nBen said:"
+    assert transcript_answer(" It is.\nEmma asked: Why?", world) == "It is."
