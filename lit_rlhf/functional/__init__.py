@@ -12,6 +12,7 @@ from lit_rlhf.functional.advantage import (
     token_rewards,
     whole_answer,
 )
+from lit_rlhf.functional.agreement import cohen_kappa, krippendorff_alpha, percent_agreement
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
 from lit_rlhf.functional.lm import lm_loss, token_entropy, token_logprobs
 from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, position_ids, whiten
@@ -59,6 +60,7 @@ __all__ = [
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "cohen_kappa",
     "dpo_loss",
     "expected_best_of_n",
     "explained_variance",
@@ -72,12 +74,14 @@ __all__ = [
     "importance_weighted_loss",
     "kl_estimate",
     "kl_penalty_loss",
+    "krippendorff_alpha",
     "last_position",
     "lm_loss",
     "masked_mean",
     "masked_sum",
     "pair_accuracy",
     "pairwise_wins",
+    "percent_agreement",
     "policy_gradient_loss",
     "position_ids",
     "ranking_loss",
