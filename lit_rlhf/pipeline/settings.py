@@ -69,6 +69,7 @@ class StageLevel(BaseModel):
     checkpoint_every: Annotated[int, Field(ge=1)] = 1
     samples_every: Annotated[int, Field(ge=1)] = 1
     keep: Keep | None = None
+    models: dict[str, str | None] | None = None
 
 
 def compose_settings(overrides: list[str], config_dir: Path | None = None) -> DictConfig:

@@ -86,9 +86,7 @@ def rankings_of_task(task: dict[str, Any]) -> list[dict[str, Any]]:
             judged = _judgement(task, annotation.get("result") or [])
             if judged is not None:
                 responses, ranks = judged
-                rankings.append(
-                    {"prompt": _prompt(task), "responses": responses, "ranks": ranks, "annotator": person}
-                )
+                rankings.append({"prompt": _prompt(task), "responses": responses, "ranks": ranks, "annotator": person})
     return rankings
 
 
@@ -148,7 +146,8 @@ def _ranked(task: dict[str, Any], result: dict[str, Any]) -> tuple[list[str], li
 def _items(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     lists = [v for v in task["data"].values() if isinstance(v, list) and v and _are_items(v)]
     if not lists:
-        raise ValueError(f"its data has the fields {', '.join(task['data'])}; 'items' with 'id' and 'body' was expected")
+        has = ", ".join(task["data"])
+        raise ValueError(f"its data has the fields {has}; 'items' with 'id' and 'body' was expected")
     yield from lists[0]
 
 
@@ -173,8 +172,8 @@ def _person(annotation: dict[str, Any]) -> str:
 
 def _moment(annotation: dict[str, Any]) -> tuple[str, int]:
     """When it was last changed; the number decides where nobody says."""
-    number = annotation.get("id")
-    return str(annotation.get("updated_at") or annotation.get("created_at") or ""), number if isinstance(number, int) else 0
+    when, number = annotation.get("updated_at") or annotation.get("created_at") or "", annotation.get("id")
+    return str(when), number if isinstance(number, int) else 0
 
 
 def _spoken(messages: Sequence[dict[str, str]]) -> str:

@@ -99,7 +99,8 @@ def parse_demonstration(row: dict[str, Any]) -> Demonstration:
 def parse_ranking(row: dict[str, Any]) -> Ranking:
     """``prompt``, ``responses``, ``ranks``; or a pair: [``prompt``,] ``chosen``, ``rejected``.
 
-    An empty response is an answer that says nothing, which models do; it may be ranked like others. ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf)."""
+    ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf). An empty
+    response is an answer that says nothing, which models do; it may be ranked like others."""
     lineage = {key: row[key] for key in LINEAGE if key in row}
     annotator = str(row.get("annotator", ""))
     if "chosen" in row or "rejected" in row:
@@ -120,7 +121,8 @@ def parse_ranking(row: dict[str, Any]) -> Ranking:
     _check_equal(responses, ranks)
     for name in PER_ANSWER:
         if name in row and (not isinstance(row[name], list) or len(row[name]) != len(responses)):
-            raise ValueError(f"'{name}' is {_short(row[name])}; a list of {len(responses)}, one a response, was expected")
+            what = f"a list of {len(responses)}, one a response"
+            raise ValueError(f"'{name}' is {_short(row[name])}; {what}, was expected")
     return Ranking(_prompt(_require(row, "prompt"), "prompt"), responses, ranks, annotator, lineage)
 
 
@@ -236,7 +238,8 @@ def _label_studio_rows(file: Path, tasks: list[dict[str, Any]]) -> Iterator[tupl
             judged = True
             yield place, error
     if not judged:
-        raise UserError(f"{file}: {len(tasks)} tasks, and none is judged (all open or skipped); label some, then export")
+        what = f"{len(tasks)} tasks, and none is judged (all open or skipped)"
+        raise UserError(f"{file}: {what}; label some, then export again")
 
 
 def _writable(row: Any, source: str) -> Any:
