@@ -126,7 +126,7 @@ class StageFolder:
 
     def _waits_for_people(self) -> bool:
         """Whether there are answers that nobody but people has ranked: who they are, and what they say, may change."""
-        return (self.path / "journal.jsonl").is_file() and not (self.path / "ranks.jsonl").is_file()
+        return (self.path / "journal.jsonl").is_file() and not (self.path / "journal.ranks.jsonl").is_file()
 
     def begin(self) -> None:
         """Make the folder and write down the settings."""

@@ -102,7 +102,11 @@ class RewardModelAnnotator(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
         scores = iter(self.scores(prompts, responses).tolist())
-        return [ranks_of([next(scores) for _ in answers]) for answers in responses]
+        ranked = []
+        for answers in responses:
+            scored = dict(zip(answers, [next(scores) for _ in answers]))  # equal texts differ by rounding alone
+            ranked.append(ranks_of([scored[text] for text in answers]))
+        return ranked
 
     def scores(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Tensor:
         """Scores (N,) of all answers, prompt by prompt."""

@@ -88,13 +88,13 @@ class PreferenceModule(LightningModule):
         self.seed, self.round = seed, round
         path = None if journal is None else Path(journal)
         self.drawn = Journal(path)
-        self.ranked = Journal(None if path is None else path.with_name("ranks.jsonl"))
+        self.ranked = Journal(None if path is None else path.with_suffix(".ranks.jsonl"))
         self._judged: list[dict[str, Any]] = []  # by people
 
     # ---------------------------------------------------------------- answers
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answers to one batch of prompts, and their ranks where the annotator can give them now."""
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers to one batch of prompts, and their ranks where the annotator can give them now; its answers."""
         if batch_idx not in self.drawn.batches:
             draw = self._given if self.how == "given" else self._draw
             self.drawn.add(batch_idx, draw(batch, batch_idx))
@@ -102,6 +102,7 @@ class PreferenceModule(LightningModule):
             rows = [row for row in self.drawn.batches[batch_idx] if len(row["responses"]) > 1]
             prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
             self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses) if rows else [])
+        return self.drawn.batches[batch_idx]
 
     @property
     def _ranks_now(self) -> bool:
