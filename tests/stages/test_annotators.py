@@ -91,7 +91,8 @@ def test_a_function_that_fails_names_the_prompt(is_async):
     async def picky_async(prompts, responses):
         return picky(prompts, responses)
 
-    with pytest.raises(UserError, match=r"annotator picky\w* raised KeyError: 'no such thing', on the prompt 'second\?'"):
+    message = r"annotator picky\w* raised KeyError: 'no such thing', on the prompt 'second\?'"
+    with pytest.raises(UserError, match=message):
         CallableAnnotator(picky_async if is_async else picky, batch_size=1 if is_async else None)(PROMPTS, ANSWERS)
 
 

@@ -30,7 +30,8 @@ def collect(world, tokenizer, policy, tmp_path):
     """(annotator, settings) -> (module, folder of the stage) after one pass over a few prompts."""
 
     def run(annotator=by_length, data=None, policy=policy, **settings):
-        settings = {"sampling": Sampling(max_new_tokens=5), "journal": tmp_path / "preference/journal.jsonl", **settings}
+        journal = tmp_path / "preference/journal.jsonl"
+        settings = {"sampling": Sampling(max_new_tokens=5), "journal": journal, **settings}
         module = PreferenceModule(policy, tokenizer, annotator, **settings)
         data = data or WorldPreferenceDataModule(world, tokenizer, prompts=12, batch_size=5, limit_held_out=4)
         trainer = make_trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
