@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class TrainingDiverged(UserError):
     """A loss or a gradient stopped being a finite number; training must not go on from here."""
+
+
+class Waiting(UserError):
+    """A person has to do something before the work can go on; the message says what."""

@@ -12,6 +12,7 @@ from lit_rlhf.functional.advantage import (
     token_rewards,
     whole_answer,
 )
+from lit_rlhf.functional.agreement import cohen_kappa, krippendorff_alpha, percent_agreement
 from lit_rlhf.functional.diversity import distinct_ngrams, self_similarity, similarity
 from lit_rlhf.functional.interval import Estimate, ratio, ratio_difference, wilson_interval
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
@@ -81,6 +82,7 @@ __all__ = [
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "cohen_kappa",
     "correlation",
     "distinct_ngrams",
     "dpo_loss",
@@ -98,12 +100,14 @@ __all__ = [
     "importance_weighted_loss",
     "kl_estimate",
     "kl_penalty_loss",
+    "krippendorff_alpha",
     "last_position",
     "lm_loss",
     "masked_mean",
     "masked_sum",
     "pair_accuracy",
     "pairwise_wins",
+    "percent_agreement",
     "policy_gradient_loss",
     "position_ids",
     "ranking_loss",

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, Waiting
 from lit_rlhf.pipeline.chain import run_chain
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.rounds import run_rounds
@@ -113,6 +113,9 @@ def run(cfg: DictConfig) -> float | None:
         error = users_mistake(raised) or raised
         if sweeping:
             note_failure(cfg, error)
+            return float("nan")
+        if isinstance(error, Waiting) and len(stages_of(cfg)) == 1:  # what was asked for is done as far as it can be
+            print(error)
             return float("nan")
         if isinstance(error, UserError):
             fail(error)

@@ -18,8 +18,9 @@ from lit_rlhf.models import fingerprint
 from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
 from lit_rlhf.text import load_records
 
-# How a stage is watched does not change what comes out of it.
+# How a stage is watched, and how a judge is reached, does not change what comes out of it.
 WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
+REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
 
 
 def upstream_model(stage: str, *, _root_: DictConfig) -> str:
@@ -97,6 +98,8 @@ class StageFolder:
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         ]
+        if changed and self._waits_for_people() and all(c.startswith(f"{self.stage}.annotator") for c in changed):
+            return False
         if changed:
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise UserError(
@@ -108,6 +111,8 @@ class StageFolder:
             return False
         for path, known in done["inputs"].items():
             now_there = fingerprint_of(self.run / path)
+            if now_there is not None and now_there != known and self._waits_for_people():
+                return False  # people have judged more
             if now_there is not None and now_there != known:
                 raise UserError(
                     f"{self.path} was made from another {Path(path).parent.name} than what is in "
@@ -120,12 +125,17 @@ class StageFolder:
         reached = self.done is not None or self.checkpoint is not None or (self.path / "journal.jsonl").is_file()
         return reached and (self.path / "config.yaml").is_file()
 
+    def _waits_for_people(self) -> bool:
+        """Whether there are answers that nobody but people has ranked: who they are, and what they say, may change."""
+        return (self.path / "journal.jsonl").is_file() and not (self.path / "journal.ranks.jsonl").is_file()
+
     def begin(self) -> None:
         """Make the folder and write down the settings."""
         try:
             if self.overwrite and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "done.json").unlink(missing_ok=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
         except OSError as error:
             raise UserError(
@@ -146,7 +156,7 @@ class StageFolder:
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
         flat = dict(_flat(settings))
-        skip = tuple(f"{self.stage}.{name}." for name in WATCHING)
+        skip = tuple(f"{self.stage}.{name}." for name in (*WATCHING, *REACHING))
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:
@@ -166,6 +176,10 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     for name, node in settings.get("policies", {}).items():
         if node is not None:
             found.append((f"{stage}.policies.{name}.path", node["path"]))
+    found += [(f"{stage}.models.{name}", path) for name, path in (settings.get("models") or {}).items() if path]
+    for name in ("path", "export"):
+        given = (settings.get("annotator") or {}).get(name) or []
+        found += [(f"{stage}.annotator.{name}", path) for path in ([given] if isinstance(given, str) else given)]
     if stage in ("reward", "dpo"):
         found += _data_paths(stage, settings)
     return found

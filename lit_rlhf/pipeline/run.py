@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import lit_rlhf
 from lit_rlhf.errors import UserError
+from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.pipeline.folder import StageFolder
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
 from lit_rlhf.training import (
@@ -91,6 +92,10 @@ def make_module(settings: DictConfig, data: LightningDataModule) -> LightningMod
         for key in ("policy", "reward_model")
         if key in settings
     }
+    if "annotator" in settings:
+        models["annotator"] = instantiate(settings.annotator, _convert_="all")
+    if settings.get("models"):
+        models["others"] = {key: load_policy_and_tokenizer(path) for key, path in settings.models.items() if path}
     if "policies" in settings:
         models["policies"] = {
             key: instantiate(node, _convert_="all") for key, node in settings.policies.items() if _there(node)

@@ -80,6 +80,7 @@ class StageLevel(BaseModel):
     samples_every: Annotated[int, Field(ge=1)] = 1
     keep: Keep | None = None
     allow_trained: bool = False
+    models: dict[str, str | None] | None = None
 
 
 def compose_settings(overrides: list[str], config_dir: Path | None = None) -> DictConfig:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.label_studio import is_task, rankings_of_task
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
 OnBadRecord = Literal["fail", "skip"]
@@ -29,6 +30,10 @@ class Demonstration:
 
     messages: Messages
     context: int
+
+
+PER_ANSWER = ("models", "temperatures", "finished")  # lists with an entry for each response
+LINEAGE = ("model", "round", "sampling", "kind", *PER_ANSWER)
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,14 @@ def parse_demonstration(row: dict[str, Any]) -> Demonstration:
 def parse_ranking(row: dict[str, Any]) -> Ranking:
     """``prompt``, ``responses``, ``ranks``; or a pair: [``prompt``,] ``chosen``, ``rejected``.
 
-    ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf)."""
-    lineage = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
+    ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf). An empty
+    response is an answer that says nothing, which models do; it may be ranked like others."""
+    lineage = {key: row[key] for key in LINEAGE if key in row}
     annotator = str(row.get("annotator", ""))
     if "chosen" in row or "rejected" in row:
         prompt, responses = _pair(row)
-        return Ranking(prompt, responses, [1, 2], annotator, lineage)
+        # Of two equal answers none is better: a tie, from which nothing is learned.
+        return Ranking(prompt, responses, [1, 1] if responses[0] == responses[1] else [1, 2], annotator, lineage)
     responses, ranks = _require(row, "responses"), _require(row, "ranks")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
         raise ValueError(f"'responses' is {_short(responses)}; a list of two or more strings was expected")
@@ -125,6 +132,11 @@ def parse_ranking(row: dict[str, Any]) -> Ranking:
         )
     if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
         raise ValueError(f"'ranks' is {_short(ranks)}; whole numbers from 1 (best) up were expected")
+    _check_equal(responses, ranks)
+    for name in PER_ANSWER:
+        if name in row and (not isinstance(row[name], list) or len(row[name]) != len(responses)):
+            what = f"a list of {len(responses)}, one a response"
+            raise ValueError(f"'{name}' is {_short(row[name])}; {what}, was expected")
     return Ranking(_prompt(_require(row, "prompt"), "prompt"), responses, ranks, annotator, lineage)
 
 
@@ -168,6 +180,17 @@ def _rated(items: list[Feedback], low: float, high: float) -> Ranking:
         items[0].prompt, list(by_answer), [order.index(r) + 1 for r in ratings], "+".join(annotators), items[0].lineage,
         ratings,
     )  # fmt: skip
+
+
+def _check_equal(responses: list[str], ranks: list[int]) -> None:
+    known: dict[str, int] = {}
+    for i, (text, rank) in enumerate(zip(responses, ranks)):
+        first = known.setdefault(text, i)
+        if rank != ranks[first]:
+            raise ValueError(
+                f"responses {first + 1} and {i + 1} are the same text, {_short(text)}, with the ranks {ranks[first]} "
+                f"and {rank}. Give equal answers one rank, or leave one out"
+            )
 
 
 @dataclass(frozen=True)
@@ -251,8 +274,28 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds {_short(rows)}; a list of records was expected")
+    if rows and all(map(is_task, rows)):
+        yield from _label_studio_rows(file, rows)
+        return
     for number, row in enumerate(rows, start=1):
         yield f"{file}: record {number}", _writable(row, text)
+
+
+def _label_studio_rows(file: Path, tasks: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """A ranking for each person who judged a task of a Label Studio export."""
+    judged = False
+    for number, task in enumerate(tasks, start=1):
+        place = f"{file}: task {task.get('id', number)}"
+        try:
+            for row in rankings_of_task(task):
+                judged = True
+                yield place, _writable(row, "\\u")
+        except ValueError as error:
+            judged = True
+            yield place, error
+    if not judged:
+        what = f"{len(tasks)} tasks, and none is judged (all open or skipped)"
+        raise UserError(f"{file}: {what}; label some, then export again")
 
 
 def _writable(row: Any, source: str) -> Any:
@@ -445,7 +488,7 @@ def _pair(row: dict[str, Any]) -> tuple[Messages, list[str]]:
 
 
 def _answer(value: Any, name: str) -> str:
-    text = _messages(value, name)[-1]["content"] if isinstance(value, list) else value
+    text = _assistants(_messages(value, name), name)[-1]["content"] if isinstance(value, list) else value
     if not isinstance(text, str):
         raise ValueError(f"'{name}' is {_short(value)}; an answer or messages were expected")
     return text
@@ -458,8 +501,15 @@ def _dialogue(row: dict[str, Any], name: str) -> Messages:
         raise ValueError(f"no 'prompt', and '{name}' is {_short(row[name])}, not a transcript of Human: and Assistant:")
     messages = parse_transcript(row[name])
     # An empty last answer was parsed as an open prompt; in a pair it is an answer that says nothing.
-    answered = messages and messages[-1]["role"] == "assistant"
-    return messages if answered else [*messages, {"role": "assistant", "content": ""}]
+    if row[name].rstrip().endswith("Assistant:"):
+        messages = [*messages, {"role": "assistant", "content": ""}]
+    return _assistants(messages, name)
+
+
+def _assistants(messages: Messages, name: str) -> Messages:
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"'{name}' ends with a turn of the {messages[-1]['role']}; it must end with the assistant's")
+    return messages
 
 
 def _common_prompt(chosen: Messages, rejected: Messages) -> tuple[Messages, list[str]]:

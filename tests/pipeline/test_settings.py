@@ -23,7 +23,7 @@ CONF = conf_dir()
 FILL = [  # what a user must give
     "pretrain.data.path=a.txt", "sft.data.path=a.jsonl", "preference.data.path=a.jsonl", "ppo.data.path=a.jsonl",
     "evaluate.data.path=a.jsonl", "tokenizer.path=folder", "model.path=folder", "reward.data.path=a.jsonl",
-    "dpo.data.path=a.jsonl",
+    "dpo.data.path=a.jsonl", "preference.annotator.model=m", "preference.annotator.function=os.getcwd",
 ]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_every_constructor_setting_is_visible_in_the_yaml():
     """No `+` is needed: what a data module or module takes stands in conf/, but for objects handed to it."""
     import inspect
 
-    handed = {"self", "policy", "reward_model", "tokenizer", "policies", "critic", "settings"}
+    handed = {"self", "policy", "reward_model", "tokenizer", "policies", "critic", "settings", "annotator", "others"}
     for stage in STAGES:
         for data in sorted((CONF / stage / "data").glob("*.yaml")):
             cfg = compose_settings([f"{stage}/data={data.stem}"])

@@ -122,7 +122,8 @@ def test_ranking():
 )
 def test_pair(row, prompt, responses):
     ranking = parse_ranking(row)
-    assert (ranking.prompt, ranking.responses, ranking.ranks) == (prompt, responses, [1, 2])
+    ranks = [1, 1] if responses[0] == responses[1] else [1, 2]  # of two equal answers none is better
+    assert (ranking.prompt, ranking.responses, ranking.ranks) == (prompt, responses, ranks)
 
 
 def test_transcript():
@@ -321,6 +322,26 @@ def error(path, parse, on_bad_record="fail"):
             "do not begin with the same turn of the user",
         ),
         (parse_ranking, {"chosen": [*PROMPT, user("x")], "rejected": [*PROMPT, user("y")]}, "and an answer to it"),
+        (
+            parse_ranking,
+            {"prompt": "q", "chosen": [*PROMPT], "rejected": [assistant("y")]},
+            "'chosen' ends with a turn of the user; it must end with the assistant's",
+        ),
+        (
+            parse_ranking,
+            {"chosen": f"{TRANSCRIPT} x", "rejected": f"{TRANSCRIPT} y\n\nHuman: and?"},
+            "'rejected' ends with a turn of the user; it must end with the assistant's",
+        ),
+        (
+            parse_ranking,
+            {"prompt": "q", "responses": ["x", "y", "x"], "ranks": [1, 2, 3]},
+            "responses 1 and 3 are the same text, 'x', with the ranks 1 and 3. Give equal answers one rank",
+        ),
+        (
+            parse_ranking,
+            {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "models": ["sft"]},
+            "'models' is ['sft']; a list of 2, one a response, was expected",
+        ),
         (
             parse_ranking,
             {"chosen": [DIALOGUE[0], user("x"), assistant("a")], "rejected": [DIALOGUE[0], user("y"), assistant("b")]},

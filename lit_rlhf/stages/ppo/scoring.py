@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, packed_scores, score_mean, score_shift, score_std
+from lit_rlhf.stages.functions import resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
 
@@ -42,28 +42,11 @@ class Scoring:
 
     def __post_init__(self) -> None:
         given = [self.functions] if isinstance(self.functions, str) or callable(self.functions) else self.functions
-        object.__setattr__(self, "functions", [resolve(f) for f in given])
+        object.__setattr__(self, "functions", [resolve(f, "ppo.scoring.functions") for f in given])
         weights = [1.0] * len(self.functions) if self.weights is None else list(self.weights)
         if len(weights) != len(self.functions):
             raise UserError(f"ppo.scoring.weights has {len(weights)} entries for {len(self.functions)} functions")
         object.__setattr__(self, "weights", weights)
-
-
-def resolve(function: Any) -> RewardFunction:
-    """The callable, or the one of that name. Raises ``UserError`` where there is none."""
-    if callable(function):
-        return function
-    module, _, name = str(function).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"ppo.scoring.functions: {function!r} is no function ({error}); give module.function of a module that "
-            "Python finds from the current folder"
-        ) from None
-    if not callable(found):
-        raise UserError(f"ppo.scoring.functions: {function!r} is a {type(found).__name__}, not a function")
-    return found
 
 
 class Scorer(nn.Module):

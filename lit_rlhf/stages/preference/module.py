@@ -1,42 +1,56 @@
-"""Preference collection: K answers a prompt, ranked by an annotator."""
+"""Preference collection: K answers a prompt, by one or several models, ranked by an annotator."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
 from lightning import LightningModule
 from pydantic import Field
+from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, answer, freeze
+from lit_rlhf.errors import UserError, Waiting
+from lit_rlhf.models import Sampling, answer, context_length, freeze
+from lit_rlhf.stages.preference.agreement import agreement
+from lit_rlhf.stages.preference.annotators import Annotator, annotate, name_of, place
+from lit_rlhf.stages.preference.journal import Journal
+from lit_rlhf.stages.preference.people import People, judgements, with_lineage
 from lit_rlhf.stages.prompts import PromptBatch
-from lit_rlhf.text.records import Messages, write_jsonl
+from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.training import seeded
 
 
-class Annotator(Protocol):
-    """Whoever ranks answers: a simulated labeler, a model, a person."""
+class Turn(NamedTuple):
+    """Who writes an answer, and how."""
 
-    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> list[list[int]]:
-        """K answers a prompt in; K ranks a prompt out, 1 = best, ties allowed."""
-        ...
+    model: str
+    temperature: float
 
 
 class PreferenceModule(LightningModule):
-    """Samples K answers to each prompt and has them ranked.
+    """Draws K answers to each prompt and has them ranked.
 
-    Each batch draws from its own random generator and is on disk before the next begins, so a collection that was
-    stopped goes on with the prompt it had reached and ends with the same records.
+    Equal answers are drawn again, ``redraws`` times at most, and then dropped, so a prompt may be left with fewer than
+    K; with fewer than two it is left out. Each batch draws from its own random generator and is on disk before the next
+    begins, so a collection that was stopped goes on where it was and ends with the same records.
 
     Args:
         policy: the model that answers.
         tokenizer: of the policy.
-        annotator: ranks the answers.
-        answers_per_prompt: K.
+        annotator: ranks the answers; or people, whose judgements are read from a file; None: answers only.
+        others: further models that answer too, name -> (model, tokenizer), each prompted by its own template.
+        name: what the policy is called in the records.
+        answers: "draw" samples them, "given" takes the ``responses`` of the prompts' records, to have them ranked.
+        answers_per_prompt: K; they are dealt in turn over the models, then over the temperatures.
         sampling: how answers are drawn.
+        temperatures: several, in place of that of ``sampling``; None: that one.
+        redraws: times that an answer which is equal to another one is drawn again.
+        compare: ranking files of others about the same answers; agreement with them is among the figures.
         seed: of the sampling.
         journal: file to which finished batches are written as they come; None keeps them in memory only.
         round: which round of collection this is; kept with each record.
@@ -46,110 +60,223 @@ class PreferenceModule(LightningModule):
         self,
         policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        annotator: Annotator,
+        annotator: Annotator | People | None,
         *,
+        others: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+        name: str = "sft",
+        answers: Literal["draw", "given"] = "draw",
         answers_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4,
         sampling: Sampling | None = None,
+        temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None,
+        redraws: Annotated[int, Field(ge=0)] = 2,
+        compare: str | Sequence[str] | None = None,
         seed: int = 0,
         journal: str | Path | None = None,
         round: Annotated[int, Field(ge=0)] = 0,
     ) -> None:
         super().__init__()
-        self.policy = freeze(policy)
-        self.tokenizer, self.annotator = tokenizer, annotator
-        self.answers_per_prompt, self.sampling = answers_per_prompt, sampling or Sampling()
+        if name in (others or {}):
+            raise UserError(f"preference.models has {name!r}, which is the policy's name; call one of them otherwise")
+        writers = {name: (policy, tokenizer), **(others or {})}
+        self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in writers.items()})
+        self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
+        self.name, self.annotator, self.how = name, annotator, answers
+        self.answers_per_prompt, self.redraws = answers_per_prompt, redraws
+        self.sampling, self.compare = sampling or Sampling(), compare
+        # Models change fastest: each prompt is answered by as many of them as possible.
+        self.turns = [Turn(w, t) for t in temperatures or [self.sampling.temperature] for w in writers]
         self.seed, self.round = seed, round
-        self.journal = None if journal is None else Path(journal)
-        self.batches: dict[int, list[dict[str, Any]]] = _read_journal(self.journal)
+        path = None if journal is None else Path(journal)
+        self.drawn = Journal(path)
+        self.ranked = Journal(None if path is None else path.with_suffix(".ranks.jsonl"))
+        self._judged: list[dict[str, Any]] = []  # by people
+
+    # ---------------------------------------------------------------- answers
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Ranking records of one batch of prompts."""
-        if batch_idx not in self.batches:
-            self.batches[batch_idx] = self._rank(batch, batch_idx)
-            if self.journal is not None:
-                self.journal.parent.mkdir(parents=True, exist_ok=True)
-                with self.journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([batch_idx, self.batches[batch_idx]], ensure_ascii=False) + "\n")
-        return self.batches[batch_idx]
+        """Answers to one batch of prompts, and their ranks where the annotator can give them now; its answers."""
+        if batch_idx not in self.drawn.batches:
+            draw = self._given if self.how == "given" else self._draw
+            self.drawn.add(batch_idx, draw(batch, batch_idx))
+        if self._ranks_now and batch_idx not in self.ranked.batches:
+            rows = [row for row in self.drawn.batches[batch_idx] if len(row["responses"]) > 1]
+            prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
+            self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses) if rows else [])
+        return self.drawn.batches[batch_idx]
 
-    def _rank(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        k = self.answers_per_prompt
-        tokens = [tokens for tokens in batch.tokens for _ in range(k)]
-        generator = seeded(self.seed, self.round, batch_idx, device=self.device)
-        answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)
-        texts = answers.texts(self.tokenizer)
-        finished = answers.finished.tolist()
-        grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
-        ranks = self.annotator(batch.messages, grouped)
+    @property
+    def _ranks_now(self) -> bool:
+        return self.annotator is not None and not isinstance(self.annotator, People)
+
+    def _draw(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        k, n = self.answers_per_prompt, len(self.turns)
+        turns = [[((batch_idx + i) * k + j) % n for j in range(k)] for i in range(len(batch.messages))]
+        texts = [[""] * k for _ in turns]
+        finished = [[True] * k for _ in turns]
+        places = [(i, j) for i in range(len(turns)) for j in range(k)]
+        for attempt in range(self.redraws + 1):
+            for number, turn in enumerate(self.turns):
+                mine = [(i, j) for i, j in places if turns[i][j] == number]
+                generator = seeded(self.seed, self.round, batch_idx, number, attempt, device=self.device)
+                for (i, j), drawn in zip(mine, self._sample(turn, batch, [i for i, _ in mine], generator)):
+                    texts[i][j], finished[i][j] = drawn
+            places = [(i, j) for i, row in enumerate(texts) for j in range(k) if row[j] in row[:j]]
+            if not places:
+                break
         return [
-            {
-                "prompt": messages,
-                "responses": responses,
-                "ranks": rank,
-                "annotator": getattr(self.annotator, "name", type(self.annotator).__name__),
-                "kind": kind,
-                "split": "held_out" if held_out else "train",
-                "round": self.round,
-                "finished": finished[i * k : (i + 1) * k],
-                "sampling": {"temperature": self.sampling.temperature, "max_new_tokens": self.sampling.max_new_tokens},
-            }
-            for i, (messages, responses, rank, kind, held_out) in enumerate(
-                zip(batch.messages, grouped, ranks, batch.kinds, batch.held_out)
+            self._row(
+                batch, i, texts[i],
+                models=[self.turns[t].model for t in turns[i]],
+                temperatures=[self.turns[t].temperature for t in turns[i]],
+                finished=finished[i],
             )
-        ]
+            for i in range(len(turns))
+        ]  # fmt: skip
+
+    def _sample(
+        self, turn: Turn, batch: PromptBatch, prompts: list[int], generator: Generator
+    ) -> list[tuple[str, bool]]:
+        """(text, whether it ended by itself) for each of ``prompts``, numbers of prompts of the batch."""
+        if not prompts:
+            return []
+        policy, tokenizer = self.policies[turn.model], self.tokenizers[turn.model]
+        tokens = batch.tokens
+        if turn.model != self.name:  # by its own template: a base model only sees the text and goes on with it
+            tokens = encode_prompts(tokenizer, batch.messages)
+        room = context_length(policy) - self.sampling.max_new_tokens
+        sampling = Sampling(
+            self.sampling.max_new_tokens, turn.temperature, top_k=self.sampling.top_k, top_p=self.sampling.top_p
+        )
+        answers = answer(policy, tokenizer, [tokens[i][-room:] for i in prompts], sampling, generator)
+        return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
+
+    def _given(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        rows = []
+        for i, (messages, record) in enumerate(zip(batch.messages, batch.records)):
+            responses = record.get("responses")
+            if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+                raise UserError(
+                    f"preference.module.answers=given, and {place(messages)} comes without 'responses', a list of texts"
+                )
+            known = {key: record.get(key, [None] * len(responses)) for key in ("models", "temperatures")}
+            finished = record.get("finished", [True] * len(responses))
+            rows.append(self._row(batch, i, responses, finished=finished, **known))
+        return rows
+
+    def _row(self, batch: PromptBatch, i: int, texts: list[str], **per_answer: list[Any]) -> dict[str, Any]:
+        """An answers record; of equal texts the first stays."""
+        kept = [j for j, text in enumerate(texts) if text not in texts[:j]]
+        return {
+            "prompt": batch.messages[i],
+            "responses": [texts[j] for j in kept],
+            **{name: [values[j] for j in kept] for name, values in per_answer.items()},
+            "kind": batch.kinds[i],
+            "split": "held_out" if batch.held_out[i] else "train",
+            "round": self.round,
+            "sampling": {
+                "max_new_tokens": self.sampling.max_new_tokens,
+                "top_k": self.sampling.top_k,
+                "top_p": self.sampling.top_p,
+            },
+            "equal": len(texts) - len(kept),
+        }
+
+    # ---------------------------------------------------------------- records
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """Prompts with two different answers or more, in the prompts' order: records without ranks."""
+        return [row for row in self._rows if len(row["responses"]) > 1]
+
+    @property
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for index in sorted(self.drawn.batches) for row in self.drawn.batches[index]]
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """All ranking records so far, in the prompts' order."""
-        return [record for index in sorted(self.batches) for record in self.batches[index]]
+        if not self._ranks_now:
+            return self._judged
+        ranks = [row for index in sorted(self.ranked.batches) for row in self.ranked.batches[index]]
+        named = {"annotator": name_of(self.annotator)}
+        return [{**answers, "ranks": row, **named} for answers, row in zip(self.answers, ranks)]
+
+    def export(self, folder: Path) -> None:
+        """Write answers and rankings to ``data/`` of the run that ``folder`` (its stage folder) belongs to.
+
+        Raises ``Waiting``, with what to do next, where people have not judged anything yet."""
+        file = folder.parent / "data" / f"answers-{self.round}.jsonl"
+        if not self.answers:
+            raise UserError(
+                "preference: all answers to a prompt are the same text, for every prompt; draw them at a higher "
+                "preference.sampling.temperature, or from further preference.models"
+            )
+        write_jsonl(file, self.answers)
+        if isinstance(self.annotator, People):
+            self._judged = with_lineage(judgements(self.annotator), self.answers)
+            if not self._judged:
+                todo = self.annotator.hand_out(self.answers, file)
+                raise Waiting(
+                    f"preference: {len(self.answers):,} prompts with their answers are in {file}. {todo}. Then run the "
+                    "same command again; nothing is drawn anew"
+                )
+        if self.annotator is not None:
+            write_jsonl(file.with_name(f"rankings-{self.round}.jsonl"), self.records)
+        if self._ranks_now:
+            self.drawn.remove()
+            self.ranked.remove()
+
+    # ---------------------------------------------------------------- figures
 
     def figures(self) -> dict[str, Any]:
         """Headline figures of the collection."""
-        records = self.records
-        pairs = [(a, b) for r in records for i, a in enumerate(r["ranks"]) for b in r["ranks"][:i]]
-        answers = [text for r in records for text in r["responses"]]
+        rows, answers, records = self._rows, self.answers, self.records
+        texts = [text for row in answers for text in row["responses"]]
+        pairs = [(a, b) for r in records for a, b in combinations(r["ranks"], 2)]
+        ranked = {str(r["prompt"]) for r in records}
         return {
             "rankings": len(records),
-            "answers": len(answers),
+            "answers": len(texts),
             "pairs": sum(a != b for a, b in pairs),
             "ties": sum(a == b for a, b in pairs),
-            "words": sum(len(text.split()) for text in answers) / len(answers),
-            "cut_off": sum(not f for r in records for f in r["finished"]),
+            "words": sum(len(text.split()) for text in texts) / max(len(texts), 1),
+            "cut_off": sum(not f for row in answers for f in row["finished"]),
+            "equal": sum(row["equal"] for row in rows),
+            "left_out": len(rows) - len(answers),
+            "unjudged": sum(str(row["prompt"]) not in ranked for row in answers),
+            **self._gold_agreement(),
             **self._agreement(),
+            **(self.annotator.figures() if hasattr(self.annotator, "figures") else {}),
         }
 
-    def _agreement(self) -> dict[str, Any]:
+    def _gold_agreement(self) -> dict[str, Any]:
         """How often the annotator agrees with the gold judge, over the pairs that gold does not tie."""
         judge = getattr(self.trainer.datamodule, "judge", None)
         if judge is None:
             return {"agreement": None}
         agreed = []
         for r in self.records:
-            gold = [judge.grade(r["prompt"], t, not f).gold for t, f in zip(r["responses"], r["finished"])]
-            for i in range(len(gold)):
-                for j in range(i):
-                    if gold[i] != gold[j] and r["ranks"][i] != r["ranks"][j]:
-                        agreed.append((gold[i] > gold[j]) == (r["ranks"][i] < r["ranks"][j]))
+            finished = r.get("finished", [True] * len(r["responses"]))
+            gold = [judge.grade(r["prompt"], t, not f).gold for t, f in zip(r["responses"], finished)]
+            for i, j in combinations(range(len(gold)), 2):
+                if gold[i] != gold[j] and r["ranks"][i] != r["ranks"][j]:
+                    agreed.append((gold[i] > gold[j]) == (r["ranks"][i] < r["ranks"][j]))
         return {"agreement": sum(agreed) / max(len(agreed), 1)}
 
-    def export(self, folder: Path) -> None:
-        """Write the records to ``data/`` of the run that ``folder`` (its stage folder) belongs to."""
-        write_jsonl(folder.parent / "data" / f"rankings-{self.round}.jsonl", self.records)
-        if self.journal is not None:
-            self.journal.unlink(missing_ok=True)
-
-
-def _read_journal(journal: Path | None) -> dict[int, list[dict[str, Any]]]:
-    batches: dict[int, list[dict[str, Any]]] = {}
-    if journal is None or not journal.exists():
-        return batches
-    for line in journal.read_text(encoding="utf-8").splitlines():
-        try:
-            index, records = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the process was killed
-            break
-        batches[index] = records
-    write = journal.with_name(journal.name + ".tmp")
-    write.write_text("".join(json.dumps([i, r], ensure_ascii=False) + "\n" for i, r in batches.items()), "utf-8")
-    write.replace(journal)
-    return batches
+    def _agreement(self) -> dict[str, Any]:
+        """How far annotators agree with each other, where several judged the same answers."""
+        records = list(self.records)
+        if isinstance(self.annotator, People):  # each one's own words, whatever is made of them
+            records = [{**vars(r), **r.lineage} for r in self.annotator.read()]
+        for path in [self.compare] if isinstance(self.compare, str) else self.compare or []:
+            records += [vars(r) for r in load_records(path, parse_ranking).records]
+        found = agreement(records)
+        if found is None:
+            return {}
+        return {
+            "annotators": found.annotators,
+            "pairs_shared": found.pairs,
+            "annotators_agree": found.same,
+            "alpha": found.alpha,
+            "kappa": found.kappa,
+        }

@@ -1,0 +1,28 @@
+"""Functions of the user's own, given by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from lit_rlhf.errors import UserError
+
+
+def resolve(function: Any, address: str) -> Callable[..., Any]:
+    """The callable, or the one of that name; ``address`` is the setting that names it.
+
+    Raises ``UserError`` where there is none."""
+    if callable(function):
+        return function
+    module, _, name = str(function).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{address}: {function!r} is no function ({error}); give module.function of a module that Python finds "
+            "from the current folder"
+        ) from None
+    if not callable(found):
+        raise UserError(f"{address}: {function!r} is a {type(found).__name__}, not a function")
+    return found

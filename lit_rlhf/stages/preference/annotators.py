@@ -1,0 +1,197 @@
+"""Annotators: whoever ranks answers. Prompts and answers in, ranks with ties out."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import context_length, freeze, load_reward_model, packed_scores
+from lit_rlhf.stages.functions import resolve
+from lit_rlhf.stages.ppo.rollout import pack_on
+from lit_rlhf.text.chat import encode_prompts, encode_responses
+from lit_rlhf.text.records import Messages, shown
+from lit_rlhf.text.tokenizer import load_tokenizer
+
+Ranks = list[list[int]]
+Result = TypeVar("Result")
+
+
+class Annotator(Protocol):
+    """Whoever ranks answers: a simulated labeler, a reward model, a function, a language model."""
+
+    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        """The answers to each prompt in, as many as there are; a rank for each out, 1 = best, ties allowed."""
+        ...
+
+
+def name_of(annotator: Any) -> str:
+    """What an annotator is called in the records."""
+    return str(getattr(annotator, "name", None) or getattr(annotator, "__name__", type(annotator).__name__))
+
+
+def annotate(annotator: Annotator, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+    """The annotator's ranks; raises ``UserError``, naming the prompt, where they are none."""
+    return check_ranks(annotator(prompts, responses), name_of(annotator), prompts, responses)
+
+
+def check_ranks(ranks: Any, who: str, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+    """Ranks as plain lists; raises ``UserError`` where there is not one, a whole number from 1 up, for each answer."""
+    if not isinstance(ranks, list | tuple) or len(ranks) != len(prompts):
+        count = f"{len(ranks)} rankings" if isinstance(ranks, list | tuple) else f"a {type(ranks).__name__}"
+        raise UserError(
+            f"annotator {who} returned {count} for {len(prompts)} prompts; a list of ranks for each was expected"
+        )
+    checked = []
+    for prompt, answers, row in zip(prompts, responses, ranks):
+        row = row.tolist() if hasattr(row, "tolist") else row
+        whole = isinstance(row, list | tuple) and all(type(rank) is int and rank >= 1 for rank in row)
+        if not whole or len(row) != len(answers):
+            raise UserError(
+                f"annotator {who} returned {row!r} for the {len(answers)} answers to {place(prompt)}; {len(answers)} "
+                "whole numbers were expected, 1 = best, ties allowed"
+            )
+        checked.append(list(row))
+    return checked
+
+
+def place(prompt: Messages) -> str:
+    """A prompt as errors name it."""
+    return f"the prompt {shown(prompt)[:80]!r}"
+
+
+def ranks_of(scores: Sequence[float]) -> list[int]:
+    """Ranks of scores, higher is better; equal scores tie: [0.5, 2.0, 0.5] -> [2, 1, 2]."""
+    return [1 + sum(other > score for other in scores) for score in scores]
+
+
+class RewardModelAnnotator(nn.Module):
+    """Ranks answers by the scores of a reward model.
+
+    Args:
+        reward_model: a model with a scalar head.
+        tokenizer: of that model, with its chat template.
+        batch_size: answers a forward pass.
+    """
+
+    def __init__(
+        self,
+        reward_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: Annotated[int, Field(ge=1)] = 256,
+    ) -> None:
+        super().__init__()
+        self.reward_model, self.tokenizer, self.batch_size = freeze(reward_model), tokenizer, batch_size
+        self.name = "reward_model"
+
+    @classmethod
+    def load(cls, path: str | Path, batch_size: Annotated[int, Field(ge=1)] = 256) -> RewardModelAnnotator:
+        """From the folder of a reward model."""
+        tokenizer = load_tokenizer(path)
+        return cls(load_reward_model(path, tokenizer), tokenizer, batch_size)
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        scores = iter(self.scores(prompts, responses).tolist())
+        ranked = []
+        for answers in responses:
+            scored = dict(zip(answers, [next(scores) for _ in answers]))  # equal texts differ by rounding alone
+            ranked.append(ranks_of([scored[text] for text in answers]))
+        return ranked
+
+    def scores(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Tensor:
+        """Scores (N,) of all answers, prompt by prompt."""
+        repeated = [p for p, answers in zip(encode_prompts(self.tokenizer, prompts), responses) for _ in answers]
+        messages = [p for p, answers in zip(prompts, responses) for _ in answers]
+        texts = [text for answers in responses for text in answers]
+        room = context_length(self.reward_model)
+        sequences = [[*p, *r][-room:] for p, r in zip(repeated, encode_responses(self.tokenizer, messages, texts))]
+        model = self.reward_model
+        parts = [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
+        packed = [pack_on(part, model.config.pad_token_id, model.device) for part in parts]
+        return torch.cat([packed_scores(model, part).float().cpu() for part in packed])
+
+
+class CallableAnnotator:
+    """Ranks answers by a function of yours, plain or ``async``: ``fn(prompts, responses) -> ranks``.
+
+    ``prompts`` are lists of messages, ``responses`` a list of texts for each; ``ranks`` is a list of ranks for each.
+
+    Args:
+        function: the callable or its name, ``"my_module.my_function"``.
+        batch_size: prompts a call; None: all that come together.
+        concurrency: calls of an ``async`` function that wait at the same time.
+    """
+
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        batch_size: Annotated[int, Field(ge=1)] | None = None,
+        concurrency: Annotated[int, Field(ge=1)] = 8,
+    ) -> None:
+        self.function = resolve(function, "preference.annotator.function")
+        self.batch_size, self.concurrency = batch_size, concurrency
+        self.name = name_of(self.function)
+
+    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        size = self.batch_size or max(len(prompts), 1)
+        batches = [(prompts[i : i + size], responses[i : i + size]) for i in range(0, len(prompts), size)]
+        call = getattr(self.function, "__call__", None)  # noqa: B004  an object's own may be async
+        if inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call):
+            ranked = run_async(self._together(batches))
+        else:
+            ranked = [self._call(*batch) for batch in batches]
+        return [row for batch in ranked for row in batch]
+
+    def _call(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        try:
+            ranks = self.function(prompts, responses)
+        except Exception as error:
+            raise self._error(error, self._culprit(prompts, responses)) from error
+        return check_ranks(ranks, self.name, prompts, responses)
+
+    async def _together(self, batches: Sequence[Any]) -> list[Ranks]:
+        turns = asyncio.Semaphore(self.concurrency)
+
+        async def wait(prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+            async with turns:
+                try:
+                    ranks = await self.function(prompts, responses)
+                except Exception as error:
+                    raise self._error(error, prompts) from error
+            return check_ranks(ranks, self.name, prompts, responses)
+
+        return await asyncio.gather(*(wait(*batch) for batch in batches))
+
+    def _culprit(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Sequence[Messages]:
+        """The first prompt on which the function fails alone too; all where it only fails on them together."""
+        for i in range(len(prompts)):
+            try:
+                self.function(prompts[i : i + 1], responses[i : i + 1])
+            except Exception:  # whatever a user's function may raise
+                return prompts[i : i + 1]
+        return prompts
+
+    def _error(self, error: Exception, prompts: Sequence[Messages]) -> UserError:
+        others = f" or one of the {len(prompts) - 1} after it" if len(prompts) > 1 else ""
+        said = f"{type(error).__name__}: {error}"
+        return UserError(f"annotator {self.name} raised {said}, on {place(prompts[0])}{others}")
+
+
+def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The coroutine's result, in a notebook too, where a loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

@@ -1,0 +1,276 @@
+"""A language model as the judge, behind an OpenAI-compatible URL (vLLM, llama.cpp, Ollama, OpenAI ...)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.preference.annotators import Ranks, place, ranks_of, run_async
+from lit_rlhf.text.records import Messages
+
+Verdict = Literal["A", "B", "tie", "?"]  # ?: the reply said none of them, however often it was asked
+
+INSTRUCTION = """\
+You compare two answers of an assistant to the same dialogue. The better one is more helpful, truthful and harmless; \
+length, order and tone alone do not make it better. Reply with one word: A, B, or tie."""
+
+ASKED = """\
+The dialogue:
+{dialogue}
+
+Answer A:
+{first}
+
+Answer B:
+{second}
+
+Which answer is better? Reply with one word: A, B, or tie."""
+
+
+class Question(NamedTuple):
+    """Which of two answers is better; asked once in each order."""
+
+    prompt: Messages
+    first: str
+    second: str
+
+
+class LLMJudge:
+    """Ranks answers by asking a language model about every two of them, in both orders.
+
+    Where the two orders disagree the pair is a tie (the judge went by the place). An answer's rank follows from the
+    pairs that it wins, a tie counting half. Verdicts are on disk as they come: where the server is down for good the
+    call ends in a ``UserError``, and the next one asks only what is still open.
+
+    Args:
+        url: of the API, up to and with its version: the requests go to ``<url>/chat/completions``.
+        model: its name there.
+        instruction: the system message; None: helpful, truthful, harmless.
+        api_key_env: name of the environment variable that holds the key; where it is not set, none is sent.
+        concurrency: requests at the same time.
+        timeout: seconds a request.
+        retries: times that a request which failed, or a reply that is no verdict, is asked again.
+        backoff: seconds before the first retry, twice as many before each further one, at most 60.
+        max_tokens: of a reply.
+        journal: file of the verdicts; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        instruction: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: Annotated[int, Field(ge=1)] = 8,
+        timeout: Annotated[float, Field(gt=0)] = 60.0,
+        retries: Annotated[int, Field(ge=0)] = 5,
+        backoff: Annotated[float, Field(ge=0)] = 1.0,
+        max_tokens: Annotated[int, Field(ge=1)] = 16,
+        journal: str | Path | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"preference.annotator.url={url}: http://... or https://... was expected")
+        self.url, self.model, self.instruction = url.rstrip("/"), model, instruction or INSTRUCTION
+        self.api_key_env, self.concurrency, self.timeout = api_key_env, concurrency, timeout
+        self.retries, self.backoff, self.max_tokens = retries, backoff, max_tokens
+        self.name = f"llm_judge:{model}"
+        self.journal = None if journal is None else Path(journal)
+        self.verdicts: dict[str, Verdict] = _read_verdicts(self.journal)
+
+    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        questions = [
+            Question(prompt, *order)
+            for prompt, answers in zip(prompts, responses)
+            for pair in combinations(dict.fromkeys(answers), 2)  # equal answers are not compared
+            for order in (pair, pair[::-1])
+        ]
+        run_async(self._ask_all(questions))
+        self._check_sense(questions)
+        return [self._ranks(prompt, answers) for prompt, answers in zip(prompts, responses)]
+
+    def figures(self) -> dict[str, float]:
+        """How the judging went: verdicts asked for, how many were none, and how often the order decided."""
+        said = list(self.verdicts.values())
+        return {"judge_verdicts": len(said), "judge_nonsense": said.count("?")}
+
+    def better(self, prompt: Messages, first: str, second: str) -> float:
+        """1 where the first answer wins, 0 where the second does, 0.5 for a tie or where the order decided."""
+        verdict = self.verdicts[self._key(Question(prompt, first, second))]
+        swapped = self.verdicts[self._key(Question(prompt, second, first))]
+        if (verdict, swapped) == ("A", "B"):
+            return 1.0
+        return 0.0 if (verdict, swapped) == ("B", "A") else 0.5
+
+    def _ranks(self, prompt: Messages, answers: Sequence[str]) -> list[int]:
+        wins = dict.fromkeys(answers, 0.0)
+        for first, second in combinations(wins, 2):
+            won = self.better(prompt, first, second)
+            wins[first] += won
+            wins[second] += 1 - won
+        return ranks_of([wins[text] for text in answers])
+
+    async def _ask_all(self, questions: Sequence[Question]) -> None:
+        still_open = {self._key(q): q for q in questions if self._key(q) not in self.verdicts}
+        turns = asyncio.Semaphore(self.concurrency)
+        failed: list[Exception] = []
+
+        async def ask(key: str, question: Question) -> None:
+            async with turns:
+                if failed:  # nothing new is asked; what is on its way is waited for and kept
+                    return
+                try:
+                    self._keep(key, *await self._verdict(question, threads))
+                except UserError as error:
+                    failed.append(error)
+
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            await asyncio.gather(*(ask(key, question) for key, question in still_open.items()))
+        if failed:
+            raise failed[0]
+
+    async def _verdict(self, question: Question, threads: ThreadPoolExecutor) -> tuple[Verdict, str]:
+        """The verdict and the reply in which it stands; "?" where no reply had one."""
+        reply = ""
+        for attempt in range(self.retries + 1):
+            # A cold model that gave no verdict would give the same reply again.
+            request = partial(self._request, question, temperature=0.0 if not reply else 0.7)
+            try:
+                reply = await asyncio.get_running_loop().run_in_executor(threads, request)
+            except _Passing as error:
+                if attempt == self.retries:
+                    raise self._down(error, question) from None
+                await asyncio.sleep(error.wait or self._pause(attempt))
+                continue
+            if (verdict := verdict_of(reply)) is not None:
+                return verdict, reply
+        return "?", reply
+
+    def _pause(self, attempt: int) -> float:
+        """Seconds; not the same for all, so that they do not come back together."""
+        return min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
+
+    def _request(self, question: Question, temperature: float = 0.0) -> str:
+        """The model's reply. Raises ``_Passing`` for what may be over soon, ``UserError`` for what will not."""
+        body = {
+            "model": self.model,
+            "messages": self._messages(question),
+            "temperature": temperature,
+            "max_tokens": self.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.api_key_env):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                return json.loads(response.read())["choices"][0]["message"]["content"] or ""
+        except urllib.error.HTTPError as error:
+            raise self._refused(error, question) from None
+        except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, time out, no JSON, other JSON
+            reason = getattr(error, "reason", error)
+            raise _Passing(f"{type(reason).__name__}: {reason}") from None
+
+    def _refused(self, error: urllib.error.HTTPError, question: Question) -> Exception:
+        said = error.read(300).decode(errors="replace")
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            wait = error.headers.get("Retry-After", "")
+            return _Passing(f"HTTP {error.code} {said}", min(float(wait), 60.0) if wait.isdecimal() else None)
+        hints = {
+            401: f"set the key: export {self.api_key_env}=...",
+            403: f"set the key: export {self.api_key_env}=...",
+            404: "the URL ends with the API's version, http://127.0.0.1:8000/v1 say, and model= is a name it knows",
+        }
+        hint = hints.get(error.code, "the prompt may be longer than the judge's context")
+        return UserError(
+            f"preference.annotator: {self.url} refused the question (HTTP {error.code}: {' '.join(said.split())}) on "
+            f"{place(question.prompt)}; {hint}"
+        )
+
+    def _down(self, error: Exception, question: Question) -> UserError:
+        kept = f"{len(self.verdicts)} verdicts are kept" + (f" in {self.journal}" if self.journal else "")
+        return UserError(
+            f"preference.annotator: {self.url} did not answer ({' '.join(str(error).split())}) in {self.retries + 1} "
+            f"attempts, the last on {place(question.prompt)}. {kept}; run the same command when the server is there "
+            "again, and it goes on"
+        )
+
+    def _check_sense(self, questions: Sequence[Question]) -> None:
+        """A reply here and there may be no verdict, and counts as a tie; a judge that never gives one is none."""
+        without = [q for q in questions if self.verdicts[self._key(q)] == "?"]
+        if len(without) > len(questions) / 2:
+            raise UserError(
+                f"preference.annotator: {self.model} gave no verdict on {len(without)} of {len(questions)} questions, "
+                f"the first on {place(without[0].prompt)}; A, B or tie was expected. Its replies are in "
+                f"{self.journal or 'its journal'}; take another model, another preference.annotator.instruction, or "
+                "more max_tokens for one that thinks aloud"
+            )
+
+    def _messages(self, question: Question) -> Messages:
+        dialogue = "\n\n".join(f"{m['role']}: {m['content']}" for m in question.prompt)
+        asked = ASKED.format(dialogue=dialogue, first=question.first, second=question.second)
+        return [{"role": "system", "content": self.instruction}, {"role": "user", "content": asked}]
+
+    def _key(self, question: Question) -> str:
+        asked = json.dumps([self.model, self._messages(question)])
+        return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+    def _keep(self, key: str, verdict: Verdict, reply: str) -> None:
+        self.verdicts[key] = verdict
+        if self.journal is not None:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, verdict, reply[-200:]]) + "\n")
+
+
+class _Passing(Exception):
+    """Something that may be over soon; ``wait``: seconds that the server asks for."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+def verdict_of(reply: str) -> Verdict | None:
+    """A, B or tie of a reply; None where it says none, or several.
+
+    A model that thinks aloud says it last, so only its last line counts where there are several."""
+    lines = [line for line in reply.split("</think>")[-1].splitlines() if line.strip()]
+    if lines and (alone := re.fullmatch(r"\W*(?:answer\s+)?(a|b|tie)\W*", lines[-1], re.IGNORECASE)):
+        return "tie" if alone[1].lower() == "tie" else "A" if alone[1] in "aA" else "B"
+    found = {word.upper() for word in re.findall(r"\b(?:A|B|[Tt]ie|TIE)\b", lines[-1])} if lines else set()
+    if len(found) != 1:
+        return None
+    word = found.pop()
+    return "tie" if word == "TIE" else "A" if word == "A" else "B"
+
+
+def _read_verdicts(journal: Path | None) -> dict[str, Verdict]:
+    verdicts: dict[str, Verdict] = {}
+    if journal is not None and journal.exists():
+        text = journal.read_text(encoding="utf-8")
+        for line in text.split("\n"):
+            try:
+                key, verdict, _ = json.loads(line)
+            except ValueError:  # the line that was being written when the process was killed
+                continue
+            verdicts[key] = verdict
+        if not text.endswith("\n"):
+            with journal.open("a", encoding="utf-8") as file:
+                file.write("\n")
+    return {key: verdict for key, verdict in verdicts.items() if verdict != "?"}  # nonsense is asked again

@@ -1,0 +1,50 @@
+"""Collecting preferences of people, as a user types it."""
+
+import json
+import shutil
+
+import pytest
+
+PROMPTS = [f"What is {a} plus {b}?" for a in range(5) for b in range(5)]
+
+
+@pytest.mark.slow
+def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    own = ["run=mine", "from_run=quickstart", "preference/data=jsonl", "preference.data.path=prompts.jsonl",
+           "reward/data=collected", "preference/annotator=people"]  # fmt: skip
+    run = tmp_path / "runs" / "mine"
+
+    said = lit_rlhf("stage=preference", *own).stdout
+    assert "25 prompts with their answers" in said and "stage=label" in said
+    assert not (run / "preference" / "done.json").exists() and not (run / "report.html").exists()
+    waiting = lit_rlhf("stage=[preference,reward]", *own, check=False)
+    assert waiting.returncode == 2 and "stage=label" in waiting.stderr  # the reward model cannot be trained yet
+
+    answers = [json.loads(line) for line in (run / "data/answers-0.jsonl").read_text().splitlines()]
+    labels = [{"prompt": r["prompt"], "responses": r["responses"], "ranks": [*range(1, len(r["responses"]) + 1)],
+               "annotator": "ann"} for r in answers]  # fmt: skip
+    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels[:20]))
+    lit_rlhf("stage=[preference,reward]", *own)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["preference"]["rankings"], summary["preference"]["unjudged"]) == (20, 5)
+    assert "val_accuracy" in summary["reward"]
+
+    # More labels: the stage takes them in by itself, without drawing an answer anew.
+    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels))
+    before = (run / "data/answers-0.jsonl").read_text()
+    lit_rlhf("stage=preference", *own)
+    assert json.loads((run / "summary.json").read_text())["preference"]["rankings"] == 25
+    assert (run / "data/answers-0.jsonl").read_text() == before
+    # Other answers are another matter.
+    changed = lit_rlhf("stage=preference", *own, "preference.module.answers_per_prompt=3", check=False)
+    assert changed.returncode == 2 and "answers_per_prompt was 4, now 3" in changed.stderr
+
+
+def test_a_missing_export_is_said_before_anything_is_loaded(lit_rlhf, finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
+    asked = ["stage=preference", "run=mine", "from_run=quickstart", "preference/annotator=label_studio"]
+    done = lit_rlhf(*asked, "preference.annotator.export=./nowhere.json", check=False)
+    assert done.returncode == 2
+    assert "preference.annotator.export=./nowhere.json: there is no such file" in done.stderr

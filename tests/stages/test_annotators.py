@@ -1,0 +1,341 @@
+"""Annotators: the reward model, functions, the judge behind a URL, people."""
+
+import asyncio
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.preference import CallableAnnotator, Labels, LLMJudge, RewardModelAnnotator, agreement, majority
+from lit_rlhf.stages.preference.annotators import annotate, ranks_of, run_async
+from lit_rlhf.stages.preference.judge import Question, verdict_of
+from lit_rlhf.stages.preference.people import judgements, with_lineage
+from lit_rlhf.text import encode_prompts, encode_responses
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("first?", "second?", "third?")]
+ANSWERS = [["a", "bbb", "cc"], ["dd", "e"], ["fff", "g", "hh", "iiii"]]
+BY_LENGTH = [[3, 1, 2], [1, 2], [2, 4, 3, 1]]
+
+
+def test_ranks_of_scores():
+    assert ranks_of([0.5, 2.0, 0.5, -1]) == [2, 1, 2, 4]
+
+
+def test_reward_model_ranks_as_transformers_scores(world, tokenizer, reward_model):
+    prompts = [list(p.messages) for p in world.prompts("held_out", 0)[:4]]
+    answers = [["Yes.", "I do not know.", "Yes."], ["No.", "The gop lives."], ["", "Red."], ["One.", "Two.", "Three."]]
+    annotator = RewardModelAnnotator(reward_model, tokenizer, batch_size=3)
+    expected = []
+    for prompt, texts in zip(prompts, answers):
+        rows = [encode_prompts(tokenizer, [prompt])[0] + encode_responses(tokenizer, [prompt], [t])[0] for t in texts]
+        with torch.no_grad():
+            scores = [reward_model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+        expected.append([1 + sum(round(o - s, 5) > 0 for o in scores) for s in scores])
+    ranks = annotator(prompts, answers)
+    assert ranks == expected
+    assert ranks[0][0] == ranks[0][2]  # the same text ties
+
+
+# Functions
+
+
+def by_length(prompts, responses):
+    return [ranks_of([len(text) for text in answers]) for answers in responses]
+
+
+async def slowly_by_length(prompts, responses):
+    await asyncio.sleep(0.01)
+    return by_length(prompts, responses)
+
+
+@pytest.mark.parametrize("function", [by_length, slowly_by_length])
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_functions_rank_plain_or_async(function, batch_size):
+    assert CallableAnnotator(function, batch_size, concurrency=2)(PROMPTS, ANSWERS) == BY_LENGTH
+
+
+def test_async_calls_wait_together_up_to_the_limit():
+    waiting, most = 0, 0
+
+    async def ranked(prompts, responses):
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        await asyncio.sleep(0.02)
+        waiting -= 1
+        return by_length(prompts, responses)
+
+    CallableAnnotator(ranked, batch_size=1, concurrency=2)(PROMPTS, ANSWERS)
+    assert most == 2
+
+
+def test_in_a_notebook_a_loop_is_running_already():
+    async def cell():
+        return CallableAnnotator(slowly_by_length)(PROMPTS, ANSWERS)
+
+    assert run_async(cell()) == BY_LENGTH
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_that_fails_names_the_prompt(is_async):
+    def picky(prompts, responses):
+        if any(p[0]["content"] == "second?" for p in prompts):
+            raise KeyError("no such thing")
+        return by_length(prompts, responses)
+
+    async def picky_async(prompts, responses):
+        return picky(prompts, responses)
+
+    message = r"annotator picky\w* raised KeyError: 'no such thing', on the prompt 'second\?'"
+    with pytest.raises(UserError, match=message):
+        CallableAnnotator(picky_async if is_async else picky, batch_size=1 if is_async else None)(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (None, "returned a NoneType for 2 prompts"),
+        ([[1, 2, 3]], "returned 1 rankings for 2 prompts"),
+        ([[1, 2], [1, 2]], r"returned \[1, 2\] for the 3 answers to the prompt 'first\?'; 3 whole numbers"),
+        ([[1, 2, 3], [0, 1]], r"returned \[0, 1\] for the 2 answers to the prompt 'second\?'"),
+        ([[1, 2, 3], [0.5, 1.5]], "whole numbers were expected"),
+        ([[1, 2, 3], [True, 1]], "whole numbers were expected"),
+        ([[1, 2, 3], "12"], "whole numbers were expected"),
+    ],
+)
+def test_ranks_that_are_none(ranks, message):
+    with pytest.raises(UserError, match=message):
+        annotate(lambda prompts, responses: ranks, PROMPTS[:2], ANSWERS[:2])
+
+
+def test_a_function_that_is_not_there():
+    with pytest.raises(UserError, match=r"preference.annotator.function: 'nowhere.f' is no function"):
+        CallableAnnotator("nowhere.f")
+    assert CallableAnnotator("builtins.print").name == "print"
+
+
+# The judge: a real server on this machine, which speaks the protocol
+
+
+class Server:
+    """Answers chat completions; ``reply(first, second, count)`` gives a text, a status, or None for what is no JSON."""
+
+    def __init__(self):
+        self.reply, self.asked, self.bodies = longer, [], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                text = body["messages"][-1]["content"]
+                first, second = (text.split(f"Answer {x}:\n")[1].split("\n\n")[0] for x in "AB")
+                outer.asked.append((first, second))
+                outer.bodies.append((self.path, self.headers.get("Authorization"), body))
+                said = outer.reply(first, second, outer.asked.count((first, second)))
+                status, content = (said, "") if isinstance(said, int) else (200, said)
+                message = {"role": "assistant", "content": content}
+                data = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+                data = data if content is not None else b"<html>"
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def longer(first, second, count):
+    return "A" if len(first) > len(second) else "B"
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def judge(server, tmp_path):
+    def make(**settings):
+        settings = {"retries": 2, "backoff": 0.01, "timeout": 5.0, "journal": tmp_path / "verdicts.jsonl", **settings}
+        return LLMJudge(server.url, "stub", **settings)
+
+    return make
+
+
+def test_judge_asks_every_pair_in_both_orders(server, judge, monkeypatch):
+    monkeypatch.setenv("STUB_KEY", "secret")
+    assert judge(api_key_env="STUB_KEY")(PROMPTS, ANSWERS) == BY_LENGTH
+    assert len(server.asked) == len(set(server.asked)) == 2 * (3 + 1 + 6)
+    assert {(b, a) for a, b in server.asked} == set(server.asked)
+    path, key, body = server.bodies[0]
+    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "stub")
+    assert [m["role"] for m in body["messages"]] == ["system", "user"]
+    assert any("user: first?" in body["messages"][1]["content"] for _, _, body in server.bodies)
+
+
+def test_a_judge_that_goes_by_the_place_ties(server, judge):
+    server.reply = lambda first, second, count: "A"
+    assert judge()(PROMPTS, ANSWERS) == [[1, 1, 1], [1, 1], [1, 1, 1, 1]]
+
+
+def test_ranks_follow_from_wins():
+    judge = LLMJudge("http://x", "m")
+    wins = {("a", "b"): "A", ("b", "a"): "B", ("a", "c"): "tie", ("c", "a"): "tie", ("b", "c"): "A", ("c", "b"): "B"}
+    judge.verdicts = {judge._key(Question(PROMPTS[0], *pair)): verdict for pair, verdict in wins.items()}
+    # a beats b and ties c: 1.5; b beats c: 1; c: 0.5
+    assert judge([PROMPTS[0]], [["a", "b", "c"]]) == [[1, 2, 3]]
+    assert judge([PROMPTS[0]], [["a", "b", "a"]]) == [[1, 3, 1]]  # equal answers are not compared, and tie
+
+
+def test_what_fails_for_a_while_is_tried_again(server, judge):
+    server.reply = lambda first, second, count: {1: 503, 2: 429}.get(count) or longer(first, second, count)
+    assert judge()(PROMPTS, ANSWERS) == BY_LENGTH
+
+
+def test_a_reply_that_is_no_json_is_asked_for_again(server, judge, tmp_path):
+    server.reply = lambda first, second, count: None if count == 1 else longer(first, second, count)
+    assert judge()(PROMPTS, ANSWERS) == BY_LENGTH
+    assert len(server.asked) == 40
+
+
+def test_a_server_that_hangs_times_out_and_is_asked_again(server, judge):
+    def hangs(first, second, count):
+        if count == 1 and first == "dd":
+            time.sleep(0.6)
+        return longer(first, second, count)
+
+    server.reply = hangs
+    assert judge(timeout=0.2)(PROMPTS[1:2], ANSWERS[1:2]) == [[1, 2]]
+    assert Counter(server.asked)["dd", "e"] == 2
+
+
+def test_nonsense_is_asked_again_and_then_a_tie(server, judge):
+    server.reply = lambda first, second, count: "No idea." if "e" in (first, second) else longer(first, second, count)
+    asked = judge()
+    assert asked(PROMPTS, ANSWERS) == [BY_LENGTH[0], [1, 1], BY_LENGTH[2]]
+    assert Counter(server.asked)["dd", "e"] == 3  # retries=2
+    assert asked.figures() == {"judge_verdicts": 20, "judge_nonsense": 2}
+    about = [body for _, _, body in server.bodies if "Answer A:\ndd\n" in body["messages"][1]["content"]]
+    temperatures = [body["temperature"] for body in about]
+    assert temperatures[0] == 0 and all(t > 0 for t in temperatures[1:])  # a cold model would say the same again
+
+
+def test_a_judge_that_talks_nonsense_only_is_refused(server, judge):
+    server.reply = lambda first, second, count: "As an assistant I cannot choose."
+    with pytest.raises(UserError, match=r"stub gave no verdict on 6 of 6 questions, the first on the prompt 'first\?'"):
+        judge(retries=0)(PROMPTS[:1], ANSWERS[:1])
+
+
+def test_a_server_that_goes_down_half_way_loses_nothing(server, judge, tmp_path):
+    server.reply = lambda first, second, count: 500 if "fff" in (first, second) else longer(first, second, count)
+    with pytest.raises(UserError) as error:
+        judge(concurrency=2)(PROMPTS, ANSWERS)
+    kept = (tmp_path / "verdicts.jsonl").read_text().count("\n")
+    assert 8 <= kept < 20
+    assert "did not answer (HTTP 500" in str(error.value) and "in 3 attempts, the last on the prompt 'third?'" in str(
+        error.value
+    )
+    assert f"{kept} verdicts are kept in {tmp_path}" in str(error.value) and "it goes on" in str(error.value)
+    with (tmp_path / "verdicts.jsonl").open("a") as file:
+        file.write('["half a li')  # killed while it wrote
+    server.reply, before = longer, len(server.asked)
+    assert judge()(PROMPTS, ANSWERS) == BY_LENGTH
+    assert len(server.asked) - before == 20 - kept  # only what was open
+    assert judge()(PROMPTS, ANSWERS) == BY_LENGTH and len(server.asked) - before == 20 - kept
+
+
+def test_no_server_at_all(tmp_path):
+    server = Server()
+    server.close()
+    with pytest.raises(UserError, match=r"did not answer \(ConnectionRefusedError"):
+        LLMJudge(server.url, "m", retries=1, backoff=0.01)(PROMPTS, ANSWERS)
+    with pytest.raises(UserError, match=r"url=localhost:8000: http://"):
+        LLMJudge("localhost:8000", "m")
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "export OPENAI_API_KEY"), (404, "ends with the API's version")])
+def test_what_no_retry_mends_is_said_at_once(server, judge, status, hint):
+    server.reply = lambda first, second, count: status
+    with pytest.raises(UserError, match=rf"refused the question \(HTTP {status}.*{hint}"):
+        judge(concurrency=1)(PROMPTS[:1], ANSWERS[:1])
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(("reply", "verdict"), [
+    ("A", "A"), (" b.", "B"), ("**B**", "B"), ("Answer A", "A"), ("Tie", "tie"), ("tie\n", "tie"), ("[[A]]", "A"),
+    ("B says more, A less.\nSo: B", "B"), ("<think>A? B?</think>\n\nA", "A"), ("", None), ("A or B", None),
+    ("Both are good", None), ("I cannot say that a cat", None), ("C", None),
+])  # fmt: skip
+def test_verdicts(reply, verdict):
+    assert verdict_of(reply) == verdict
+
+
+# People
+
+
+def row(who, ranks, prompt=0, responses=("x", "y", "z")):
+    return {"prompt": PROMPTS[prompt], "responses": list(responses), "ranks": ranks, "annotator": who}
+
+
+def test_majority_of_three_by_hand():
+    """x before y: 2 of 3. y before z: 2 of 3. x before z: one says so, one not, one ties: a tie."""
+    rows = [row("a", [1, 2, 3]), row("b", [2, 3, 1]), row("c", [2, 1, 2])]
+    assert majority(rows)[0]["ranks"] == [1, 2, 3]  # x: 1 + .5, y: 1, z: .5
+    assert majority(rows)[0]["annotators"] == ["a", "b", "c"]
+    assert majority([row("a", [1, 2, 3])])[0]["annotator"] == "a"  # alone, one's own word
+
+
+def test_majority_goes_by_the_text_not_by_the_place():
+    rows = [row("a", [1, 2, 3]), row("b", [3, 2, 1], responses=("z", "y", "x"))]
+    assert majority(rows)[0]["ranks"] == [1, 2, 3]
+
+
+def test_agreement_by_hand():
+    """Both ways round each annotator says better as often as worse, so chance agrees on half of the pairs.
+
+    1 of 3 pairs alike: kappa = (1/3 - 1/2) / (1/2) = -1/3; 2 of 3: (2/3 - 1/2) / (1/2) = 1/3."""
+    found = agreement([row("a", [1, 2, 3]), row("b", [2, 3, 1]), row("c", [1, 2, 3], prompt=1)])
+    assert (found.annotators, found.pairs) == (2, 3)
+    assert found.same == pytest.approx(1 / 3) and found.kappa == pytest.approx(-1 / 3)
+    found = agreement([row("a", [1, 2, 3]), row("b", [1, 3, 2])])
+    assert found.same == pytest.approx(2 / 3) and found.kappa == pytest.approx(1 / 3)
+    assert agreement([row("a", [1, 2, 3]), row("b", [1, 2, 3], prompt=1)]) is None  # nothing in common
+    assert agreement([row("a", [1, 1, 3]), row("b", [1, 1, 2])]).alpha == 1.0
+
+
+def test_labels_of_several_files_and_people(tmp_path):
+    first, second = tmp_path / "labels-0.jsonl", tmp_path / "more.jsonl"
+    rows = [row("a", [1, 2, 3]), row("b", [1, 2, 3]), row("a", [3, 2, 1])]  # a changed their mind: the last counts
+    first.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    second.write_text(json.dumps(row("c", [2, 1], 1, ("שלום 👍", "y" * 100_000))) + "\n")
+    found = judgements(Labels([first, second]))
+    assert [(r["annotator"], r["ranks"]) for r in found] == [("a", [3, 2, 1]), ("b", [1, 2, 3]), ("c", [2, 1])]
+    assert judgements(Labels([first, second], "majority"))[0]["ranks"] == [1, 1, 1]
+    assert judgements(Labels(tmp_path / "labels-1.jsonl")) == []
+    with pytest.raises(UserError, match=r"more2.jsonl is not there"):
+        Labels([first, tmp_path / "more2.jsonl"]).read()
+
+
+def test_lineage_follows_the_answers_into_another_order():
+    answers = [{"prompt": PROMPTS[0], "responses": ["x", "y", "z"], "models": ["sft", "base", "ppo"],
+                "temperatures": [1.0, 0.5, 0.7], "finished": [True] * 3, "round": 2, "kind": "k"}]  # fmt: skip
+    [joined] = with_lineage([row("a", [1, 2], responses=("z", "x"))], answers)
+    assert joined["models"] == ["ppo", "sft"] and joined["temperatures"] == [0.7, 1.0] and joined["round"] == 2
+    foreign = row("a", [1, 2], responses=("z", "other"))
+    assert with_lineage([foreign], answers) == [foreign]

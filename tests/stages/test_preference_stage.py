@@ -1,0 +1,203 @@
+"""Collecting: several models and temperatures, equal answers, people, what is stopped."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from lit_rlhf.errors import UserError, Waiting
+from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.stages import PreferenceDataModule, PreferenceModule, WorldPreferenceDataModule
+from lit_rlhf.stages.preference import Labels, LabelStudio, agreement
+from lit_rlhf.stages.preference import module as collecting
+from lit_rlhf.text import load_records, parse_ranking
+from lit_rlhf.text.chat import BASE_TEMPLATE
+from lit_rlhf.training import make_trainer
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 160, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def by_length(prompts, responses):
+    return [[1 + sum(len(o) > len(a) for o in answers) for a in answers] for answers in responses]
+
+
+@pytest.fixture
+def collect(world, tokenizer, policy, tmp_path):
+    """(annotator, settings) -> (module, folder of the stage) after one pass over a few prompts."""
+
+    def run(annotator=by_length, data=None, policy=policy, **settings):
+        journal = tmp_path / "preference/journal.jsonl"
+        settings = {"sampling": Sampling(max_new_tokens=5), "journal": journal, **settings}
+        module = PreferenceModule(policy, tokenizer, annotator, **settings)
+        data = data or WorldPreferenceDataModule(world, tokenizer, prompts=12, batch_size=5, limit_held_out=4)
+        trainer = make_trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+        trainer.predict(module, datamodule=data, return_predictions=False)
+        return module, tmp_path / "preference"
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture
+def base(tokenizer):
+    torch.manual_seed(5)
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = BASE_TEMPLATE
+    return policy_from_config(CONFIG, own), own
+
+
+def test_answers_are_dealt_over_models_and_temperatures(collect, base):
+    module, folder = collect(others={"base": base}, temperatures=[0.7, 1.3], answers_per_prompt=4, round=3)
+    module.export(folder)
+    records = rows(folder.parent / "data/rankings-3.jsonl")
+    assert len(records) == 16
+    for record in records:
+        assert sorted(zip(record["models"], record["temperatures"])) == [
+            ("base", 0.7), ("base", 1.3), ("sft", 0.7), ("sft", 1.3),
+        ]  # fmt: skip
+        assert len(record["responses"]) == len(record["ranks"]) == len(record["finished"]) == 4
+        assert (record["round"], record["annotator"]) == (3, "by_length")
+    loaded = load_records(folder.parent / "data/rankings-3.jsonl", parse_ranking).records
+    assert loaded[0].lineage["models"] == records[0]["models"]
+    assert all("ranks" not in row for row in rows(folder.parent / "data/answers-3.jsonl"))
+
+
+def test_with_fewer_answers_than_turns_all_turns_come_up(collect, base):
+    module, _ = collect(others={"base": base}, temperatures=[0.5, 1.0, 1.5], answers_per_prompt=2)
+    turns = [turn for r in module.answers for turn in zip(r["models"], r["temperatures"])]
+    assert len(set(turns)) == 6
+    assert all(len(set(r["models"])) == 2 for r in module.answers)
+
+
+def test_each_model_is_prompted_by_its_own_template(collect, base, monkeypatch):
+    seen = {}
+
+    def answer(policy, tokenizer, tokens, *more):
+        seen.setdefault(tokenizer.chat_template == BASE_TEMPLATE, []).extend(tokenizer.batch_decode(tokens))
+        return real(policy, tokenizer, tokens, *more)
+
+    real = collecting.answer
+    monkeypatch.setattr(collecting, "answer", answer)
+    collect(others={"base": base})
+    assert all(text.endswith("<|assistant|>") for text in seen[False])
+    assert not any("<|" in text for text in seen[True])
+
+
+def test_equal_answers_are_drawn_again_then_dropped_and_counted(collect, tmp_path):
+    greedy, _ = collect(temperatures=[0.0], journal=None)
+    figures = greedy.figures()
+    assert (figures["left_out"], figures["equal"], figures["answers"]) == (16, 48, 0)  # K texts alike, every time
+    with pytest.raises(UserError, match=r"all answers to a prompt are the same text.*temperature"):
+        greedy.export(tmp_path / "preference")
+    mixed, _ = collect(temperatures=[0.0, 1.0], journal=None, answers_per_prompt=4)
+    assert all(len(set(r["responses"])) == len(r["responses"]) >= 2 for r in mixed.answers)
+    figures = mixed.figures()
+    assert figures["equal"] == sum(4 - len(r["responses"]) for r in mixed.answers) >= 16  # both greedy ones are alike
+    assert figures["pairs"] + figures["ties"] == sum(
+        len(r["ranks"]) * (len(r["ranks"]) - 1) // 2 for r in mixed.records
+    )
+
+
+def test_drawing_again_makes_more_different_answers(collect):
+    sampling = Sampling(max_new_tokens=1, top_k=6)  # few possible answers
+    kept = [collect(sampling=sampling, redraws=n, journal=None)[0].figures()["equal"] for n in (0, 3)]
+    assert kept[0] > kept[1]
+
+
+def test_a_stopped_collection_goes_on_and_ranks_nothing_twice(collect, tmp_path):
+    whole = collect(journal=None)[0].records
+    calls = []
+
+    def fails_at_the_third(prompts, responses):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return by_length(prompts, responses)
+
+    fails_at_the_third.name = "by_length"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        collect(fails_at_the_third)
+    journal, ranks = tmp_path / "preference/journal.jsonl", tmp_path / "preference/journal.ranks.jsonl"
+    assert (len(rows(journal)), len(rows(ranks))) == (3, 2)  # the third batch's answers are kept, too
+    with ranks.open("a") as file:
+        file.write("[2, [[1")  # killed while it wrote
+    module, folder = collect(fails_at_the_third)
+    assert module.records == whole and calls == [5, 5, 5, 5, 1]
+    module.export(folder)
+    assert not journal.exists() and not ranks.exists()
+
+
+def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, tokenizer):
+    module, folder = collect()
+    module.export(folder)
+    answers = tmp_path / "data/answers-0.jsonl"
+
+    def the_other_way(prompts, responses):
+        return [[1 + sum(len(o) < len(a) for o in texts) for a in texts] for texts in responses]
+
+    data = PreferenceDataModule(answers, tokenizer, held_out=0.3, batch_size=4)
+    other, _ = collect(
+        the_other_way, data, answers="given", journal=None, compare=str(tmp_path / "data/rankings-0.jsonl")
+    )
+    known = {json.dumps(r["prompt"]): r for r in rows(answers)}
+    assert len(other.records) == len(known)
+    assert all(r["responses"] == known[json.dumps(r["prompt"])]["responses"] for r in other.records)
+    assert all(r["models"] == known[json.dumps(r["prompt"])]["models"] for r in other.records)
+    figures = other.figures()
+    assert figures["annotators"] == 2 and figures["alpha"] < 0 and figures["kappa"] < 0
+    with pytest.raises(UserError, match=r"answers=given, and the prompt .* comes without 'responses'"):
+        collect(answers="given", journal=None)
+
+
+def test_people_are_waited_for_and_judge_what_was_drawn(collect, tmp_path, policy):
+    labels = tmp_path / "data/labels-0.jsonl"
+    module, folder = collect(Labels(labels))
+    with pytest.raises(Waiting, match=r"16 prompts with their answers are in .*stage=label.*labels-0.jsonl"):
+        module.export(folder)
+    answers = rows(tmp_path / "data/answers-0.jsonl")
+    judged = [{"prompt": r["prompt"], "responses": r["responses"][::-1], "ranks": [*range(1, len(r["responses"]) + 1)],
+               "annotator": who} for r in answers[:6] for who in ("ann", "bob")]  # fmt: skip
+    labels.write_text("".join(json.dumps(r) + "\n" for r in judged))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()  # would answer otherwise now: nothing may be drawn anew
+    module, folder = collect(Labels(labels))
+    module.export(folder)
+    records = rows(tmp_path / "data/rankings-0.jsonl")
+    assert [(r["responses"], r["annotator"]) for r in records] == [(r["responses"], r["annotator"]) for r in judged]
+    assert records[0]["models"] == ["sft"] * len(records[0]["responses"])
+    figures = module.figures()
+    assert (figures["rankings"], figures["unjudged"]) == (12, len(answers) - 6)
+    assert (figures["annotators"], figures["annotators_agree"], figures["kappa"]) == (2, 1.0, 1.0)
+    assert agreement(records).alpha == 1.0
+
+
+def test_label_studio_there_and_back(collect, tmp_path):
+    with pytest.raises(Waiting, match=r"label_studio_template-0.xml and import .*label_studio_tasks-0.json"):
+        module, folder = collect(LabelStudio(kind="pairwise"), answers_per_prompt=2)
+        module.export(folder)
+    todo = json.loads((tmp_path / "data/label_studio_tasks-0.json").read_text())
+    for number, task in enumerate(todo):
+        longer = "left" if len(task["data"]["answer1"]) >= len(task["data"]["answer2"]) else "right"
+        result = [{"type": "pairwise", "to_name": ["answer1", "answer2"], "value": {"selected": longer}}]
+        task |= {"id": number, "annotations": [{"id": number, "completed_by": 1, "result": result}]}
+    (tmp_path / "export.json").write_text(json.dumps(todo))
+    module, folder = collect(LabelStudio(tmp_path / "export.json", "pairwise"), answers_per_prompt=2)
+    module.export(folder)
+    records = rows(tmp_path / "data/rankings-0.jsonl")
+    assert len(records) == len(todo) > 10
+    for record in records:
+        best = record["responses"][record["ranks"].index(1)]
+        assert len(best) == max(map(len, record["responses"])) and record["models"] == ["sft", "sft"]
+
+
+def test_two_models_of_one_name(policy, tokenizer, base):
+    with pytest.raises(UserError, match="'sft', which is the policy's name"):
+        PreferenceModule(policy, tokenizer, by_length, others={"sft": base})
