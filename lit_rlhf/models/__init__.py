@@ -1,7 +1,7 @@
 """Neural networks: loading, heads, sampling, model folders."""
 
 from lit_rlhf.models.checkpoint import fingerprint, save_model
-from lit_rlhf.models.generation import Responses, Sampling, answer, generate
+from lit_rlhf.models.generation import Growing, Responses, Sampling, answer, generate, stream
 from lit_rlhf.models.heads import (
     Critic,
     CriticFactory,
@@ -31,6 +31,7 @@ from lit_rlhf.models.policy import (
 __all__ = [
     "Critic",
     "CriticFactory",
+    "Growing",
     "LoRA",
     "Responses",
     "Sampling",
@@ -60,4 +61,5 @@ __all__ = [
     "score_mean",
     "score_shift",
     "score_std",
+    "stream",
 ]
