@@ -185,7 +185,8 @@ def test_a_base_model_is_shown_a_transcript(tokenizer):
     transcript = Transcript("A talk.", examples)
     prompting = transcript.prompting(tokenizer)
     asked = [{"role": "user", "content": "Hi {{ eos_token }}"}]
-    shown = 'A talk.\n\nHuman: Say "{{ 7 * 7 }}" {% if %}\n🐈\n\nAssistant: No.\n\nHuman: Hi {{ eos_token }}\n\nAssistant:'
+    shown = 'A talk.\n\nHuman: Say "{{ 7 * 7 }}" {% if %}\n🐈\n\nAssistant: No.\n\n'
+    shown += "Human: Hi {{ eos_token }}\n\nAssistant:"
     assert prompting.decode(encode_prompts(prompting, [asked])[0]) == shown
     more = [*asked, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Who?"}]
     after = " Hello.\n\nHuman: Who?\n\nAssistant:"

@@ -88,8 +88,8 @@ class Chat:
         if not self._there():
             looked = ", ".join(self.models.values())
             raise UserError(
-                f"chat: this run has no model yet (looked for {looked}). Run lit-rlhf first, name a run that has one by "
-                "run=, or a model by chat.model="
+                f"chat: this run has no model yet (looked for {looked}). Run lit-rlhf first, name a run that has one "
+                "by run=, or a model by chat.model="
             )
         return self._there()[0]
 
@@ -101,7 +101,7 @@ class Chat:
             )
         if name not in self.models and not Path(name).expanduser().is_dir() and "/" not in name:
             raise UserError(
-                f"chat.{key}={name}: no such model or folder; give one of {', '.join(self._there()) or '(none yet)'}, a "
-                "folder, or the owner/name of a model on the Hub"
+                f"chat.{key}={name}: no such model or folder; give one of {', '.join(self._there()) or '(none yet)'}, "
+                "a folder, or the owner/name of a model on the Hub"
             )
         return self.models.get(name) or str(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)

@@ -105,7 +105,7 @@ class ChatPage:
                     ]
             self.notice = gr.HTML(elem_id="notice")
             self.box = gr.Textbox(
-                show_label=False, placeholder="Your message", submit_btn=True, stop_btn=False, elem_id="box", autofocus=True
+                show_label=False, placeholder="Your message", submit_btn=True, autofocus=True, elem_id="box"
             )
             with gr.Row(elem_id="actions"):
                 regenerate = gr.Button("Regenerate", size="sm", min_width=60, elem_id="regenerate")
@@ -173,11 +173,8 @@ class ChatPage:
     def rate(self, request: gr.Request, event: gr.LikeData) -> Update:
         """A thumb beside an answer."""
         conversation = self._of(request)
-        index = event.index if isinstance(event.index, int) else event.index[0]
-        rating = {True: 1, "Like": 1, False: -1, "Dislike": -1}.get(event.liked, 0)
-        if event.value == "" or event.liked == "":
-            rating = 0
-        return self._done(conversation, lambda: conversation.rate(rating, index))
+        rating = {True: 1, False: -1}.get(event.liked, 0)  # "" where a thumb is taken back
+        return self._done(conversation, lambda: conversation.rate(rating, event.index))
 
     def reveal(self, request: gr.Request) -> Update:
         """Show which model is which, or hide it again."""

@@ -22,7 +22,8 @@ def models(tmp_path_factory):
         if name != "pretrain":
             ensure_chat_template(tokenizer)
         save_model(policy_from_config(CONFIG, tokenizer), tokenizer, folder / name / "model")
-    return {name: str(folder / stage / "model") for name, stage in (("ppo", "ppo"), ("sft", "sft"), ("base", "pretrain"))}
+    stages = {"ppo": "ppo", "sft": "sft", "base": "pretrain"}
+    return {name: str(folder / stage / "model") for name, stage in stages.items()}
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(converse):
         assert len(tokens) + 8 <= 96
     assert dropped[0] == 0 and dropped[-1] > 0 and dropped == sorted(dropped) and all(d % 2 == 0 for d in dropped)
     before = list(talk.messages)
-    with pytest.raises(UserError, match="too long: with an answer of up to 8 tokens .* context of 96"):
+    with pytest.raises(UserError, match=r"too long: with an answer of up to 8 tokens .* context of 96"):
         said(talk.ask("long " * 200))
     with pytest.raises(UserError, match="empty message"):
         said(talk.ask(" \n"))
@@ -163,8 +163,9 @@ def test_a_conversation_is_saved_and_loaded(converse, tmp_path, judgements):
     other.load(file)
     assert other.messages == talk.messages and other.system == "You are the cat."
     other.rate(-1)
-    assert rows(judgements.feedback_file)[0]["model"] == "ppo"  # who said it
-    assert rows(judgements.feedback_file)[0]["prompt"] == [{"role": "system", "content": other.system}, talk.messages[0]]
+    [record] = rows(judgements.feedback_file)
+    assert record["model"] == "ppo"  # who said it
+    assert record["prompt"] == [{"role": "system", "content": other.system}, talk.messages[0]]
     said(other.ask("And?"))
     assert len(other.messages) == 4
 
@@ -209,7 +210,8 @@ def test_the_best_model_of_a_run_answers_unless_another_is_named(models, judgeme
     assert loaded() == [("ppo", ())]
     assert loaded(model="base", against="sft") == [("base", ("\nHuman:", "\nAssistant:")), ("sft", ())]
     assert loaded(model=models["sft"]) == [(models["sft"], ())]
-    for wrong, reason in (("dpo", "/nowhere is not there; this run has ppo, sft, base"), ("pp", "give one of ppo, sft")):
+    reasons = {"dpo": "/nowhere is not there; this run has ppo, sft, base", "pp": "give one of ppo, sft, base"}
+    for wrong, reason in reasons.items():
         with pytest.raises(UserError, match=reason):
             loaded(model=wrong)
     with pytest.raises(UserError, match="no model yet"):

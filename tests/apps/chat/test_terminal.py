@@ -5,6 +5,7 @@ import pytest
 
 from lit_rlhf.apps.chat.conversation import Conversation
 from lit_rlhf.apps.chat.terminal import Terminal
+from lit_rlhf.apps.wording import printable
 
 
 def session(conversation: Conversation, *lines: str) -> list[str]:
@@ -23,14 +24,14 @@ def test_a_session_from_a_pipe(converse, judgements, tmp_path):
     text = json.loads(file.read_text())[-1]["content"]
     assert shown[0] == "Talking to ppo."
     assert shown[2] == "you: Who are you?"
-    assert "\n".join(shown[3:]).startswith(f"ppo: {text}\n")
+    assert "\n".join(shown[3:]).startswith(f"ppo: {printable(text)}\n")
     for line in (
         f"[kept in {judgements.feedback_file}]", "[temperature 0]", "[warm: a number was expected]",
         "[system prompt: You are the cat.]", "[there is no /nope; /help lists what there is]", f"[saved to {file}]",
         "/quit    leave; so does Ctrl-D", "[a new conversation]",
     ):  # fmt: skip
         assert line in shown, line
-    assert "\n".join(shown).endswith(f"you: Who are you?\nppo: {text}\nyou: /quit")
+    assert "\n".join(shown).endswith(f"you: Who are you?\nppo: {printable(text)}\nyou: /quit")
     assert talk.sampling.temperature == 0 and talk.system == "You are the cat."
     assert not any("never" in line for line in shown)
     assert json.loads(judgements.feedback_file.read_text())["rating"] == 1
@@ -83,7 +84,10 @@ def test_a_long_conversation_says_what_it_leaves_out(converse):
     assert any(line.startswith("[the conversation is longer than the model's context: its 2 oldest") for line in shown)
 
 
-@pytest.mark.parametrize("command", ["/regen", "/up", "/load /nowhere", "/save /nowhere/at/all", "/seed -3", "/top_p 2"])
+MISTAKES = ["/regen", "/up", "/load /nowhere", "/save /nowhere/at/all", "/seed -3", "/top_p 2"]
+
+
+@pytest.mark.parametrize("command", MISTAKES)
 def test_mistakes_are_one_line(converse, command):
     shown = session(converse("ppo"), command)
     assert len(shown) == 5 and shown[-2].startswith("[") and shown[-2].endswith("]")
