@@ -1,7 +1,6 @@
 """``lit-rlhf stage=chat``: from the command line to a conversation."""
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -35,20 +34,6 @@ def test_chat_talks_to_the_best_model_of_the_run(lit_rlhf, run_folder):
     [record] = map(json.loads, (run_folder / "data/feedback-1.jsonl").read_text().splitlines())
     assert (record["rating"], record["annotator"], record["model"]) == (-1, "anna", "sft")
     assert not (run_folder / "summary.json").exists()  # it is no stage
-
-
-def test_what_cannot_be_had_is_one_line(lit_rlhf, run_folder):
-    done = lit_rlhf("stage=chat", "run=other", check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "chat: this run has no model yet" in done.stderr
-    done = lit_rlhf("stage=chat", "chat.model=ppo", check=False)
-    assert done.returncode == 2 and "this run has sft, base" in done.stderr
-    # A process in which Gradio cannot be imported.
-    hidden = "import sys; sys.modules['gradio'] = None; from lit_rlhf.pipeline import main; main()"
-    command = [lit_rlhf.command()[0], "-c", hidden, "stage=chat", "chat.ui=web", "run=quickstart"]
-    done = subprocess.run(command, cwd=run_folder.parents[1], env=lit_rlhf.env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "chat.ui=web needs Gradio, which is not installed; pip install 'lit-rlhf[ui]'" in done.stderr
 
 
 def checked(*overrides):

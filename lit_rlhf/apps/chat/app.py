@@ -77,9 +77,7 @@ class Chat:
 
     def conversation(self, assistants: list[Assistant]) -> Conversation:
         """A new conversation with these settings."""
-        return Conversation(
-            assistants, self.judgements, sampling=self.sampling, seed=self.seed, system=self.system
-        )
+        return Conversation(assistants, self.judgements, sampling=self.sampling, seed=self.seed, system=self.system)
 
     def _there(self) -> list[str]:
         return [name for name, folder in self.models.items() if (Path(folder) / "config.json").is_file()]

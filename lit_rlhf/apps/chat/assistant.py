@@ -60,5 +60,3 @@ def fitted(messages: Messages, assistants: Sequence[Assistant], sampling: Sampli
         f"this message is too long: with an answer of up to {sampling.max_new_tokens} tokens it does not fit into the "
         f"model's context of {context}; shorten it, or allow fewer new tokens"
     )
-
-

@@ -1,5 +1,6 @@
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -218,3 +219,10 @@ def test_the_best_model_of_a_run_answers_unless_another_is_named(models, judgeme
         Chat({"ppo": "/nowhere"}, judgements).load()
     with pytest.raises(UserError, match="device"):
         loaded(device="cuda:77")
+
+
+def test_a_page_without_gradio_is_one_line(models, judgements, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "lit_rlhf.apps.chat.web", raising=False)
+    with pytest.raises(UserError, match=r"chat.ui=web needs Gradio.*pip install 'lit-rlhf\[ui\]'"):
+        Chat(models, judgements, ui="web").launch()
