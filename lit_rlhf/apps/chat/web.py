@@ -119,9 +119,7 @@ class ChatPage:
                 self.system = gr.Textbox(example.system, label="System prompt", lines=2, elem_id="system")
                 with gr.Row():
                     sampling = example.sampling
-                    self.temperature = gr.Number(
-                        sampling.temperature, label="Temperature (0: the likeliest token)", minimum=0, step=0.1
-                    )
+                    self.temperature = gr.Number(sampling.temperature, label="Temperature", minimum=0, step=0.1)
                     self.top_p = gr.Number(sampling.top_p, label="Top-p", minimum=0, maximum=1, step=0.05)
                     self.tokens = gr.Number(sampling.max_new_tokens, label="Tokens an answer", minimum=1, precision=0)
                     self.seed = gr.Number(example.seed, label="Seed", minimum=0, precision=0)
