@@ -1,7 +1,7 @@
 """Neural networks: loading, heads, sampling, model folders."""
 
 from lit_rlhf.models.checkpoint import fingerprint, save_model
-from lit_rlhf.models.generation import Responses, Sampling, answer, generate
+from lit_rlhf.models.generation import Growing, Responses, Sampling, answer, generate, stream
 from lit_rlhf.models.heads import (
     Critic,
     CriticFactory,
@@ -34,6 +34,7 @@ from lit_rlhf.models.reward_head import RewardEnsemble, RewardHead, RewardTransf
 __all__ = [
     "Critic",
     "CriticFactory",
+    "Growing",
     "LoRA",
     "Responses",
     "RewardEnsemble",
@@ -69,4 +70,5 @@ __all__ = [
     "score_shift",
     "score_std",
     "scores_and_hidden",
+    "stream",
 ]

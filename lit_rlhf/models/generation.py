@@ -5,7 +5,7 @@ drawn: nothing is decoded and tokenized again, and no second forward pass is nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -17,7 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import filter_logits, position_ids, sample_token, token_entropy, token_logprobs
 from lit_rlhf.models.policy import context_length, next_token_logits
+from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.packing import left_pad
+from lit_rlhf.text.records import Messages
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,81 @@ def generate(
     alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
+    shape = len(prompts), sampling.max_new_tokens
+    out_tokens = torch.full(shape, pad_id, device=model.device)
+    out_mask = torch.zeros(shape, dtype=torch.bool, device=model.device)
+    out_logprobs = torch.zeros(shape, device=model.device)
+    out_entropy = torch.zeros(shape, device=model.device)
+    used = 0
+    for rows, drawn, logits in _draw(model, prompts, sampling, eos_id, pad_id, generator, shard):
+        out_tokens[rows, used] = drawn
+        out_mask[rows, used] = True
+        out_logprobs[rows, used] = token_logprobs(logits, drawn)
+        out_entropy[rows, used] = token_entropy(logits)
+        used += 1
+    finished = (out_tokens == eos_id).any(-1)
+    return Responses(out_tokens[:, :used], out_mask[:, :used], out_logprobs[:, :used], out_entropy[:, :used], finished)
+
+
+class Growing(NamedTuple):
+    """An answer while it is written."""
+
+    text: str  # all of it so far, as a person reads it
+    finished: bool  # the model has ended it; False in the last one means that it was cut off at max_new_tokens
+
+
+def stream(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    sampling: Sampling,
+    generator: Generator | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[Growing]:
+    """The answer to ``messages``, after each token; in the end it is that of :func:`answer` from the same generator.
+
+    It also ends before the first of the texts in ``stop``, of which no part is shown. A character of which some bytes
+    are still to come is held back."""
+    [prompt] = encode_prompts(tokenizer, [messages])
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokens: list[int] = []
+    text = ""
+    for _, drawn, _ in _draw(policy, [prompt], sampling, eos_id, pad_id, generator):
+        tokens.append(int(drawn))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if found := [text.index(s) for s in stop if s in text]:
+            yield Growing(text[: min(found)].strip(), True)
+            return
+        if tokens[-1] != eos_id and len(tokens) < sampling.max_new_tokens:
+            yield Growing(_without_begun(text.rstrip("\ufffd"), stop).strip(), False)
+    yield Growing(_without_begun(text, stop).strip(), tokens[-1] == eos_id)
+
+
+def _without_begun(text: str, stop: Sequence[str]) -> str:
+    """Without an end that may be the beginning of a stop text."""
+    begun = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return text[: len(text) - max(begun, default=0)]
+
+
+class _Drawn(NamedTuple):
+    """The next token of each answer that has not ended."""
+
+    rows: Tensor  # (A,) int64, places of these answers in the batch
+    tokens: Tensor  # (A,) int64
+    logits: Tensor  # (A, V) float32 of the distribution that was sampled from
+
+
+@torch.no_grad()
+def _draw(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_id: int,
+    pad_id: int,
+    generator: Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[_Drawn]:
+    """Token after token of :func:`generate`, until all answers have ended."""
     longest = max(map(len, prompts))
     if longest + sampling.max_new_tokens > context_length(model):
         raise UserError(
@@ -96,18 +173,13 @@ def generate(
     device = model.device
     tokens, mask = (x.to(device) for x in left_pad(prompts, pad_id))
     batch, steps = len(prompts), sampling.max_new_tokens
-    out_tokens = torch.full((batch, steps), pad_id, device=device)
-    out_mask = torch.zeros(batch, steps, dtype=torch.bool, device=device)
-    out_logprobs = torch.zeros(batch, steps, device=device)
-    out_entropy = torch.zeros(batch, steps, device=device)
     rank, ranks = shard
     uniforms = torch.rand(batch * ranks, steps, generator=generator, dtype=torch.float64, device=device)[rank::ranks]
-    alive = torch.arange(batch, device=device)  # rows of the output that are still being written
+    alive = torch.arange(batch, device=device)  # rows that are still being written
     cache = DynamicCache(config=model.config)
     positions = position_ids(mask)
     # Elsewhere transformers makes it: eager attention adds numbers, and a sliding window sees less.
     own_mask = model.config._attn_implementation == "sdpa" and getattr(model.config, "sliding_window", None) is None
-    used = steps
     for step in range(steps):
         hidden = model.base_model(
             input_ids=tokens,
@@ -118,14 +190,10 @@ def generate(
         ).last_hidden_state[:, -1]
         logits = _shape_logits(next_token_logits(model, hidden).float(), sampling)
         drawn = logits.argmax(-1) if sampling.temperature == 0 else sample_token(logits, uniform=uniforms[alive, step])
-        out_tokens[alive, step] = drawn
-        out_mask[alive, step] = True
-        out_logprobs[alive, step] = token_logprobs(logits, drawn)
-        out_entropy[alive, step] = token_entropy(logits)
+        yield _Drawn(alive, drawn, logits)
         going = drawn != eos_id
         if not going.any():
-            used = step + 1
-            break
+            return
         if not going.all():
             keep = going.nonzero().squeeze(1)
             alive, drawn, mask, positions = alive[keep], drawn[keep], mask[keep], positions[keep]
@@ -133,8 +201,6 @@ def generate(
         tokens = drawn[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    finished = (out_tokens == eos_id).any(-1)
-    return Responses(out_tokens[:, :used], out_mask[:, :used], out_logprobs[:, :used], out_entropy[:, :used], finished)
 
 
 def _step_mask(mask: Tensor, width: int) -> Tensor:

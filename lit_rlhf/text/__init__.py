@@ -1,6 +1,13 @@
 """Strings and tokens: tokenizers, chat templates, records, packing, the built-in world."""
 
-from lit_rlhf.text.chat import encode_dialogues, encode_prompts, encode_responses, ensure_chat_template
+from lit_rlhf.text.chat import (
+    Transcript,
+    encode_dialogues,
+    encode_prompts,
+    encode_responses,
+    ensure_chat_template,
+    is_base,
+)
 from lit_rlhf.text.packing import Packed, left_pad, pack, stream
 from lit_rlhf.text.records import (
     Demonstration,
@@ -10,6 +17,7 @@ from lit_rlhf.text.records import (
     load_records,
     parse_demonstration,
     parse_feedback,
+    parse_messages,
     parse_prompt,
     parse_ranking,
     parse_text,
@@ -24,16 +32,19 @@ __all__ = [
     "Messages",
     "Packed",
     "Ranking",
+    "Transcript",
     "encode_dialogues",
     "encode_prompts",
     "encode_responses",
     "ensure_chat_template",
+    "is_base",
     "left_pad",
     "load_records",
     "load_tokenizer",
     "pack",
     "parse_demonstration",
     "parse_feedback",
+    "parse_messages",
     "parse_prompt",
     "parse_ranking",
     "parse_text",

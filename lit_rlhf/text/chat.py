@@ -5,8 +5,11 @@ was trained. A base model has one too: it only writes the turns below each other
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +40,7 @@ TRANSCRIPT_TEMPLATE = (
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a base model's tokenizer a chat template; one that already has one of its own keeps it."""
-    if tokenizer.chat_template in (None, BASE_TEMPLATE):
+    if is_base(tokenizer):
         has_roles = all(role in tokenizer.get_vocab() for role in ROLES)
         tokenizer.chat_template = ROLE_TEMPLATE if has_roles else TRANSCRIPT_TEMPLATE
 
@@ -61,6 +64,55 @@ def transcript_prompt(messages: Messages, speakers: Speakers) -> str:
 def transcript_answer(text: str, speakers: Speakers) -> str:
     """The assistant's turn of what a base model wrote behind :func:`transcript_prompt`."""
     return text.strip().partition(speakers.end)[0].strip()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A conversation on paper, which a base model goes on with: text alone makes it a weak assistant (GPT-3, 2.1).
+
+    The template opens with ``opening`` (or with the dialogue's system message) and ``examples``; each turn begins with
+    the speaker's name. A base model does not end its turn but goes on with the human's, so generation must stop before
+    one of :attr:`stops`."""
+
+    opening: str = ""  # the first paragraph; "": there is none
+    examples: Sequence[dict[str, Any]] = ()  # messages that stand before the dialogue: one or several turns each
+    human: str = "Human:"
+    assistant: str = "Assistant:"
+    between: str = "\n\n"  # stands between two turns
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Where an answer ends: at the next turn, whoever takes it."""
+        return "\n" + self.human, "\n" + self.assistant
+
+    @property
+    def template(self) -> str:
+        """The chat template; the dialogue's own text is never read as a part of it."""
+        names = {"user": self.human, "assistant": self.assistant}
+        examples = "".join(f"{names[m['role']]} {m['content']}{self.between}" for m in self.examples)
+        opening, human, assistant, between, written = (
+            json.dumps(text, ensure_ascii=False)  # as a string of the template's language
+            for text in (self.opening, self.human, self.assistant, self.between, examples)
+        )
+        return (
+            "{% set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else "
+            f"{opening} %}}{{{{ system + {between} if system else '' }}}}{{{{ {written} }}}}"
+            "{% for message in messages if message['role'] != 'system' %}"
+            f"{{{{ {assistant} if message['role'] == 'assistant' else {human} }}}}{{{{ ' ' + message['content'] }}}}"
+            f"{{% if not loop.last or add_generation_prompt %}}{{{{ {between} }}}}{{% endif %}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
+        )
+
+    def prompting(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A copy of ``tokenizer`` that writes dialogues like this."""
+        prompting = copy.deepcopy(tokenizer)
+        prompting.chat_template = self.template
+        return prompting
+
+
+def is_base(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model has learned no dialogues: its tokenizer has no chat template of its own."""
+    return tokenizer.chat_template in (None, BASE_TEMPLATE)
 
 
 class Encoded(NamedTuple):

@@ -75,6 +75,11 @@ def parse_prompt(row: dict[str, Any]) -> Messages:
     return _prompt(_require(row, "prompt"), "prompt")
 
 
+def parse_messages(row: dict[str, Any]) -> Messages:
+    """``messages``, whoever has the last word."""
+    return _messages(_require(row, "messages"), "messages")
+
+
 class PromptRecord(NamedTuple):
     """A prompt, and the other fields of its record, which reward functions get to see."""
 

@@ -8,8 +8,18 @@ from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import Sampling, generate, next_token_logits, packed_hidden, policy_from_config, response_positions
-from lit_rlhf.text import left_pad, pack, train_characters
+from lit_rlhf.models import (
+    Sampling,
+    generate,
+    next_token_logits,
+    packed_hidden,
+    policy_from_config,
+    response_positions,
+    stream,
+)
+from lit_rlhf.models import answer as whole_answer
+from lit_rlhf.text import encode_prompts, left_pad, pack, train_characters
+from lit_rlhf.text.chat import ROLE_TEMPLATE
 
 NO_END = -7  # no token has this id: answers never end
 LENGTHS = [3, 11, 1, 7, 11, 5]
@@ -249,3 +259,51 @@ def test_all_tokens_are_possible_by_default():
     sampling = Sampling()
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
     assert Sampling(7, 0.5, top_k=3, top_p=0.5).greedy() == Sampling(7, temperature=0.0)
+
+
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+
+
+def as_an_end(tokenizer, token):
+    """The tokenizer with another end-of-text: random models hardly ever draw the real one."""
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+    return tokenizer
+
+
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, 0), Sampling(20, 0.7, top_k=30, top_p=0.8)])
+def test_a_stream_ends_with_the_answer_of_the_same_seed(policy, tokenizer, sampling):
+    tokenizer.chat_template = ROLE_TEMPLATE
+    prompt = encode_prompts(tokenizer, [QUESTION])
+    for end in (None, 7):  # cut off; ended by the model
+        if end is not None:
+            row = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(3)).tokens[0].tolist()
+            as_an_end(tokenizer, row[end])
+        whole = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(3))
+        *growing, last = stream(policy, tokenizer, QUESTION, sampling, Generator().manual_seed(3))
+        assert [last.text] == whole.texts(tokenizer)
+        assert [last.finished] == whole.finished.tolist() == [end is not None]
+        assert len(growing) + 1 == whole.tokens.shape[1]  # something after each token
+        assert not any(g.finished for g in growing)
+        assert all(last.text.startswith(g.text) for g in growing)
+        for n, g in enumerate(growing, start=1):  # bytes that may become a character are held back
+            so_far = tokenizer.decode(whole.tokens[0, :n], skip_special_tokens=True)
+            assert g.text == so_far.rstrip("\ufffd").strip()
+
+
+@pytest.mark.parametrize("model_config", ["gpt2"], indirect=True)
+def test_a_stream_ends_before_a_stop_text_and_shows_no_part_of_it(policy, tokenizer):
+    tokenizer.chat_template = ROLE_TEMPLATE
+    whole = [*stream(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1))][-1].text
+    at = next(i for i in range(8, 20) if whole.index(whole[i : i + 5]) == i and whole[i - 1].strip())
+    seen = [*stream(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1), [whole[at : at + 5]])]
+    assert seen[-1] == (whole[:at].strip(), True)
+    assert all(len(g.text) <= at for g in seen)
+
+
+def test_a_stream_leaves_gradients_on_outside(policy, tokenizer):
+    tokenizer.chat_template = ROLE_TEMPLATE
+    growing = stream(policy, tokenizer, QUESTION, Sampling(3))
+    next(growing)
+    assert torch.is_grad_enabled()
+    growing.close()
+    assert torch.is_grad_enabled()

@@ -2,7 +2,14 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text import encode_dialogues, encode_prompts, encode_responses, ensure_chat_template
+from lit_rlhf.text import (
+    Transcript,
+    encode_dialogues,
+    encode_prompts,
+    encode_responses,
+    ensure_chat_template,
+    is_base,
+)
 from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE
 from lit_rlhf.text.tokenizer import load_tokenizer
 
@@ -170,3 +177,27 @@ def test_a_template_that_refuses_a_dialogue_says_so_in_one_line(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
     with pytest.raises(UserError, match="chat template refuses a dialogue of the data: roles must alternate"):
         encode_prompts(tokenizer, [[user("Hi"), user("Hi")]])
+
+
+def test_a_base_model_is_shown_a_transcript(tokenizer):
+    tokenizer.chat_template = BASE_TEMPLATE
+    examples = [{"role": "user", "content": 'Say "{{ 7 * 7 }}" {% if %}\n🐈'}, {"role": "assistant", "content": "No."}]
+    transcript = Transcript("A talk.", examples)
+    prompting = transcript.prompting(tokenizer)
+    asked = [{"role": "user", "content": "Hi {{ eos_token }}"}]
+    shown = 'A talk.\n\nHuman: Say "{{ 7 * 7 }}" {% if %}\n🐈\n\nAssistant: No.\n\n'
+    shown += "Human: Hi {{ eos_token }}\n\nAssistant:"
+    assert prompting.decode(encode_prompts(prompting, [asked])[0]) == shown
+    more = [*asked, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Who?"}]
+    after = " Hello.\n\nHuman: Who?\n\nAssistant:"
+    assert prompting.decode(encode_prompts(prompting, [more])[0]) == shown + after
+    system = [{"role": "system", "content": "Be brief."}, *asked]
+    assert prompting.decode(encode_prompts(prompting, [system])[0]) == shown.replace("A talk.", "Be brief.")
+    assert transcript.stops == ("\nHuman:", "\nAssistant:")
+    assert is_base(tokenizer) and not is_base(prompting)  # a copy: the tokenizer is as it was
+
+
+def test_a_transcript_without_opening_and_in_other_words(tokenizer):
+    prompting = Transcript(human="Anna asked:", assistant="Ben said:", between="\n").prompting(tokenizer)
+    [tokens] = encode_prompts(prompting, [[{"role": "user", "content": "Hi"}]])
+    assert prompting.decode(tokens) == "Anna asked: Hi\nBen said:"

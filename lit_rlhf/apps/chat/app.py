@@ -1,0 +1,105 @@
+"""``stage=chat``: which models answer, how, and where one talks to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lit_rlhf.apps.chat.assistant import Assistant, load_assistant
+from lit_rlhf.apps.chat.conversation import Conversation
+from lit_rlhf.apps.chat.judgements import Judgements
+from lit_rlhf.apps.chat.terminal import Terminal
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import Sampling
+from lit_rlhf.text import Transcript
+
+
+class Chat:
+    """A conversation in the terminal or on a page.
+
+    Args:
+        models: name -> folder of the models of a run, the best one first; one that is not there is passed over.
+        judgements: where thumbs and choices are kept.
+        model: a name of ``models``, a folder or a Hub name; None: the best that is there.
+        against: a second model to compare with, blind; None: there is one model.
+        ui: where one talks.
+        sampling: how answers are drawn.
+        seed: of the sampling.
+        system: system prompt; "" is none.
+        transcript: what a base model is shown, so that it answers.
+        device: of torch, on which the models run.
+        port: of the page; null takes the first free one from 7860 on.
+        open_browser: whether to open the page at once.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, str],
+        judgements: Judgements,
+        *,
+        model: str | None = None,
+        against: str | None = None,
+        ui: Literal["terminal", "web"] = "terminal",
+        sampling: Sampling | None = None,
+        seed: Annotated[int, Field(ge=0)] = 0,
+        system: str = "",
+        transcript: Transcript | None = None,
+        device: str = "cpu",
+        port: Annotated[int, Field(ge=1, lt=2**16)] | None = None,
+        open_browser: bool = False,
+    ) -> None:
+        self.models, self.judgements, self.ui = models, judgements, ui
+        self.model, self.against = model, against
+        self.sampling, self.seed, self.system = sampling or Sampling(), seed, system
+        self.transcript, self.device = transcript or Transcript(), device
+        self.port, self.open_browser = port, open_browser
+
+    def launch(self) -> None:
+        """Talk until the person leaves."""
+        if self.ui == "terminal":
+            Terminal(self.conversation(self.load())).run()
+            return
+        from lit_rlhf.apps.chat.web import serve  # Gradio is an extra
+
+        assistants = self.load()
+        serve(lambda: self.conversation(assistants), port=self.port, open_browser=self.open_browser)
+
+    def load(self) -> list[Assistant]:
+        """The model, and the one that it is compared with."""
+        wanted = {"model": self.model or self._best(), "against": self.against}
+        return [
+            load_assistant(name, self._folder(key, name), self.transcript, self.device)
+            for key, name in wanted.items()
+            if name is not None
+        ]
+
+    def conversation(self, assistants: list[Assistant]) -> Conversation:
+        """A new conversation with these settings."""
+        return Conversation(assistants, self.judgements, sampling=self.sampling, seed=self.seed, system=self.system)
+
+    def _there(self) -> list[str]:
+        return [name for name, folder in self.models.items() if (Path(folder) / "config.json").is_file()]
+
+    def _best(self) -> str:
+        if not self._there():
+            looked = ", ".join(self.models.values())
+            raise UserError(
+                f"chat: this run has no model yet (looked for {looked}). Run lit-rlhf first, name a run that has one "
+                "by run=, or a model by chat.model="
+            )
+        return self._there()[0]
+
+    def _folder(self, key: str, name: str) -> str:
+        if name in self.models and name not in self._there():
+            raise UserError(
+                f"chat.{key}={name}: {self.models[name]} is not there; this run has "
+                f"{', '.join(self._there()) or 'no models'}"
+            )
+        if name not in self.models and not Path(name).expanduser().is_dir() and "/" not in name:
+            raise UserError(
+                f"chat.{key}={name}: no such model or folder; give one of {', '.join(self._there()) or '(none yet)'}, "
+                "a folder, or the owner/name of a model on the Hub"
+            )
+        return self.models.get(name) or str(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)

@@ -1,0 +1,311 @@
+"""Chat on a page, by Gradio: on 127.0.0.1, with no requests to anywhere else, and answers shown as text."""
+
+from __future__ import annotations
+
+import html
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_rlhf.apps.chat.conversation import Answer, Choice, Conversation
+from lit_rlhf.apps.wording import printable
+from lit_rlhf.errors import UserError
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+try:
+    import gradio as gr
+except ImportError:
+    raise UserError(
+        "chat.ui=web needs Gradio, which is not installed; pip install 'lit-rlhf[ui]', or use chat.ui=terminal"
+    ) from None
+
+STYLE = Path(__file__).with_name("page.css")
+THUMBS = {1: "Like", -1: "Dislike", 0: None}
+DOWNLOAD = """(text) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  link.download = "conversation.json";
+  link.click();
+}"""
+FIRST_PORT, PORTS = 7860, 100
+
+Update = dict[Any, Any]  # component -> what it shows from here on
+
+
+def serve(begin: Callable[[], Conversation], port: int | None = None, open_browser: bool = False) -> None:
+    """Serve the page until Ctrl-C; each visit begins a conversation. Raises ``UserError`` where the port is taken."""
+    page = ChatPage(begin)
+    address = page.start(port, open_browser)
+    print(f"chat: {address} (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        page.blocks.close(verbose=False)
+
+
+class ChatPage:
+    """The page: one conversation a visitor."""
+
+    def __init__(self, begin: Callable[[], Conversation]) -> None:
+        self.begin = begin
+        self.visitors: dict[str, Conversation] = {}
+        self.blocks = self._build(begin())
+
+    def start(self, port: int | None = None, open_browser: bool = False) -> str:
+        """Open the port; returns the page's address."""
+        try:
+            _, address, _ = self.blocks.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                inbrowser=open_browser,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                ssr_mode=False,
+                footer_links=[],
+                css=STYLE.read_text(encoding="utf-8"),
+                theme=gr.themes.Base(
+                    primary_hue="blue",
+                    neutral_hue="stone",
+                    radius_size="lg",
+                    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
+                    font_mono=["ui-monospace", "monospace"],
+                ).set(body_text_color_subdued="*neutral_500"),
+            )
+        except OSError:
+            tried = f"{FIRST_PORT} to {FIRST_PORT + PORTS - 1}" if port is None else str(port)
+            raise UserError(f"chat.port={tried}: taken by another program; choose another with chat.port=") from None
+        return address.rstrip("/")
+
+    def _build(self, example: Conversation) -> gr.Blocks:
+        with gr.Blocks(title="Chat · lit-rlhf", analytics_enabled=False, fill_height=True) as blocks:
+            gr.HTML(_head(example), elem_id="head")
+            self.talk = gr.Chatbot(
+                show_label=False,
+                buttons=[],  # "copy" would copy the escaped text
+                render_markdown=False,
+                layout="bubble",
+                feedback_options=("Like", "Dislike"),
+                placeholder="Say something to begin.",
+                elem_id="talk",
+                height="100%",
+                scale=1,
+            )
+            with gr.Column(visible=False, elem_id="compare") as self.compare:
+                with gr.Row(equal_height=True, elem_id="answers"):
+                    self.cards = [gr.HTML(elem_id=f"answer-{name}") for name in "ab"]
+                with gr.Row(elem_id="choose"):
+                    self.choose = [
+                        gr.Button(text, size="sm", min_width=60, elem_id=f"choose-{name}")
+                        for text, name in (("A is better", "a"), ("Tie", "tie"), ("B is better", "b"))
+                    ]
+            self.notice = gr.HTML(elem_id="notice")
+            self.box = gr.Textbox(
+                show_label=False, placeholder="Your message", submit_btn=True, autofocus=True, elem_id="box"
+            )
+            with gr.Row(elem_id="actions"):
+                regenerate = gr.Button("Regenerate", size="sm", min_width=60, elem_id="regenerate")
+                names = gr.Button("Show names", size="sm", min_width=60, visible=example.compares, elem_id="names")
+                new = gr.Button("New", size="sm", min_width=60, elem_id="new")
+                save = gr.Button("Save", size="sm", min_width=60, elem_id="save")
+                load = gr.UploadButton("Load", size="sm", min_width=60, file_types=[".json"], elem_id="load")
+            saved = gr.Textbox(visible="hidden", elem_id="saved")
+            self.names = names
+            with gr.Accordion("Settings", open=False, elem_id="settings"):
+                self.system = gr.Textbox(example.system, label="System prompt", lines=2, elem_id="system")
+                with gr.Row():
+                    sampling = example.sampling
+                    self.temperature = gr.Number(sampling.temperature, label="Temperature", minimum=0, step=0.1)
+                    self.top_p = gr.Number(sampling.top_p, label="Top-p", minimum=0, maximum=1, step=0.05)
+                    self.tokens = gr.Number(sampling.max_new_tokens, label="Tokens an answer", minimum=1, precision=0)
+                    self.seed = gr.Number(example.seed, label="Seed", minimum=0, precision=0)
+            shown = [self.talk, self.compare, *self.cards, *self.choose, self.notice, self.box, self.names]
+            settings = [self.system, self.temperature, self.top_p, self.tokens, self.seed]
+            quiet = {"show_progress": "hidden", "api_visibility": "private"}
+            self.box.submit(self.send, [self.box, *settings], shown, **quiet)
+            self.box.stop(self.stop, None, None, queue=False, **quiet)
+            regenerate.click(self.regenerate, settings, shown, **quiet)
+            for button, choice in zip(self.choose, ("A", "tie", "B")):
+                button.click(self.prefer(choice), None, shown, **quiet)
+            self.talk.like(self.rate, None, shown, **quiet)
+            names.click(self.reveal, None, shown, **quiet)
+            gr.on([new.click, self.talk.clear], self.clear, None, shown, **quiet)
+            save.click(self.save, None, saved, **quiet).then(None, saved, None, js=DOWNLOAD, **quiet)
+            load.upload(self.load, load, [*shown, self.system], **quiet)
+            blocks.unload(self.leave)
+        return blocks
+
+    def send(
+        self, text: str, system: str, temperature: float, top_p: float, tokens: int, seed: int, request: gr.Request
+    ) -> Iterator[Update]:
+        """Say something, with the settings that stand on the page."""
+        conversation = self._of(request)
+        settings = (system, temperature, top_p, tokens, seed)
+        yield from self._answered(conversation, lambda: conversation.ask(text, together=True), settings, text)
+
+    def regenerate(
+        self, system: str, temperature: float, top_p: float, tokens: int, seed: int, request: gr.Request
+    ) -> Iterator[Update]:
+        """Answer the last message once more."""
+        conversation = self._of(request)
+        settings = (system, temperature, top_p, tokens, seed)
+        yield from self._answered(conversation, lambda: conversation.regenerate(together=True), settings)
+
+    def stop(self, request: gr.Request) -> None:
+        """End the answer that is being written."""
+        self._of(request).stop()
+
+    def prefer(self, choice: Choice) -> Callable[[gr.Request], Update]:
+        """What a button below the two answers does."""
+
+        def prefer(request: gr.Request) -> Update:
+            conversation = self._of(request)
+            return self._done(conversation, lambda: conversation.choose(choice))
+
+        return prefer
+
+    def rate(self, request: gr.Request, event: gr.LikeData) -> Update:
+        """A thumb beside an answer."""
+        conversation = self._of(request)
+        rating = {True: 1, False: -1}.get(event.liked, 0)  # "" where a thumb is taken back
+        return self._done(conversation, lambda: conversation.rate(rating, event.index))
+
+    def reveal(self, request: gr.Request) -> Update:
+        """Show which model is which, or hide it again."""
+        conversation = self._of(request)
+        conversation.revealed = not conversation.revealed
+        return self._view(conversation)
+
+    def clear(self, request: gr.Request) -> Update:
+        """A new conversation."""
+        conversation = self._of(request)
+        conversation.clear()
+        return self._view(conversation)
+
+    def save(self, request: gr.Request) -> str:
+        """The conversation, for the browser to save."""
+        return self._of(request).to_json()
+
+    def load(self, path: str, request: gr.Request) -> Update:
+        """Go on with a conversation that was saved."""
+        conversation = self._of(request)
+
+        def load() -> str:
+            conversation.load(path)
+            return "loaded"
+
+        return {**self._done(conversation, load), self.system: conversation.system}
+
+    def leave(self, request: gr.Request) -> None:
+        """Forget a visitor; what was judged is on disk."""
+        self.visitors.pop(request.session_hash or "", None)
+
+    def _of(self, request: gr.Request) -> Conversation:
+        return self.visitors.setdefault(request.session_hash or "", self.begin())
+
+    def _answered(
+        self,
+        conversation: Conversation,
+        begin: Callable[[], Iterator[list[Answer]]],
+        settings: tuple[str, float, float, int, int],
+        text: str = "",
+    ) -> Iterator[Update]:
+        """What the page shows after each token, and in the end."""
+        before = self._busy(conversation, text)
+        yield before
+        try:
+            self._apply(conversation, *settings)
+            for answers in begin():
+                yield self._busy(conversation, "", answers)
+        except UserError as error:
+            # What could not be answered stays in the box, to be mended.
+            yield {**self._view(conversation, str(error)), self.box: self._box(text)}
+            return
+        note = ""
+        if conversation.dropped:
+            note = (
+                f"The conversation is longer than the model's context: its {conversation.dropped} oldest messages were "
+                "left out of this answer."
+            )
+        yield self._view(conversation, note)
+
+    def _apply(
+        self, conversation: Conversation, system: str, temperature: float, top_p: float, tokens: int, seed: int
+    ) -> None:
+        conversation.system = (system or "").strip()
+        conversation.set_sampling(temperature=temperature, top_p=top_p, max_new_tokens=tokens)
+        if seed is None or seed < 0:
+            raise UserError("seed: a whole number from 0 up was expected")
+        if seed != conversation.seed:
+            conversation.reseed(seed)
+
+    def _done(self, conversation: Conversation, act: Callable[[], str]) -> Update:
+        try:
+            note = act()
+        except UserError as error:
+            note = str(error)
+        return self._view(conversation, note[:1].upper() + note[1:])
+
+    def _busy(self, conversation: Conversation, text: str = "", answers: list[Answer] | None = None) -> Update:
+        """While an answer is written: nothing can be chosen, but it can be stopped."""
+        update = self._view(conversation)
+        messages = _messages(conversation, text)
+        if answers is not None and not conversation.compares:
+            messages.append({"role": "assistant", "content": _escaped(answers[0].text) or "…"})
+        elif answers is not None:
+            update |= self._cards(conversation, answers)
+        update[self.talk] = gr.Chatbot(value=messages, feedback_value=_thumbs(conversation))
+        update[self.box] = gr.Textbox(value="", submit_btn=False, stop_btn=True)
+        return {**update, **{button: gr.Button(interactive=False) for button in self.choose}}
+
+    def _view(self, conversation: Conversation, note: str = "") -> Update:
+        return {
+            self.talk: gr.Chatbot(value=_messages(conversation), feedback_value=_thumbs(conversation)),
+            self.compare: gr.Column(visible=bool(conversation.choices)),
+            self.notice: _escaped(note),
+            self.box: self._box(),
+            self.names: "Hide names" if conversation.revealed else "Show names",
+            **(self._cards(conversation, conversation.choices) if conversation.choices else {}),
+            **{button: gr.Button(interactive=True) for button in self.choose},
+        }
+
+    def _cards(self, conversation: Conversation, answers: list[Answer]) -> Update:
+        """A and B, side by side."""
+        cards = {}
+        for card, place, answer in zip(self.cards, "AB", answers):
+            name = f" {html.escape(answer.model)}" if conversation.revealed else ""
+            text = _escaped(answer.text) or "…"
+            cards[card] = f'<div class="answer"><h3><b>{place}</b>{name}</h3><div class="text">{text}</div></div>'
+        return {**cards, self.compare: gr.Column(visible=True)}
+
+    def _box(self, text: str = "") -> gr.Textbox:
+        return gr.Textbox(value=text, submit_btn=True, stop_btn=False)
+
+
+def _messages(conversation: Conversation, text: str = "") -> list[dict[str, str]]:
+    asked = [{"role": "user", "content": text}] if text.strip() else []
+    return [{**m, "content": _escaped(m["content"])} for m in [*conversation.messages, *asked]]
+
+
+def _escaped(text: str) -> str:
+    """Text as HTML that shows it: without Markdown Gradio still renders tags, and an image would be fetched."""
+    return html.escape(printable(text))
+
+
+def _thumbs(conversation: Conversation) -> list[str | None]:
+    """The thumb of each answer, in their order."""
+    places = (i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
+    return [THUMBS[conversation.answers[i].rating] for i in places]
+
+
+def _head(conversation: Conversation) -> str:
+    names = [html.escape(name) for name in conversation.names]
+    if conversation.compares:
+        who = f"{' and '.join(sorted(names))} answer side by side, shuffled at each turn. Say which answer is better."
+    else:
+        who = f"You are talking to <b>{names[0]}</b>. Thumbs are kept as feedback of the run."
+    return f"<h1>Chat</h1><p>{who}</p>"
