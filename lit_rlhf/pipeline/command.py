@@ -13,6 +13,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
@@ -21,9 +22,11 @@ from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.run import is_main_process, quiet
 from lit_rlhf.pipeline.settings import (
     check_settings,
+    command_of,
     compose_settings,
     conf_dir,
     is_multirun,
+    resolved,
     stages_of,
     sweep_jobs,
 )
@@ -78,7 +81,11 @@ def check_writable(runs: Path) -> None:
 
 
 def check_multirun(cfg: DictConfig) -> None:
-    """Lightning's ddp starts its processes by repeating the command: under multirun, the whole sweep."""
+    """Raise ``UserError`` for what cannot be swept.
+
+    A command waits for a person; Lightning's ddp starts its processes by repeating the command: the whole sweep."""
+    if command := command_of(cfg):
+        raise UserError(f"stage={command} cannot run under multirun (-m): start it alone")
     strategy = str(cfg.trainer.strategy)
     if strategy.startswith(("ddp", "fsdp", "deepspeed")) and "spawn" not in strategy:
         raise UserError(
@@ -122,7 +129,10 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def work(cfg: DictConfig) -> tuple[str, float]:
-    """Run the stages; returns (address, value) of the objective."""
+    """Run the stages, or the command in their place; returns (address, value) of the objective."""
+    if command := command_of(cfg):
+        instantiate(resolved(cfg, command), _convert_="all").launch()
+        return "", float("nan")
     summary = run_chain(cfg, _overrides())
     if not is_main_process() or not stages_of(cfg):
         return "", float("nan")

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError
 from lit_rlhf.errors import UserError
 
 STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate")  # in the order in which they run
+COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
 PIPELINE = tuple(name for name in STAGES if name != "dpo")  # PPO's road; DPO is another one from the same rankings
 
 
@@ -136,20 +137,27 @@ def _addresses(node: Any, prefix: str = "") -> Iterator[str]:
                     yield from _addresses(node[key], f"{prefix}{key}.")
 
 
+def command_of(cfg: DictConfig) -> str | None:
+    """The command that is to run in place of stages, or None."""
+    return cfg.stage if isinstance(cfg.stage, str) and cfg.stage in COMMANDS else None
+
+
 def stages_of(cfg: DictConfig) -> list[str]:
-    """The stages that are to run, in their order."""
+    """The stages that are to run, in their order; none of them for a command or the report."""
     wanted = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
     if wanted == ["pipeline"]:
         # A checkpoint takes the place of pretraining.
         return [name for name in PIPELINE if name != "pretrain" or cfg.model.config is not None]
-    if wanted == ["report"]:
+    if wanted == ["report"] or command_of(cfg):
         return []
+    if alone := [name for name in wanted if name in COMMANDS]:
+        raise UserError(f"stage: {alone[0]} is a page, which runs by itself; give stage={alone[0]} alone")
     if unknown := [name for name in wanted if name not in STAGES]:
-        near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report"], n=1)
+        near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report", *COMMANDS], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
             f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(STAGES)}, report, or a "
-            "list of them."
+            f"list of them; and {', '.join(COMMANDS)}."
         )
     if not wanted:
         raise UserError(f"stage: an empty list; give one or more of {', '.join(STAGES)}")
@@ -164,6 +172,8 @@ def check_settings(cfg: DictConfig) -> None:
     for part in ("world", "split"):
         if cfg[part].seed is not None:
             _check_value(Annotated[int, Field(ge=0)], cfg[part].seed, f"{part}.seed")
+    if command := command_of(cfg):
+        _check_node(cfg, resolved(cfg, command), command)
     for name in stages_of(cfg):
         stage = resolved(cfg, name)
         plain = {key: stage[key] for key in StageLevel.model_fields if key in stage}
