@@ -183,7 +183,7 @@ class Labelling:
     def _chosen_again(self, annotator: str) -> set[str]:
         """The items that the person gets twice: evenly spread through the order."""
         order = self._order(annotator)
-        return {i for n, i in enumerate(order) if int((n + 1) * self.repeat) > int(n * self.repeat)}
+        return {order[int(n / self.repeat)] for n in range(int(len(order) * self.repeat))}
 
     def _taken(self, annotator: str) -> set[str]:
         """The items that others have judged, or have before them, as often as is wanted."""

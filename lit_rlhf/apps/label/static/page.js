@@ -317,12 +317,12 @@ function drop(p, there) {
 function drawKeys() {
   const count = about.mode === "rate" ? about.ratings.length : null;
   const rows = {
-    rank: [["1 2 3 …", "from best to worst"], ["=", "next one equal to the last"], ["Backspace", "take the last out"]],
+    rank: [["1 2 3 …", "from best to worst"], ["=", "next one is equal"], ["Backspace", "take the last out"]],
     rate: [[`1 … ${count}`, "from worst to best"]],
     write: [["Esc", "leave the text, for:"], ["e", "back to the text"]],
   }[about.mode];
   const enter = about.mode === "write" ? "Ctrl Enter" : "Enter";
-  const all = [...rows, [enter, "submit"], ["u", "undo the last one"], ["s", "skip"], ["n", "note"], ["Tab", "to an answer, to scroll it"]];
+  const all = [...rows, [enter, "submit"], ["u", "undo the last one"], ["s", "skip"], ["n", "note"], ...(about.mode === "write" ? [] : [["Tab", "scroll an answer"]])];
   $("keys").replaceChildren(...all.flatMap(([keys, means]) => [make("dt", {}, ...keys.split(" ").flatMap((k, i) => (k === "…" ? [" … "] : [i ? " " : "", make("kbd", {}, k)]))), make("dd", {}, means)]));
   $("submit").querySelector("kbd").textContent = enter;
 }
