@@ -33,7 +33,7 @@ class LabellingPage:
         seed: of the order of items and answers.
         host: address to listen on.
         port: 0 takes a free one.
-        run: named in the command that trains on the judgements, which the page shows when all is judged.
+        names: how the command that trains on the judgements names the run; the page shows it when all is judged.
         on_bad_record: whether a bad record ends the command or is left out.
     """
 
@@ -52,7 +52,7 @@ class LabellingPage:
         seed: int = 0,
         host: str = "127.0.0.1",
         port: Annotated[int, Field(ge=0, le=65535)] = 7860,
-        run: str = "...",
+        names: str = "run=...",
         on_bad_record: OnBadRecord = "fail",
     ) -> None:
         self.path, self.folder = Path(path), Path(folder)
@@ -60,7 +60,7 @@ class LabellingPage:
         self.task = tasks[mode]
         self.round, self.seed, self.repeat, self.people_per_item = round, seed, repeat, people_per_item
         self.instructions = INSTRUCTIONS if instructions is None else Path(instructions)
-        self.host, self.port, self.run, self.on_bad_record = host, port, run, on_bad_record
+        self.host, self.port, self.names, self.on_bad_record = host, port, names, on_bad_record
 
     def launch(self) -> None:
         """Serve until Ctrl-C. Raises ``UserError`` where the records, the files or the port cannot be had."""
@@ -118,7 +118,7 @@ class LabellingPage:
             "ratings": self.task.ratings if isinstance(self.task, Rate) else [],
             "instructions": self.instructions.read_text(encoding="utf-8"),
             "records": str(records),
-            "next": f"lit-rlhf run={self.run} stage={stage} {stage}/data=jsonl {stage}.data.path={records}",
+            "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {stage}.data.path={records}",
         }
 
 

@@ -76,7 +76,7 @@ def test_ten_prompts_ranked_by_keys_are_exactly_those_records(serve, visit, file
         keys(page, [*by_quality(page), "Enter"])
     assert page.inner_text("#done") == "10 of 10"
     assert "All judged" in page.inner_text("#finished")
-    assert "agrees with itself 100% of 6" in page.inner_text(".figures")
+    assert "self-agreement 100% (6 of 6 pairs)" in page.inner_text(".figures")
     records = files.read(files.folder / "labels-0.jsonl")
     assert len(records) == 10
     source = {row["prompt"][0]["content"]: row for row in rows}
@@ -232,7 +232,9 @@ def test_rating_and_writing(serve, visit, files):
     assert page.input_value("#text") == "Because.\nuns" and not files.read(files.folder / "demonstrations-0.jsonl")
 
 
-def test_the_command_is_killed_and_started_again_and_nothing_is_lost_or_doubled(serve, visit, files, free_port, tmp_path):
+def test_the_command_is_killed_and_started_again_and_nothing_is_lost_or_doubled(
+    serve, visit, files, free_port, tmp_path
+):
     folder = tmp_path / "runs" / "mine" / "data"
     source = files.write(folder / "answers-0.jsonl", files.answers(6, k=3))
     command = [sys.executable, "-m", "lit_rlhf", "stage=label", "run=mine", "label.repeat=0", f"label.port={free_port}"]
@@ -242,6 +244,8 @@ def test_the_command_is_killed_and_started_again_and_nothing_is_lost_or_doubled(
         said = server.stdout.readline()
         address = f"http://127.0.0.1:{free_port}"
         assert f"6 to rank at {address}" in said
+        trains = "lit-rlhf run=mine from_run=mine stage=reward reward/data=jsonl reward.data.path=runs/mine/data/labels"
+        assert trains in fetch(f"{address}/api/about")[2]
         page = visit(address, "ann")
         for _ in range(2):
             keys(page, [*by_quality(page), "Enter"])

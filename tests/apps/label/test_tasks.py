@@ -36,7 +36,15 @@ def test_self_agreement_by_hand():
 
 
 def test_ranking_takes_answers_rankings_and_pairs_and_keeps_where_they_come_from():
-    row = {"prompt": "Why?", "responses": ["a", "b"], "ranks": None, "model": "sft", "round": 2, "annotator": "x", "note": "y"}
+    row = {
+        "prompt": "Why?",
+        "responses": ["a", "b"],
+        "ranks": None,
+        "model": "sft",
+        "round": 2,
+        "annotator": "x",
+        "note": "y",
+    }
     [item] = Rank().items(row)
     assert (item.prompt, item.responses, item.others) == (ASKED, ["a", "b"], {"model": "sft", "round": 2})
     assert Rank().items({**row, "ranks": [2, 1]})[0].id == item.id

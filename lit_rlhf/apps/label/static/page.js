@@ -177,8 +177,8 @@ function drawFigures() {
   const { done, total, per_hour: speed, agreed, compared, skipped } = state;
   $("done").textContent = `${done.toLocaleString("en")} of ${total.toLocaleString("en")}`;
   $("speed").textContent = speed ? `${Math.round(speed).toLocaleString("en")} an hour` : "";
-  $("agreement").textContent = compared ? `agrees with itself ${Math.round((100 * agreed) / compared)}% of ${compared}` : "";
-  $("agreement").title = "Repeated items: how often you judged alike (when ranking: over the pairs of answers)";
+  $("agreement").textContent = compared ? `self-agreement ${Math.round((100 * agreed) / compared)}% (${agreed} of ${compared}${about.mode === "rank" ? " pairs" : ""})` : "";
+  $("agreement").title = "Some items come a second time: how often you judged them as you did at first";
   $("skipped").textContent = skipped ? `${skipped} skipped` : "";
   $("who").textContent = state.annotator;
   $("bar").firstElementChild.style.width = `${total ? (100 * done) / total : 0}%`;
