@@ -165,6 +165,8 @@ def test_every_constructor_setting_is_visible_in_the_yaml():
             for node in (cfg[stage].data, cfg[stage].module):
                 takes = set(inspect.signature(get_object(node._target_)).parameters) - handed
                 assert takes <= set(node.keys()), (stage, data.stem, takes - set(node.keys()))
+    page = compose_settings([]).label
+    assert set(inspect.signature(get_object(page._target_)).parameters) == set(page.keys()) - {"_target_"}
 
 
 def test_conf_dir_is_the_checkouts():

@@ -192,16 +192,17 @@ def test_ranking_by_dragging(serve, visit, files):
         page.mouse.up()
 
     def strip():
-        return page.inner_text("#strip").replace("\n", " ").split("worst")[0].split()[1:]
+        said = page.inner_text("#strip").replace("\u203a", ">")
+        return said.split("worst")[0].split()[1:]
 
     drag(second, "#strip .slot", 0.5)
     drag(fourth, "#strip .tier >> nth=0", 1.0)  # behind it
     drag(first, "#strip .tier >> nth=0", 0.0)  # before it
-    assert strip() == [first, "›", second, "›", fourth, "…"]
+    assert strip() == [first, ">", second, ">", fourth, "…"]
     drag(third, "#strip .tier >> nth=1", 0.5)  # onto it: equal
-    assert strip() == [first, "›", second, "=", third, "›", fourth]
+    assert strip() == [first, ">", second, "=", third, ">", fourth]
     drag(third, "#strip .tier >> nth=2", 0.05)  # between
-    assert strip() == [first, "›", second, "›", third, "›", fourth]
+    assert strip() == [first, ">", second, ">", third, ">", fourth]
     page.click("#submit")
     page.wait_for_selector("#finished:not([hidden])")
     [record] = files.read(files.folder / "labels-0.jsonl")
@@ -298,7 +299,7 @@ def test_what_is_wrong_is_said_in_one_line(serve, files, tmp_path):
     address = serve(files.answers(1))
     with pytest.raises(UserError, match=r"label\.port=\d+: cannot listen on 127.0.0.1 \(Address already in use\)"):
         LabellingPage(tmp_path / "source.jsonl", tmp_path / "else", port=int(address.rsplit(":")[-1])).launch()
-    with pytest.raises(UserError, match="there are no collected answers yet. Run stage=preference"):
+    with pytest.raises(UserError, match=r"there are no collected answers yet\. Run stage=preference"):
         LabellingPage(tmp_path / "answers-0.jsonl", tmp_path).items()
     with pytest.raises(UserError, match=r"label\.instructions=.*no such file"):
         LabellingPage(tmp_path / "source.jsonl", tmp_path / "else", instructions="none.txt").about()
