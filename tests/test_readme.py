@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
-    *(ROOT / "docs" / name for name in ("metrics.md", "reading_a_ppo_run.md", "world.md")),
+    *(ROOT / "docs" / name for name in ("labelling.md", "metrics.md", "reading_a_ppo_run.md", "world.md")),
 ]
 
 

@@ -7,11 +7,13 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.command import check_multirun
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     PIPELINE,
     STAGES,
     check_settings,
+    command_of,
     compose_settings,
     conf_dir,
     stages_of,
@@ -117,6 +119,27 @@ def test_stages_run_in_their_order_and_a_checkpoint_replaces_pretraining():
     assert stages_of(compose_settings(["model=hf", "model.path=x"])) == list(PIPELINE[1:])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=label", "label.mode=sort"], "label.mode=sort: it should be 'rank', 'rate' or 'write'"),
+        (["stage=label", "label.repeat=1.5"], "label.repeat=1.5: it should be less than or equal to 1"),
+        (["stage=label", "+label.colour=red"], "label.colour: lit_rlhf.apps.label.LabellingPage has no such setting"),
+        (["stage=[label,reward]"], "label is a page, which runs by itself; give stage=label alone"),
+        (["stage=lable"], "There are: pipeline, pretrain"),
+    ],
+)
+def test_a_command_is_checked_like_a_stage_and_runs_alone(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command_of(checked("stage=label")) == "label" and stages_of(checked("stage=label")) == []
+    assert command_of(checked("stage=reward")) is None
+    with pytest.raises(UserError) as error:
+        checked(*overrides)
+    assert message in str(error.value)
+    with pytest.raises(UserError, match=r"stage=label cannot run under multirun"):
+        check_multirun(compose_settings(["stage=label"]))
+
+
 def test_a_setting_has_one_address_alone_in_the_pipeline_and_in_a_sweep():
     for more in ([], ["stage=ppo"], ["stage=[ppo,evaluate]"]):
         assert checked("ppo.module.kl_coef=0.3", *more).ppo.module.kl_coef == 0.3
@@ -142,6 +165,8 @@ def test_every_constructor_setting_is_visible_in_the_yaml():
             for node in (cfg[stage].data, cfg[stage].module):
                 takes = set(inspect.signature(get_object(node._target_)).parameters) - handed
                 assert takes <= set(node.keys()), (stage, data.stem, takes - set(node.keys()))
+    page = compose_settings([]).label
+    assert set(inspect.signature(get_object(page._target_)).parameters) == set(page.keys()) - {"_target_"}
 
 
 def test_conf_dir_is_the_checkouts():

@@ -1,0 +1,139 @@
+"""The labelling page as one object: read the records, open the port, serve until Ctrl-C."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lit_rlhf.apps.label.queue import Labelling
+from lit_rlhf.apps.label.tasks import Item, Rank, Rate, Task, Write
+from lit_rlhf.errors import UserError
+from lit_rlhf.text.records import OnBadRecord, load_records
+
+INSTRUCTIONS = Path(__file__).parent / "instructions.txt"
+TRAINS = {"rank": "reward", "rate": "reward", "write": "sft"}  # mode -> the stage that learns from its records
+
+
+class LabellingPage:
+    """Serves a file of records to people who judge them, and writes what they say as records to train on.
+
+    Args:
+        path: answers to rank or rate, prompts or demonstrations to write; any record file.
+        folder: where the judgements are written.
+        mode: rank K answers, rate one answer, or write the ideal one.
+        round: part of the names of the files that are written.
+        instructions: text file that is shown beside the answers; None: to be helpful, truthful and harmless.
+        repeat: share of the items that are shown to a person twice, to see whether they agree with themselves.
+        people_per_item: an item is done when so many people have judged it; None: everyone judges everything.
+        scale: ratings of ``rate``: 2 are thumbs (-1, 1), n are numbers from 1 (worst) to n.
+        drafts: ``write`` begins from the record's answer where it has one.
+        seed: of the order of items and answers.
+        host: address to listen on.
+        port: 0 takes a free one.
+        names: how the command that trains on the judgements names the run; the page shows it when all is judged.
+        on_bad_record: whether a bad record ends the command or is left out.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        folder: str | Path,
+        *,
+        mode: Literal["rank", "rate", "write"] = "rank",
+        round: Annotated[int, Field(ge=0)] = 0,
+        instructions: str | Path | None = None,
+        repeat: Annotated[float, Field(ge=0, le=1)] = 0.1,
+        people_per_item: Annotated[int, Field(ge=1)] | None = None,
+        scale: Annotated[int, Field(ge=2, le=9)] = 2,
+        drafts: bool = True,
+        seed: int = 0,
+        host: str = "127.0.0.1",
+        port: Annotated[int, Field(ge=0, le=65535)] = 7860,
+        names: str = "run=...",
+        on_bad_record: OnBadRecord = "fail",
+    ) -> None:
+        self.path, self.folder = Path(path), Path(folder)
+        tasks: dict[str, Task] = {"rank": Rank(), "rate": Rate(scale), "write": Write(drafts)}
+        self.task = tasks[mode]
+        self.round, self.seed, self.repeat, self.people_per_item = round, seed, repeat, people_per_item
+        self.instructions = INSTRUCTIONS if instructions is None else Path(instructions)
+        self.host, self.port, self.names, self.on_bad_record = host, port, names, on_bad_record
+
+    def launch(self) -> None:
+        """Serve until Ctrl-C. Raises ``UserError`` where the records, the files or the port cannot be had."""
+        try:
+            from lit_rlhf.apps.label.web import make_app, serve
+        except ImportError as error:
+            raise UserError(f"the page needs {error.name}; pip install 'lit-rlhf[ui]' brings it") from None
+        about = self.about()
+        labelling = self.labelling()
+        try:
+            listener = listen(self.host, self.port)
+            address = f"http://{self.host}:{listener.getsockname()[1]}"
+            print(
+                f"label: {len(labelling.items):,} to {self.task.mode} at {address}; judgements go to "
+                f"{labelling.judged.path}; Ctrl-C ends",
+                flush=True,
+            )
+            serve(make_app(labelling, about, self.host), listener)
+        finally:
+            labelling.close()
+        print(f"label: {len(labelling.judged.records):,} records in {labelling.judged.path}; to train: {about['next']}")
+
+    def labelling(self) -> Labelling:
+        """The items with their queues and files."""
+        return Labelling(
+            self.items(),
+            self.task,
+            self.folder,
+            round=self.round,
+            seed=self.seed,
+            repeat=self.repeat,
+            people_per_item=self.people_per_item,
+        )
+
+    def items(self) -> list[Item]:
+        """What is to be judged."""
+        if self.path.name == f"answers-{self.round}.jsonl" and not self.path.exists():
+            raise UserError(
+                f"label.path={self.path}: there are no collected answers yet. Run stage=preference "
+                "preference/annotator=none first, or give records of your own as label.path="
+            )
+        loaded = load_records(self.path, self.task.items, self.on_bad_record)
+        if loaded.skipped:
+            print(f"label: {len(loaded.skipped)} records were skipped as invalid, the first: {loaded.skipped[0]}")
+        return [item for items in loaded.records for item in items]
+
+    def about(self) -> dict[str, Any]:
+        """What the page says that is the same for everyone."""
+        if not self.instructions.is_file():
+            raise UserError(f"label.instructions={self.instructions}: no such file; give a text file, or null")
+        records = self.folder / f"{self.task.file}-{self.round}.jsonl"
+        stage = TRAINS[self.task.mode]
+        return {
+            "mode": self.task.mode,
+            "ratings": self.task.ratings if isinstance(self.task, Rate) else [],
+            "instructions": self.instructions.read_text(encoding="utf-8"),
+            "records": str(records),
+            "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {stage}.data.path={records}",
+        }
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ``UserError`` where the port is taken or not ours to take."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        # So that a server that was killed can be started again at once; this does not allow two at a time.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+    except OSError as error:
+        raise UserError(
+            f"label.port={port}: cannot listen on {host} ({error.strerror}); another program may have it. Give another "
+            "port, or 0 for any free one"
+        ) from None
+    return listener

@@ -1,0 +1,190 @@
+"""What a person is asked: which items a record gives, and how a judgement of one becomes a record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, ClassVar, Protocol
+
+from lit_rlhf.text.records import Messages, parse_demonstration, parse_prompt, parse_ranking, prompt_key
+
+MOST_ANSWERS = 16  # each has a key of its own
+
+# Fields of a record that its judgement says anew; the others (model, round, sampling, kind ...) are kept with it.
+_SAID_ANEW = {
+    "prompt", "messages", "instruction", "input", "responses", "response", "completion", "output", "chosen", "rejected",
+    "ranks", "rating", "annotator", "note", "seconds", "shown", "item", "turn", "time",
+    "aside", "again",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to judge."""
+
+    prompt: Messages
+    responses: list[str]  # to be ranked (K), rated (one), or to begin writing from (one or none)
+    others: dict[str, Any] = field(default_factory=dict)  # where it comes from
+
+    @property
+    def id(self) -> str:
+        """The same wherever the same prompt and responses stand."""
+        said = json.dumps([prompt_key(self.prompt), self.responses], ensure_ascii=False)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+class Task(Protocol):
+    """One of the three things that a person can be asked to do."""
+
+    mode: ClassVar[str]
+    file: ClassVar[str]  # the judgements' file in data/, without round and suffix
+    can_repeat: ClassVar[bool]
+
+    def items(self, row: dict[str, Any]) -> list[Item]:
+        """The items of a record; raises ``ValueError`` where it is not of a kind that can be judged so."""
+        ...
+
+    def record(self, item: Item, shown: list[int], verdict: Any) -> dict[str, Any]:
+        """What ``verdict`` says as fields of a record; ``ValueError`` where it says nothing.
+
+        ``shown``: which response stood in each place of the page."""
+        ...
+
+    def verdict(self, record: dict[str, Any]) -> Any:
+        """The verdict that a record was made from."""
+        ...
+
+    def agreement(self, first: dict[str, Any], second: dict[str, Any]) -> tuple[int, int]:
+        """(judged alike, compared) of two records of one item."""
+        ...
+
+
+class Rank:
+    """K answers to one prompt, from best to worst, ties allowed; gives ranking records."""
+
+    mode, file, can_repeat = "rank", "labels", True
+
+    def items(self, row: dict[str, Any]) -> list[Item]:
+        """``prompt`` and ``responses``, or a pair; ranks that are there are not shown."""
+        prompt, responses = _answered(row)
+        if len(responses) > MOST_ANSWERS:
+            raise ValueError(f"'responses' has {len(responses)} entries; the page takes up to {MOST_ANSWERS}")
+        return [Item(prompt, responses, _others(row))]
+
+    def record(self, item: Item, shown: list[int], verdict: Any) -> dict[str, Any]:
+        """``verdict``: a rank for each place of the page; equal ones are ties."""
+        k = len(item.responses)
+        if not isinstance(verdict, list) or len(verdict) != k:
+            raise ValueError(f"each of the {k} answers needs a rank")
+        if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in verdict):
+            raise ValueError("ranks are whole numbers from 1 (best) up")
+        dense = {rank: place for place, rank in enumerate(sorted(set(verdict)), start=1)}
+        ranks = [0] * k
+        for place, response in enumerate(shown):
+            ranks[response] = dense[verdict[place]]
+        return {"prompt": item.prompt, "responses": item.responses, "ranks": ranks}
+
+    def verdict(self, record: dict[str, Any]) -> list[int]:
+        """Ranks by place on the page."""
+        return [record["ranks"][response] for response in record["shown"]]
+
+    def agreement(self, first: dict[str, Any], second: dict[str, Any]) -> tuple[int, int]:
+        """Over the C(K,2) pairs: the same order, or a tie both times."""
+        orders = [
+            [(r["ranks"][i] > r["ranks"][j]) - (r["ranks"][i] < r["ranks"][j]) for i, j in _pairs(len(r["ranks"]))]
+            for r in (first, second)
+        ]
+        return sum(a == b for a, b in zip(*orders)), len(orders[0])
+
+
+class Rate:
+    """One answer at a time: thumbs, or a number; gives feedback records."""
+
+    mode, file, can_repeat = "rate", "feedback", True
+
+    def __init__(self, scale: int) -> None:
+        self.ratings = [-1, 1] if scale == 2 else list(range(1, scale + 1))  # from worst to best
+
+    def items(self, row: dict[str, Any]) -> list[Item]:
+        """Each of ``responses``, or the one ``response``."""
+        prompt, responses = _answered(row)
+        others, k = _others(row), len(responses)
+        # A list with one entry a response says it of each: models, finished ...
+        per_response = {key for key, value in others.items() if k > 1 and isinstance(value, list) and len(value) == k}
+        return [
+            Item(prompt, [text], {key: v[i] if key in per_response else v for key, v in others.items()})
+            for i, text in enumerate(responses)
+        ]
+
+    def record(self, item: Item, shown: list[int], verdict: Any) -> dict[str, Any]:
+        """``verdict``: one of the ratings."""
+        if isinstance(verdict, bool) or verdict not in self.ratings:
+            raise ValueError(f"a rating is one of {', '.join(map(str, self.ratings))}")
+        return {"prompt": item.prompt, "response": item.responses[0], "rating": verdict}
+
+    def verdict(self, record: dict[str, Any]) -> int:
+        """The rating."""
+        return record["rating"]
+
+    def agreement(self, first: dict[str, Any], second: dict[str, Any]) -> tuple[int, int]:
+        """Whether the ratings are the same."""
+        return int(first["rating"] == second["rating"]), 1
+
+
+class Write:
+    """The ideal answer, written or edited; gives demonstration records."""
+
+    mode, file, can_repeat = "write", "demonstrations", False
+
+    def __init__(self, drafts: bool) -> None:
+        self.drafts = drafts
+
+    def items(self, row: dict[str, Any]) -> list[Item]:
+        """A prompt, with an answer to begin from where the record has one: of several the best, else the first."""
+        if not _has_answer(row):
+            return [Item(parse_prompt(row), [], _others(row))]
+        prompt, responses = _answered(row)
+        ranks = [1, 2] if "chosen" in row else row.get("ranks") or [1] * len(responses)
+        best = min(range(len(responses)), key=ranks.__getitem__)
+        return [Item(prompt, [responses[best]] if self.drafts else [], _others(row))]
+
+    def record(self, item: Item, shown: list[int], verdict: Any) -> dict[str, Any]:
+        """``verdict``: the answer's text."""
+        if not isinstance(verdict, str) or not verdict.strip():
+            raise ValueError("the answer is empty; write one, or skip this prompt")
+        return {"prompt": item.prompt, "response": verdict.strip()}
+
+    def verdict(self, record: dict[str, Any]) -> str:
+        """The text."""
+        return record["response"]
+
+    def agreement(self, first: dict[str, Any], second: dict[str, Any]) -> tuple[int, int]:
+        """Nobody writes one answer twice."""
+        return 0, 0
+
+
+def _has_answer(row: dict[str, Any]) -> bool:
+    match row.get("messages"):
+        case [*_, {"role": role}]:
+            return role == "assistant"
+    return any(row.get(name) for name in ("responses", "response", "completion", "output", "chosen"))
+
+
+def _answered(row: dict[str, Any]) -> tuple[Messages, list[str]]:
+    """Prompt and answers of a ranking (with ranks or before it has any), pair, demonstration or feedback record."""
+    if "responses" in row or "chosen" in row:
+        count = len(row["responses"]) if isinstance(row.get("responses"), list) else 0
+        ranking = parse_ranking({"ranks": list(range(1, count + 1)), **{k: v for k, v in row.items() if v is not None}})
+        return ranking.prompt, ranking.responses
+    *prompt, answer = parse_demonstration(row).messages
+    return parse_prompt({"prompt": prompt}), [answer["content"]]
+
+
+def _others(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in _SAID_ANEW}
+
+
+def _pairs(k: int) -> list[tuple[int, int]]:
+    return list(combinations(range(k), 2))

@@ -1,0 +1,102 @@
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_rlhf.apps.label import LabellingPage
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path):
+    """The records of a file; none where it is not there."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def answers(prompts=10, k=4):
+    """Answers whose text says how good they are: "quality 3" is better than "quality 1"; their order is mixed."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Question {n}?"}],
+            "responses": [f"Answer to {n}, quality {(i * 7 + n) % k}" for i in range(k)],
+            "round": 0,
+            "model": "sft",
+            "kind": "fact",
+        }
+        for n in range(prompts)
+    ]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """write(path, rows) and read(path) of JSON lines, and answers(prompts, k)."""
+
+    class Files:
+        folder = tmp_path / "data"
+        write, read, answers = staticmethod(write), staticmethod(read), staticmethod(answers)
+
+    return Files
+
+
+@pytest.fixture
+def serve(tmp_path, files):
+    """Serve a page in a thread of this process: serve(rows, **settings) -> its address."""
+    import uvicorn
+
+    from lit_rlhf.apps.label.page import listen
+    from lit_rlhf.apps.label.web import make_app
+
+    running = []
+
+    def start(rows, port=0, **settings):
+        path = rows if isinstance(rows, Path) else write(tmp_path / "source.jsonl", rows)
+        page = LabellingPage(path, files.folder, **{"repeat": 0.0, **settings})
+        labelling = page.labelling()
+        listener = listen("127.0.0.1", port)
+        server = uvicorn.Server(uvicorn.Config(make_app(labelling, page.about()), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+
+        def stop():
+            server.should_exit = True
+            thread.join(10)
+            labelling.close()
+
+        running.append(stop)
+        while not server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for stop in running:
+        stop()
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A browser without a window; the test is left out where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    with playwright.sync_playwright() as started:
+        found = path if Path(path).exists() else started.chromium.executable_path
+        if not Path(found).exists():
+            pytest.skip("no chromium: CHROMIUM names its program, or `playwright install chromium` brings one")
+        # Chromium's own sandbox needs rights that containers do not have.
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
