@@ -12,12 +12,14 @@ from markupsafe import Markup
 
 STAGES = {
     "pretrain": "Pretraining",
+    "classify": "Classification",
     "sft": "Supervised fine-tuning",
     "preference": "Preferences",
     "reward": "Reward model",
     "ppo": "PPO",
     "dpo": "DPO",
     "evaluate": "Evaluation",
+    "few_shot": "Few-shot",
 }
 MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 GRADES = "−1 to 1"

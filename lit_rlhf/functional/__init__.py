@@ -12,6 +12,7 @@ from lit_rlhf.functional.advantage import (
     token_rewards,
     whole_answer,
 )
+from lit_rlhf.functional.classify import added, classification_loss, side_by_side
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
 from lit_rlhf.functional.lm import lm_loss, token_entropy, token_logprobs
 from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, position_ids, whiten
@@ -41,7 +42,7 @@ from lit_rlhf.functional.preference import (
     ranking_loss,
     ranking_pairs,
 )
-from lit_rlhf.functional.rating import WinRate, best_of_n, best_of_n_kl, pairwise_wins, win_rate
+from lit_rlhf.functional.rating import WinRate, best_of_n, best_of_n_kl, pairwise_wins, wilson_interval, win_rate
 from lit_rlhf.functional.sampling import filter_logits, sample_token
 
 __all__ = [
@@ -52,10 +53,12 @@ __all__ = [
     "WinRate",
     "adapted_beta",
     "adapted_kl_coef",
+    "added",
     "baseline",
     "best_of_n",
     "best_of_n_gain",
     "best_of_n_kl",
+    "classification_loss",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
@@ -86,10 +89,12 @@ __all__ = [
     "rl_gain",
     "sample_token",
     "sequence_kl",
+    "side_by_side",
     "token_entropy",
     "token_logprobs",
     "token_rewards",
     "whiten",
     "whole_answer",
+    "wilson_interval",
     "win_rate",
 ]

@@ -50,3 +50,13 @@ def best_of_n_kl(n: int) -> float:
 
     Exact where all answers differ; where they repeat, an upper bound (arXiv:2401.01879)."""
     return math.log(n) - (n - 1) / n
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95% interval of a share of ``successes`` among ``n`` independent trials (Wilson 1927); (0, 1) of none."""
+    if n == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, successes / n  # the normal distribution's 97.5% quantile
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

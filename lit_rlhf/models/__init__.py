@@ -15,6 +15,7 @@ from lit_rlhf.models.heads import (
     score_mean,
     score_shift,
     score_std,
+    sequence_classifier,
 )
 from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merged
 from lit_rlhf.models.policy import (
@@ -60,4 +61,5 @@ __all__ = [
     "score_mean",
     "score_shift",
     "score_std",
+    "sequence_classifier",
 ]

@@ -6,7 +6,7 @@ with one label, reads it at the last token, the critic at every token."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def reward_model_from_config(config: dict[str, Any], tokenizer: PreTrainedTokeni
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear head (1, D) of a one-label sequence classifier."""
+    """The linear head (labels, D) of a sequence classifier."""
     return model.score
 
 
@@ -83,6 +83,22 @@ def score_std(model: PreTrainedModel) -> float:
 def score_mean(model: PreTrainedModel) -> float:
     """Mean of the shifted scores of sampled answers; 0 for a model that does not say."""
     return float(getattr(model.config, "score_mean", 0.0))
+
+
+def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequence[str]) -> PreTrainedModel:
+    """``policy``'s trunk (adapters merged) and ``head``, bias-free, as one of Hugging Face's sequence classifiers.
+
+    It reads the head at the last token that is not padding. ``labels`` name the head's outputs."""
+    trunk = merged(policy)
+    config = copy.deepcopy(trunk.config)
+    config.num_labels = head.out_features
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
+    model.base_model.load_state_dict(trunk.base_model.state_dict())
+    score_head(model).load_state_dict(head.state_dict())
+    return model
 
 
 class Critic(nn.Module):

@@ -25,8 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError
 
 from lit_rlhf.errors import UserError
 
-STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate")  # in the order in which they run
-PIPELINE = tuple(name for name in STAGES if name != "dpo")  # PPO's road; DPO is another one from the same rankings
+# In the order in which they run.
+STAGES = ("pretrain", "classify", "sft", "preference", "reward", "ppo", "dpo", "evaluate", "few_shot")
+# PPO's road: DPO is another one from the same rankings, the other two leave it after pretraining.
+PIPELINE = tuple(name for name in STAGES if name not in ("classify", "dpo", "few_shot"))
 
 
 def conf_dir() -> Path:
