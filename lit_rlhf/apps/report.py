@@ -3,13 +3,15 @@
 Python works out what is shown and where; ``report.html.jinja`` beside this file draws it (``page.py``).
 
 ``reading.py`` reads the run's folder, ``wording.py`` has the names, units and numbers, and the parts of the page are
-worked out in ``road.py`` (the stages), ``results.py`` (how models compare), ``charts.py`` and ``samples.py``."""
+worked out in ``road.py`` (the stages), ``results.py`` (how models compare), ``labels.py`` (classification, few-shot),
+``charts.py`` and ``samples.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lit_rlhf.apps.charts import MORE_PPO_PANELS, draw, panels
+from lit_rlhf.apps.labels import by_shots, confusion
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
 from lit_rlhf.apps.results import by_kind, cards, changes, compared, headline, judge_of, win_rates
@@ -37,6 +39,8 @@ def page_of(run: Run) -> str:
         wins=win_rates(run),
         changes=changes(run),
         kinds=by_kind(run),
+        confusion=confusion(run.figures.get("classify", {})),
+        shots=by_shots(run.figures.get("few_shot", {})),
         curves={stage: [draw(panel) for panel in panels(run, stage)] for stage in STAGES},
         more_curves=[draw(panel) for panel in panels(run, "ppo", MORE_PPO_PANELS)],
         stage_figures={stage: stage_figures(run.figures.get(stage, {})) for stage in STAGES},
