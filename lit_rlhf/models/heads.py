@@ -94,7 +94,7 @@ def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequen
     config.num_labels = head.out_features
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = "single_label_classification" if head.out_features > 1 else None
     model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
     model.base_model.load_state_dict(trunk.base_model.state_dict())
     score_head(model).load_state_dict(head.state_dict())

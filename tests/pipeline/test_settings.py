@@ -23,7 +23,7 @@ CONF = conf_dir()
 FILL = [  # what a user must give
     "pretrain.data.path=a.txt", "sft.data.path=a.jsonl", "preference.data.path=a.jsonl", "ppo.data.path=a.jsonl",
     "evaluate.data.path=a.jsonl", "tokenizer.path=folder", "model.path=folder", "reward.data.path=a.jsonl",
-    "dpo.data.path=a.jsonl",
+    "dpo.data.path=a.jsonl", "classify.data.path=a.jsonl", "few_shot.data.path=a.jsonl",
 ]  # fmt: skip
 
 
