@@ -17,7 +17,7 @@ class Cell(NamedTuple):
     y: float
     label: str
     told: str
-    count: int
+    times: int
     share: float  # of the label's examples
     right: bool
 

@@ -19,8 +19,8 @@ CLASSIFY = {
 def few_shot(accuracy, parameters=1000):
     def row(value, n, too_long=0):
         by = {"sum": value, "token": value} if n else {}
-        known = {"accuracy": value, "low": value - 0.1, "high": value + 0.1} if n else dict.fromkeys(("accuracy", "low", "high"))
-        return {**known, "n": n, "too_long": too_long, "by": by}
+        known = {"accuracy": value, "low": value - 0.1, "high": value + 0.1}
+        return {**(known if n else dict.fromkeys(known)), "n": n, "too_long": too_long, "by": by}
 
     shots = {"0": row(accuracy, 50), "4": row(accuracy + 0.1, 30, 20), "32": row(0.0, 0, 50)}
     return {"task": "choice", "examples": 50, "parameters": parameters, "guessing": 0.25, "normalize": "token", "k": 0,
@@ -41,7 +41,7 @@ def text_of(path):
 
 def test_confusion_by_hand():
     drawn = confusion(CLASSIFY)
-    assert [(c.label, c.told, c.count, c.share, c.right) for c in drawn.cells] == [
+    assert [(c.label, c.told, c.times, c.share, c.right) for c in drawn.cells] == [
         ("<b>cat", "<b>cat", 15, 0.75, True), ("<b>cat", "dog", 5, 0.25, False),
         ("dog", "<b>cat", 2, 0.1, False), ("dog", "dog", 18, 0.9, True),
     ]  # fmt: skip

@@ -192,7 +192,7 @@ def test_each_stage_alone(tmp_path, stage):
     (tmp_path / "one").mkdir()
     (tmp_path / "whole" / stage).rename(tmp_path / "one" / stage)
     page = report(tmp_path / "one")
-    assert page.text.count("not in this run") == len(STAGES) - 1 - len(OFF_ROAD)  # which are shown where they were taken
+    assert page.text.count("not in this run") == len(STAGES) - 1 - len(OFF_ROAD)  # shown where taken
     assert "Seed" not in page.text
 
 

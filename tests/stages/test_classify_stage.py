@@ -12,7 +12,7 @@ from lit_rlhf.models import LoRA, add_lora, load_policy, save_model
 from lit_rlhf.stages import ClassifyDataModule, ClassifyModule
 from lit_rlhf.text import write_jsonl
 
-CLASSES = [{"text": f"{'red blue ' * (i % 3)}{i} {('red', 'blue', 'green')[i % 3]}?", "label": i % 3} for i in range(60)]
+CLASSES = [{"text": f"{'red blue ' * (i % 3)}{i} {('red', 'blue', 'cat')[i % 3]}?", "label": i % 3} for i in range(60)]
 SIMILAR = [
     {"text_a": f"What is {i}?", "text_b": f"Is it {i % 7} or {i}?", "label": ("no", "yes")[i % 2]} for i in range(40)
 ]
@@ -45,7 +45,8 @@ def module(tmp_path, family, optimizer):
         made = ClassifyModule(policy, data.tokenizer, optimizer=optimizer, **settings)
         made._trainer = type("T", (), {"datamodule": data})()
         made.configure_model()
-        made.log = lambda name, value, **_: made.__dict__.setdefault("logged", {}).update({name: float(torch.as_tensor(value).detach())})
+        made.logged = {}
+        made.log = lambda name, value, **_: made.logged.update({name: float(torch.as_tensor(value).detach())})
         return made
 
     return make
@@ -133,7 +134,8 @@ def test_it_learns_what_can_be_told_and_exports_it_whole(data, module, fit, tmp_
 def test_figures_by_hand(data, module):
     made = data(CLASSES[:20])
     classifier = module(made)
-    batch = made._collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=torch.tensor([0, 0, 0, 1, 1, 2]))
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    batch = made._collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=labels)
     told = torch.tensor([0, 0, 1, 1, 1, 1])
     classifier._val = [(torch.eye(3)[told] * 9, batch)]
     classifier.log_dict = lambda metrics, **_: classifier.trainer.__class__.__dict__["callback_metrics"].update(metrics)

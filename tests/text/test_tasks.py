@@ -71,7 +71,7 @@ def test_what_is_no_labelled_record(row, reason):
 
 def test_an_open_question_needs_an_answer():
     for row in ({"prompt": "q"}, {"prompt": "q", "answers": []}, {"prompt": "q", "response": " "}):
-        with pytest.raises(ValueError, match="answers|response"):
+        with pytest.raises(ValueError, match=r"answers|response"):
             parse_task(row)
 
 

@@ -176,8 +176,8 @@ class WorldClassifyDataModule(ClassifyDataModule):
     """A labelled task of the built-in world.
 
     Args:
-        task: "kind": what kind of question a text is; "truth": whether a claim is true, held out by the facts that it is
-            about; "choice": which of four answers to a question is right; "same": whether two questions ask the same.
+        task: "kind": what kind of question a text is; "truth": whether a claim is true, held out by the facts that it
+            is about; "choice": which of four answers to a question is right; "same": whether two questions ask the same.
         examples: different ones to train on, fewer where the world has no more.
     """
 
