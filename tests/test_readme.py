@@ -144,7 +144,8 @@ def test_every_metric_is_defined():
 
     PPO has a page of its own, which tests/stages/test_ppo_health.py holds against what is logged."""
     files = [path for path in (ROOT / "lit_rlhf/stages").glob("*/module.py") if path.parent.name != "ppo"]
-    logged = {n for f in files for n in re.findall(r'"((?:val/)?(?:pretrain|sft|reward|dpo)/\w+)"', f.read_text())}
+    name = re.compile(r'"((?:val/)?(?:pretrain|classify|sft|reward|dpo)/\w+)"')
+    logged = {n for f in files for n in name.findall(f.read_text())}
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     defined = set(re.findall(r"^\| `((?:val/)?\w+/\w+)` \|", page, re.MULTILINE))
     assert defined == logged

@@ -38,6 +38,12 @@ def _accuracies(stage: str) -> Panel:
 PANELS = {
     "pretrain": [_losses("pretrain", "nats a token"), Panel("Learning rate", "", {"pretrain/lr": "schedule"})],
     "sft": [_losses("sft", "nats a response token"), Panel("Learning rate", "", {"sft/lr": "schedule"})],
+    "classify": [
+        _losses("classify", "nats an example"),
+        Panel("Labelled right", "%", {"classify/accuracy": "training", "val/classify/accuracy": "held out"}),
+        Panel("Auxiliary loss", "nats a token", {"classify/lm_loss": "training", "val/classify/lm_loss": "held out"}),
+        Panel("Learning rate", "", {"classify/lr": "schedule"}),
+    ],
     "reward": [
         _losses("reward", "nats a pair"),
         _accuracies("reward"),

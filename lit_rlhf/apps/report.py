@@ -3,13 +3,15 @@
 Python works out what is shown and where; ``report.html.jinja`` beside this file draws it (``page.py``).
 
 ``reading.py`` reads the run's folder, ``wording.py`` has the names, units and numbers, and the parts of the page are
-worked out in ``road.py`` (the stages), ``results.py`` (how models compare), ``charts.py`` and ``samples.py``."""
+worked out in ``road.py`` (the stages), ``results.py`` (how models compare), ``labels.py`` (classification, few-shot),
+``charts.py`` and ``samples.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lit_rlhf.apps.charts import MORE_PPO_PANELS, draw, frontier, panels
+from lit_rlhf.apps.labels import by_shots, confusion
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
 from lit_rlhf.apps.results import by_kind, cards, changes, compared, headline, judge_of, ladder, rounds, win_rates
@@ -43,6 +45,8 @@ def page_of(run: Run) -> str:
         rounds=rounds(run),
         trust=groups(run),
         calibration=draw(calibration) if calibration else None,
+        confusion=confusion(run.figures.get("classify", {})),
+        shots=by_shots(run.figures.get("few_shot", {})),
         curves={stage: [draw(panel) for panel in panels(run, stage)] for stage in STAGES},
         frontier=[draw(chart) for chart in frontier(run)],
         more_curves=[draw(panel) for panel in panels(run, "ppo", MORE_PPO_PANELS)],

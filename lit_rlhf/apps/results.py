@@ -58,6 +58,11 @@ def headline(run: Run) -> Headline | None:
         beside = f"; a bag of words does so in {percent(bag)}" if bag is not None else ""
         after = f" of the held-out pairs{beside}."
         return Headline("The reward model ranks the preferred answer first in ", percent(reward["val_accuracy"]), after)
+    for stage, how in (("few_shot", "By prompt alone, the model solves "), ("classify", "The classifier solves ")):
+        figures = run.figures.get(stage, {})
+        if figures.get("accuracy") is not None:
+            after = f" of the held-out tasks; guessing solves {percent(figures.get('guessing'))}."
+            return Headline(how, percent(figures["accuracy"]), after)
     for stage, what in (("sft", "an answer's token"), ("pretrain", "a token")):
         figures = run.figures.get(stage, {})
         if figures.get("val_loss") is not None:

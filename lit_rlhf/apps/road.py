@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import DATA, FIGURES, GRADES, STAGES, figure, from_to, number, percent
+from lit_rlhf.apps.wording import DATA, FIGURES, GRADES, OFF_ROAD, STAGES, figure, from_to, number, percent
 
 
 class Stop(NamedTuple):
@@ -21,12 +21,12 @@ class Stop(NamedTuple):
 
 
 def road(run: Run) -> list[Stop]:
-    """All stages in order, those that were not run too, but for DPO: it is another road."""
+    """All stages in order, those that were not run too, but for those off the road."""
     total = run.total_seconds or 1.0
     stops = []
     for stage, name in STAGES.items():
         state = "done" if stage in run.figures else "begun" if stage in run.metrics else "absent"
-        if (stage, state) == ("dpo", "absent"):
+        if stage in OFF_ROAD and state == "absent":
             continue
         seconds = run.seconds.get(stage)
         note = {"begun": "not finished", "absent": "not in this run"}.get(state) or _stop_note(
@@ -44,6 +44,8 @@ def _stop_note(stage: str, figures: dict[str, Any]) -> str:
         return f"{number(known['rankings'])} rankings"
     if stage in ("reward", "dpo") and "val_accuracy" in known:
         return f"{percent(known['val_accuracy'])} of pairs right"
+    if stage in ("classify", "few_shot") and "accuracy" in known:
+        return f"{percent(known['accuracy'])} right"
     if stage == "ppo" and "episodes" in known:
         return f"{number(known['episodes'])} episodes"
     if stage == "evaluate" and "prompts" in known:

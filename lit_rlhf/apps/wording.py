@@ -12,13 +12,16 @@ from markupsafe import Markup
 
 STAGES = {
     "pretrain": "Pretraining",
+    "classify": "Classification",
     "sft": "Supervised fine-tuning",
     "preference": "Preferences",
     "reward": "Reward model",
     "ppo": "PPO",
     "dpo": "DPO",
     "evaluate": "Evaluation",
+    "few_shot": "Few-shot",
 }
+OFF_ROAD = ("classify", "dpo", "few_shot")  # shown where they were taken
 MODELS = {"base": "Base", "prompted": "Prompted base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 GRADES = "−1 to 1"
 MEASURES = {  # of a model in evaluation: what it is called, its unit
@@ -76,6 +79,16 @@ FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "correct": ("held-out correctness", GRADES),
     "prompts": ("held-out prompts", ""),
     "judge": ("judge", ""),
+    "task": ("task", ""),
+    "accuracy": ("held-out accuracy", "%"),
+    "accuracy_low": ("95% interval from", "%"),
+    "accuracy_high": ("95% interval to", "%"),
+    "examples": ("held-out examples", ""),
+    "guessing": ("by guessing", "%"),
+    "f1": ("F1, mean over labels", "%"),
+    "parameters": ("parameters", ""),
+    "normalize": ("likelihood compared by", ""),
+    "k": ("examples in the prompt", ""),
 }
 DATA = {
     "train_set": "for training",

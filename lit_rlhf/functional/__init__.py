@@ -13,6 +13,7 @@ from lit_rlhf.functional.advantage import (
     whole_answer,
 )
 from lit_rlhf.functional.agreement import cohen_kappa, krippendorff_alpha, percent_agreement
+from lit_rlhf.functional.classify import added, classification_loss, side_by_side
 from lit_rlhf.functional.diversity import distinct_ngrams, self_similarity, similarity
 from lit_rlhf.functional.interval import Estimate, ratio, ratio_difference, wilson_interval
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
@@ -73,12 +74,14 @@ __all__ = [
     "WinRate",
     "adapted_beta",
     "adapted_kl_coef",
+    "added",
     "baseline",
     "best_of_n",
     "best_of_n_gain",
     "best_of_n_kl",
     "bradley_terry",
     "calibration",
+    "classification_loss",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
@@ -120,6 +123,7 @@ __all__ = [
     "sample_token",
     "self_similarity",
     "sequence_kl",
+    "side_by_side",
     "similarity",
     "token_entropy",
     "token_logprobs",

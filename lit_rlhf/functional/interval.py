@@ -21,9 +21,11 @@ class Estimate(NamedTuple):
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """95% interval of a share ``successes / n`` of independent trials (Wilson 1927), within 0..1.
+    """95% interval of a share ``successes / n`` of independent trials (Wilson 1927), within 0..1; (0, 1) of none.
 
     It has a width where all trials or none succeed, which a bootstrap has not."""
+    if n == 0:
+        return 0.0, 1.0
     share, shrink = successes / n, 1 + Z95**2 / n
     middle = (share + Z95**2 / (2 * n)) / shrink
     half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))

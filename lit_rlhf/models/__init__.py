@@ -17,6 +17,7 @@ from lit_rlhf.models.heads import (
     score_shift,
     score_std,
     scores_and_hidden,
+    sequence_classifier,
 )
 from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merged
 from lit_rlhf.models.policy import (
@@ -70,5 +71,6 @@ __all__ = [
     "score_shift",
     "score_std",
     "scores_and_hidden",
+    "sequence_classifier",
     "stream",
 ]

@@ -164,6 +164,22 @@ def score_mean(model: AnyRewardModel) -> float:
     return float(getattr(model.config, "score_mean", 0.0))
 
 
+def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequence[str]) -> PreTrainedModel:
+    """``policy``'s trunk (adapters merged) and ``head``, bias-free, as one of Hugging Face's sequence classifiers.
+
+    It reads the head at the last token that is not padding. ``labels`` name the head's outputs."""
+    trunk = merged(policy)
+    config = copy.deepcopy(trunk.config)
+    config.num_labels = head.out_features
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification" if head.out_features > 1 else None
+    model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
+    model.base_model.load_state_dict(trunk.base_model.state_dict())
+    score_head(model).load_state_dict(head.state_dict())
+    return model
+
+
 class Critic(nn.Module):
     """The value of the state before each next token: a head on a trunk of its own, or a linear one on the policy's."""
 

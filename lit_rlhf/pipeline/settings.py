@@ -26,9 +26,11 @@ from pydantic_core import SchemaError
 
 from lit_rlhf.errors import UserError
 
-STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate")  # in the order in which they run
+# In the order in which they run.
+STAGES = ("pretrain", "classify", "sft", "preference", "reward", "ppo", "dpo", "evaluate", "few_shot")
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
-PIPELINE = tuple(name for name in STAGES if name != "dpo")  # PPO's road; DPO is another one from the same rankings
+# PPO's road: DPO is another one from the same rankings, the other two leave it after pretraining.
+PIPELINE = tuple(name for name in STAGES if name not in ("classify", "dpo", "few_shot"))
 
 
 def conf_dir() -> Path:

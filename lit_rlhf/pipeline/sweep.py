@@ -21,12 +21,14 @@ from lit_rlhf.pipeline.folder import write_text
 # Where a stage's headline figure stands in summary.json.
 OBJECTIVES = {
     "pretrain": "pretrain.val_loss",
+    "classify": "classify.accuracy",
     "sft": "sft.val_loss",
     "preference": "preference.agreement",
     "reward": "reward.val_accuracy",
     "ppo": "ppo.win_rate.mean",
     "dpo": "dpo.val_accuracy",
     "evaluate": "evaluate.win_rate.{}_vs_sft.mean",  # of the policy that was trained before it
+    "few_shot": "few_shot.accuracy",
 }
 
 

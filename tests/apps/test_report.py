@@ -9,7 +9,7 @@ import pytest
 from lit_rlhf.apps import write_report
 from lit_rlhf.apps.charts import frontier
 from lit_rlhf.apps.reading import load_run
-from lit_rlhf.apps.wording import STAGES
+from lit_rlhf.apps.wording import OFF_ROAD, STAGES
 from lit_rlhf.errors import UserError
 
 RATE = {"low": 0.71, "high": 0.772, "n": 8, "prompts": 2}
@@ -211,13 +211,13 @@ def test_answers_stand_side_by_side_wins_and_losses(tmp_path):
     assert "✓ right rude gold 5 score 5.00" in page.text and "✗ wrong rude gold 0 score 0" in page.text
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "dpo"])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in OFF_ROAD])
 def test_each_stage_alone(tmp_path, stage):
     write_whole(tmp_path / "whole")
     (tmp_path / "one").mkdir()
     (tmp_path / "whole" / stage).rename(tmp_path / "one" / stage)
     page = report(tmp_path / "one")
-    assert page.text.count("not in this run") == len(STAGES) - 2  # DPO, another road, is shown where it was taken
+    assert page.text.count("not in this run") == len(STAGES) - 1 - len(OFF_ROAD)  # shown where taken
     assert "Seed" not in page.text
 
 

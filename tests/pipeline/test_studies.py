@@ -21,7 +21,7 @@ from lit_rlhf.training import read_metrics
 
 register_resolvers()
 RUNGS = sorted(file.stem for file in (conf_dir() / "rung").glob("*.yaml"))
-STUDIES = ("ladder", "overoptimization")
+STUDIES = ("few_shot", "ladder", "overoptimization")
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_rlhf.models import LoRA, Sampling, add_lora, critic_from_reward_model, critic_on_policy
 from lit_rlhf.stages import (
+    ClassifyModule,
     DPOModule,
     PreferenceModule,
     PretrainModule,
     RewardModule,
     SFTModule,
+    WorldClassifyDataModule,
     WorldDPODataModule,
     WorldPreferenceDataModule,
     WorldPretrainDataModule,
@@ -21,7 +23,7 @@ from lit_rlhf.stages import (
     WorldSFTDataModule,
 )
 from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text import add_reading_tokens, write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import make_trainer
 
@@ -56,6 +58,15 @@ def rankings(tmp_path, world):
 @pytest.fixture
 def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
     """() -> (module, data, batches in all)"""
+
+    def classify():
+        torch.manual_seed(0)  # the run's seed: the head and the new tokens begin at random
+        reading_tokenizer, reading = copy.deepcopy(tokenizer), copy.deepcopy(policy)
+        add_reading_tokens(reading_tokenizer)
+        reading.resize_token_embeddings(len(reading_tokenizer), mean_resizing=False)
+        data = WorldClassifyDataModule(world, reading_tokenizer, examples=40, batch_size=8)
+        return ClassifyModule(reading, reading_tokenizer, optimizer=optimizer), data
+
     make = {
         "pretrain": lambda: (
             PretrainModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
@@ -69,6 +80,7 @@ def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
             RewardModule(copy.deepcopy(reward_model), tokenizer, optimizer=optimizer),
             WorldRewardDataModule(rankings, tokenizer, world, batch_size=32),
         ),
+        "classify": classify,
         "dpo": lambda: (
             DPOModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
             WorldDPODataModule(rankings, tokenizer, world, batch_size=32),
@@ -86,6 +98,7 @@ def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
         ("sft", {"max_epochs": 3}),
         ("reward", {"max_epochs": 2}),
         ("dpo", {"max_epochs": 2}),
+        ("classify", {"max_epochs": 2}),
     ],
     indirect=["stage"],
 )

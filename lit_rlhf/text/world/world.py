@@ -15,6 +15,7 @@ from lit_rlhf.text.world.grading import Grade, Grader
 from lit_rlhf.text.world.language import OPENING_COURTESIES, POLITE_REFUSALS
 from lit_rlhf.text.world.questions import Message, Question, all_questions, conversation_text
 from lit_rlhf.text.world.splits import Split, make_split
+from lit_rlhf.text.world.tasks import TaskName, task_rows
 
 MIXTURE = {  # percent of the prompts that people ask
     "fact": 18,
@@ -87,6 +88,18 @@ class World:
         rng = Random(f"demonstrations {self.seed} {seed} {split}")
         questions = _sample_by_kind(self._side(split, split_seed), n, rng)
         return [demonstrate(self.answers, question, rng) for question in questions]
+
+    def tasks(
+        self, task: TaskName, n: int, seed: int, split: SplitName = "train", split_seed: int = 0
+    ) -> list[dict[str, object]]:
+        """Up to n different labelled records of a task, fewer where the world has no more.
+
+        kind: text and what kind of question it is; truth: a claim, true or false (held-out claims are about other
+        facts); choice: a question, four answers, which one is right; same: whether two questions ask the same;
+        answer: a question and its right answers."""
+        rng = Random(f"task {task} {self.seed} {seed} {split}")
+        questions, known = self._side(split, split_seed), self._side("train", split_seed)
+        return task_rows(task, self.facts, questions, known, n, rng, split == "held_out", split_seed)
 
     def grade(self, prompt: Sequence[Message] | str, response: str, truncated: bool = False) -> Grade:
         """The gold grade of an answer. A prompt that is a string is one user message.

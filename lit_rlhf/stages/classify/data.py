@@ -1,0 +1,211 @@
+"""Labelled texts, multiple choice and pairs of similar texts, as packed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.pretrain.data import TokenizerTrainer
+from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.readings import add_reading_tokens, encode_readings, readings
+from lit_rlhf.text.records import (
+    Labelled,
+    MultipleChoice,
+    OnBadRecord,
+    Similarity,
+    load_records,
+    parse_labelled,
+    split_by_prompt,
+    task_prompt,
+)
+from lit_rlhf.text.world import World
+from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+
+TaskKind = Literal["classification", "similarity", "choice"]
+
+
+class ClassifyBatch(NamedTuple):
+    """B examples in N readings: one of a text, two of a pair, K of a question with K choices."""
+
+    packed: Packed  # N readings, each ending with the extract token
+    example: Tensor  # (N,) int64, ascending: which example each reading belongs to
+    labels: Tensor  # (B,) int64, which label, or which choice
+    learned: Tensor  # (M,) int64, flat indices into the rows of all tokens but each reading's first
+    normalizer: float  # such tokens in the whole optimizer step, divided by its number of micro-batches
+
+
+class EncodedExample(NamedTuple):
+    """One example as tokens."""
+
+    readings: list[list[int]]
+    label: int
+
+
+class ClassifyDataModule(LightningDataModule):
+    """Labelled records of one kind from a file.
+
+    Args:
+        path: a file or a Hub name: ``text`` + ``label``; ``premise`` + ``hypothesis`` + ``label``; ``text_a`` +
+            ``text_b`` + ``label``; or ``context`` (or ``prompt``) + ``choices`` + ``label``.
+        tokenizer: one that is ready, or a function that trains one on the texts.
+        batch_size: examples a process and step.
+        max_length: tokens of a reading; longer ones are handled as ``on_long`` says, and counted.
+        on_long: "cut" drops the beginning of the first text, "skip" leaves the example out.
+        row_length: tokens of a packed row.
+        held_out: fraction of the records kept for validation, by their (first) text.
+        split_seed: which ones; the same in every stage.
+        seed: order of the examples.
+        limit: train on at most so many examples, to try things out; None: all.
+        on_bad_record: "fail" names the first bad record, "skip" counts them.
+    """
+
+    parse_record = staticmethod(parse_labelled)
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+        max_length: Annotated[int, Field(ge=8)] = 512,
+        on_long: Literal["skip", "cut"] = "cut",
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        on_bad_record: OnBadRecord = "fail",
+    ) -> None:
+        super().__init__()
+        self.limit = limit
+        self.path, self._tokenizer = path, tokenizer
+        self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
+        self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
+        self.on_bad_record: OnBadRecord = on_bad_record
+        self.skipped: list[str] = []
+        self.long = 0  # readings that were too long
+        self.train_set: list[EncodedExample] = []
+
+    def records(self) -> tuple[list[Labelled], list[Labelled]]:
+        """(train, held out)."""
+        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
+        self.skipped = loaded.skipped
+        return split_by_prompt(loaded.records, task_prompt, self.held_out, self.split_seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set:
+            return
+        train, held_out = self.records()
+        self.task = self._kind([*train, *held_out])
+        # Of a multiple choice only the right one is named; which place it stands at means nothing.
+        self.labels = [] if self.task == "choice" else sorted({record.label for record in (*train, *held_out)})
+        if len(self.labels) == 1:
+            raise UserError(f"{self.path}: all records have the label {self.labels[0]!r}; two or more were expected")
+        self.tokenizer = (
+            self._tokenizer
+            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
+            else self._tokenizer(text for record in train for reading in readings(record) for text in reading)
+        )
+        add_reading_tokens(self.tokenizer)
+        self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out)
+        if not self.train_set or not self.val_set:
+            raise UserError(
+                f"{self.path}: {self.long} readings are longer than max_length={self.max_length} tokens; raise it, or "
+                "set on_long=cut"
+            )
+
+    def _kind(self, records: list[Labelled]) -> TaskKind:
+        kinds: dict[type, TaskKind] = {MultipleChoice: "choice", Similarity: "similarity"}
+        found = sorted({kinds.get(type(record), "classification") for record in records})
+        if len(found) > 1:
+            raise UserError(f"{self.path}: holds records of several kinds ({', '.join(found)}); give a file of each")
+        return found[0]
+
+    def _encode(self, records: list[Labelled]) -> list[EncodedExample]:
+        texts = [readings(record) for record in records]
+        encoded = iter(encode_readings(self.tokenizer, [r for group in texts for r in group], self.max_length))
+        kept = []
+        for record, group in zip(records, texts):
+            tokens, too_long = zip(*(next(encoded) for _ in group))
+            self.long += sum(too_long)
+            if any(too_long) and self.on_long == "skip":
+                continue
+            label = record.answer if isinstance(record, MultipleChoice) else self.labels.index(record.label)
+            kept.append(EncodedExample(list(tokens), label))
+        return kept
+
+    def _collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
+        chosen = [items[i] for i in mine]
+        packed = pack([r for item in chosen for r in item.readings], self.tokenizer.pad_token_id, self.row_length)
+        # The first token of a reading is predicted by nothing.
+        learned = [torch.arange(a + 1, b + 1) for a, b in zip(packed.starts.tolist(), packed.ends.tolist())]
+        total = sum(len(r) - 1 for i in everyones for r in items[i].readings)
+        return ClassifyBatch(
+            packed,
+            torch.tensor([i for i, item in enumerate(chosen) for _ in item.readings]),
+            torch.tensor([item.label for item in chosen]),
+            torch.cat(learned),
+            total * len(mine) / len(everyones),
+        )
+
+    def train_dataloader(self) -> BatchLoader[ClassifyBatch]:
+        return BatchLoader(
+            shuffled(len(self.train_set), self.seed),
+            min(self.batch_size, len(self.train_set)),
+            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
+            **sharding(self.trainer),
+        )
+
+    def val_dataloader(self) -> BatchLoader[ClassifyBatch]:
+        return BatchLoader(
+            in_order(len(self.val_set)),
+            4 * self.batch_size,
+            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
+            keep_rest=True,
+        )
+
+
+class WorldClassifyDataModule(ClassifyDataModule):
+    """A labelled task of the built-in world.
+
+    Args:
+        task: "kind": what kind of question a text is; "truth": whether a claim is true, held out by the facts that it
+            is about; "choice": which of four answers is right; "same": whether two questions ask the same.
+        examples: different ones to train on, fewer where the world has no more.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
+        *,
+        task: Literal["kind", "truth", "choice", "same"] = "choice",
+        examples: Annotated[int, Field(ge=16)] = 1000,
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+        row_length: Annotated[int, Field(ge=2)] = 128,
+        split_seed: int = 0,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+    ) -> None:
+        super().__init__(
+            "world", tokenizer, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed,
+            limit=limit,
+        )  # fmt: skip
+        self.world, self.world_task, self.examples = world, task, examples
+
+    def records(self) -> tuple[list[Labelled], list[Labelled]]:
+        sides = (("train", self.examples), ("held_out", 400))
+        return tuple(
+            [
+                parse_labelled(row)
+                for row in self.world.tasks(self.world_task, n, self.split_seed, split, self.split_seed)
+            ]
+            for split, n in sides
+        )

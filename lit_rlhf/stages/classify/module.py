@@ -1,0 +1,144 @@
+"""Discriminative fine-tuning (GPT-1): a linear head at the last token, and the language-modelling loss beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from lightning import LightningModule
+from pydantic import Field
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.functional import added, classification_loss, side_by_side, token_logprobs, wilson_interval
+from lit_rlhf.models import next_token_logits, packed_hidden, save_model, sequence_classifier
+from lit_rlhf.stages.classify.data import ClassifyBatch
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.optim import optimizer_and_schedule
+
+
+class ClassifyModule(LightningModule):
+    """Fine-tunes a language model to tell labels, with L3 = L2 + lambda L1 (GPT-1, eq. 5).
+
+    The head reads the hidden state at the extract token. Of a pair of similar texts both orders are read and the two
+    states added; of a question with choices each choice is read, and the head's one output a choice goes through a
+    softmax over the choices.
+
+    Args:
+        policy: the pretrained model.
+        tokenizer: of the data module, with the start, delimiter and extract tokens; saved beside the model.
+        optimizer: receives parameter groups.
+        schedule: receives the optimizer and the number of steps.
+        lm_coef: lambda, weight of the language-modelling loss on the readings (nats a token); 0: none.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        optimizer: OptimizerFactory = adamw,
+        schedule: Schedule = warmup_decay,
+        lm_coef: Annotated[float, Field(ge=0)] = 0.5,
+    ) -> None:
+        super().__init__()
+        self.policy = policy.train()
+        self.tokenizer = tokenizer
+        self.optimizer, self.schedule, self.lm_coef = optimizer, schedule, lm_coef
+        self.head: nn.Linear | None = None
+        self._val: list[tuple[Tensor, ClassifyBatch]] = []
+
+    def configure_model(self) -> None:
+        """Make the head: the data know how many labels there are."""
+        if self.head is None:
+            width = self.policy.get_input_embeddings().embedding_dim
+            labels = self.trainer.datamodule.labels
+            self.head = nn.Linear(width, len(labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def logits(self, hidden: Tensor, batch: ClassifyBatch) -> Tensor:
+        """(B, C) of the labels, or of the choices, from hidden states (R * L, D)."""
+        last = hidden[batch.packed.ends]
+        if self.head.out_features == 1:
+            return side_by_side(self.head(last).squeeze(-1), batch.example)
+        return self.head(added(last, batch.example))
+
+    def lm_loss(self, hidden: Tensor, batch: ClassifyBatch) -> Tensor:
+        """L1: mean loss in nats a token, over the whole optimizer step's tokens, negated log-likelihood."""
+        logits = next_token_logits(self.policy, hidden[batch.learned - 1])  # the token before predicts
+        return -token_logprobs(logits, batch.packed.tokens.flatten()[batch.learned]).sum() / batch.normalizer
+
+    def training_step(self, batch: ClassifyBatch, batch_idx: int) -> Tensor:
+        hidden = packed_hidden(self.policy, batch.packed)
+        logits = self.logits(hidden, batch)
+        loss = classification_loss(logits, batch.labels)
+        self.log("classify/loss", loss, prog_bar=True)
+        self.log("classify/accuracy", (logits.argmax(-1) == batch.labels).float().mean())
+        self.log("classify/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self.lm_coef > 0:
+            lm_loss = self.lm_loss(hidden, batch)
+            self.log("classify/lm_loss", lm_loss)
+            loss = loss + self.lm_coef * lm_loss
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._val = []
+
+    def validation_step(self, batch: ClassifyBatch, batch_idx: int) -> None:
+        hidden = packed_hidden(self.policy, batch.packed)
+        self._val.append((self.logits(hidden, batch).float(), batch))
+        self.log("val/classify/lm_loss", self.lm_loss(hidden, batch), batch_size=len(batch.learned), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Over all held-out examples together."""
+        losses = [classification_loss(logits, b.labels) * len(b.labels) for logits, b in self._val]
+        labels, told = self._told()
+        metrics = {
+            "val/classify/loss": torch.stack(losses).sum() / len(labels),
+            "val/classify/accuracy": (labels == told).float().mean(),
+        }
+        if self.trainer.datamodule.labels:
+            classes = len(self.trainer.datamodule.labels)
+            metrics["val/classify/f1"] = multiclass_f1_score(told, labels, num_classes=classes, average="macro")
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+
+    def _told(self) -> tuple[Tensor, Tensor]:
+        """(labels, what the model says), both (held-out examples,)."""
+        return torch.cat([b.labels for _, b in self._val]), torch.cat([logits.argmax(-1) for logits, _ in self._val])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimizer_and_schedule(self, decay_groups(self), self.optimizer, self.schedule)
+
+    def figures(self) -> dict[str, Any]:
+        """Headline figures, from the last validation; ``guessing``: who always says the most frequent label."""
+        metrics, data = self.trainer.callback_metrics, self.trainer.datamodule
+        labels, told = self._told()
+        low, high = wilson_interval(int((labels == told).sum()), len(labels))
+        figures: dict[str, Any] = {
+            "task": data.task,
+            "val_loss": metrics["val/classify/loss"].item(),
+            "accuracy": metrics["val/classify/accuracy"].item(),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "examples": len(labels),
+        }
+        if not data.labels:
+            return {**figures, "guessing": sum(1 / len(item.readings) for item in data.val_set) / len(labels)}
+        confusion = multiclass_confusion_matrix(told, labels, num_classes=len(data.labels))
+        return {
+            **figures,
+            "guessing": confusion.sum(1).max().item() / len(labels),
+            "f1": metrics["val/classify/f1"].item(),
+            "labels": data.labels,
+            "confusion": confusion.tolist(),
+        }
+
+    def export(self, folder: Path) -> None:
+        """Write ``model/``: a sequence classifier that transformers loads, with a tokenizer that puts the three tokens.
+
+        Of similar texts the logits of both orders are to be added: the head has no bias, so that is the same as adding
+        the states. Of choices it scores one reading."""
+        labels = self.trainer.datamodule.labels or ["score"]
+        save_model(sequence_classifier(self.policy, self.head, labels), self.tokenizer, folder / "model")

@@ -1,0 +1,212 @@
+"""Held-out tasks as plain text, each behind k solved examples (GPT-3, section 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.prompts import spread
+from lit_rlhf.text.records import (
+    LabelledText,
+    MultipleChoice,
+    OnBadRecord,
+    OpenQuestion,
+    Similarity,
+    Task,
+    load_records,
+    parse_task,
+    split_by_prompt,
+    task_prompt,
+)
+from lit_rlhf.text.world import TaskName, World
+from lit_rlhf.training import BatchLoader, in_order, seeded
+
+
+class Shot(NamedTuple):
+    """A task as plain text."""
+
+    question: str
+    choices: tuple[str, ...]  # what it is answered with; empty: anything
+    answers: tuple[str, ...]  # what is right; of choices, the one
+
+    @property
+    def solution(self) -> str:
+        """What stands behind it where it is an example."""
+        return self.answers[0]
+
+
+class ShotBatch(NamedTuple):
+    """B held-out tasks, each behind the same number of examples."""
+
+    shots: int  # examples before each task
+    tasks: list[Shot]
+    prompts: list[list[int]]  # tokens up to where the answer begins
+    choices: list[list[list[int]]]  # tokens of each choice of each task; none where the answer is open
+
+
+class FewShotDataModule(LightningDataModule):
+    """Tasks of one kind from a file; the held-out ones are asked, the others serve as examples.
+
+    Args:
+        path: a file or a Hub name: records as for ``stage=classify``, or ``prompt`` + ``answers`` (or ``response``).
+        tokenizer: of the model that is asked.
+        shots: numbers of examples before a task.
+        template: how a task is written; ``{question}`` and, last, ``{answer}``.
+        separator: what stands between examples.
+        instruction: what stands before the first example; "": nothing.
+        batch_size: tasks a batch.
+        held_out: fraction of the records that are asked, by their (first) text.
+        limit_held_out: at most so many of them; None: all.
+        limit: examples are drawn from at most so many records; None: all.
+        split_seed: which ones are held out; the same in every stage.
+        seed: which examples stand before which task; those of k are among those of more.
+        on_bad_record: "fail" names the first bad record, "skip" counts them.
+    """
+
+    parse_record = staticmethod(parse_task)
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        shots: Sequence[Annotated[int, Field(ge=0)]] = (0, 1, 4, 8, 16, 32),
+        template: str = "{question}\n{answer}",
+        separator: str = "\n\n",
+        instruction: str = "",
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: int = 0,
+        seed: int = 0,
+        on_bad_record: OnBadRecord = "fail",
+    ) -> None:
+        super().__init__()
+        self.path, self.tokenizer, self.shots = path, tokenizer, sorted(set(shots))
+        self.template, self.separator, self.instruction = template, separator, instruction
+        self.batch_size, self.held_out, self.limit_held_out = batch_size, held_out, limit_held_out
+        self.limit, self.split_seed, self.seed = limit, split_seed, seed
+        self.on_bad_record: OnBadRecord = on_bad_record
+        self.skipped: list[str] = []
+        self.train_set: list[Shot] = []
+        if template.count("{question}") != 1 or template.count("{answer}") != 1 or not template.endswith("{answer}"):
+            raise UserError(
+                f"few_shot.data.template={template!r}: it needs {{question}} once and {{answer}} once, at its end"
+            )
+        if not self.shots:
+            raise UserError("few_shot.data.shots=[]: give one or more numbers of examples, 0 among them say")
+
+    def records(self) -> tuple[list[Task], list[Task]]:
+        """(to draw examples from, to be asked)."""
+        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
+        self.skipped = loaded.skipped
+        return split_by_prompt(loaded.records, task_prompt, self.held_out, self.split_seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set:
+            return
+        train, held_out = self.records()
+        open_ended = [isinstance(task, OpenQuestion) for task in (*train, *held_out)]
+        if any(open_ended) and not all(open_ended):
+            raise UserError(f"{self.path}: holds open questions and others; give a file of each")
+        self.task = "exact match" if open_ended[0] else "choice"
+        labels = tuple(sorted({t.label for t in (*train, *held_out) if isinstance(t, LabelledText | Similarity)}))
+        self.train_set = [as_shot(task, labels) for task in train[: self.limit]]
+        self.val_set = [as_shot(task, labels) for task in spread(held_out, self.limit_held_out)]
+        if self.shots[-1] > len(self.train_set):
+            raise UserError(
+                f"few_shot.data.shots: {self.shots[-1]} examples are asked for, and there are {len(self.train_set)} "
+                "to draw from"
+            )
+        self._before, self._space = _split_space(self.template.removesuffix("{answer}"))
+
+    def prompt(self, place: int, shots: int) -> str:
+        """The text of a held-out task behind ``shots`` examples, up to where its answer begins."""
+        order = torch.randperm(len(self.train_set), generator=seeded(self.seed, place))[:shots].tolist()
+        examples = [self._written(self.train_set[i]) for i in order]
+        question = self._before.replace("{question}", self.val_set[place].question)
+        return self.separator.join([*filter(None, [self.instruction]), *examples, question])
+
+    def _written(self, shot: Shot) -> str:
+        before, after = self.template.removesuffix("{answer}").split("{question}")
+        return before + shot.question + after + shot.solution
+
+    def _collate(self, shots: int, places: list[int]) -> ShotBatch:
+        tasks = [self.val_set[i] for i in places]
+        # As in pretraining, a document begins behind end-of-text (or the model's own first token).
+        first = self.tokenizer.bos_token_id
+        first = self.tokenizer.eos_token_id if first is None else first
+        prompts = [[first, *tokens] for tokens in self._tokens([self.prompt(i, shots) for i in places])]
+        # A model's words carry the space before them: it belongs to the answer.
+        choices = iter(self._tokens([self._space + choice for task in tasks for choice in task.choices]))
+        return ShotBatch(shots, tasks, prompts, [[next(choices) for _ in task.choices] for task in tasks])
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def test_dataloader(self) -> list[BatchLoader[ShotBatch]]:
+        """A loader for each number of examples."""
+
+        def loader(shots: int) -> BatchLoader[ShotBatch]:
+            collate = lambda mine, _: self._collate(shots, mine)  # noqa: E731
+            return BatchLoader(in_order(len(self.val_set)), self.batch_size, collate, keep_rest=True)
+
+        return [loader(shots) for shots in self.shots]
+
+
+def as_shot(task: Task, labels: tuple[str, ...]) -> Shot:
+    """A record as plain text; a label is answered with its name."""
+    if isinstance(task, MultipleChoice):
+        return Shot(task.context, task.choices, (task.choices[task.answer],))
+    if isinstance(task, OpenQuestion):
+        return Shot(task.question, (), task.answers)
+    texts = task.texts if isinstance(task, LabelledText) else (task.text_a, task.text_b)
+    return Shot("\n".join(texts), labels, (task.label,))
+
+
+def _split_space(text: str) -> tuple[str, str]:
+    """(text, the spaces that it ended with)."""
+    stripped = text.rstrip(" ")
+    return stripped, text[len(stripped) :]
+
+
+class WorldFewShotDataModule(FewShotDataModule):
+    """A task of the built-in world: "kind", "truth", "choice" and "same" as in ``stage=classify``; "answer" is open."""
+
+    def __init__(
+        self,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        task: TaskName = "choice",
+        examples: Annotated[int, Field(ge=16)] = 1000,
+        shots: Sequence[Annotated[int, Field(ge=0)]] = (0, 1, 4, 8, 16, 32),
+        template: str = "Anna asked: {question}\nBen said: {answer}",
+        separator: str = "\n",
+        instruction: str = "",
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            "world", tokenizer, shots=shots, template=template, separator=separator, instruction=instruction,
+            batch_size=batch_size, limit_held_out=limit_held_out, limit=limit, split_seed=split_seed, seed=seed,
+        )  # fmt: skip
+        self.world, self.world_task, self.examples = world, task, examples
+
+    def records(self) -> tuple[list[Task], list[Task]]:
+        sides = (("train", self.examples), ("held_out", 400))
+        return tuple(
+            [parse_task(row) for row in self.world.tasks(self.world_task, n, self.split_seed, split, self.split_seed)]
+            for split, n in sides
+        )
