@@ -27,7 +27,7 @@ def cohen_kappa(ratings: Tensor) -> Tensor:
         raise ValueError(f"Cohen's kappa compares two annotators; {len(ratings)} were given")
     both = ratings[:, ~ratings.isnan().any(0)].double()
     same = (both[0] == both[1]).double().mean()
-    categories = both.unique()
+    categories = torch.unique(both)
     shares = (both[:, :, None] == categories).double().mean(1)  # (2, C), how often each uses each category
     chance = shares.prod(0).sum()
     return torch.where(chance < 1, (same - chance) / (1 - chance), torch.nan)
@@ -51,7 +51,7 @@ def krippendorff_alpha(ratings: Tensor, level: Literal["nominal", "ordinal"] = "
 
 def _category_counts(ratings: Tensor) -> tuple[Tensor, Tensor]:
     """(U, C) how many annotators put each unit into each category, and the categories (C,) in order."""
-    categories = ratings[~ratings.isnan()].unique()
+    categories = torch.unique(ratings[~ratings.isnan()])
     return (ratings[:, :, None] == categories).double().sum(0), categories
 
 

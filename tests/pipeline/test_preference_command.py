@@ -25,7 +25,8 @@ def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finish
     answers = [json.loads(line) for line in (run / "data/answers-0.jsonl").read_text().splitlines()]
     labels = [{"prompt": r["prompt"], "responses": r["responses"], "ranks": [*range(1, len(r["responses"]) + 1)],
                "annotator": "ann"} for r in answers]  # fmt: skip
-    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels[:20]))
+    some = labels[-20:]  # held-out prompts come last
+    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
     lit_rlhf("stage=[preference,reward]", *own)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["preference"]["rankings"], summary["preference"]["unjudged"]) == (20, 5)

@@ -67,7 +67,8 @@ class ChatPage:
                 prevent_thread_lock=True,
                 ssr_mode=False,
                 footer_links=[],
-                css=STYLE.read_text(encoding="utf-8"),
+                # Not as css=, to which Gradio adds prefixes that some rules do not survive.
+                head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
                 theme=gr.themes.Base(
                     primary_hue="blue",
                     neutral_hue="stone",
