@@ -177,7 +177,7 @@ class WorldClassifyDataModule(ClassifyDataModule):
 
     Args:
         task: "kind": what kind of question a text is; "truth": whether a claim is true, held out by the facts that it
-            is about; "choice": which of four answers is right; "same": whether two questions ask the same.
+            is about; "choice": which of four answers to a question is right; "same": do two questions ask the same.
         examples: different ones to train on, fewer where the world has no more.
     """
 
