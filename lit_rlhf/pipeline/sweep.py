@@ -18,6 +18,9 @@ from lit_rlhf.apps.jobs import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import write_text
 
+# Figures in the table, beside the objective.
+SHOWN = ("ppo.kl", "ppo.score_last", "ppo.gold", "reward.val_accuracy", "reward.bag_of_words_accuracy")
+
 # Where a stage's headline figure stands in summary.json.
 OBJECTIVES = {
     "pretrain": "pretrain.val_loss",
@@ -96,28 +99,28 @@ def write_table(jobs: list[Job], path: Path) -> None:
 
 
 def text_table(jobs: list[Job]) -> str:
-    """What differs and what came out, for the terminal."""
+    """What differs and what came out, for the terminal; below it the means over seeds or folds."""
     objective = next((job.objective[0] for job in jobs if job.done), "objective")
-    shown = [n for n in ("ppo.kl", "ppo.score_last", "ppo.gold", "reward.val_accuracy") if n != objective]
-    columns = [*varied(jobs), objective, *(n for n in shown if any(n in job.figures for job in jobs))]
-    lines = [["job", "status", *columns, "seconds"]]
+    known = {name for job in jobs for name in job.figures} - {objective}
+    settings, figures = varied(jobs), [objective, *(name for name in SHOWN if name in known)]
+    lines = [["job", "status", *settings, *figures, "seconds"]]
     for job in jobs:
-        values = [{**job.figures, **job.settings, objective: job.objective[1]}.get(c, "") for c in columns]
-        lines.append([job.name, job.status, *map(_cell, values), _cell(job.figures.get("seconds.total", ""))])
+        asked = [job.settings.get(name, "") for name in settings]
+        lines.append([job.name, job.status, *asked, *(_mean([job], name) for name in [*figures, "seconds.total"])])
+    for group in repeated(jobs).values():
+        if len(group) > 1:
+            asked = ["" if _repeats(name) else group[0].settings.get(name, "") for name in settings]
+            means = [_mean(group, name) for name in [*figures, "seconds.total"]]
+            lines.append(["mean", f"of {len(group)}", *asked, *means])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
 
 
 def plot(jobs: list[Job], path: Path) -> None:
-    """The objective of each setting: a dot a job, their mean, and their standard deviation over seeds."""
+    """The objective of each setting: a dot a job, their mean, and their standard deviation over seeds or folds."""
     from matplotlib.figure import Figure
 
-    names = [n for n in varied(jobs) if n != "seed"] or ["seed"]
-    groups: dict[str, list[float]] = {}
-    for job in jobs:
-        if math.isfinite(job.objective[1]):
-            label = ", ".join(job.settings.get(n, "default") for n in names)
-            groups.setdefault(label, []).append(job.objective[1])
+    groups = {label: [job.objective[1] for job in group] for label, group in repeated(jobs).items()}
     figure = Figure(figsize=(max(5.0, 1.2 * len(groups) + 2), 4), layout="constrained")
     axes = figure.subplots()
     for x, values in enumerate(groups.values()):
@@ -125,13 +128,31 @@ def plot(jobs: list[Job], path: Path) -> None:
         spread = stdev(values) if len(values) > 1 else 0.0
         axes.errorbar(x, mean(values), yerr=spread, fmt="D", color="#1f4e9c", capsize=5, zorder=3)
     axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
-    axes.set_xlabel(", ".join(names))
+    axes.set_xlabel(", ".join(n for n in varied(jobs) if not _repeats(n)))
     axes.set_ylabel(next((job.objective[0] for job in jobs if job.done), "objective"))
-    axes.set_title("mean and standard deviation over seeds; a dot is a job", fontsize=10)
+    axes.set_title("mean and standard deviation; a dot is a job", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
     figure.savefig(path, dpi=150)
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def repeated(jobs: list[Job]) -> dict[str, list[Job]]:
+    """The jobs that came to a figure, by what they were to try; those of one entry differ in seed or fold alone."""
+    names = [n for n in varied(jobs) if not _repeats(n)]
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        if math.isfinite(job.objective[1]):
+            groups.setdefault(", ".join(job.settings.get(n, "default") for n in names) or "all", []).append(job)
+    return groups
+
+
+def _repeats(setting: str) -> bool:
+    """Whether another value of it makes the same experiment once more."""
+    return setting == "seed" or setting.endswith(".fold")
+
+
+def _mean(jobs: list[Job], name: str) -> str:
+    """The mean of a figure over those jobs that have it, as a cell of the table."""
+    figures = [{**job.figures, job.objective[0]: job.objective[1]}.get(name, math.nan) for job in jobs]
+    known = [figure for figure in figures if math.isfinite(figure)]
+    return f"{mean(known):.4g}" if known else ""

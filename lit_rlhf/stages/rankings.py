@@ -61,6 +61,7 @@ class RankingDataModule(LightningDataModule):
         row_length: tokens of a packed row.
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
+        fold: which fraction of them, for cross-validation: with ``held_out=0.2`` 0 to 4.
         seed: order of the prompts.
         limit: train on at most so many rankings, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
@@ -80,6 +81,7 @@ class RankingDataModule(LightningDataModule):
         row_length: Annotated[int, Field(ge=2)] = 128,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
+        fold: Annotated[int, Field(ge=0)] = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -89,7 +91,7 @@ class RankingDataModule(LightningDataModule):
         self.paths = [path] if isinstance(path, str | Path) else list(path)
         self._tokenizer = tokenizer
         self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
-        self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
+        self.held_out, self.split_seed, self.fold, self.seed = held_out, split_seed, fold, seed
         self.on_bad_record: OnBadRecord = on_bad_record
         self.skipped: list[str] = []
         self.long = 0  # answers whose dialogue was too long
@@ -103,7 +105,7 @@ class RankingDataModule(LightningDataModule):
 
     def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         """(train, held out)."""
-        return split_by_prompt(rankings, lambda r: r.prompt, self.held_out, self.split_seed)
+        return split_by_prompt(rankings, lambda r: r.prompt, self.held_out, self.split_seed, self.fold)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:

@@ -489,20 +489,23 @@ def shown(messages: Sequence[dict[str, str]]) -> str:
     return " / ".join(m["content"] for m in messages)
 
 
-def is_held_out(messages: Sequence[dict[str, str]], fraction: float, seed: int) -> bool:
-    """Whether a prompt belongs to the held-out part.
+def is_held_out(messages: Sequence[dict[str, str]], fraction: float, seed: int, fold: int = 0) -> bool:
+    """Whether a prompt belongs to the held-out part; with another ``fold`` it is another part, apart from the first.
 
     It depends on the prompt's text and the seed alone: the same prompt falls on the same side in every stage and file,
     so that no prompt of the test set was seen in training."""
     digest = hashlib.sha256(f"{seed}\n{prompt_key(messages)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return fold * fraction <= int.from_bytes(digest[:8], "big") / 2**64 < (fold + 1) * fraction
 
 
 def split_by_prompt(
-    records: Sequence[Record], prompt: Callable[[Record], Messages], fraction: float, seed: int
+    records: Sequence[Record], prompt: Callable[[Record], Messages], fraction: float, seed: int, fold: int = 0
 ) -> tuple[list[Record], list[Record]]:
-    """(train, held out) by :func:`is_held_out`. Raises ``UserError`` where one side would be empty."""
-    held = [is_held_out(prompt(record), fraction, seed) for record in records]
+    """(train, held out) by :func:`is_held_out`. Raises ``UserError`` where one side would be empty, or there is no such
+    fold."""
+    if (fold + 1) * fraction > 1 + 1e-9:
+        raise UserError(f"fold={fold}: held_out={fraction:g} makes {int(1 / fraction + 1e-9)} folds, counted from 0")
+    held = [is_held_out(prompt(record), fraction, seed, fold) for record in records]
     train = [r for r, h in zip(records, held) if not h]
     held_out = [r for r, h in zip(records, held) if h]
     if not train or (fraction > 0 and not held_out):

@@ -492,6 +492,14 @@ def test_a_known_prompt_stays_on_its_side():  # across processes and versions: r
     ]
 
 
+def test_folds_part_the_prompts_once():
+    folds = [split_by_prompt(prompts(500), lambda p: p, 0.2, seed=1, fold=fold)[1] for fold in range(5)]
+    assert sorted(p[0]["content"] for fold in folds for p in fold) == sorted(p[0]["content"] for p in prompts(500))
+    assert min(map(len, folds)) > 70
+    with pytest.raises(UserError, match=r"fold=5: held_out=0\.2 makes 5 folds, counted from 0"):
+        split_by_prompt(prompts(500), lambda p: p, 0.2, seed=1, fold=5)
+
+
 def test_too_few_records_to_split():
     with pytest.raises(UserError, match=r"1 records are too few to hold out 10% of their prompts: "):
         split_by_prompt(prompts(1), lambda p: p, 0.1, seed=0)

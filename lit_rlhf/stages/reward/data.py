@@ -47,6 +47,7 @@ class RewardDataModule(RankingDataModule):
         row_length: Annotated[int, Field(ge=2)] = 128,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
+        fold: Annotated[int, Field(ge=0)] = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -55,7 +56,8 @@ class RewardDataModule(RankingDataModule):
             raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
         super().__init__(
             path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, row_length=row_length,
-            held_out=held_out, split_seed=split_seed, seed=seed, limit=limit, on_bad_record=on_bad_record,
+            held_out=held_out, split_seed=split_seed, fold=fold, seed=seed, limit=limit,
+            on_bad_record=on_bad_record,
         )  # fmt: skip
         self.demonstrations, self.feedback = demonstrations, feedback
 
