@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -144,9 +145,7 @@ class PreferenceModule(LightningModule):
         if turn.model != self.name:  # by its own template: a base model only sees the text and goes on with it
             tokens = encode_prompts(tokenizer, batch.messages)
         room = context_length(policy) - self.sampling.max_new_tokens
-        sampling = Sampling(
-            self.sampling.max_new_tokens, turn.temperature, top_k=self.sampling.top_k, top_p=self.sampling.top_p
-        )
+        sampling = replace(self.sampling, temperature=turn.temperature)
         answers = answer(policy, tokenizer, [tokens[i][-room:] for i in prompts], sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
 
