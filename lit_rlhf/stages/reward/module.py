@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.functional import feedback_loss, lm_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import RewardTransformer, output_embedding, packed_scores, save_model, scores_and_hidden
 from lit_rlhf.stages.rankings import RankingBatch, ranked
-from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
@@ -164,6 +163,8 @@ class RewardModule(LightningModule):
             **self._diagnosis,
         }
         if self.bag_of_words:
+            from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy  # scikit-learn takes a second to import
+
             figures["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)
         return figures
 
