@@ -303,6 +303,8 @@ def _tick_label(value: float, step: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if step >= size / 10 and abs(value) >= size:
             return f"{value / size:g}{letter}".replace("-", "−")
-    if step < 1e-4:
-        return f"{value:.3g}".replace("e-0", "e-").replace("-", "−")
-    return f"{value:.{len(f'{step:.6f}'.rstrip('0').split('.')[1])}f}".replace("-", "−")
+    decimals = len(f"{step:.6f}".rstrip("0").split(".")[1])
+    if decimals <= 4 and step >= 1e-4:
+        return f"{value:.{decimals}f}".replace("-", "−")
+    mantissa, exponent = f"{value:.2e}".split("e")  # more decimals do not fit beside the axis
+    return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−") if value else "0"

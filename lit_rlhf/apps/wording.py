@@ -52,7 +52,7 @@ FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "cut_off": ("answers cut off", ""),
     "equal": ("equal answers dropped", ""),
     "left_out": ("prompts left with one answer", ""),
-    "unjudged": ("prompts without a ranking", ""),
+    "unjudged": ("prompts whose answers nobody ranked", ""),
     "agreement": ("agreement with gold", "%"),
     "annotators": ("annotators of the same pairs", ""),
     "pairs_shared": ("pairs that several judged", ""),

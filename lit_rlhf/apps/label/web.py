@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,35 @@ def make_app(labelling: Labelling, about: dict[str, Any], host: str = "127.0.0.1
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Serve on an open socket until Ctrl-C or SIGTERM."""
+    """Serve on an open socket until Ctrl-C or SIGTERM; in a notebook, until the cell is interrupted."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn passes on when it has ended in good order
-        server.run(sockets=[listener])
+        if _in_event_loop():  # a notebook's, which runs the cell; there can be only one a thread
+            _serve_aside(server, listener)
+        else:
+            server.run(sockets=[listener])
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _serve_aside(server: uvicorn.Server, listener: socket.socket) -> None:
+    ended = threading.Event()  # an interrupted Thread.join would take the thread for ended (Python 3.11)
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listener])
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        ended.wait()
+    finally:
+        server.should_exit = True
+        ended.wait()

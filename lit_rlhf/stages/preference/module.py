@@ -212,9 +212,9 @@ class PreferenceModule(LightningModule):
             )
         write_jsonl(file, self.answers)
         if isinstance(self.annotator, People):
+            todo = self.annotator.hand_out(self.answers, file)
             self._judged = with_lineage(judgements(self.annotator), self.answers)
             if not self._judged:
-                todo = self.annotator.hand_out(self.answers, file)
                 raise Waiting(
                     f"preference: {len(self.answers):,} prompts with their answers are in {file}. {todo}. Then run the "
                     "same command again; nothing is drawn anew"
@@ -232,7 +232,7 @@ class PreferenceModule(LightningModule):
         rows, answers, records = self._rows, self.answers, self.records
         texts = [text for row in answers for text in row["responses"]]
         pairs = [(a, b) for r in records for a, b in combinations(r["ranks"], 2)]
-        ranked = {str(r["prompt"]) for r in records}
+        ranked = {(str(r["prompt"]), text) for r in records for text in r["responses"]}
         return {
             "rankings": len(records),
             "answers": len(texts),
@@ -242,7 +242,9 @@ class PreferenceModule(LightningModule):
             "cut_off": sum(not f for row in answers for f in row["finished"]),
             "equal": sum(row["equal"] for row in rows),
             "left_out": len(rows) - len(answers),
-            "unjudged": sum(str(row["prompt"]) not in ranked for row in answers),
+            "unjudged": sum(
+                sum((str(row["prompt"]), text) in ranked for text in row["responses"]) < 2 for row in answers
+            ),
             **self._gold_agreement(),
             **self._agreement(),
             **(self.annotator.figures() if hasattr(self.annotator, "figures") else {}),

@@ -1,9 +1,13 @@
 """The labelling page in a real browser, with the real server behind it."""
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -318,3 +322,29 @@ def test_someone_who_comes_without_a_name_is_asked(serve, chromium, files):
     assert page.inner_text("#who") == "Ann B."
     assert "Helpful" in page.inner_text("#instructions") and "Harmless" in page.inner_text("#instructions")
     page.close()
+
+
+def test_in_a_notebook_the_page_serves_until_the_cell_is_interrupted(files, free_port):
+    """A notebook's cells run inside an event loop, and interrupting one is a SIGINT."""
+    page = LabellingPage(files.write(files.folder / "source.jsonl", files.answers(1)), files.folder, port=free_port)
+    status = []
+
+    def visit_and_interrupt():
+        for _ in range(100):
+            try:
+                status.append(urllib.request.urlopen(f"http://127.0.0.1:{free_port}", timeout=1).status)
+                break
+            except OSError:
+                time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def cell():
+        threading.Thread(target=visit_and_interrupt).start()
+        page.launch()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(cell())
+    loop.close()
+    assert status == [200]
+    with socket.socket() as sock:
+        assert sock.connect_ex(("127.0.0.1", free_port)) != 0  # the server has ended
