@@ -10,7 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
-from lit_rlhf.text.chat import Speakers
+from lit_rlhf.text.chat import Transcript
 from lit_rlhf.text.records import OnBadRecord, load_records, parse_text
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
@@ -25,7 +25,7 @@ class EvaluateDataModule(PromptDataModule):
 
     The others are those of :class:`PromptDataModule`."""
 
-    speakers = Speakers()  # who talks in the transcript that a base model goes on with
+    transcript = Transcript()  # that a base model goes on with
 
     def __init__(
         self,
@@ -60,7 +60,8 @@ class EvaluateDataModule(PromptDataModule):
 class WorldEvaluateDataModule(WorldPromptDataModule, EvaluateDataModule):
     """The held-out prompts of the built-in world, and ``text_documents`` documents newly drawn from its corpus."""
 
-    speakers = Speakers("Anna asked:", "Ben said:", "\n", "\n")  # as people talk in the corpus, a line each
+    # As people talk in the corpus, a line each.
+    transcript = Transcript(human="Anna asked:", assistant="Ben said:", between="\n", end="\n")
 
     def __init__(
         self,
