@@ -478,10 +478,12 @@ def prompt_key(messages: Sequence[dict[str, str]]) -> str:
 
 
 def prompt_fingerprint(messages: Sequence[dict[str, str]]) -> str:
-    """16 hex digits that are the same for prompts which differ in case, in spaces or in Unicode's spellings only."""
+    """16 hex digits that are the same for prompts which differ in case, in spaces, in Unicode's spellings or in the
+    system message only."""
     turns = [
         {"role": m["role"], "content": " ".join(unicodedata.normalize("NFKC", m["content"]).casefold().split())}
         for m in messages
+        if m["role"] != "system"
     ]
     return hashlib.sha256(prompt_key(turns).encode(errors="surrogatepass")).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
 from lit_rlhf.text.chat import Transcript
-from lit_rlhf.text.records import OnBadRecord, load_records, parse_text
+from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_text
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
 
@@ -48,6 +48,10 @@ class EvaluateDataModule(PromptDataModule):
             limit_held_out=limit_held_out, split_seed=split_seed, seed=seed, limit=limit, on_bad_record=on_bad_record,
         )  # fmt: skip
         self.text = text
+
+    def evaluated_prompts(self) -> Iterator[Messages]:
+        """The prompts that no model may have been trained on."""
+        yield from (prompt.messages for prompt in self.held_out_prompts)
 
     def documents(self) -> Sequence[str]:
         """The held-out text; empty where there is none."""
