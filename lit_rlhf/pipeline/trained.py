@@ -33,7 +33,8 @@ def check_trained(stage: str, settings: DictConfig, data: Any) -> dict[str, int]
     Raises ``UserError`` where there are any, unless ``allow_trained``."""
     held_out = {prompt_fingerprint(messages): messages for messages in data.evaluated_prompts()}
     seen: dict[str, set[str]] = {}
-    for folder in trained_stages([Path(path) for _, path in input_paths(stage, settings)]):
+    models = [Path(path) for _, path in input_paths(stage, settings)]
+    for folder in trained_stages([model for model in models if model.exists()]):  # one that is not there is left out
         if (folder / FILE).is_file():
             seen[str(folder)] = held_out.keys() & (folder / FILE).read_text(encoding="utf-8").split()
         elif folder.name in TRAINING:
