@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw
-from lit_rlhf.apps.jobs import load_jobs
+from lit_rlhf.apps.jobs import Job, load_jobs, varied
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import load_run
 from lit_rlhf.errors import UserError
@@ -21,7 +21,7 @@ TONES = ("sft", "ppo", "dpo", "best_of_n", "train", "val", "gold", "other")
 class Asked(NamedTuple):
     """One model, asked behind every number of examples."""
 
-    job: str
+    job: str  # the settings in which it differs from the other jobs
     task: str
     parameters: int
     steps: int  # of pretraining; 0 where another run has it
@@ -34,7 +34,8 @@ class Asked(NamedTuple):
 def write_few_shot(sweep: Path) -> Path:
     """Write ``few_shot.html`` into the folder of a sweep, with what its jobs left there; returns its path."""
     jobs = load_jobs(Path(sweep))
-    models = [asked(job.folder) for job in jobs if job.done]
+    differ = varied(jobs)
+    models = [asked(job.folder, _settings(job, differ)) for job in jobs if job.done]
     if not any(model.shots for model in models):
         raise UserError(f"{sweep}: no job of a sweep has asked a model anything, so there is nothing to show")
     page = render(
@@ -48,7 +49,7 @@ def write_few_shot(sweep: Path) -> Path:
     return write_page(Path(sweep) / "few_shot.html", page)
 
 
-def asked(folder: Path) -> Asked:
+def asked(folder: Path, job: str) -> Asked:
     """What a job found."""
     run = load_run(folder)
     figures, pretrain = run.figures.get("few_shot", {}), run.figures.get("pretrain", {})
@@ -59,8 +60,14 @@ def asked(folder: Path) -> Asked:
     steps = max(run.metrics.get("pretrain", {}), default=0)
     known = (figures.get("task", ""), figures.get("parameters", 0), steps)
     return Asked(
-        folder.name, *known, pretrain.get("tokens"), pretrain.get("val_loss"), figures.get("guessing", 0.0), shots
+        job, *known, pretrain.get("tokens"), pretrain.get("val_loss"), figures.get("guessing", 0.0), shots
     )
+
+
+def _settings(job: Job, names: list[str]) -> str:
+    """Names and values of settings, without the folders that they are in."""
+    last = {name.rpartition(".")[2]: job.settings.get(name, "default") for name in names}
+    return ", ".join(f"{name} {value.removesuffix('/model')[-40:]}" for name, value in last.items())
 
 
 def against_size(models: list[Asked]) -> list[Drawing]:

@@ -144,8 +144,7 @@ def score_answers(
     for i in range(0, len(prompts), batch_size):
         sequences = [[*p, *r] for p, r in zip(before[i : i + batch_size], answers[i : i + batch_size])]
         packed = pack(sequences, tokenizer.pad_token_id, response_lengths=[len(r) for r in answers[i : i + batch_size]])
-        packed = Packed(*(tensor.to(device) for tensor in packed))
-        scores.append(packed_scores(model, packed).float().cpu() + score_shift(model))
+        scores.append(packed_scores(model, packed.to(device)).float().cpu() + score_shift(model))
     return torch.cat(scores)
 
 

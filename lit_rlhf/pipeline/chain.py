@@ -38,7 +38,7 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         run_stage(cfg, name)
         summary = write_summary(run)
         print(headline(name, summary[name], summary["seconds"][name]))
-    if not any((run / name / "done.json").is_file() for name in STAGES):
+    if not any(newest(run, f"{name}/done.json").is_file() for name in STAGES):
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
     summary = write_summary(run)
     report = write_report(run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,23 @@ def upstream_data(name: str, *, _root_: DictConfig) -> str:
     return str(upstream(_root_, "preference", f"data/{name}"))
 
 
+def newest_round(*, _root_: DictConfig) -> int:
+    """``${newest_round:}``: the last round whose answers this run has collected, else ``from_run``; 0 before any."""
+    for run in (Path(_root_.paths.run_dir), Path(_root_.paths.runs) / _root_.from_run):
+        files = [*run.glob("data/*.jsonl"), *run.glob("rounds/*/data/*.jsonl")]
+        found = [re.fullmatch(r"(?:answers|rankings)-(\d+)", file.stem) for file in files]
+        if numbers := [int(match[1]) for match in found if match]:
+            return max(numbers)
+    return 0
+
+
+def round_data(number: int, *, _root_: DictConfig) -> str:
+    """``${round_data:3}``: this run's ``data/`` in which what belongs to a round is kept."""
+    run = Path(_root_.paths.run_dir)
+    own = run / "rounds" / str(number)
+    return str((own if own.is_dir() else run) / "data")
+
+
 def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
     """This run's own result where it has one or is about to make one, else ``from_run``'s."""
     own = newest(Path(cfg.paths.run_dir), inside)
@@ -44,9 +63,10 @@ def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
 
 
 def register_resolvers() -> None:
-    """Make ``${upstream:...}`` and ``${upstream_data:...}`` known to the settings."""
+    """Make ``${upstream:...}`` and the like known to the settings."""
     OmegaConf.register_new_resolver("upstream", upstream_model, replace=True)
-    OmegaConf.register_new_resolver("upstream_data", upstream_data, replace=True)
+    for resolver in (upstream_data, newest_round, round_data):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def remember_world(cfg: DictConfig) -> None:
@@ -111,13 +131,14 @@ class StageFolder:
             return False
         for path, known in done["inputs"].items():
             now_there = fingerprint_of(self.run / path)
-            if now_there is not None and now_there != known and self._waits_for_people():
+            if now_there is None or now_there.startswith(known):  # older versions wrote down a file's size alone
+                continue
+            if self._waits_for_people():
                 return False  # people have judged more
-            if now_there is not None and now_there != known:
-                raise UserError(
-                    f"{self.path} was made from another {Path(path).parent.name} than what is in "
-                    f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
-                )
+            raise UserError(
+                f"{self.path} was made from another {Path(path).parent.name} than what is in "
+                f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
+            )
         return True
 
     def _has_results(self) -> bool:
@@ -195,7 +216,10 @@ def fingerprint_of(path: Path) -> str | None:
     """Of a model folder's weights or a data file; None where there is nothing."""
     if path.is_dir():
         return fingerprint(path)
-    return f"{path.stat().st_size} bytes" if path.is_file() else None
+    if not path.is_file():
+        return None
+    # A person who turns a ranking round changes no length.
+    return f"{path.stat().st_size} bytes {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def check_inputs(cfg: DictConfig) -> None:

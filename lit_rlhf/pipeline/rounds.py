@@ -27,9 +27,14 @@ def run_rounds(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
             f"rounds={cfg.rounds} goes through preference, reward and ppo again and again, and stage= leaves out "
             f"{' and '.join(missing)}; name them all, or set rounds=1"
         )
+    run = Path(cfg.paths.run_dir)
+    if own := [name for name in ROUND[1:3] if (run / name).is_dir()]:
+        raise UserError(
+            f"rounds={cfg.rounds}: {run / own[0]} was made without rounds, and what starts from this run would take it "
+            f"for the newest; choose another run=, with from_run={cfg.run} to start from its SFT model"
+        )
     check_inputs(cfg)
     check_records(cfg)
-    run = Path(cfg.paths.run_dir)
     if before := [name for name in names if name not in ROUND]:
         changes = {"stage": before, "rounds": 1}
         run_chain(changed(cfg, changes), [*overrides, *written(changes)])

@@ -44,7 +44,8 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     settings = OmegaConf.create(folder.settings[name])
     seed_everything(settings.seed, verbose=False)
     data = make_data(settings.data, name)
-    trained_on = check_trained(settings, data) if name == "evaluate" and is_main_process() else {}
+    asks = hasattr(data, "evaluated_prompts") and is_main_process()
+    trained_on = check_trained(name, settings, data) if asks else {}
     module = make_module(settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)

@@ -27,17 +27,18 @@ def write_trained_prompts(folder: Path, data: LightningDataModule) -> None:
         write_text(folder / FILE, "".join(f"{line}\n" for line in prints))
 
 
-def check_trained(settings: DictConfig, data: Any) -> dict[str, int]:
+def check_trained(stage: str, settings: DictConfig, data: Any) -> dict[str, int]:
     """Stage folder -> how many of the prompts to be evaluated it has trained on, for all that the models came from.
 
     Raises ``UserError`` where there are any, unless ``allow_trained``."""
-    held_out = {prompt_fingerprint(prompt.messages): prompt.messages for prompt in data.held_out_prompts}
+    held_out = {prompt_fingerprint(messages): messages for messages in data.evaluated_prompts()}
     seen: dict[str, set[str]] = {}
-    for folder in trained_stages([Path(path) for _, path in input_paths("evaluate", settings)]):
+    models = [Path(path) for _, path in input_paths(stage, settings)]
+    for folder in trained_stages([model for model in models if model.exists()]):  # one that is not there is left out
         if (folder / FILE).is_file():
             seen[str(folder)] = held_out.keys() & (folder / FILE).read_text(encoding="utf-8").split()
         elif folder.name in TRAINING:
-            print(f"evaluate: {folder} does not say which prompts it was trained on, so that was not checked")
+            print(f"{stage}: {folder} does not say which prompts it was trained on, so that was not checked")
     leaked = {folder: prints for folder, prints in seen.items() if prints}
     if leaked:
         everywhere = set().union(*leaked.values())
@@ -48,10 +49,10 @@ def check_trained(settings: DictConfig, data: Any) -> dict[str, int]:
         )
         if not settings.allow_trained:
             raise UserError(
-                f"evaluate: {found}. Take them out, evaluate on others (evaluate.data.path=), or set "
-                "evaluate.allow_trained=true"
+                f"{stage}: {found}. Take them out, evaluate on others ({stage}.data.path=), or set "
+                f"{stage}.allow_trained=true"
             )
-        print(f"evaluate: {found} (evaluate.allow_trained=true)")
+        print(f"{stage}: {found} ({stage}.allow_trained=true)")
     return {folder: len(prints) for folder, prints in leaked.items()}
 
 
@@ -60,12 +61,12 @@ def trained_stages(models: list[Path]) -> Iterator[Path]:
     todo, seen = list(models), set[Path]()
     while todo:
         folder = todo.pop(0).resolve().parent
-        done = read_json(folder / "done.json")
-        if folder in seen or done is None:  # a model from elsewhere: nobody knows
+        if folder in seen:
             continue
         seen.add(folder)
         yield folder
-        todo += [folder.parent / path for path in done["inputs"] if Path(path).name == "model"]
+        inputs = (read_json(folder / "done.json") or {}).get("inputs", {})  # of a model from elsewhere nobody knows
+        todo += [folder.parent / path for path in inputs if Path(path).name == "model"]
 
 
 def _place(folder: Path) -> str:

@@ -224,7 +224,11 @@ class WorldRankingDataModule(RankingDataModule):
 
     def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         held = {p.text for p in self.world.prompts("held_out", self.split_seed)}
-        texts = [self.world.question(r.prompt).text for r in rankings]
+        try:
+            texts = [self.world.question(r.prompt).text for r in rankings]
+        except ValueError as error:  # people talk with a model about anything
+            where = ", ".join(map(str, self.paths))
+            raise UserError(f"{where}: {error} Rankings of any prompts are read by reward/data=collected") from None
         return (
             [r for r, text in zip(rankings, texts) if text not in held],
             [r for r, text in zip(rankings, texts) if text in held],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,27 +46,6 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = ROLE_TEMPLATE if has_roles else TRANSCRIPT_TEMPLATE
 
 
-class Speakers(NamedTuple):
-    """Who talks in a transcript, and how it is written."""
-
-    user: str = "Human:"
-    assistant: str = "Assistant:"
-    between: str = "\n\n"  # two turns
-    end: str = "\n\nHuman:"  # where the answer is over: a base model goes on with everybody's turns
-
-
-def transcript_prompt(messages: Messages, speakers: Speakers) -> str:
-    """A dialogue as plain text that a base model goes on with as its assistant."""
-    names = {"user": speakers.user, "assistant": speakers.assistant}
-    turns = [" ".join(filter(None, (names.get(m["role"], ""), m["content"]))) for m in messages]
-    return speakers.between.join([*turns, speakers.assistant])
-
-
-def transcript_answer(text: str, speakers: Speakers) -> str:
-    """The assistant's turn of what a base model wrote behind :func:`transcript_prompt`."""
-    return text.strip().partition(speakers.end)[0].strip()
-
-
 @dataclass(frozen=True)
 class Transcript:
     """A conversation on paper, which a base model goes on with: text alone makes it a weak assistant (GPT-3, 2.1).
@@ -79,11 +59,18 @@ class Transcript:
     human: str = "Human:"
     assistant: str = "Assistant:"
     between: str = "\n\n"  # stands between two turns
+    end: str = ""  # where an answer is over too; "": at the next turn only
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Where an answer ends: at the next turn, whoever takes it."""
-        return "\n" + self.human, "\n" + self.assistant
+        return *filter(None, [self.end]), "\n" + self.human, "\n" + self.assistant
+
+    def answer(self, text: str) -> str:
+        """The assistant's turn of what a base model wrote."""
+        names = "|".join(map(re.escape, (self.human, self.assistant)))
+        turn = re.split(f"^(?:{names})", text.strip(), maxsplit=1, flags=re.MULTILINE)[0]
+        return (turn.partition(self.end)[0] if self.end else turn).strip()
 
     @property
     def template(self) -> str:

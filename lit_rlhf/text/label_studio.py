@@ -72,6 +72,13 @@ def is_task(row: Any) -> bool:
     return isinstance(row, dict) and isinstance(row.get("data"), dict) and isinstance(row.get("annotations"), list)
 
 
+def is_other_format(row: Any) -> bool:
+    """Whether a row is of a file of tasks, or of an export in another format (JSON-MIN)."""
+    if not isinstance(row, dict):
+        return False
+    return {"annotation_id", "lead_time"} <= row.keys() or row.keys() <= {"id", "data", "meta", "predictions"}
+
+
 def rankings_of_task(task: dict[str, Any]) -> list[dict[str, Any]]:
     """A ranking record for each person who judged the task; of several annotations by one person the last counts.
 

@@ -26,6 +26,10 @@ class Packed(NamedTuple):
         """Flat index (N,) of each sequence's last token."""
         return self.starts + self.lengths - 1
 
+    def to(self, device: torch.device) -> Packed:
+        """The same on another device."""
+        return Packed(*(None if tensor is None else tensor.to(device) for tensor in self))
+
 
 def pack(
     sequences: Sequence[Sequence[int]],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text.label_studio import is_task, rankings_of_task
+from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
 OnBadRecord = Literal["fail", "skip"]
@@ -379,6 +379,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     if rows and all(map(is_task, rows)):
         yield from _label_studio_rows(file, rows)
         return
+    if rows and all(map(is_other_format, rows)):
+        raise UserError(f"{file}: tasks of Label Studio, or an export of another format; export the project as JSON")
     for number, row in enumerate(rows, start=1):
         yield f"{file}: record {number}", _writable(row, text)
 
@@ -476,10 +478,12 @@ def prompt_key(messages: Sequence[dict[str, str]]) -> str:
 
 
 def prompt_fingerprint(messages: Sequence[dict[str, str]]) -> str:
-    """16 hex digits that are the same for prompts which differ in case, in spaces or in Unicode's spellings only."""
+    """16 hex digits that are the same for prompts which differ in case, in spaces, in Unicode's spellings or in the
+    system message only."""
     turns = [
         {"role": m["role"], "content": " ".join(unicodedata.normalize("NFKC", m["content"]).casefold().split())}
         for m in messages
+        if m["role"] != "system"
     ]
     return hashlib.sha256(prompt_key(turns).encode(errors="surrogatepass")).hexdigest()[:16]
 
@@ -588,15 +592,24 @@ def _pair(row: dict[str, Any]) -> tuple[Messages, list[str]]:
     chosen, rejected = _require(row, "chosen"), _require(row, "rejected")
     if "prompt" in row or "instruction" in row:
         prompt = parse_prompt(row)
-        return prompt, [_answer(chosen, "chosen"), _answer(rejected, "rejected")]
+        return prompt, [_answer(chosen, "chosen", prompt), _answer(rejected, "rejected", prompt)]
     return _common_prompt(*(_dialogue(row, name) for name in ("chosen", "rejected")))
 
 
-def _answer(value: Any, name: str) -> str:
-    text = _assistants(_messages(value, name), name)[-1]["content"] if isinstance(value, list) else value
-    if not isinstance(text, str):
+def _answer(value: Any, name: str, prompt: Messages) -> str:
+    """The answer, of which whole transcripts and messages may repeat the prompt."""
+    if isinstance(value, str) and not value.lstrip().startswith("Human:"):
+        return value
+    if not isinstance(value, str | list):
         raise ValueError(f"'{name}' is {_short(value)}; an answer or messages were expected")
-    return text
+    messages = _assistants(_dialogue({name: value}, name), name)
+    start = 0 if messages[0]["role"] == "assistant" else len(messages) - 1
+    asked, before = (
+        [m["content"].strip() for m in turns if m["role"] != "system"] for turns in (prompt, messages[:start])
+    )
+    if before and before != asked:
+        raise ValueError(f"'{name}' answers {_short(before[-1])}, but 'prompt' is {_short(asked[-1])}")
+    return _transcript_tail(messages[start:])
 
 
 def _dialogue(row: dict[str, Any], name: str) -> Messages:

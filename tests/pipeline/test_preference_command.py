@@ -26,10 +26,12 @@ def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finish
     labels = [{"prompt": r["prompt"], "responses": r["responses"], "ranks": [*range(1, len(r["responses"]) + 1)],
                "annotator": "ann"} for r in answers]  # fmt: skip
     some = labels[-20:]  # held-out prompts come last
+    # Chat writes there too, of prompts that nobody has collected answers to.
+    some.append({"prompt": "And you?", "responses": ["x", "y"], "ranks": [2, 1], "models": ["a", "b"], "blind": True})
     (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
     lit_rlhf("stage=[preference,reward]", *own)
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["preference"]["rankings"], summary["preference"]["unjudged"]) == (20, 5)
+    assert (summary["preference"]["rankings"], summary["preference"]["unjudged"]) == (21, 5)
     assert "val_accuracy" in summary["reward"]
 
     # More labels: the stage takes them in by itself, without drawing an answer anew.
@@ -38,6 +40,12 @@ def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finish
     lit_rlhf("stage=preference", *own)
     assert json.loads((run / "summary.json").read_text())["preference"]["rankings"] == 25
     assert (run / "data/answers-0.jsonl").read_text() == before
+    # One that is turned round, too.
+    turned = {**labels[0], "ranks": labels[0]["ranks"][::-1]}
+    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [turned, *labels[1:]]))
+    lit_rlhf("stage=preference", *own)
+    ranked = (run / "data/rankings-0.jsonl").read_text().splitlines()
+    assert json.loads(ranked[0])["ranks"] == turned["ranks"]
     # Other answers are another matter.
     changed = lit_rlhf("stage=preference", *own, "preference.module.answers_per_prompt=3", check=False)
     assert changed.returncode == 2 and "answers_per_prompt was 4, now 3" in changed.stderr

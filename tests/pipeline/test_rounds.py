@@ -117,3 +117,33 @@ def test_what_starts_from_a_run_of_rounds_starts_from_its_last_one(tmp_path, mon
     assert cfg.ppo.reward_model.path == "runs/loop/rounds/10/reward/model"
     cfg = compose_settings(["stage=evaluate", "from_run=loop", "run=after"])
     assert cfg.evaluate.policies.ppo.path == "runs/loop/rounds/2/ppo/model"
+
+
+def test_what_people_say_belongs_to_the_last_round(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/answers-0", "data/tasks-77", "rounds/9/data/rankings-9", "rounds/10/data/answers-10"):
+        (tmp_path / f"runs/loop/{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"runs/loop/{name}.jsonl").touch()
+    (tmp_path / "runs/loop/rounds/10/ppo/model").mkdir(parents=True)
+
+    def found(*overrides):
+        cfg = compose_settings(["stage=chat", *overrides])
+        kept = cfg.chat.judgements
+        return [kept.round, kept.folder, cfg.label.round, cfg.label.folder, cfg.label.path, cfg.chat.models.ppo]
+
+    last, ppo = "runs/loop/rounds/10/data", "runs/loop/rounds/10/ppo/model"
+    assert found("run=loop") == [10, last, 10, last, f"{last}/answers-10.jsonl", ppo]
+    assert found("run=own", "from_run=loop") == [
+        10, "runs/own/data", 10, "runs/own/data", f"{last}/answers-10.jsonl", ppo,
+    ]  # fmt: skip
+    data = "runs/loop/data"
+    given = found("run=loop", "label.round=0", "chat.judgements.round=0")
+    assert given == [0, data, 0, data, f"{data}/answers-0.jsonl", ppo]
+    assert found("run=new")[:4] == [0, "runs/new/data", 0, "runs/new/data"]
+
+
+def test_a_run_that_went_without_rounds_is_not_hidden_behind_them(lit_rlhf, tmp_path):
+    (tmp_path / "runs/quickstart/ppo").mkdir(parents=True)
+    done = lit_rlhf(LOOP, "rounds=2", check=False)
+    assert done.returncode == 2 and "ppo was made without rounds" in done.stderr
+    assert "choose another run=, with from_run=quickstart" in done.stderr

@@ -9,7 +9,7 @@ import yaml
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import input_paths
 from lit_rlhf.pipeline.trained import FILE, check_trained, trained_stages, write_trained_prompts
-from lit_rlhf.stages import PPODataModule, RewardDataModule, SFTDataModule
+from lit_rlhf.stages import FewShotDataModule, PPODataModule, RewardDataModule, SFTDataModule
 from lit_rlhf.text import train_bpe
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import prompt_fingerprint, write_jsonl
@@ -50,7 +50,7 @@ def settings(*models, allow_trained=False):
 
 
 def data(*texts):
-    return SimpleNamespace(held_out_prompts=[SimpleNamespace(messages=asked(text)) for text in texts])
+    return SimpleNamespace(evaluated_prompts=lambda: map(asked, texts))
 
 
 def test_leaks_are_counted_by_stage_and_file_through_the_whole_chain(tmp_path):
@@ -60,7 +60,7 @@ def test_leaks_are_counted_by_stage_and_file_through_the_whole_chain(tmp_path):
     make_stage(first, "reward", ["Where?"], ["sft/model", "data/rankings-0.jsonl"], path=None)
     ppo = make_stage(second, "ppo", ["who  is IT?"], ["../first/sft/model", "../first/reward/model"], "prompts.jsonl")
     with pytest.raises(UserError) as error:
-        check_trained(settings(ppo), data("WHO is it?", "Why?", "When?", "What?"))
+        check_trained("evaluate", settings(ppo), data("WHO is it?", "Why?", "When?", "What?"))
     said = str(error.value)
     assert said.startswith("evaluate: 2 of 4 prompts to be evaluated on were trained on: ")
     assert f"1 in ppo (prompts.jsonl; {second / 'ppo'})" in said and f"2 in sft (demos.jsonl; {first / 'sft'})" in said
@@ -69,22 +69,26 @@ def test_leaks_are_counted_by_stage_and_file_through_the_whole_chain(tmp_path):
 
 def test_leaks_can_be_allowed_and_are_counted(tmp_path, capsys):
     sft = make_stage(tmp_path / "run", "sft", ["Why?", "Who?"])
-    found = check_trained(settings(sft, allow_trained=True), data("Why?", "When?"))
+    found = check_trained("evaluate", settings(sft, allow_trained=True), data("Why?", "When?"))
     assert found == {str(tmp_path / "run" / "sft"): 1}
     assert "1 of 2 prompts" in capsys.readouterr().out
 
 
 def test_clean_runs_and_models_from_elsewhere_pass(tmp_path, capsys):
     sft = make_stage(tmp_path / "run", "sft", ["Why?"])
-    assert check_trained(settings(sft, tmp_path / "elsewhere", "gpt2"), data("Why not?")) == {}
+    models = (sft, tmp_path / "elsewhere", "gpt2", tmp_path / "run/dpo/model")  # the last was never made
+    assert check_trained("evaluate", settings(*models), data("Why not?")) == {}
     assert capsys.readouterr().out == ""
 
 
 def test_a_stage_that_does_not_say_is_named(tmp_path, capsys):
     sft = make_stage(tmp_path / "run", "sft", ["Why?"])
     (sft.parent / FILE).unlink()
-    assert check_trained(settings(sft), data("Why?")) == {}
-    assert "run/sft does not say which prompts it was trained on" in capsys.readouterr().out
+    ppo = make_stage(tmp_path / "run", "ppo", ["Who?"], ["sft/model", "../gone/reward/model"])
+    assert check_trained("evaluate", settings(ppo), data("Why?")) == {}
+    said = capsys.readouterr().out
+    assert "run/sft does not say which prompts it was trained on" in said
+    assert "gone/reward does not say which prompts it was trained on" in said  # a run that was deleted
 
 
 def test_stages_of_a_circle_are_visited_once(tmp_path):
@@ -96,8 +100,10 @@ def test_stages_of_a_circle_are_visited_once(tmp_path):
 def test_fingerprints_know_the_words_not_how_they_are_written():
     assert prompt_fingerprint(asked("\uff37hat  is\n it?")) == prompt_fingerprint(asked(" what is it? "))
     assert prompt_fingerprint(asked("What is it?")) != prompt_fingerprint(asked("What is it"))
-    system = [{"role": "system", "content": "what is it?"}]
-    assert prompt_fingerprint(system) != prompt_fingerprint(asked("what is it?"))
+    system = [{"role": "system", "content": "Be kind."}, *asked("What is it?")]
+    assert prompt_fingerprint(system) == prompt_fingerprint(asked("What is it?"))
+    answered = [{**message, "role": "assistant"} for message in asked("What is it?")]
+    assert prompt_fingerprint(answered) != prompt_fingerprint(asked("What is it?"))
 
 
 def test_each_data_module_says_what_it_trains_on(tmp_path):
@@ -115,6 +121,9 @@ def test_each_data_module_says_what_it_trains_on(tmp_path):
     assert trained[SFTDataModule] == trained[RewardDataModule] == trained[PPODataModule]
     held_out = {prompt_fingerprint(p.messages) for p in module.held_out_prompts}
     assert held_out and not held_out & trained[SFTDataModule]
+    module = FewShotDataModule(path, tokenizer, shots=[0], held_out=0.3)
+    module.setup()
+    assert {prompt_fingerprint(m) for m in module.evaluated_prompts()} == held_out
 
 
 def test_a_dialogue_trains_on_each_turn_that_is_learned(tmp_path):

@@ -142,7 +142,7 @@ class Server:
                 data = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
                 data = data if content is not None else b"<html>"
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Content-Length", str(len(data) + (said == "half of it")))
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -208,8 +208,9 @@ def test_what_fails_for_a_while_is_tried_again(server, judge):
     assert judge()(PROMPTS, ANSWERS) == BY_LENGTH
 
 
-def test_a_reply_that_is_no_json_is_asked_for_again(server, judge, tmp_path):
-    server.reply = lambda first, second, count: None if count == 1 else longer(first, second, count)
+@pytest.mark.parametrize("broken", [None, {"no": "text"}, "half of it"])
+def test_a_reply_that_is_broken_is_asked_for_again(server, judge, tmp_path, broken):
+    server.reply = lambda first, second, count: broken if count == 1 else longer(first, second, count)
     assert judge()(PROMPTS, ANSWERS) == BY_LENGTH
     assert len(server.asked) == 40
 

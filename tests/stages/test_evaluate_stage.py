@@ -14,7 +14,7 @@ from lit_rlhf.stages import EvaluateDataModule, EvaluateModule, WorldEvaluateDat
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures
 from lit_rlhf.stages.evaluate.text import text_figures, text_nats
 from lit_rlhf.text import train_bpe
-from lit_rlhf.text.chat import Speakers, ensure_chat_template, transcript_answer, transcript_prompt
+from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import write_jsonl
 
 
@@ -148,14 +148,3 @@ def test_perplexity_is_that_of_torchmetrics(policy, tokenizer, world):
     letters = sum(len(text.encode()) for text in documents)
     assert figures["bits_per_byte"] == pytest.approx(nats.sum().item() / math.log(2) / letters)
     assert figures["low"] < figures["perplexity"] < figures["high"]
-
-
-def test_transcripts_as_base_models_go_on_with_them():
-    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Who?")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    expected = "Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
-    assert transcript_prompt(messages, Speakers()) == expected
-    assert transcript_answer(" I am.\n\nand more\n\nHuman: Why?\n\nAssistant: So.", Speakers()) == "I am.\n\nand more"
-    world = WorldEvaluateDataModule.speakers
-    assert transcript_prompt(messages[1:2], world) == "Anna asked: Hi\nBen said:"
-    assert transcript_answer(" It is.\nEmma asked: Why?", world) == "It is."

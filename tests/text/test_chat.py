@@ -2,6 +2,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages import WorldEvaluateDataModule
 from lit_rlhf.text import (
     Transcript,
     encode_dialogues,
@@ -201,3 +202,9 @@ def test_a_transcript_without_opening_and_in_other_words(tokenizer):
     prompting = Transcript(human="Anna asked:", assistant="Ben said:", between="\n").prompting(tokenizer)
     [tokens] = encode_prompts(prompting, [[{"role": "user", "content": "Hi"}]])
     assert prompting.decode(tokens) == "Anna asked: Hi\nBen said:"
+    world = WorldEvaluateDataModule.transcript
+    assert world.template == Transcript(human="Anna asked:", assistant="Ben said:", between="\n").template
+    assert world.answer(" It is.\nEmma asked: Why?") == "It is."
+    said = " I am.\n\nand more\n\nHuman: Why?\n\nAssistant: So."
+    assert Transcript().answer(said) == "I am.\n\nand more" and Transcript().answer("Human: Why?") == ""
+    assert Transcript().answer(" I am") == "I am"

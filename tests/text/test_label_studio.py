@@ -132,6 +132,13 @@ def test_an_export_in_which_nothing_is_judged(tmp_path):
         load_records(path, parse_ranking)
 
 
+def test_files_that_are_no_export_in_the_format_json(tmp_path):
+    min_ = {"id": 1, "prompt": "q", "comparison": "left", "annotator": 1, "annotation_id": 2, "lead_time": 3.5}
+    for rows in ([min_], tasks([{"prompt": MESSAGES, "responses": TEXTS}], "pairwise")):
+        with pytest.raises(UserError, match="or an export of another format; export the project"):
+            load_records(export(tmp_path, *rows), parse_ranking)
+
+
 def test_tasks_and_templates():
     answers = [{"prompt": MESSAGES, "responses": TEXTS, "models": ["sft", "base", "sft"]}]
     pairs = tasks(answers, "pairwise")

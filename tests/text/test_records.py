@@ -97,6 +97,7 @@ def test_ranking():
         ({"instruction": "i", "chosen": "x", "rejected": "y"}, [user("i")], ["x", "y"]),
         # conversational, as in TRL: with the prompt apart, and with the prompt in both
         ({"prompt": PROMPT, "chosen": [assistant("x")], "rejected": [assistant("y")]}, PROMPT, ["x", "y"]),
+        ({"prompt": DIALOGUE, "chosen": TRANSCRIPT, "rejected": [*DIALOGUE, assistant("y")]}, DIALOGUE, ["", "y"]),
         ({"chosen": [*DIALOGUE, assistant("x")], "rejected": [*DIALOGUE, assistant("y")]}, DIALOGUE, ["x", "y"]),
         ({"chosen": [*PROMPT, assistant("x")], "rejected": [*PROMPT, assistant("x")]}, PROMPT, ["x", "x"]),
         # whole transcripts, as in hh-rlhf
@@ -308,6 +309,16 @@ def error(path, parse, on_bad_record="fail"):
             parse_ranking,
             {"prompt": "q", "chosen": "x", "rejected": 5},
             "'rejected' is 5; an answer or messages were expected",
+        ),
+        (
+            parse_ranking,
+            {"prompt": "Hi", "chosen": "\n\nHuman: Ho\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"},
+            "'chosen' answers 'Ho', but 'prompt' is 'Hi'",
+        ),
+        (
+            parse_ranking,
+            {"prompt": "Hi", "chosen": [assistant("x")], "rejected": [user("Hu"), assistant("y")]},
+            "'rejected' answers 'Hu', but 'prompt' is 'Hi'",
         ),
         (parse_ranking, {"chosen": "x", "rejected": "y"}, "no 'prompt', and 'chosen' is 'x', not a transcript"),
         (parse_ranking, {"chosen": "Human: a\n\nAssistant: b", "rejected": "y"}, "'rejected' is 'y', not a transcript"),

@@ -32,7 +32,7 @@ class Answer:
     text: str = ""
     finished: bool = False  # the model ended it; False: stopped by the person, or cut off
     rating: int = 0  # 1 thumbs up, -1 thumbs down, 0 none
-    line: str = ""  # of its feedback record
+    kept: dict[str, Any] | None = None  # its feedback record
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -124,9 +124,17 @@ class Conversation:
             self.go_on()
             return "nothing was kept: " + ("both answers are the same" if a.text == b.text else "an answer is empty")
         ranks = {"A": [1, 2], "B": [2, 1], "tie": [1, 1]}[choice]
-        lineage = {key: [a.lineage[key], b.lineage[key]] for key in a.lineage}
-        record = {"prompt": a.prompt, "responses": [a.text, b.text], "ranks": ranks, **lineage}
-        self.judgements.ranking({**record, "blind": not self.revealed})
+        self.judgements.ranking(
+            {
+                "prompt": a.prompt,
+                "responses": [a.text, b.text],
+                "ranks": ranks,
+                "models": [a.model, b.model],
+                "finished": [a.finished, b.finished],
+                "sampling": asdict(a.sampling),
+                "blind": not self.revealed,
+            }
+        )
         self.go_on(0 if choice != "B" else 1)
         return f"kept in {self.judgements.labels_file}"
 
@@ -146,13 +154,12 @@ class Conversation:
             raise UserError("an empty answer cannot be rated")
         if answer.rating == rating:
             return "already kept" if rating else "no thumb to take back"
-        if answer.rating:
-            self.judgements.take_back(answer.line)
-            answer.rating = 0
+        if answer.kept:
+            self.judgements.take_back(answer.kept)
+            answer.kept, answer.rating = None, 0
         if rating:
             record = {"prompt": answer.prompt, "response": answer.text, "rating": rating, **answer.lineage}
-            answer.line = self.judgements.feedback(record)
-            answer.rating = rating
+            answer.kept, answer.rating = self.judgements.feedback(record), rating
         return f"kept in {self.judgements.feedback_file}" if rating else "taken back"
 
     def set_sampling(self, **changes: Any) -> None:

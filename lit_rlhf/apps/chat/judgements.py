@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.apps.record_file import RecordFile
 
 
 class Judgements:
@@ -34,44 +32,19 @@ class Judgements:
         """Choices between two answers."""
         return self.folder / f"labels-{self.round}.jsonl"
 
-    def feedback(self, record: dict[str, Any]) -> str:
-        """Keep a feedback record; returns its line, by which it can be taken back."""
-        return _append(self.feedback_file, {**record, "annotator": self.annotator, "round": self.round})
+    def feedback(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Keep a feedback record; returns it as it was kept, so that it can be taken back."""
+        return self._keep(self.feedback_file, record)
 
-    def ranking(self, record: dict[str, Any]) -> str:
+    def ranking(self, record: dict[str, Any]) -> None:
         """Keep a ranking record."""
-        return _append(self.labels_file, {**record, "annotator": self.annotator, "round": self.round})
+        self._keep(self.labels_file, record)
 
-    def take_back(self, line: str) -> None:
+    def take_back(self, kept: dict[str, Any]) -> None:
         """Remove a feedback record."""
-        _blank(self.feedback_file, line)
+        RecordFile(self.feedback_file).remove(kept)
 
-
-def _append(path: Path, record: dict[str, Any]) -> str:
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Appended by one write: another process's lines stand before or after it, never inside.
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            end = os.lseek(file, 0, os.SEEK_END)
-            torn = end > 0 and os.pread(file, 1, end - 1) != b"\n"  # by a process that was killed
-            os.write(file, (b"\n" if torn else b"") + line.encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise UserError(f"{path}: the judgement could not be written ({error.strerror}); nothing was kept") from None
-    return line
-
-
-def _blank(path: Path, line: str) -> None:
-    """Overwrite a line by spaces, which readers skip: the lines after it stay where another process wrote them."""
-    wanted = line.encode()
-    with path.open("r+b") as file:
-        at = file.read().rfind(wanted)
-        if at >= 0:
-            file.seek(at)
-            file.write(b" " * (len(wanted) - 1))
-            file.flush()
-            os.fsync(file.fileno())
+    def _keep(self, file: Path, record: dict[str, Any]) -> dict[str, Any]:
+        kept = {**record, "annotator": self.annotator, "round": self.round}
+        RecordFile(file).append(kept)
+        return kept

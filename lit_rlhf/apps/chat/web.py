@@ -106,7 +106,12 @@ class ChatPage:
                     ]
             self.notice = gr.HTML(elem_id="notice")
             self.box = gr.Textbox(
-                show_label=False, placeholder="Your message", submit_btn=True, autofocus=True, elem_id="box"
+                show_label=False,
+                placeholder="Your message",
+                submit_btn=True,
+                autofocus=True,
+                max_lines=8,
+                elem_id="box",
             )
             with gr.Row(elem_id="actions"):
                 regenerate = gr.Button("Regenerate", size="sm", min_width=60, elem_id="regenerate")
@@ -249,7 +254,7 @@ class ChatPage:
             note = act()
         except UserError as error:
             note = str(error)
-        return self._view(conversation, note[:1].upper() + note[1:])
+        return self._view(conversation, note)
 
     def _busy(self, conversation: Conversation, text: str = "", answers: list[Answer] | None = None) -> Update:
         """While an answer is written: nothing can be chosen, but it can be stopped."""
@@ -267,7 +272,7 @@ class ChatPage:
         return {
             self.talk: gr.Chatbot(value=_messages(conversation), feedback_value=_thumbs(conversation)),
             self.compare: gr.Column(visible=bool(conversation.choices)),
-            self.notice: _escaped(note),
+            self.notice: _escaped(note[:1].upper() + note[1:]),
             self.box: self._box(),
             self.names: "Hide names" if conversation.revealed else "Show names",
             **(self._cards(conversation, conversation.choices) if conversation.choices else {}),

@@ -81,7 +81,7 @@ class LabellingPage:
             serve(make_app(labelling, about, self.host), listener)
         finally:
             labelling.close()
-        print(f"label: {len(labelling.judged.records):,} records in {labelling.judged.path}; to train: {about['next']}")
+        print(f"label: {len(labelling.records):,} records in {labelling.judged.path}; to train: {about['next']}")
 
     def labelling(self) -> Labelling:
         """The items with their queues and files."""

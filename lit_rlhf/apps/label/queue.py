@@ -18,26 +18,28 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_rlhf.apps.label.record_file import RecordFile
 from lit_rlhf.apps.label.tasks import Item, Task
+from lit_rlhf.apps.record_file import RecordFile
 from lit_rlhf.errors import UserError
 
 REPEAT_AFTER = 8  # other judgements, at least, before an item is shown again
 AWAY = 900.0  # seconds after which an item on a person's screen is no longer kept for them
+OWN = {"item", "turn", "annotator"}  # fields of every record of the page; chat's records, say, have no item
 RECENT = 20  # judgements that the speed is measured on
 
 
 class Labelling:
     """The items, each person's queue through them, and the files of judgements.
 
-    ``<file>-<round>.jsonl`` holds one record for each item and person. ``aside-<file>-<round>.jsonl`` holds what is no
-    record to train on: skipped items, second judgements of repeated items, and what was undone. Each step of a person
-    changes one of the two, so that no step can be half done. Methods may be called from several threads.
+    ``<file>-<round>.jsonl`` holds one record for each item and person; others (chat) may write there too, and what they
+    wrote is left as it is. ``aside-<file>-<round>.jsonl`` holds what is no record to train on: skipped items, second
+    judgements of repeated items, and what was undone. Each step of a person changes one of the two, so that no step can
+    be half done. Methods may be called from several threads.
 
     Args:
         items: what is to be judged; equal ones count once.
         task: what is asked.
-        folder: where the files are; a second process for the same files is refused.
+        folder: where the files are; a second page for the same files is refused.
         round: part of the files' names.
         seed: of the order of items and answers, which differ from person to person.
         repeat: share of the items that a person gets again.
@@ -60,24 +62,30 @@ class Labelling:
         self.repeat = repeat if task.can_repeat else 0.0
         name = f"{task.file}-{round}.jsonl"
         self._lock = threading.RLock()
-        self._alone = _only_writer(folder / f".{name}.lock")
+        self.judged, self.aside = RecordFile(folder / name), RecordFile(folder / f"aside-{name}")
+        self._alone = _only_page(folder / f".{name}.page.lock")
         try:
-            self.judged, self.aside = RecordFile(folder / name), RecordFile(folder / f"aside-{name}")
+            known = [event for file in (self.judged, self.aside) for event in file.read() if event.keys() >= OWN]
         except UserError:
             self._alone.release()
             raise
         self._on_screen: dict[str, tuple[str, float]] = {}  # person -> item, when
         self._orders: dict[str, list[str]] = {}
+        self._undone: list[dict[str, Any]] = []
         self._events: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for event in [*self.judged.records, *self.aside.records]:
-            if event.get("aside") != "undone":
-                self._events[event["annotator"]].append(event)
+        for event in known:
+            (self._undone if event.get("aside") == "undone" else self._events[event["annotator"]]).append(event)
         for events in self._events.values():
             events.sort(key=lambda event: event["turn"])
 
     def close(self) -> None:
         """Let another process have the files."""
         self._alone.release()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What was judged on the page and not taken back, to train on."""
+        return [event for events in self._events.values() for event in events if "aside" not in event]
 
     @property
     def annotators(self) -> list[str]:
@@ -123,11 +131,7 @@ class Labelling:
             if again and not self._event(annotator, item, False):
                 raise ValueError("this item was not judged a first time")
             event = {**said, **self._about(annotator, known, note, seconds), "shown": shown, **known.others}
-            if again:
-                self.aside.append({**event, "aside": "repeated", "again": True})
-            else:
-                self.judged.append(event)
-            self._events[annotator].append((self.aside if again else self.judged).records[-1])
+            self._keep({**event, "aside": "repeated", "again": True} if again else event)
             return self.state(annotator)
 
     def skip(self, annotator: str, item: str, again: bool, note: str = "", seconds: float = 0.0) -> dict[str, Any]:
@@ -137,8 +141,7 @@ class Labelling:
             known = self._item(item)
             if not self._event(annotator, item, again):
                 about = self._about(annotator, known, note, seconds)
-                self.aside.append({**about, "aside": "skipped", "again": again})
-                self._events[annotator].append(self.aside.records[-1])
+                self._keep({**about, "aside": "skipped", "again": again})
             return self.state(annotator)
 
     def undo(self, annotator: str, turn: int) -> dict[str, Any]:
@@ -151,10 +154,16 @@ class Labelling:
             if events[-1]["turn"] == turn:
                 event = events[-1]
                 # Nothing a person wrote is thrown away; a copy that was set aside counts for nothing else.
-                self.aside.append({**event, "aside": "undone", "again": _is_repeat(event)})
+                undone = {**event, "aside": "undone", "again": _is_repeat(event)}
+                self.aside.append(undone)
                 (self.aside if "aside" in event else self.judged).remove(event)
+                self._undone.append(undone)
                 events.pop()
             return self.state(annotator)
+
+    def _keep(self, event: dict[str, Any]) -> None:
+        (self.aside if "aside" in event else self.judged).append(event)
+        self._events[event["annotator"]].append(event)
 
     def _next(self, annotator: str) -> tuple[Item | None, bool, int]:
         """(item, whether it is a repeated one, how many are left to judge a first time)."""
@@ -194,7 +203,7 @@ class Labelling:
         for name, (item, since) in self._on_screen.items():
             if now - since < AWAY:
                 others[item].add(name)
-        for record in self.judged.records:
+        for record in self.records:
             others[record["item"]].add(record["annotator"])
         return {item for item, names in others.items() if len(names - {annotator}) >= self.people_per_item}
 
@@ -210,14 +219,13 @@ class Labelling:
             "again": again,
             "prompt": item.prompt,
             "answers": [item.responses[i] for i in self._shown(annotator, item, again)],
-            "before": self._undone(annotator, item.id, again),
+            "before": self._before(annotator, item.id, again),
         }
 
-    def _undone(self, annotator: str, item: str, again: bool) -> dict[str, Any] | None:
+    def _before(self, annotator: str, item: str, again: bool) -> dict[str, Any] | None:
         """What the person had said of the item before taking it back."""
-        for event in reversed(self.aside.records):
-            same = (event["annotator"], event["item"], _is_repeat(event)) == (annotator, item, again)
-            if same and event["aside"] == "undone":
+        for event in reversed(self._undone):
+            if (event["annotator"], event["item"], _is_repeat(event)) == (annotator, item, again):
                 # A skip that was undone said nothing.
                 return {"verdict": self.task.verdict(event), "note": event["note"]} if "shown" in event else None
         return None
@@ -273,7 +281,7 @@ def _per_hour(events: list[dict[str, Any]]) -> float | None:
     return 3600 * len(seconds) / sum(seconds) if sum(seconds) > 0 else None
 
 
-def _only_writer(path: Path) -> FileLock:
+def _only_page(path: Path) -> FileLock:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

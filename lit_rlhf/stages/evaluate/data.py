@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +10,8 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
-from lit_rlhf.text.chat import Speakers
-from lit_rlhf.text.records import OnBadRecord, load_records, parse_text
+from lit_rlhf.text.chat import Transcript
+from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_text
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
 
@@ -25,7 +25,7 @@ class EvaluateDataModule(PromptDataModule):
 
     The others are those of :class:`PromptDataModule`."""
 
-    speakers = Speakers()  # who talks in the transcript that a base model goes on with
+    transcript = Transcript()  # that a base model goes on with
 
     def __init__(
         self,
@@ -49,6 +49,10 @@ class EvaluateDataModule(PromptDataModule):
         )  # fmt: skip
         self.text = text
 
+    def evaluated_prompts(self) -> Iterator[Messages]:
+        """The prompts that no model may have been trained on."""
+        yield from (prompt.messages for prompt in self.held_out_prompts)
+
     def documents(self) -> Sequence[str]:
         """The held-out text; empty where there is none."""
         return [] if self.text is None else load_records(self.text, parse_text, self.on_bad_record).records
@@ -60,7 +64,8 @@ class EvaluateDataModule(PromptDataModule):
 class WorldEvaluateDataModule(WorldPromptDataModule, EvaluateDataModule):
     """The held-out prompts of the built-in world, and ``text_documents`` documents newly drawn from its corpus."""
 
-    speakers = Speakers("Anna asked:", "Ben said:", "\n", "\n")  # as people talk in the corpus, a line each
+    # As people talk in the corpus, a line each.
+    transcript = Transcript(human="Anna asked:", assistant="Ben said:", between="\n", end="\n")
 
     def __init__(
         self,

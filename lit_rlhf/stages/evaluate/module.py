@@ -30,7 +30,7 @@ from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.ppo.rollout import pack_on, response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
 from lit_rlhf.stages.prompts import PromptBatch
-from lit_rlhf.text.chat import encode_prompts, encode_responses, transcript_answer, transcript_prompt
+from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import seeded
 
@@ -93,6 +93,8 @@ class EvaluateModule(LightningModule):
         if self.judge is not None and not there[self.judge]:
             known = ", ".join(name for name, here in there.items() if here) or "nobody"
             raise UserError(f"evaluate.module.judge={self.judge}: there is none in this evaluation; there is {known}")
+        if PROMPTED in self.answers:
+            self.tokenizers[PROMPTED] = self.trainer.datamodule.transcript.prompting(self.tokenizers["base"])
 
     @property
     def _gold(self) -> Any:
@@ -126,13 +128,14 @@ class EvaluateModule(LightningModule):
     def _answer(
         self, name: str, batch: PromptBatch, n: int, sampling: Sampling, place: tuple[int, ...], into: Answers
     ) -> None:
-        policy, tokenizer = self._model(name)
+        policy, tokenizer = self.policies["base" if name == PROMPTED else name], self.tokenizers[name]
         room = context_length(policy) - sampling.max_new_tokens
-        repeated = [tokens[-room:] for tokens in self._encoded(name, batch) for _ in range(n)]
+        # Each model is prompted by its own template: a base model only sees the text and goes on with it.
+        repeated = [tokens[-room:] for tokens in encode_prompts(tokenizer, batch.messages) for _ in range(n)]
         answers = answer(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
-            cut = [transcript_answer(text, self.trainer.datamodule.speakers) for text in texts]
+            cut = [self.trainer.datamodule.transcript.answer(text) for text in texts]
             finished = [f or short != text for f, short, text in zip(finished, cut, texts)]
             texts = cut
         into.texts += _grouped(texts, n)
@@ -147,21 +150,9 @@ class EvaluateModule(LightningModule):
         if name != "sft" and self._talks_like_sft(name) and sampling.temperature > 0:
             into.kl += _grouped(self._kl(repeated, answers).tolist(), n)
 
-    def _model(self, name: str) -> tuple[Any, PreTrainedTokenizerBase]:
-        own = "base" if name == PROMPTED else name
-        return self.policies[own], self.tokenizers[own]
-
-    def _encoded(self, name: str, batch: PromptBatch) -> list[list[int]]:
-        """Each model is prompted by its own template: a base model only sees the text and goes on with it."""
-        _, tokenizer = self._model(name)
-        if name != PROMPTED:
-            return encode_prompts(tokenizer, batch.messages)
-        texts = [transcript_prompt(messages, self.trainer.datamodule.speakers) for messages in batch.messages]
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
     def _scores(self, name: str, batch: PromptBatch, answers: Responses, texts: list[str], n: int) -> Tensor:
         """Scores (B,) of the answers behind the prompts as the reward model knows them."""
-        known, own = self.trainer.datamodule.tokenizer, self._model(name)[1]
+        known, own = self.trainer.datamodule.tokenizer, self.tokenizers[name]
         responses = answers.token_lists()
         if name == PROMPTED or own.get_vocab() != known.get_vocab():  # cut, or in tokens that it does not know
             responses = encode_responses(known, [m for m in batch.messages for _ in range(n)], texts)

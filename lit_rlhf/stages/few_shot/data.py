@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -15,6 +15,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.stages.prompts import spread
 from lit_rlhf.text.records import (
     LabelledText,
+    Messages,
     MultipleChoice,
     OnBadRecord,
     OpenQuestion,
@@ -120,13 +121,18 @@ class FewShotDataModule(LightningDataModule):
         self.task = "exact match" if open_ended[0] else "choice"
         labels = tuple(sorted({t.label for t in (*train, *held_out) if isinstance(t, LabelledText | Similarity)}))
         self.train_set = [as_shot(task, labels) for task in train[: self.limit]]
-        self.val_set = [as_shot(task, labels) for task in spread(held_out, self.limit_held_out)]
+        self.held_out_tasks = spread(held_out, self.limit_held_out)
+        self.val_set = [as_shot(task, labels) for task in self.held_out_tasks]
         if self.shots[-1] > len(self.train_set):
             raise UserError(
                 f"few_shot.data.shots: {self.shots[-1]} examples are asked for, and there are {len(self.train_set)} "
                 "to draw from"
             )
         self._before, self._space = _split_space(self.template.removesuffix("{answer}"))
+
+    def evaluated_prompts(self) -> Iterator[Messages]:
+        """The prompts that the model may not have been trained on."""
+        yield from map(task_prompt, self.held_out_tasks)
 
     def prompt(self, place: int, shots: int) -> str:
         """The text of a held-out task behind ``shots`` examples, up to where its answer begins."""

@@ -13,7 +13,7 @@ from lit_rlhf.functional import wilson_interval
 from lit_rlhf.models import Sampling, answer, context_length, freeze
 from lit_rlhf.stages.few_shot.data import Shot, ShotBatch
 from lit_rlhf.stages.ppo.rollout import response_logprobs
-from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.packing import pack
 from lit_rlhf.text.records import write_jsonl
 
 Normalize = Literal["sum", "token", "byte"]
@@ -67,7 +67,7 @@ class FewShotModule(LightningModule):
         sequences = [[*p, *choice] for p, choices in zip(batch.prompts, batch.choices) for choice in choices]
         lengths = [len(choice) for choices in batch.choices for choice in choices]
         rows = pack(sequences, self.tokenizer.pad_token_id, min(128, context_length(self.policy)))
-        packed = Packed(*(tensor.to(self.device) for tensor in rows))
+        packed = rows.to(self.device)
         counts = packed.lengths.new_tensor(lengths)
         sums = response_logprobs(self.policy, packed, counts, 1.0).sum(-1).tolist()
         told, at = [], 0

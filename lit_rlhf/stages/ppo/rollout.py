@@ -56,8 +56,7 @@ class Rollout:
 
 def pack_on(sequences: list[list[int]], pad_id: int, device: torch.device, lengths: Tensor) -> Packed:
     """Packed rows on ``device``, of sequences that end with responses of ``lengths`` (N,) tokens."""
-    packed = pack(sequences, pad_id, response_lengths=lengths.tolist())
-    return Packed(*(None if tensor is None else tensor.to(device) for tensor in packed))
+    return pack(sequences, pad_id, response_lengths=lengths.tolist()).to(device)
 
 
 def response_logits(

@@ -114,10 +114,14 @@ class RewardModelAnnotator(nn.Module):
         messages = [p for p, answers in zip(prompts, responses) for _ in answers]
         texts = [text for answers in responses for text in answers]
         room = context_length(self.reward_model)
-        sequences = [[*p, *r][-room:] for p, r in zip(repeated, encode_responses(self.tokenizer, messages, texts))]
-        model = self.reward_model
-        parts = [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
-        packed = [pack_on(part, model.config.pad_token_id, model.device) for part in parts]
+        answered = encode_responses(self.tokenizer, messages, texts)
+        sequences = [[*p, *r][-room:] for p, r in zip(repeated, answered)]
+        lengths = torch.tensor([min(len(r), room) for r in answered])
+        model, size = self.reward_model, self.batch_size
+        packed = [
+            pack_on(sequences[i : i + size], model.config.pad_token_id, model.device, lengths[i : i + size])
+            for i in range(0, len(sequences), size)
+        ]
         return torch.cat([packed_scores(model, part).float().cpu() for part in packed])
 
 

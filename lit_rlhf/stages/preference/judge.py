@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPException
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -179,10 +180,11 @@ class LLMJudge:
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.loads(response.read())["choices"][0]["message"]["content"] or ""
+                return str(json.loads(response.read())["choices"][0]["message"]["content"] or "")
         except urllib.error.HTTPError as error:
             raise self._refused(error, question) from None
-        except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, time out, no JSON, other JSON
+        # No connection, time out, half a reply, no JSON, other JSON.
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
             reason = getattr(error, "reason", error)
             raise _Passing(f"{type(reason).__name__}: {reason}") from None
 

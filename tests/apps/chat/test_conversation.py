@@ -73,15 +73,6 @@ def test_thumbs_are_feedback_records_at_once_and_can_be_changed(converse, judgem
     assert judgements.feedback_file.name == "feedback-2.jsonl"
 
 
-def test_a_line_that_was_cut_off_does_not_spoil_the_next(judgements):
-    judgements.feedback({"rating": 1})
-    with judgements.feedback_file.open("a") as file:
-        file.write('{"rating": ')
-    judgements.feedback({"rating": -1})
-    lines = judgements.feedback_file.read_text().splitlines()
-    assert json.loads(lines[0])["rating"] == 1 and json.loads(lines[2])["rating"] == -1
-
-
 @pytest.mark.parametrize(("choice", "ranks", "chosen"), [("A", [1, 2], 0), ("B", [2, 1], 1), ("tie", [1, 1], 0)])
 def test_a_choice_is_a_ranking_record_that_a_reward_model_reads(converse, judgements, choice, ranks, chosen):
     talk = converse("ppo", "base")
@@ -92,7 +83,7 @@ def test_a_choice_is_a_ranking_record_that_a_reward_model_reads(converse, judgem
     [ranking] = load_records(judgements.labels_file, parse_ranking).records
     assert ranking.prompt == [user("Who are you?")] and ranking.annotator == "anna"
     assert ranking.responses == [a.text for a in shown] and ranking.ranks == ranks
-    assert ranking.lineage["model"] == [a.model for a in shown] and ranking.lineage["round"] == 2
+    assert ranking.lineage["models"] == [a.model for a in shown] and ranking.lineage["round"] == 2
     assert rows(judgements.labels_file)[0]["blind"] is True
     assert judgements.labels_file.name == "labels-2.jsonl"
 

@@ -47,7 +47,7 @@ def test_two_models_blind(converse, judgements):
     named = next(line for line in shown if line.startswith("[A is "))
     assert a < b < shown.index(named)
     record = json.loads(judgements.labels_file.read_text())
-    assert named == "[A is {}, B is {}]".format(*record["model"]) and record["ranks"] == [2, 1]
+    assert named == "[A is {}, B is {}]".format(*record["models"]) and record["ranks"] == [2, 1]
     assert record["blind"] is False  # the names stood there when the choice was made
     assert talk.messages[-1]["content"] == record["responses"][1]
 

@@ -1,7 +1,6 @@
 """The page in a real browser."""
 
 import json
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import Sampling
 
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'lit-rlhf[ui]')")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=http://evil.test/x onerror=alert(1)><b>Who</b> & **you**?"
 
 
@@ -50,24 +48,13 @@ def serve():
         page.blocks.close(verbose=False)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def visit(browser):
+def visit(chromium):
     """visit(address) -> the page; in the end it is checked that nothing was asked of any other host."""
     elsewhere, tabs = [], []
 
     def visit(address, width=1280):
-        tab = browser.new_page(viewport={"width": width, "height": 800})
+        tab = chromium.new_page(viewport={"width": width, "height": 800})
         tab.set_default_timeout(10_000)
         tab.on("request", lambda request: elsewhere.append(request.url))
         tab.goto(address)
@@ -193,7 +180,7 @@ def test_two_answers_side_by_side_blind(converse, judgements, serve, visit):
     wait(lambda: rows(judgements.labels_file))
     [record] = rows(judgements.labels_file)
     assert record["responses"] == [a.text for a in answers] and record["ranks"] == [2, 1]
-    assert record["model"] == [a.model for a in answers]
+    assert record["models"] == [a.model for a in answers]
     wait(lambda: [as_shown(t) for t in bubbles(tab, "bot")] == [as_shown(answers[1].text)])
     assert not tab.is_visible("#choose-b")
     width = tab.evaluate("document.documentElement.scrollWidth")

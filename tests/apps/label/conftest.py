@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import threading
 import time
@@ -85,18 +84,3 @@ def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """A browser without a window; the test is left out where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-    with playwright.sync_playwright() as started:
-        found = path if Path(path).exists() else started.chromium.executable_path
-        if not Path(found).exists():
-            pytest.skip("no chromium: CHROMIUM names its program, or `playwright install chromium` brings one")
-        # Chromium's own sandbox needs rights that containers do not have.
-        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()

@@ -5,10 +5,11 @@ import threading
 
 import pytest
 
+from lit_rlhf.apps.chat import Judgements
 from lit_rlhf.apps.label import Item, Labelling, Rank, Rate, Write
 from lit_rlhf.apps.label.queue import REPEAT_AFTER
-from lit_rlhf.apps.label.record_file import RecordFile
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.records import load_records, parse_ranking
 
 
 def items(n, k=3):
@@ -31,13 +32,13 @@ def open_(files):
         labelling.close()
 
 
-def go_on(labelling, who, verdict=(1, 2, 3), steps=1):
+def go_on(labelling, who, verdict=None, steps=1):
     """Judge what is shown; returns the items."""
-    seen = []
+    seen, verdict = [], verdict or [1, 2, 3]
     for _ in range(steps):
         item = labelling.state(who)["item"]
         seen.append((item["id"], item["again"]))
-        labelling.judge(who, item["id"], item["again"], list(verdict), seconds=10)
+        labelling.judge(who, item["id"], item["again"], verdict, seconds=10)
     return seen
 
 
@@ -95,7 +96,7 @@ def test_everyone_has_an_order_of_their_own(open_):
     labelling = open_(30, repeat=0.0)
     ann, bob = go_on(labelling, "ann", steps=30), go_on(labelling, "bob", steps=30)
     assert ann != bob and sorted(ann) == sorted(bob)
-    records = labelling.judged.records
+    records = labelling.records
     assert len(records) == 60
     shown = [tuple(r["shown"]) for r in records]
     assert len(set(shown)) == 6  # all orders of three answers
@@ -125,7 +126,7 @@ def test_people_share_the_items_where_one_judgement_each_is_enough(open_):
         if labelling.state("bob")["item"]:
             go_on(labelling, "bob")
     assert labelling.state("bob")["item"] is None
-    assert len(labelling.judged.records) == len({r["item"] for r in labelling.judged.records}) == 7
+    assert len(labelling.records) == len({r["item"] for r in labelling.records}) == 7
 
 
 def test_undo_takes_the_last_step_back_and_shows_what_was_said(open_, files):
@@ -230,22 +231,7 @@ def test_text_that_cannot_be_written_is_refused_and_nothing_is_kept(open_, files
     assert labelling.state("ann")["turn"] == 0
     long = "\u05e9\u05dc\u05d5\u05dd \U0001f600 \u2028" * 20_000
     labelling.judge("ann", item, False, long)
-    assert open_(2, Write(True)).judged.records[0]["response"] == long.strip()
-
-
-def test_a_disk_that_is_full_keeps_no_half_line(tmp_path, monkeypatch):
-    file = RecordFile(tmp_path / "labels-0.jsonl")
-    record = {"item": "x", "turn": 1, "annotator": "ann"}
-    file.append(record)
-    before = file.path.read_bytes()
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="not saved \\(No space left on device\\)"):
-        file.append({**record, "turn": 2})
-    assert file.path.read_bytes() == before and len(file.records) == 1
+    assert open_(2, Write(True)).records[0]["response"] == long.strip()
 
 
 def test_a_second_server_on_the_same_files_is_refused(open_, files):
@@ -256,13 +242,62 @@ def test_a_second_server_on_the_same_files_is_refused(open_, files):
     Labelling(items(2), Rate(2), files.folder).close()
 
 
-def test_a_file_that_is_not_the_pages_is_named_with_its_line(open_, files):
+def test_a_line_that_is_no_record_is_named(open_, files):
     labelling = open_()
     go_on(labelling, "ann")
     path = files.folder / "labels-0.jsonl"
     with path.open("a") as file:
-        file.write('{"prompt": "x"}\n')
-    with pytest.raises(UserError, match=r"labels-0.jsonl:2: not a record of the labelling page \(no 'item'"):
+        file.write('{"prompt": \n')
+    with pytest.raises(UserError, match=r"labels-0.jsonl:2: not a record \(Expecting value"):
         open_()
     path.write_text(path.read_text().splitlines()[0] + "\n")
     open_()  # the refusal did not keep the files
+
+
+def test_the_page_and_chat_write_into_one_file_in_any_order(open_, files):
+    path = files.folder / "labels-0.jsonl"
+    chat = Judgements(files.folder, annotator="ann")
+    said = {"prompt": "q0", "responses": ["x", "y"], "ranks": [2, 1], "models": ["a", "b"]}
+    chat.ranking(said)  # before the page is there
+    labelling = open_()
+    assert labelling.state("ann")["done"] == 0
+    go_on(labelling, "ann", steps=2)
+    chat.ranking({**said, "ranks": [1, 1]})  # while it is there
+    with path.open("a") as file:
+        file.write('{"prompt":  "by hand", "responses": ["1", "2"], "ranks": [1, 2]}')  # and no end of the line
+    foreign = [line for line in path.read_text().splitlines() if "shown" not in line]
+    go_on(labelling, "ann")
+    labelling.undo("ann", 3)
+    labelling.undo("ann", 2)
+    again = open_()
+    assert again.state("ann")["done"] == 1
+    go_on(again, "ann", steps=3)
+    chat.ranking(said)
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if "shown" not in line] == [*foreign, lines[0]]
+    own = [json.loads(line) for line in lines if "shown" in line]
+    assert len(own) == len({r["item"] for r in own}) == 4 and [r["turn"] for r in own] == [1, 2, 3, 4]
+    assert len(load_records(path, parse_ranking).records) == 8
+
+
+def test_the_page_and_chat_write_at_the_same_time(open_, files):
+    labelling = open_(30, Rate(2))
+    chat = Judgements(files.folder, annotator="bob")
+
+    def thumbs():
+        for i in range(30):
+            kept = chat.feedback({"prompt": "p", "response": f"r{i} {'long ' * 3000}", "rating": 1})
+            if i % 3 == 0:
+                chat.take_back(kept)
+
+    thread = threading.Thread(target=thumbs)
+    thread.start()
+    for turn in range(1, 31):
+        go_on(labelling, "ann", verdict=1)
+        if turn % 3 == 0:
+            labelling.undo("ann", turn)
+            go_on(labelling, "ann", verdict=-1)
+    thread.join()
+    rows = files.read(files.folder / "feedback-0.jsonl")
+    assert sorted(r["turn"] for r in rows if r["annotator"] == "ann") == list(range(1, 31))
+    assert [r["response"].split()[0] for r in rows if r["annotator"] == "bob"] == [f"r{i}" for i in range(30) if i % 3]
