@@ -35,7 +35,8 @@ class RewardHead:
     for a token that the model would have chosen itself, below for all others."""
 
     kind: Literal["linear", "mlp", "likelihood"] = "linear"
-    pooling: Literal["last", "mean", "token"] = "last"  # token: an added one, whose embedding is learned
+    # mean: over prompt and answer; answer: over the answer alone; token: an added one, whose embedding is learned
+    pooling: Literal["last", "mean", "answer", "token"] = "last"
 
     @property
     def plain(self) -> bool:
@@ -75,9 +76,8 @@ class ScoreHead(nn.Module):
         elif self.spec.pooling == "last":
             pooled = hidden[batch.ends]
         else:
-            owner = torch.repeat_interleave(torch.arange(len(batch.lengths), device=hidden.device), batch.lengths)
-            zeros = hidden.new_zeros(len(batch.lengths), hidden.shape[1])
-            pooled = zeros.index_add(0, owner, hidden[_tokens(batch)]) / batch.lengths[:, None]
+            positions, mask = response_positions(batch, self._pooled_lengths(batch))
+            pooled = (hidden[positions] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         scores = self.read(pooled).squeeze(-1)
         if self.spec.kind != "likelihood":
             return scores
@@ -87,12 +87,11 @@ class ScoreHead(nn.Module):
         """What each token (R * L,) would score were it the last one: a critic that begins as the reward model.
 
         An added token is read by none of them: such a head is asked about states that it has not been trained on."""
-        if self.spec.pooling == "mean":
-            hidden_so_far = torch.zeros_like(hidden)
-            for start, length in zip(batch.starts.tolist(), batch.lengths.tolist()):
-                steps = torch.arange(1, length + 1, device=hidden.device)
-                hidden_so_far[start : start + length] = hidden[start : start + length].cumsum(0) / steps[:, None]
-            values = self.read(hidden_so_far).squeeze(-1)
+        if self.spec.pooling in ("mean", "answer"):
+            positions, mask = response_positions(batch, self._pooled_lengths(batch))
+            steps = torch.arange(1, mask.shape[1] + 1, device=hidden.device)
+            so_far = hidden[positions].cumsum(1) / steps[:, None]
+            values = self.read(torch.zeros_like(hidden).index_copy(0, positions[mask], so_far[mask])).squeeze(-1)
         else:
             values = self.read(hidden).squeeze(-1)
         if self.spec.kind != "likelihood":
@@ -101,11 +100,13 @@ class ScoreHead(nn.Module):
         mask = response_positions(batch, batch.response_lengths)[1]
         return values.float().index_add(0, flat, likelihoods.cumsum(-1)[mask])
 
+    def _pooled_lengths(self, batch: Packed) -> Tensor:
+        """Tokens (N,) at the end of each sequence over which the mean is taken."""
+        return batch.lengths if self.spec.pooling == "mean" else _answer_lengths(batch)
+
     def _likelihoods(self, hidden: Tensor, batch: Packed, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """(positions, gated log-likelihoods): (M,) flat indices of the answers' tokens, and (N, T), 0 after an end."""
-        if batch.response_lengths is None:
-            raise ValueError("a likelihood head must know the answers: pack with response_lengths")
-        positions, mask = response_positions(batch, batch.response_lengths)
+        positions, mask = response_positions(batch, _answer_lengths(batch))
         flat = positions[mask]
         before = hidden[flat - 1]  # the state that predicts a token
         logits = (before @ embedding.T if self.lm_head is None else self.lm_head(before)).float()
@@ -255,8 +256,8 @@ def check_head(found: RewardHead, wanted: RewardHead, path: str | Path) -> None:
         )
 
 
-def _tokens(batch: Packed) -> Tensor:
-    """Flat indices of all sequences' tokens, one sequence after the other, without padding."""
-    steps = torch.arange(int(batch.lengths.sum()), device=batch.starts.device)
-    before = batch.lengths.cumsum(0) - batch.lengths
-    return steps + torch.repeat_interleave(batch.starts - before, batch.lengths)
+def _answer_lengths(batch: Packed) -> Tensor:
+    """Tokens (N,) of the answers; raises ``ValueError`` where the batch does not say."""
+    if batch.response_lengths is None:
+        raise ValueError("a head that reads answers must know them: pack with response_lengths")
+    return batch.response_lengths

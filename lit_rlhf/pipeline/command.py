@@ -34,6 +34,7 @@ from lit_rlhf.pipeline.settings import (
     sweep_jobs,
 )
 from lit_rlhf.pipeline.sweep import objective_of, write_job
+from lit_rlhf.training import Interrupted
 
 HYDRAS_OWN = ("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 
@@ -120,6 +121,8 @@ def run(cfg: DictConfig) -> float | None:
         error = users_mistake(raised) or raised
         if sweeping:
             note_failure(cfg, error)
+            if isinstance(error, Interrupted):  # the person meant the sweep
+                fail(f"sweep ended; to go on, add hydra.sweep.dir={HydraConfig.get().sweep.dir} to the same command")
             return float("nan")
         if isinstance(error, Waiting) and len(stages_of(cfg)) == 1:  # what was asked for is done as far as it can be
             print(error)

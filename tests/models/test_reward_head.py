@@ -28,7 +28,7 @@ from lit_rlhf.text import ensure_chat_template, pack
 
 PROMPTS = ["What is 42?", "I am", "Who are you? You are 12", "It"]
 ANSWERS = ["I am the cat", "12", "You are  30, the cat! Who?", "is 42"]
-HEADS = [RewardHead(k, p) for k, p in product(("linear", "mlp", "likelihood"), ("last", "mean", "token"))]
+HEADS = [RewardHead(k, p) for k, p in product(("linear", "mlp", "likelihood"), ("last", "mean", "answer", "token"))]
 NOT_PLAIN = HEADS[1:]
 
 
@@ -74,7 +74,7 @@ def by_hand(model, policy, tokens, answer_length):
     """The score of one sequence, alone and without our packing."""
     spec, ids = model.score.spec, torch.tensor([tokens])
     hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-    pooled = hidden.mean(0) if spec.pooling == "mean" else hidden[-1]
+    pooled = {"mean": hidden.mean(0), "answer": hidden[-answer_length:].mean(0)}.get(spec.pooling, hidden[-1])
     if spec.pooling == "token":
         embedded = torch.cat([model.get_input_embeddings()(ids), model.score.token[None, None]], 1)
         pooled = model.base_model(inputs_embeds=embedded).last_hidden_state[0, -1]
@@ -158,9 +158,10 @@ def test_a_fresh_likelihood_head_scores_what_the_model_would_have_said_0(saved_p
     assert scores[0] == 0 and scores[1] < 0
 
 
-def test_a_likelihood_head_wants_to_know_the_answers(reward_model_with, tokenizer):
+@pytest.mark.parametrize("head", [RewardHead("likelihood"), RewardHead("linear", "answer")], ids=named)
+def test_a_head_that_reads_answers_wants_to_know_them(head, reward_model_with, tokenizer):
     with pytest.raises(ValueError, match="pack with response_lengths"):
-        packed_scores(reward_model_with(RewardHead("likelihood")), pack([[5, 6, 7]], tokenizer.pad_token_id))
+        packed_scores(reward_model_with(head), pack([[5, 6, 7]], tokenizer.pad_token_id))
 
 
 @torch.no_grad()

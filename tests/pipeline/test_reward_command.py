@@ -16,7 +16,7 @@ register_resolvers()
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward.head.pooling=max", "reward.head.pooling=max: it should be 'last', 'mean' or 'token'"),
+        ("reward.head.pooling=max", "reward.head.pooling=max: it should be 'last', 'mean', 'answer' or 'token'"),
         ("reward.head.kind=bilinear", "reward.head.kind=bilinear: it should be 'linear', 'mlp' or 'likelihood'"),
         ("reward.module.margin=-1", "reward.module.margin=-1: it should be greater than or equal to 0"),
         ("reward.module.label_smoothing=0.5", "reward.module.label_smoothing=0.5: it should be less than 0.5"),

@@ -134,19 +134,9 @@ def test_unwritable_folder(lit_rlhf, tmp_path):
 def test_stopped_run_goes_on_to_the_same_weights(lit_rlhf, run_copy, finished_run, same_weights, stage, how):
     shutil.rmtree(run_copy / stage)
     more = ["sft.trainer.max_epochs=40", "ppo.trainer.limit_train_batches=40"]
-    process = subprocess.Popen(
-        lit_rlhf.command(f"stage={stage}", "run=stopped", "from_run=quickstart", *more), cwd=run_copy.parents[1],
-        env=lit_rlhf.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
     folder = run_copy.parent / "stopped" / stage
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "last.ckpt").is_file() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(how)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
+    command = lit_rlhf.command(f"stage={stage}", "run=stopped", "from_run=quickstart", *more)
+    said = stopped(command, how, folder, lit_rlhf, run_copy)
     assert not (folder / "done.json").exists()
     if how == signal.SIGINT:
         assert "run the same command again" in said and "Traceback" not in said
@@ -156,6 +146,33 @@ def test_stopped_run_goes_on_to_the_same_weights(lit_rlhf, run_copy, finished_ru
     assert same_weights(folder, run_copy.parent / "whole" / stage)
     whole = read_metrics(run_copy.parent / "whole" / stage / "metrics.csv")
     assert read_metrics(folder / "metrics.csv") == whole
+
+
+def stopped(command, how, folder, lit_rlhf, run_copy):
+    """Start a command, send the signal ``how`` some steps after its first checkpoint in ``folder``; what it said."""
+    process = subprocess.Popen(
+        command, cwd=run_copy.parents[1], env=lit_rlhf.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").is_file() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    return said
+
+
+def test_ctrl_c_ends_a_sweep_which_can_go_on(lit_rlhf, run_copy):
+    asked = ["-m", "stage=sft", "run=swept", "from_run=quickstart", "sft.trainer.max_epochs=20", "seed=1,2"]
+    sweep = run_copy.parent / "swept" / "sweeps" / "one"
+    asked.append(f"hydra.sweep.dir={sweep}")
+    said = stopped(lit_rlhf.command(*asked), signal.SIGINT, sweep / "0" / "sft", lit_rlhf, run_copy)
+    assert f"add hydra.sweep.dir={sweep} to the same command" in said and "Traceback" not in said
+    assert not (sweep / "1").exists()
+    assert "goes on from" in lit_rlhf(*asked).stdout
+    assert [row["status"] for row in csv.DictReader((sweep / "sweep.csv").open())] == ["done", "done"]
 
 
 def test_sweep_ends_in_one_table(lit_rlhf, run_copy):
