@@ -12,14 +12,13 @@ PROMPTS = [f"What is {a} plus {b}?" for a in range(5) for b in range(5)]
 def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    own = ["run=mine", "from_run=quickstart", "preference/data=jsonl", "preference.data.path=prompts.jsonl",
-           "reward/data=collected", "preference/annotator=people"]  # fmt: skip
+    own = ["experiment=own_prompts", "preference.data.path=prompts.jsonl"]  # as README has it
     run = tmp_path / "runs" / "mine"
 
     said = lit_rlhf("stage=preference", *own).stdout
     assert "25 prompts with their answers" in said and "stage=label" in said
     assert not (run / "preference" / "done.json").exists() and not (run / "report.html").exists()
-    waiting = lit_rlhf("stage=[preference,reward]", *own, check=False)
+    waiting = lit_rlhf(*own, check=False)
     assert waiting.returncode == 2 and "stage=label" in waiting.stderr  # the reward model cannot be trained yet
 
     answers = [json.loads(line) for line in (run / "data/answers-0.jsonl").read_text().splitlines()]
@@ -35,15 +34,12 @@ def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finish
     assert "val_accuracy" in summary["reward"]
 
     # More labels: the stage takes them in by itself, without drawing an answer anew.
-    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels))
+    turned = {**labels[0], "ranks": labels[0]["ranks"][::-1]}
+    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [turned, *labels[1:]]))
     before = (run / "data/answers-0.jsonl").read_text()
     lit_rlhf("stage=preference", *own)
     assert json.loads((run / "summary.json").read_text())["preference"]["rankings"] == 25
     assert (run / "data/answers-0.jsonl").read_text() == before
-    # One that is turned round, too.
-    turned = {**labels[0], "ranks": labels[0]["ranks"][::-1]}
-    (run / "data/labels-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [turned, *labels[1:]]))
-    lit_rlhf("stage=preference", *own)
     ranked = (run / "data/rankings-0.jsonl").read_text().splitlines()
     assert json.loads(ranked[0])["ranks"] == turned["ranks"]
     # Other answers are another matter.

@@ -39,7 +39,7 @@ def test_shakespeare_by_characters(lit_rlhf, test_data, tmp_path):
 def test_reward_model_on_human_preferences(lit_rlhf, test_data, tmp_path):
     path = test_data / "hh-rlhf" / "harmless-base.jsonl"
     said = lit_rlhf(
-        "experiment=hh_rlhf", f"reward.data.path={path}", "reward.data.limit=150", "logger=csv", "threads=1",
+        "experiment=hh_rlhf", f"reward.data.path={path}", "reward.data.limit=150", "model=pico", "logger=csv", "threads=1",
         "callbacks.progress_bar=false", fast=False,
     ).stdout  # fmt: skip
     figures = summary(tmp_path, "hh_rlhf")["reward"]
