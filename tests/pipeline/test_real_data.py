@@ -6,13 +6,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
 )
 
-from lit_rlhf.models import load_reward_model
+from lit_rlhf.models import load_reward_model, score_shift
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +38,8 @@ def test_shakespeare_by_characters(lit_rlhf, test_data, tmp_path):
 def test_reward_model_on_human_preferences(lit_rlhf, test_data, tmp_path):
     path = test_data / "hh-rlhf" / "harmless-base.jsonl"
     said = lit_rlhf(
-        "experiment=hh_rlhf", f"reward.data.path={path}", "reward.data.limit=150", "model=pico", "logger=csv", "threads=1",
-        "callbacks.progress_bar=false", fast=False,
+        "experiment=hh_rlhf", f"reward.data.path={path}", "reward.data.limit=150", "model=pico", "logger=csv",
+        "threads=1", "callbacks.progress_bar=false", fast=False,
     ).stdout  # fmt: skip
     figures = summary(tmp_path, "hh_rlhf")["reward"]
     assert "bag_of_words_accuracy" in said  # shown beside the model's own
@@ -48,8 +47,8 @@ def test_reward_model_on_human_preferences(lit_rlhf, test_data, tmp_path):
     assert figures["bag_of_words_accuracy"] > 0.55
     assert 0.4 < figures["val_accuracy"] < 0.75
     assert figures["gold_accuracy"] is None
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "hh_rlhf" / "reward" / "model")
-    assert model.config.score_shift != 0
+    model = load_reward_model(tmp_path / "runs" / "hh_rlhf" / "reward" / "model")
+    assert model.score.spec.pooling == "answer" and score_shift(model) != 0
 
 
 def test_instructions_with_gpt2s_tokenizer(lit_rlhf, test_data, tmp_path):

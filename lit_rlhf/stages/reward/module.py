@@ -155,18 +155,19 @@ class RewardModule(LightningModule):
         metrics = self.trainer.callback_metrics
         gold = metrics.get("val/reward/gold_accuracy")
         data = self.trainer.datamodule
-        figures = {
+        beside = {}
+        if self.bag_of_words:
+            from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy  # scikit-learn takes a second to import
+
+            beside["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)
+        return {
             "val_loss": metrics["val/reward/loss"].item(),
             "val_accuracy": metrics["val/reward/accuracy"].item(),
+            **beside,
             "gold_accuracy": None if gold is None else gold.item(),
             "val_pairs": data.val_pairs,
             **self._diagnosis,
         }
-        if self.bag_of_words:
-            from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy  # scikit-learn takes a second to import
-
-            figures["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)
-        return figures
 
     def export(self, folder: Path) -> None:
         """Write ``model/``: with the plain head a sequence classifier that transformers loads, its logit being the

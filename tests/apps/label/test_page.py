@@ -1,12 +1,10 @@
 """The labelling page in a real browser, with the real server behind it."""
 
-import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -324,27 +322,33 @@ def test_someone_who_comes_without_a_name_is_asked(serve, chromium, files):
     page.close()
 
 
+IN_A_CELL = """
+import asyncio, sys
+from lit_rlhf.apps.label import LabellingPage
+
+async def cell():
+    LabellingPage(sys.argv[1], sys.argv[2], port=int(sys.argv[3])).launch()
+    print("the next cell")
+
+asyncio.new_event_loop().run_until_complete(cell())  # asyncio.run answers to SIGINT itself, a notebook does not
+"""
+
+
 def test_in_a_notebook_the_page_serves_until_the_cell_is_interrupted(files, free_port):
     """A notebook's cells run inside an event loop, and interrupting one is a SIGINT."""
-    page = LabellingPage(files.write(files.folder / "source.jsonl", files.answers(1)), files.folder, port=free_port)
-    status = []
-
-    def visit_and_interrupt():
-        for _ in range(100):
-            try:
-                status.append(urllib.request.urlopen(f"http://127.0.0.1:{free_port}", timeout=1).status)
-                break
-            except OSError:
-                time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    async def cell():
-        threading.Thread(target=visit_and_interrupt).start()
-        page.launch()
-
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(cell())
-    loop.close()
-    assert status == [200]
+    source = files.write(files.folder / "source.jsonl", files.answers(1))
+    arguments = [str(source), str(files.folder), str(free_port)]
+    command = [sys.executable, "-c", IN_A_CELL, *arguments]
+    notebook = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = None
+    while status is None and notebook.poll() is None:
+        try:
+            status = urllib.request.urlopen(f"http://127.0.0.1:{free_port}", timeout=5).status
+        except OSError:
+            time.sleep(0.05)
+    notebook.send_signal(signal.SIGINT)
+    said, errors = notebook.communicate(timeout=60)
+    assert status == 200, errors
+    assert "the next cell" in said, errors
     with socket.socket() as sock:
         assert sock.connect_ex(("127.0.0.1", free_port)) != 0  # the server has ended
