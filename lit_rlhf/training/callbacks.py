@@ -7,6 +7,8 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,12 +87,14 @@ class LastCheckpoint(Callback):
     """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and on Ctrl-C or SIGTERM.
 
     Always after a whole step, so that what is resumed is what an uninterrupted run had there. The file is written under
-    another name and renamed, so a kill in the middle leaves the one before."""
+    another name, and gets its own when what the step has logged is on disk, too: whenever the process is killed, there
+    is a checkpoint with all the rows of ``metrics.csv`` up to it."""
 
     def __init__(self, folder: str | Path, every_n_batches: Annotated[int, Field(ge=1)] = 100) -> None:
         self.path = Path(folder) / "last.ckpt"
         self.every_n_batches = every_n_batches
         self._interrupted = False
+        self._unkept = False  # a checkpoint is written, and what its step logs is not yet
         self._stopped = 0  # the batch after which the user's wish to stop was saved
         self._handlers: dict[int, Any] = {}
         self.earlier_seconds = 0.0  # of starts that were interrupted
@@ -103,7 +107,7 @@ class LastCheckpoint(Callback):
         self.earlier_seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._interrupted, self._stopped = False, 0
+        self._interrupted, self._stopped, self._unkept = False, 0, False
         if threading.current_thread() is threading.main_thread():
             # SIGTERM too: a cluster that takes its machine back sends it, and Lightning only notes it down.
             self._handlers = {s: signal.signal(s, self._on_interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -117,10 +121,12 @@ class LastCheckpoint(Callback):
             self._stopped = batches if stop else 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._raise_if_stopped()  # not sooner: what the saved step logs, and a validation after it, are written
+        self._keep(trainer)  # not sooner: Lightning logs a step, and a validation after it, when the step has ended
+        self._raise_if_stopped()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+        self._keep(trainer)
         if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):  # also in a validation at the end
             self._stopped = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         self._raise_if_stopped()
@@ -130,14 +136,26 @@ class LastCheckpoint(Callback):
         self._restore_handler()
 
     def _save(self, trainer: Trainer) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):  # what was logged up to the checkpoint is on disk with it
-                logger.write()
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            trainer.save_checkpoint(temporary)
+        with self._disk():
+            trainer.save_checkpoint(self.path.with_suffix(".tmp"))
+        self._unkept = True
+
+    def _keep(self, trainer: Trainer) -> None:
+        """Let the checkpoint that was saved take the place of the one before."""
+        if not self._unkept:
+            return
+        self._unkept = False
+        with self._disk():
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.write()
             if trainer.is_global_zero:
-                temporary.replace(self.path)
+                self.path.with_suffix(".tmp").replace(self.path)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
 

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -137,6 +138,32 @@ def test_the_noise_is_felt(uninterrupted, tmp_path):
     assert equal(weights(again), weights(module))
     other, _ = fit(tmp_path / "other", seed=1)
     assert not equal(weights(other), weights(module))
+
+
+class PowerCut(Callback):
+    """Keeps a copy of the folder as each hook finds it on disk."""
+
+    def __init__(self, folder, copies):
+        self.folder, self.copies, self.n = folder, copies, 0
+
+    def copy(self, *_):
+        self.n += 1
+        if (self.folder / "last.ckpt").is_file():
+            shutil.copytree(self.folder, self.copies / str(self.n))
+
+    on_train_batch_start = on_train_batch_end = on_validation_start = on_validation_end = on_train_epoch_end = copy
+
+
+@pytest.mark.parametrize("every", [2, 6])
+def test_all_rows_up_to_a_checkpoint_are_on_disk_whenever_the_power_is_cut(tmp_path, uninterrupted, every):
+    fit(tmp_path / "run", PowerCut(tmp_path / "run", tmp_path / "copies"), every=every)
+    whole = read_metrics(uninterrupted[0] / "metrics.csv")
+    copies = list((tmp_path / "copies").iterdir())
+    assert len(copies) > 50
+    for copy in copies:
+        steps = torch.load(copy / "last.ckpt", weights_only=True)["global_step"]
+        rows = read_metrics(copy / "metrics.csv")
+        assert [rows.get(step) for step in range(steps)] == [whole[step] for step in range(steps)]
 
 
 # 12 batches an epoch, 2 a step: before the first save; within and between windows; around the ends of two epochs; where
