@@ -75,7 +75,7 @@ def fit(tmp_path):
         last = LastCheckpoint(tmp_path / folder, settings.pop("every", 10**6))
         trainer = make_trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
-            callbacks=[RandomState(), *callbacks, last], **settings,
+            callbacks=[RandomState(), last, *callbacks], **settings,
         )  # fmt: skip
         data.setup()
         trainer.fit(module, datamodule=data, ckpt_path=last.path if resume else None, weights_only=True)
