@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).parents[2]
 FAST = ["debug=fast", "logger=csv", "callbacks.progress_bar=false", "threads=1"]
@@ -28,14 +29,17 @@ def lit_rlhf(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
+def finished_run(tmp_path_factory, worker_id):
     """A whole pipeline in miniature: runs/quickstart below the folder that is returned. Do not write into it."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_rlhf", *FAST], cwd=folder, env=env, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared if worker_id == "master" else shared.parent) / "pipeline"
+    with FileLock(f"{folder}.lock"):  # of two workers one makes it, for both
+        if not (folder / "runs/quickstart/report.html").is_file():
+            folder.mkdir(exist_ok=True)
+            env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "lit_rlhf", *FAST]
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
 
