@@ -21,7 +21,7 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.lora import LoRA, add_lora, merged
-from lit_rlhf.models.policy import load_pretrained, match_tokenizer, packed_hidden, policy_from_config
+from lit_rlhf.models.policy import context_length, load_pretrained, match_tokenizer, packed_hidden, policy_from_config
 from lit_rlhf.models.reward_head import (
     RewardEnsemble,
     RewardHead,
@@ -138,12 +138,16 @@ def score_answers(
     responses: Sequence[str],
     batch_size: int = 64,
 ) -> Tensor:
-    """Scores (N,) of one answer to each of N prompts, shifted so that demonstrations average 0; on the CPU."""
-    device, scores = next(model.parameters()).device, []
-    before, answers = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, prompts, responses)
+    """Scores (N,) of one answer to each of N prompts, shifted so that demonstrations average 0; on the CPU.
+
+    Of what does not fit into the model's context the end is read."""
+    device, room, scores = next(model.parameters()).device, context_length(model), []
+    answers = encode_responses(tokenizer, prompts, responses)
+    sequences = [[*p, *r][-room:] for p, r in zip(encode_prompts(tokenizer, prompts), answers)]
+    lengths = [min(len(r), room - 1) for r in answers]  # a token stays before the answer: it predicts the first
     for i in range(0, len(prompts), batch_size):
-        sequences = [[*p, *r] for p, r in zip(before[i : i + batch_size], answers[i : i + batch_size])]
-        packed = pack(sequences, tokenizer.pad_token_id, response_lengths=[len(r) for r in answers[i : i + batch_size]])
+        part = slice(i, i + batch_size)
+        packed = pack(sequences[part], tokenizer.pad_token_id, response_lengths=lengths[part])
         scores.append(packed_scores(model, packed.to(device)).float().cpu() + score_shift(model))
     return torch.cat(scores)
 

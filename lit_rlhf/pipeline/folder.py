@@ -219,7 +219,8 @@ def fingerprint_of(path: Path) -> str | None:
     if not path.is_file():
         return None
     # A person who turns a ranking round changes no length.
-    return f"{path.stat().st_size} bytes {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    with path.open("rb") as file:
+        return f"{path.stat().st_size} bytes {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def check_inputs(cfg: DictConfig) -> None:

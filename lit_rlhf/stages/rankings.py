@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_tem
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, load_records, parse_ranking, split_by_prompt
 from lit_rlhf.text.world import World
-from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training import ExampleDataModule
 
 
 class RankingBatch(NamedTuple):
@@ -49,7 +48,7 @@ class EncodedRanking(NamedTuple):
     annotator: str
 
 
-class RankingDataModule(LightningDataModule):
+class RankingDataModule(ExampleDataModule):
     """Rankings or pairs from a file.
 
     Args:
@@ -183,22 +182,6 @@ class RankingDataModule(LightningDataModule):
     def val_pairs(self) -> int:
         """Held-out pairs that the annotator did not tie."""
         return sum(a != b for r in self.val_set for i, a in enumerate(r.ranks) for b in r.ranks[:i])
-
-    def train_dataloader(self) -> BatchLoader[RankingBatch]:
-        return BatchLoader(
-            shuffled(len(self.train_set), self.seed),
-            min(self.batch_size, len(self.train_set)),
-            lambda mine, everyones: self.collate(self.train_set, mine, everyones),
-            **sharding(self.trainer),
-        )
-
-    def val_dataloader(self) -> BatchLoader[RankingBatch]:
-        return BatchLoader(
-            in_order(len(self.val_set)),
-            4 * self.batch_size,
-            lambda mine, everyones: self.collate(self.val_set, mine, everyones),
-            keep_rest=True,
-        )
 
 
 class WorldRankingDataModule(RankingDataModule):

@@ -1,6 +1,6 @@
 """What the stages share around training: optimizer, schedule, batches, callbacks."""
 
-from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding, shuffled
+from lit_rlhf.training.batches import BatchLoader, ExampleDataModule, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
     BestCheckpoint,
     Interrupted,
@@ -18,6 +18,7 @@ from lit_rlhf.training.trainer import make_trainer
 __all__ = [
     "BatchLoader",
     "BestCheckpoint",
+    "ExampleDataModule",
     "Interrupted",
     "LastCheckpoint",
     "MetricsFile",

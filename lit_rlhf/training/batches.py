@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from torch import Generator
 
 Batch = TypeVar("Batch")
@@ -113,6 +113,32 @@ def shuffled(size: int, seed: int, length: int | None = None) -> Callable[[int],
 def in_order(size: int) -> Callable[[int], range]:
     """An order for :class:`BatchLoader`: ``range(size)`` in every epoch."""
     return lambda epoch: range(size)
+
+
+class ExampleDataModule(LightningDataModule):
+    """Batches of the examples in ``train_set``, shuffled, and of those in ``val_set``, in order.
+
+    A subclass sets both, ``batch_size`` and ``seed``."""
+
+    def collate(self, items: Sequence[Any], mine: list[int], everyones: list[int]) -> Any:
+        """The batch of the items ``mine`` of a micro-batch, out of ``everyones`` of the optimizer step."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> BatchLoader[Any]:
+        return BatchLoader(
+            shuffled(len(self.train_set), self.seed),
+            min(self.batch_size, len(self.train_set)),
+            lambda mine, everyones: self.collate(self.train_set, mine, everyones),
+            **sharding(self.trainer),
+        )
+
+    def val_dataloader(self) -> BatchLoader[Any]:
+        return BatchLoader(
+            in_order(len(self.val_set)),
+            4 * self.batch_size,
+            lambda mine, everyones: self.collate(self.val_set, mine, everyones),
+            keep_rest=True,
+        )
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> Generator:

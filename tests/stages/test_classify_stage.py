@@ -87,10 +87,10 @@ def test_two_similar_texts_have_no_order(data, module):
     assert {len(e.readings) for e in swapped.train_set} == {2}
     classifier = module(made)
     a, b = made.train_set[0].readings
-    batches = [made._collate([made.train_set[0]._replace(readings=r)], [0], [0]) for r in ([a, b], [b, a])]
+    batches = [made.collate([made.train_set[0]._replace(readings=r)], [0], [0]) for r in ([a, b], [b, a])]
     logits = [classifier.logits(_hidden(classifier, batch), batch) for batch in batches]
     assert_close(*logits)
-    alone = made._collate([made.train_set[0]._replace(readings=[a])], [0], [0])
+    alone = made.collate([made.train_set[0]._replace(readings=[a])], [0], [0])
     assert not torch.allclose(classifier.logits(_hidden(classifier, alone), alone), logits[0])
 
 
@@ -135,7 +135,7 @@ def test_figures_by_hand(data, module):
     made = data(CLASSES[:20])
     classifier = module(made)
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    batch = made._collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=labels)
+    batch = made.collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=labels)
     told = torch.tensor([0, 0, 1, 1, 1, 1])
     classifier._val = [(torch.eye(3)[told] * 9, batch)]
     classifier.log_dict = lambda metrics, **_: classifier.trainer.__class__.__dict__["callback_metrics"].update(metrics)
@@ -156,7 +156,7 @@ def test_choices_and_similar_texts_export_so_that_plain_transformers_agree(data,
         classifier.export(tmp_path)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
         example = made.train_set[1]
-        batch = made._collate([example], [0], [0])
+        batch = made.collate([example], [0], [0])
         scores = torch.cat([model(torch.tensor([r])).logits for r in example.readings])
         expected = scores.T if kind == "choice" else scores.sum(0, keepdim=True)
         assert_close(classifier.logits(_hidden(classifier, batch), batch), expected, atol=1e-4, rtol=1e-4)
@@ -171,7 +171,7 @@ def test_adapters_are_merged(data, module, policy, tmp_path):
             torch.nn.init.normal_(parameter)
     classifier.export(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
-    batch = made._collate([made.train_set[0]], [0], [0])
+    batch = made.collate([made.train_set[0]], [0], [0])
     expected = model(torch.tensor(made.train_set[0].readings)).logits
     assert_close(classifier.logits(_hidden(classifier, batch), batch), expected, atol=1e-4, rtol=1e-4)
 

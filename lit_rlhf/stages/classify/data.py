@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
+from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.readings import add_reading_tokens, encode_readings, readings
 from lit_rlhf.text.records import (
@@ -20,13 +20,10 @@ from lit_rlhf.text.records import (
     MultipleChoice,
     OnBadRecord,
     Similarity,
-    load_records,
     parse_labelled,
-    split_by_prompt,
-    task_prompt,
 )
 from lit_rlhf.text.world import World
-from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training import ExampleDataModule
 
 TaskKind = Literal["classification", "similarity", "choice"]
 
@@ -48,7 +45,7 @@ class EncodedExample(NamedTuple):
     label: int
 
 
-class ClassifyDataModule(LightningDataModule):
+class ClassifyDataModule(TaskDataModule, ExampleDataModule):
     """Labelled records of one kind from a file.
 
     Args:
@@ -93,12 +90,6 @@ class ClassifyDataModule(LightningDataModule):
         self.long = 0  # readings that were too long
         self.train_set: list[EncodedExample] = []
 
-    def records(self) -> tuple[list[Labelled], list[Labelled]]:
-        """(train, held out)."""
-        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
-        self.skipped = loaded.skipped
-        return split_by_prompt(loaded.records, task_prompt, self.held_out, self.split_seed)
-
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
@@ -141,7 +132,7 @@ class ClassifyDataModule(LightningDataModule):
             kept.append(EncodedExample(list(tokens), label))
         return kept
 
-    def _collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
+    def collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
         chosen = [items[i] for i in mine]
         packed = pack([r for item in chosen for r in item.readings], self.tokenizer.pad_token_id, self.row_length)
         # The first token of a reading is predicted by nothing.
@@ -155,24 +146,8 @@ class ClassifyDataModule(LightningDataModule):
             total * len(mine) / len(everyones),
         )
 
-    def train_dataloader(self) -> BatchLoader[ClassifyBatch]:
-        return BatchLoader(
-            shuffled(len(self.train_set), self.seed),
-            min(self.batch_size, len(self.train_set)),
-            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
-            **sharding(self.trainer),
-        )
 
-    def val_dataloader(self) -> BatchLoader[ClassifyBatch]:
-        return BatchLoader(
-            in_order(len(self.val_set)),
-            4 * self.batch_size,
-            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
-            keep_rest=True,
-        )
-
-
-class WorldClassifyDataModule(ClassifyDataModule):
+class WorldClassifyDataModule(WorldTasks, ClassifyDataModule):
     """A labelled task of the built-in world.
 
     Args:
@@ -199,13 +174,3 @@ class WorldClassifyDataModule(ClassifyDataModule):
             limit=limit,
         )  # fmt: skip
         self.world, self.world_task, self.examples = world, task, examples
-
-    def records(self) -> tuple[list[Labelled], list[Labelled]]:
-        sides = (("train", self.examples), ("held_out", 400))
-        return tuple(
-            [
-                parse_labelled(row)
-                for row in self.world.tasks(self.world_task, n, self.split_seed, split, self.split_seed)
-            ]
-            for split, n in sides
-        )

@@ -27,10 +27,11 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
-from lit_rlhf.stages.ppo.rollout import pack_on, response_logprobs
+from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.chat import encode_prompts, encode_responses
+from lit_rlhf.text.packing import pack
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import seeded
 
@@ -87,12 +88,24 @@ class EvaluateModule(LightningModule):
         self.best = Answers()  # of these the one that the reward model likes best
         self.prompts: list[dict[str, Any]] = []
         self.texts: dict[str, dict[str, Any]] = {}  # of each model on held-out text
+        self._knows_tokens: set[str] = set()  # models whose tokens are those of the prompts
+        self._talks_like_sft: set[str] = set()  # and with SFT's tokens and turns: both know how likely an answer is
 
     def on_test_start(self) -> None:
         there = {"gold": self._gold is not None, "reward_model": self.reward_model, "annotator": self.annotator}
         if self.judge is not None and not there[self.judge]:
             known = ", ".join(name for name, here in there.items() if here) or "nobody"
             raise UserError(f"evaluate.module.judge={self.judge}: there is none in this evaluation; there is {known}")
+        asked_in = self.trainer.datamodule.tokenizer.get_vocab()
+        vocabularies = {name: self.tokenizers[name].get_vocab() for name in self.policies}
+        self._knows_tokens = {name for name, vocabulary in vocabularies.items() if vocabulary == asked_in}
+        if "sft" in self.policies:
+            template = self.tokenizers["sft"].chat_template
+            self._talks_like_sft = {
+                name
+                for name, vocabulary in vocabularies.items()
+                if vocabulary == vocabularies["sft"] and self.tokenizers[name].chat_template == template
+            }
         if PROMPTED in self.answers:
             self.tokenizers[PROMPTED] = self.trainer.datamodule.transcript.prompting(self.tokenizers["base"])
 
@@ -147,33 +160,27 @@ class EvaluateModule(LightningModule):
             into.grades += _grouped([grade_figures(g) for g in grades], n)
         if self.reward_model is not None:
             into.scores += _grouped(self._scores(name, batch, answers, texts, n).tolist(), n)
-        if name != "sft" and self._talks_like_sft(name) and sampling.temperature > 0:
+        if name != "sft" and name in self._talks_like_sft and sampling.temperature > 0:
             into.kl += _grouped(self._kl(repeated, answers).tolist(), n)
 
     def _scores(self, name: str, batch: PromptBatch, answers: Responses, texts: list[str], n: int) -> Tensor:
         """Scores (B,) of the answers behind the prompts as the reward model knows them."""
-        known, own = self.trainer.datamodule.tokenizer, self.tokenizers[name]
         responses = answers.token_lists()
-        if name == PROMPTED or own.get_vocab() != known.get_vocab():  # cut, or in tokens that it does not know
+        if name not in self._knows_tokens:  # in tokens that it does not know, or cut
+            known = self.trainer.datamodule.tokenizer
             responses = encode_responses(known, [m for m in batch.messages for _ in range(n)], texts)
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
         sequences = [p + r for p, r in zip(prompts, responses)]
-        lengths = torch.tensor([len(r) for r in responses])
-        packed = pack_on(sequences, self.reward_model.config.pad_token_id, self.device, lengths)
+        lengths = [len(r) for r in responses]
+        packed = pack(sequences, self.reward_model.config.pad_token_id, response_lengths=lengths).to(self.device)
         return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(
             self.reward_model
         )
 
-    def _talks_like_sft(self, name: str) -> bool:
-        """Whether a model has SFT's tokens and turns, so that both can be asked how likely an answer is."""
-        if "sft" not in self.policies or name == PROMPTED:
-            return False
-        ours, sft = self.tokenizers[name], self.tokenizers["sft"]
-        return ours.chat_template == sft.chat_template and ours.get_vocab() == sft.get_vocab()
-
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
-        packed = pack_on(sequences, self.tokenizers["sft"].pad_token_id, self.device, answers.lengths)
+        pad_id, lengths = self.tokenizers["sft"].pad_token_id, answers.lengths.tolist()
+        packed = pack(sequences, pad_id, response_lengths=lengths).to(self.device)
         ref = response_logprobs(self.policies["sft"], packed, answers.lengths, self.sampling.temperature)
         return sequence_kl(answers.logprobs, ref, answers.mask)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.prompts import spread
+from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
 from lit_rlhf.text.records import (
     LabelledText,
     Messages,
@@ -21,9 +21,7 @@ from lit_rlhf.text.records import (
     OpenQuestion,
     Similarity,
     Task,
-    load_records,
     parse_task,
-    split_by_prompt,
     task_prompt,
 )
 from lit_rlhf.text.world import TaskName, World
@@ -52,7 +50,7 @@ class ShotBatch(NamedTuple):
     choices: list[list[list[int]]]  # tokens of each choice of each task; none where the answer is open
 
 
-class FewShotDataModule(LightningDataModule):
+class FewShotDataModule(TaskDataModule):
     """Tasks of one kind from a file; the held-out ones are asked, the others serve as examples.
 
     Args:
@@ -104,12 +102,6 @@ class FewShotDataModule(LightningDataModule):
             )
         if not self.shots:
             raise UserError("few_shot.data.shots=[]: give one or more numbers of examples, 0 among them say")
-
-    def records(self) -> tuple[list[Task], list[Task]]:
-        """(to draw examples from, to be asked)."""
-        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
-        self.skipped = loaded.skipped
-        return split_by_prompt(loaded.records, task_prompt, self.held_out, self.split_seed)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
@@ -184,7 +176,7 @@ def _split_space(text: str) -> tuple[str, str]:
     return stripped, text[len(stripped) :]
 
 
-class WorldFewShotDataModule(FewShotDataModule):
+class WorldFewShotDataModule(WorldTasks, FewShotDataModule):
     """A task of the built-in world: "kind", "truth", "choice" and "same" as in ``stage=classify``; "answer" is open."""
 
     def __init__(
@@ -209,10 +201,3 @@ class WorldFewShotDataModule(FewShotDataModule):
             batch_size=batch_size, limit_held_out=limit_held_out, limit=limit, split_seed=split_seed, seed=seed,
         )  # fmt: skip
         self.world, self.world_task, self.examples = world, task, examples
-
-    def records(self) -> tuple[list[Task], list[Task]]:
-        sides = (("train", self.examples), ("held_out", 400))
-        return tuple(
-            [parse_task(row) for row in self.world.tasks(self.world_task, n, self.split_seed, split, self.split_seed)]
-            for split, n in sides
-        )

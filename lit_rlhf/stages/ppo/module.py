@@ -50,7 +50,6 @@ from lit_rlhf.stages.ppo.rollout import (
     SAMPLES,
     TEXT,
     Rollout,
-    pack_on,
     record_of,
     response_logits,
     response_values,
@@ -60,7 +59,7 @@ from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.pretrain.data import PretrainDataModule
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
-from lit_rlhf.text.packing import Packed
+from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
 
@@ -209,7 +208,7 @@ class PPOModule(LightningModule):
 
     def packed(self, sequences: list[list[int]], lengths: Tensor) -> Packed:
         """Rows without padding, on this module's device; responses of ``lengths`` (N,) tokens end the sequences."""
-        return pack_on(sequences, self.tokenizer.pad_token_id, self.device, lengths)
+        return pack(sequences, self.tokenizer.pad_token_id, response_lengths=lengths.tolist()).to(self.device)
 
     @property
     def _exact(self) -> bool:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import Responses, next_token_logits, packed_hidden, response_positions
 from lit_rlhf.stages.prompts import PromptBatch
-from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.packing import Packed
 
 ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)  # what PPO draws random numbers for
 
@@ -52,11 +52,6 @@ class Rollout:
         """Minibatches of all answers, in an order drawn from ``generator`` (on the CPU)."""
         for index in torch.randperm(len(self), generator=generator).split(minibatch_size):
             yield self.select(index.to(self.lengths.device))
-
-
-def pack_on(sequences: list[list[int]], pad_id: int, device: torch.device, lengths: Tensor) -> Packed:
-    """Packed rows on ``device``, of sequences that end with responses of ``lengths`` (N,) tokens."""
-    return pack(sequences, pad_id, response_lengths=lengths.tolist()).to(device)
 
 
 def response_logits(

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import context_length, freeze, load_reward_model, packed_scores
+from lit_rlhf.models import freeze, load_reward_model, score_answers
 from lit_rlhf.stages.functions import resolve
-from lit_rlhf.stages.ppo.rollout import pack_on
-from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.text.tokenizer import load_tokenizer
 
@@ -110,19 +108,9 @@ class RewardModelAnnotator(nn.Module):
 
     def scores(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Tensor:
         """Scores (N,) of all answers, prompt by prompt."""
-        repeated = [p for p, answers in zip(encode_prompts(self.tokenizer, prompts), responses) for _ in answers]
         messages = [p for p, answers in zip(prompts, responses) for _ in answers]
         texts = [text for answers in responses for text in answers]
-        room = context_length(self.reward_model)
-        answered = encode_responses(self.tokenizer, messages, texts)
-        sequences = [[*p, *r][-room:] for p, r in zip(repeated, answered)]
-        lengths = torch.tensor([min(len(r), room) for r in answered])
-        model, size = self.reward_model, self.batch_size
-        packed = [
-            pack_on(sequences[i : i + size], model.config.pad_token_id, model.device, lengths[i : i + size])
-            for i in range(0, len(sequences), size)
-        ]
-        return torch.cat([packed_scores(model, part).float().cpu() for part in packed])
+        return score_answers(self.reward_model, self.tokenizer, messages, texts, self.batch_size)
 
 
 class CallableAnnotator:

@@ -122,15 +122,11 @@ class RewardModule(LightningModule):
         scores = [
             packed_scores(
                 self.reward_model,
-                self.transfer_batch_to_device(
-                    pack(
-                        sequences[i : i + batch_size],
-                        self.tokenizer.pad_token_id,
-                        response_lengths=None if lengths is None else lengths[i : i + batch_size],
-                    ),
-                    self.device,
-                    0,
-                ),
+                pack(
+                    sequences[i : i + batch_size],
+                    self.tokenizer.pad_token_id,
+                    response_lengths=None if lengths is None else lengths[i : i + batch_size],
+                ).to(self.device),
             )
             for i in range(0, len(sequences), batch_size)
         ]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ from lit_rlhf.text.records import (
     split_by_prompt,
 )
 from lit_rlhf.text.world import World
-from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training import ExampleDataModule
 
 
 class SFTBatch(NamedTuple):
@@ -36,7 +35,7 @@ class SFTBatch(NamedTuple):
     normalizer: float  # tokens learned in the whole optimizer step, divided by its number of micro-batches
 
 
-class SFTDataModule(LightningDataModule):
+class SFTDataModule(ExampleDataModule):
     """Demonstrations from a file: prompt and response, instruction fields, or messages of several turns.
 
     Args:
@@ -123,7 +122,7 @@ class SFTDataModule(LightningDataModule):
             kept.append(item)
         return kept
 
-    def _collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
+    def collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
         chosen = [items[i] for i in mine]
         packed = pack(
             [item.tokens for item in chosen], self.tokenizer.pad_token_id, self.row_length if self.packing else None
@@ -133,23 +132,6 @@ class SFTDataModule(LightningDataModule):
         learned = torch.cat([start + offset for start, offset in zip(packed.starts, offsets)])
         total = sum(sum(items[i].mask[1:]) for i in everyones)
         return SFTBatch(packed, learned, total * len(mine) / len(everyones))
-
-    def train_dataloader(self) -> BatchLoader[SFTBatch]:
-        batch_size = min(self.batch_size, len(self.train_set))
-        return BatchLoader(
-            shuffled(len(self.train_set), self.seed),
-            batch_size,
-            lambda mine, everyones: self._collate(self.train_set, mine, everyones),
-            **sharding(self.trainer),
-        )
-
-    def val_dataloader(self) -> BatchLoader[SFTBatch]:
-        return BatchLoader(
-            in_order(len(self.val_set)),
-            4 * self.batch_size,
-            lambda mine, everyones: self._collate(self.val_set, mine, everyones),
-            keep_rest=True,
-        )
 
 
 def first_prompt(record: Demonstration) -> Messages:
