@@ -61,7 +61,7 @@ from lit_rlhf.functional.rating import (
     tournament,
     win_rate,
 )
-from lit_rlhf.functional.sampling import filter_logits, sample_token
+from lit_rlhf.functional.sampling import drawn_figures, filter_logits, sample_index, sample_token
 
 __all__ = [
     "Baseline",
@@ -89,6 +89,7 @@ __all__ = [
     "correlation",
     "distinct_ngrams",
     "dpo_loss",
+    "drawn_figures",
     "elo",
     "expected_best_of_n",
     "explained_variance",
@@ -120,6 +121,7 @@ __all__ = [
     "ratio_difference",
     "reward_to_go",
     "rl_gain",
+    "sample_index",
     "sample_token",
     "self_similarity",
     "sequence_kl",

@@ -23,19 +23,36 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def sample_token(logits: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
-    """One token id (B,) from each row of ``logits`` (B, V), by inverting the cumulative distribution.
+    """One token id (B,) from each row of ``logits`` (B, V); see :func:`sample_index`."""
+    return sample_index(logits.double().softmax(-1), generator, uniform)
+
+
+def sample_index(probs: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
+    """One index (B,) from each row of ``probs`` (B, V), by inverting the cumulative distribution.
 
     The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw a row. The
     numbers drawn from [0, 1) can be given as ``uniform`` (B,) float64. Raises ``ValueError``
-    where a row is no distribution (a NaN, or -inf throughout)."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    where a row is no distribution (a NaN: its logits were not finite)."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
     if not torch.isfinite(cumulative[:, -1]).all():
         raise ValueError("the logits are not finite, so no token can be sampled: the model has diverged")
     if uniform is None:
-        uniform = torch.rand(logits.shape[0], generator=generator, dtype=torch.float64, device=logits.device)
+        uniform = torch.rand(probs.shape[0], generator=generator, dtype=torch.float64, device=probs.device)
     # Scaled by the total, which rounding leaves next to 1, so that the draw never falls past the last possible token.
     return (
         torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
         .squeeze(-1)
-        .clamp(max=logits.shape[-1] - 1)
+        .clamp(max=probs.shape[-1] - 1)
     )
+
+
+def drawn_figures(logits: Tensor, probs: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probability, entropy), both (B,) in nats, of tokens ``drawn`` (B,) and of their distributions.
+
+    ``logits`` (B, V) and their softmax ``probs`` (B, V) are both at hand when a token is drawn: neither figure then
+    takes another pass of exponentials over the vocabulary."""
+    logprobs = probs.gather(1, drawn[:, None]).log()
+    # sum p (log Z - logit) = log Z - E[logit], where log Z = logit - log p at any token; one ruled out counts 0.
+    mean = (probs * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    entropies = logits.gather(1, drawn[:, None]).squeeze(1) - logprobs.squeeze(1) - mean
+    return logprobs.squeeze(1), entropies

@@ -9,8 +9,12 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import (
+    LoRA,
     Sampling,
+    adapters_off,
+    add_lora,
     generate,
+    lora_layers,
     next_token_logits,
     packed_hidden,
     policy_from_config,
@@ -18,9 +22,19 @@ from lit_rlhf.models import (
     stream,
 )
 from lit_rlhf.models import answer as whole_answer
+from lit_rlhf.models.generation import Trunk
 from lit_rlhf.text import encode_prompts, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
 
+FAMILIES = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "llama": {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+for _family in FAMILIES.values():
+    _family["initializer_range"] = 0.3
 NO_END = -7  # no token has this id: answers never end
 LENGTHS = [3, 11, 1, 7, 11, 5]
 
@@ -295,7 +309,7 @@ def test_a_stream_ends_before_a_stop_text_and_shows_no_part_of_it(policy, tokeni
     tokenizer.chat_template = ROLE_TEMPLATE
     whole = [*stream(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1))][-1].text
     at = next(i for i in range(8, 20) if whole.index(whole[i : i + 5]) == i and whole[i - 1].strip())
-    seen = [*stream(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1), [whole[at : at + 5]])]
+    seen = [*stream(policy, tokenizer, QUESTION, Sampling(30, stop=[whole[at : at + 5]]), Generator().manual_seed(1))]
     assert seen[-1] == (whole[:at].strip(), True)
     assert all(len(g.text) <= at for g in seen)
 
@@ -307,3 +321,133 @@ def test_a_stream_leaves_gradients_on_outside(policy, tokenizer):
     assert torch.is_grad_enabled()
     growing.close()
     assert torch.is_grad_enabled()
+
+
+def by_both(policy, prompts, sampling, **settings):
+    """The same answers by the lean forward pass and by transformers'."""
+    ends = {"eos_id": NO_END, "pad_id": 1} | settings
+    return [
+        generate(policy, prompts, sampling, **ends, lean=lean, generator=Generator().manual_seed(4))
+        for lean in (True, False)
+    ]
+
+
+def exactness(policy):
+    """Transformers' RMSNorm and rotary angles are float32 in float64 models, too."""
+    return 1e-12 if policy.config.model_type == "gpt2" else 5e-5
+
+
+def close(one, other, atol):
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.mask, other.mask)
+    assert_close(one.logprobs, other.logprobs, rtol=0, atol=atol)
+    assert_close(one.entropy, other.entropy, rtol=0, atol=10 * atol)
+
+
+VARIANTS = {
+    "gelu_new": {"activation_function": "gelu_new"},
+    "relu": {"activation_function": "relu"},
+    "biases on queries, keys and values": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "biases everywhere": {"attention_bias": True, "mlp_bias": True},
+    "another width of heads": {"head_dim": 12},
+    "longer waves": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_lean_forward_pass_is_that_of_transformers(tokenizer, prompts, variant):
+    changed = VARIANTS[variant]
+    family = FAMILIES["gpt2" if "activation_function" in changed else "llama"]
+    torch.manual_seed(0)
+    policy = policy_from_config({**family, **changed}, tokenizer).eval().double()
+    for name, parameter in policy.named_parameters():  # biases and gains that do something
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name or "ln_" in name), std=0.2)
+    assert Trunk.of(policy, 40) is not None
+    close(*by_both(policy, prompts, Sampling(20, 0.8)), atol=exactness(policy))
+
+
+def test_the_lean_forward_pass_follows_the_weights_and_their_adapters(policy, prompts):
+    add_lora(policy, LoRA(r=2))
+    for layer in lora_layers(policy).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    adapted, again = by_both(policy.double(), prompts, Sampling(12))
+    close(adapted, again, atol=exactness(policy))
+    with adapters_off(policy):
+        plain = by_both(policy, prompts, Sampling(12))
+    close(*plain, atol=exactness(policy))
+    assert not torch.equal(plain[0].logprobs, adapted.logprobs)
+
+
+def test_the_lean_forward_pass_in_half_precision(policy, prompts):
+    exact = by_both(policy, prompts, Sampling(6).greedy())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = by_both(policy, prompts, Sampling(6).greedy())[0]
+    assert half.logprobs.dtype == torch.float32
+    assert (half.logprobs[:, 0] - exact.logprobs[:, 0]).abs().max().item() < 0.2
+    assert not torch.equal(half.logprobs, exact.logprobs)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, lean):
+    prompts = [*prompts, [7], [9] * 30, *prompts[::-1]]
+    policy = policy.double()
+    endless = by_both(policy, prompts, Sampling(20))[0]
+    eos = an_end(endless.tokens)
+    whole = by_both(policy, prompts, Sampling(20), eos_id=eos)[0]
+    assert len(set(whole.lengths.tolist())) > 2
+    for rows in (1, 3, 5):
+        few = by_both(policy, prompts, Sampling(20), eos_id=eos, rows=rows)[not lean]
+        close(few, whole, atol=exactness(policy))
+        assert torch.equal(few.finished, whole.finished)
+
+
+def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
+    seen = []
+    real = Trunk.__call__
+
+    def counting(self, tokens, positions, attend):
+        seen.append(len(tokens))
+        return real(self, tokens, positions, attend)
+
+    monkeypatch.setattr(Trunk, "__call__", counting)
+    prompt = prompts[1]
+    shared = answer(policy, [prompt] * 8, Sampling(5))
+    assert seen == [len(prompt), 8, 8, 8, 8]
+    monkeypatch.undo()
+    close(shared, by_both_seed_zero(policy, [prompt] * 8, Sampling(5)), atol=1e-5)
+
+
+def by_both_seed_zero(policy, prompts, sampling):
+    generator = Generator().manual_seed(0)
+    return generate(policy, prompts, sampling, eos_id=NO_END, pad_id=1, generator=generator, lean=False)
+
+
+def test_end_of_text_waits_for_the_least_length(policy, prompts):
+    greedy = answer(policy, prompts[:1], Sampling(6).greedy()).tokens[0].tolist()
+    eos = greedy[0]
+    early = answer(policy, prompts[:1], Sampling(6, 0), eos_id=eos)
+    assert early.lengths.tolist() == [1]
+    late = answer(policy, prompts[:1], Sampling(6, 0, min_new_tokens=3), eos_id=eos)
+    tokens = late.token_lists()[0]
+    assert eos not in tokens[:3] and late.lengths[0] > 3
+    logits = full_logits(policy, prompts[0], tokens)
+    logits[:3, eos] = -torch.inf
+    assert tokens == logits.argmax(-1).tolist()
+    assert_close(late.logprobs[0], logits.log_softmax(-1).amax(-1), rtol=0, atol=1e-5)
+    assert torch.isfinite(late.entropy).all()
+
+
+def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
+    sampling = Sampling(30, stop=[])
+    whole = whole_answer(policy, tokenizer, prompts, sampling, Generator().manual_seed(1))
+    texts = tokenizer.batch_decode(whole.token_lists(), skip_special_tokens=True)
+    stop = [texts[0][9:12], texts[3][5:8]]
+    cut = whole_answer(policy, tokenizer, prompts, Sampling(30, stop=stop), Generator().manual_seed(1))
+    ends = [min((text.index(s) for s in stop if s in text), default=None) for text in texts]
+    assert cut.texts(tokenizer) == [text[:end].strip() for text, end in zip(texts, ends)]
+    for i, (end, tokens, all_tokens) in enumerate(zip(ends, cut.token_lists(), whole.token_lists())):
+        assert tokens == all_tokens[: len(tokens)]
+        assert cut.finished[i] == (end is not None or whole.finished[i])
+        if end is not None:  # it ends with the token that completes the text
+            assert any(s in tokenizer.decode(tokens) for s in stop)
+            assert not any(s in tokenizer.decode(tokens[:-1]) for s in stop)

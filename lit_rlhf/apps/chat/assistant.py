@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ class Assistant:
     def answer(self, messages: Messages, sampling: Sampling, seed: Sequence[int]) -> Iterator[Growing]:
         """The answer after each token; the same numbers in ``seed`` give the same answer."""
         generator = seeded(*seed, device=self.policy.device)
-        return stream(self.policy, self.tokenizer, messages, sampling, generator, self.stops)
+        return stream(self.policy, self.tokenizer, messages, replace(sampling, stop=self.stops), generator)
 
     def fits(self, messages: Messages, new_tokens: int) -> bool:
         """Whether the model can see the whole prompt and write so many tokens."""

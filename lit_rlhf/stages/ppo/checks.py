@@ -41,3 +41,8 @@ def check_sampling(sampling: Sampling) -> None:
             "ppo.sampling.top_k and top_p must be 0 and 1: what is cut off could not be drawn, so the samples would "
             "not be those of the policy that learns from them"
         )
+    if sampling.min_new_tokens:
+        raise UserError(
+            "ppo.sampling.min_new_tokens must be 0: an end that could not be drawn is one that the policy never learns "
+            "from; short answers are held off by ppo.scoring"
+        )

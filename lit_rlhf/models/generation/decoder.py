@@ -1,0 +1,182 @@
+"""What reads prompts and goes on with them token by token, keeping keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lit_rlhf.functional import position_ids
+from lit_rlhf.models.generation.trunk import Trunk
+from lit_rlhf.text.packing import left_pad, pack
+
+
+class Decoder(Protocol):
+    """Texts that are being written, one a row."""
+
+    joins: bool  # whether texts can begin while others are being written
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Add a row for each of n prompts behind those there are; their last hidden states (n, E)."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next token (A,) of each row; the hidden states (A, E) that it leads to."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Only ``rows`` (int64) go on, in this order."""
+        ...
+
+
+class LeanDecoder:
+    """Runs a :class:`Trunk`; keys and values lie in one tensor that is made once and written in place.
+
+    Texts end in the same column, padding before them is masked: a text that begins later lies further right."""
+
+    joins = True
+
+    def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
+        self.trunk, self.width = trunk, width
+        # (layer, key or value, row, head, column, D); zeros, for a masked NaN would still spoil a sum.
+        shape = len(trunk.layers), 2, rows, trunk.kv_heads, width, trunk.head_size
+        self.cache = torch.zeros(shape, dtype=trunk.dtype, device=trunk.device)
+        self.starts = torch.zeros(rows, dtype=torch.int64, device=trunk.device)
+        self.alive, self.end = 0, 0  # rows in use, columns in use
+        # 0, or -inf at the padding of a row; used once there is any
+        self.bias = torch.zeros(rows, trunk.kv_heads, 1, width, dtype=trunk.dtype, device=trunk.device)
+        self.padded = False
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, prompts))
+        if self.alive == 0:
+            self.end = longest
+        elif self.end < longest:
+            self._shift(longest - self.end)
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        packed = pack(unique, 0).to(self.trunk.device)
+        which = {prompt: i for i, prompt in enumerate(unique)}
+        source = torch.tensor([which[tuple(prompt)] for prompt in prompts], device=self.trunk.device)
+        lengths = packed.lengths[source]
+        rows = torch.arange(len(prompts), device=self.trunk.device) + self.alive
+        self.starts[rows] = self.end - lengths
+        # Where each token of each prompt lies in the packed rows, and where its keys and values go.
+        steps = torch.arange(longest, device=self.trunk.device)
+        there = steps < lengths[:, None]
+        token = (packed.starts[source][:, None] + steps)[there]
+        row = rows[:, None].expand_as(there)[there]
+        column = (self.starts[rows][:, None] + steps)[there]
+        blocks = _blocks(packed.positions)
+
+        def attend(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
+            self.cache[layer].transpose(0, 1)[row, :, :, column] = kv[token]
+            width = packed.tokens.shape
+            q, k, v = (x.unflatten(0, width).transpose(1, 2) for x in (queries, *kv.unbind(1)))
+            attended = F.scaled_dot_product_attention(q, k, v, blocks, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
+            return attended.transpose(1, 2).reshape(len(queries), -1)
+
+        # The padding that ends a row counts on beyond the longest text; nobody sees it.
+        positions = packed.positions.flatten().clamp(max=self.width - 1)
+        hidden = self.trunk(packed.tokens.flatten(), positions, attend)
+        self._mask(rows)
+        self.alive += len(prompts)
+        return hidden[packed.ends[source]]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        if self.end == self.width:  # texts that began early have ended
+            self._shift(-int(self.starts[: self.alive].min()))
+        alive, end = self.alive, self.end
+        self.end += 1
+        group = self.trunk.query_heads // self.trunk.kv_heads
+        bias = self.bias[:alive, ..., : end + 1].flatten(0, 1)
+
+        def attend(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
+            cache = self.cache[layer, :, :alive]
+            cache[..., end, :] = kv.transpose(0, 1)
+            keys, values = cache[..., : end + 1, :].flatten(1, 2)
+            q = queries.reshape(alive * self.trunk.kv_heads, group, -1)
+            scores = torch.baddbmm(bias, q, keys.transpose(1, 2)) if self.padded else torch.bmm(q, keys.transpose(1, 2))
+            return torch.bmm(scores.softmax(-1), values).view(alive, -1)
+
+        return self.trunk(tokens, end - self.starts[:alive], attend)
+
+    def keep(self, rows: Tensor) -> None:
+        self.alive = len(rows)
+        to = (rows != torch.arange(self.alive, device=rows.device)).nonzero().squeeze(1)
+        held = self.cache[..., : self.end, :]
+        for x, dim in ((held, 2), (self.starts, 0), (self.bias, 0)):
+            x.index_copy_(dim, to, x.index_select(dim, rows[to]))
+
+    def _shift(self, columns: int) -> None:
+        """Move all that is held to the right, or, where that is negative, to the left."""
+        to = slice(max(0, columns), self.end + columns)
+        source = slice(max(0, -columns), self.end)
+        self.cache[:, :, : self.alive, :, to] = self.cache[:, :, : self.alive, :, source].clone()
+        self.starts[: self.alive] += columns
+        self.end += columns
+        self._mask(torch.arange(self.alive, device=self.starts.device))
+
+    def _mask(self, rows: Tensor) -> None:
+        padding = torch.arange(self.width, device=rows.device) < self.starts[rows, None]
+        bias = torch.zeros(padding.shape, dtype=self.bias.dtype, device=rows.device).masked_fill_(padding, -torch.inf)
+        self.bias[rows] = bias[:, None, None]
+        self.padded = self.padded or bool(padding.any())
+
+
+class TransformersDecoder:
+    """Any causal language model, by its own forward pass and transformers' growing cache."""
+
+    joins = False
+
+    def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
+        self.model, self.pad_id = model, pad_id
+        # Elsewhere transformers makes it: eager attention adds numbers, and a sliding window sees less.
+        config = model.config
+        self.own_mask = config._attn_implementation == "sdpa" and getattr(config, "sliding_window", None) is None
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        tokens, self.mask = (x.to(self.model.device) for x in left_pad(prompts, self.pad_id))
+        self.cache = DynamicCache(config=self.model.config)
+        self.positions = position_ids(self.mask)
+        return self._forward(tokens)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._forward(tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.cache.batch_select_indices(rows)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.model.base_model(
+            input_ids=tokens,
+            attention_mask=_step_mask(self.mask, tokens.shape[1]) if self.own_mask else self.mask.long(),
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+
+def _step_mask(mask: Tensor, width: int) -> Tensor:
+    """Boolean attention mask (B, 1, width, S) for the last ``width`` of S positions: real tokens, none ahead.
+
+    Made here, once a step: transformers builds it in every forward pass from general parts, at more than its cost."""
+    size = mask.shape[1]
+    columns = torch.arange(size, device=mask.device)
+    causal = columns <= columns[size - width :, None]
+    allowed = causal & mask[:, None, None, :]
+    # A padding position sees itself, so that its softmax is not empty (0 / 0); nobody sees it.
+    return allowed | (columns == columns[size - width :, None]) if width > 1 else allowed
+
+
+def _blocks(positions: Tensor) -> Tensor:
+    """Boolean mask (R, 1, L, L) of packed rows (R, L): a token sees itself and what stands before it in its text."""
+    texts = (positions == 0).cumsum(-1)
+    same = texts[:, None, :, None] == texts[:, None, None, :]
+    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=positions.device).tril()

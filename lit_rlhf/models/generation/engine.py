@@ -1,0 +1,233 @@
+"""The rollout engine: sampling from transformers' causal language models, with log-probs of what was sampled.
+
+Answers that end leave the batch, so that no step is spent on them, and token ids and log-probs are kept as they are
+drawn: nothing is decoded and tokenized again, and no second forward pass is needed to know how likely an answer was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
+from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, TransformersDecoder
+from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
+from lit_rlhf.models.generation.trunk import Trunk
+from lit_rlhf.models.policy import context_length, next_token_logits
+from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.records import Messages
+
+# (an answer's tokens so far) -> whether it has come to its end
+Ended = Callable[[list[int]], bool]
+
+
+def answer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    generator: Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    lean: bool = True,
+    rows: Annotated[int, Field(ge=1)] | None = None,
+) -> Responses:
+    """:func:`generate` with the tokenizer's end-of-text and padding, and with ``sampling.stop``."""
+    ended = None
+    if sampling.stop:
+        longest = max(map(len, sampling.stop))
+
+        def ended(tokens: list[int]) -> bool:
+            # A token is a byte at the least, a character at most four of them, and the last token has just been added.
+            tail = tokenizer.decode(tokens[-4 * longest - 4 :], skip_special_tokens=True)
+            return any(s in tail for s in sampling.stop)
+
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "ended": ended}
+    settings = {"generator": generator, "shard": shard, "lean": lean, "rows": rows}
+    return generate(policy, prompts, sampling, **ends, **settings)._replace(stop=sampling.stop)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eos_id: int,
+    pad_id: int,
+    generator: Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+    ended: Ended | None = None,
+    lean: bool = True,
+    rows: int | None = None,
+) -> Responses:
+    """Sample one answer to each of ``prompts`` (B token lists of any lengths).
+
+    Each answer has random numbers of its own, which depend on the generator and on the answer's place in the batch
+    alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
+    ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
+    At most ``rows`` answers are written at a time (None: all); others take the places of those that end. ``lean`` runs
+    a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'. No dropout.
+    Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
+    ``UserError`` where prompt and answer do not fit into the model's context."""
+    device = model.device
+    uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
+    places, tokens, logprobs, entropies, ended_there = [], [], [], [], []
+    for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows):
+        places.append(torch.stack([drawn.answers, drawn.steps]))
+        tokens.append(drawn.tokens)
+        for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
+            kept.append(figures)
+        ended_there.append(drawn.ended)
+    place = torch.cat(places, dim=1)
+    shape = len(prompts), int(place[1].max()) + 1
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    mask[tuple(place)] = True
+    finished = torch.zeros_like(mask[:, 0]).index_put_((place[0],), torch.cat(ended_there), accumulate=True)
+
+    def laid_out(values: list[Tensor], fill: int) -> Tensor:
+        return torch.full(shape, fill, dtype=values[0].dtype, device=device).index_put_(tuple(place), torch.cat(values))
+
+    return Responses(laid_out(tokens, pad_id), mask, laid_out(logprobs, 0), laid_out(entropies, 0), finished)
+
+
+class Growing(NamedTuple):
+    """An answer while it is written."""
+
+    text: str  # all of it so far, as a person reads it
+    finished: bool  # the model has ended it; False in the last one means that it was cut off at max_new_tokens
+
+
+def stream(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    sampling: Sampling,
+    generator: Generator | None = None,
+) -> Iterator[Growing]:
+    """The answer to ``messages``, after each token; in the end it is that of :func:`answer` from the same generator.
+
+    No part of a text in ``sampling.stop`` is shown. A character of which some bytes are still to come is held back."""
+    [prompt] = encode_prompts(tokenizer, [messages])
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    tokens: list[int] = []
+    text = ""
+    uniforms = _uniforms(1, sampling, generator, (0, 1), policy.device)
+    for drawn in _draw(policy, [prompt], sampling, uniforms, eos_id, pad_id):
+        tokens.append(int(drawn.tokens))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if (before := before_stop(text, sampling.stop)) != text:
+            yield Growing(before.strip(), True)
+            return
+        if tokens[-1] != eos_id and len(tokens) < sampling.max_new_tokens:
+            yield Growing(_without_begun(text.rstrip("\ufffd"), sampling.stop).strip(), False)
+    yield Growing(_without_begun(text, sampling.stop).strip(), tokens[-1] == eos_id)
+
+
+def _without_begun(text: str, stop: Sequence[str]) -> str:
+    """Without an end that may be the beginning of a stop text."""
+    begun = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return text[: len(text) - max(begun, default=0)]
+
+
+def _uniforms(
+    answers: int, sampling: Sampling, generator: Generator | None, shard: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Random numbers (answers, steps) float64 from [0, 1), out of those of all ranks."""
+    rank, ranks = shard
+    shape = answers * ranks, sampling.max_new_tokens
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)[rank::ranks]
+
+
+class _Drawn(NamedTuple):
+    """The next token of each of A answers that have not ended."""
+
+    answers: Tensor  # (A,) int64, their places among all
+    steps: Tensor  # (A,) int64, which token of the answer this is, from 0
+    tokens: Tensor  # (A,) int64
+    logits: Tensor  # (A, V) float32 at least, of the distribution that was sampled from
+    probs: Tensor  # (A, V), their softmax
+    ended: Tensor  # (A,) bool, whether the answer ends with this token by itself
+
+
+@torch.no_grad()
+def _draw(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    uniforms: Tensor,
+    eos_id: int,
+    pad_id: int,
+    ended: Ended | None = None,
+    lean: bool = True,
+    rows: int | None = None,
+) -> Iterator[_Drawn]:
+    """Token after token of :func:`generate`, until all answers have ended."""
+    longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
+    if longest + limit > context_length(model):
+        raise UserError(
+            f"a prompt of {longest} tokens and {limit} new ones (sampling.max_new_tokens) do not fit "
+            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
+        )
+    rows = min(rows or len(prompts), len(prompts))
+    decoder = _decoder(model, rows, longest + limit, pad_id, lean)
+    begun = rows
+    answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    written: list[list[int]] = [[] for _ in prompts]  # kept where `ended` wants them
+    hidden = decoder.begin(prompts[:rows])
+    while True:
+        logits = next_token_logits(model, hidden)
+        logits = _shape_logits(logits if logits.dtype == torch.float64 else logits.float(), sampling, steps, eos_id)
+        probs = logits.softmax(-1)
+        greedy = sampling.temperature == 0
+        drawn = logits.argmax(-1) if greedy else sample_index(probs, uniform=uniforms[answers, steps])
+        stops = drawn == eos_id
+        if ended is not None:
+            for row, (i, token) in enumerate(zip(answers.tolist(), drawn.tolist())):
+                written[i].append(token)
+                stops[row] |= ended(written[i])
+        yield _Drawn(answers, steps, drawn, logits, probs, stops)
+        going = ~stops & (steps + 1 < limit)
+        if not going.all():
+            keep = _closed_up(going)
+            answers, steps, drawn = answers[keep], steps[keep], drawn[keep]
+            decoder.keep(keep)
+        steps = steps + 1
+        parts = [decoder.step(drawn)] if len(answers) else []
+        if begun < len(prompts) and (decoder.joins or not parts):
+            new = torch.arange(begun, min(begun + rows - len(answers), len(prompts)), device=device)
+            begun += len(new)
+            if len(new):
+                parts.append(decoder.begin([prompts[i] for i in new.tolist()]))
+                answers, steps = torch.cat([answers, new]), torch.cat([steps, torch.zeros_like(new)])
+        if not parts:
+            return
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _closed_up(going: Tensor) -> Tensor:
+    """The rows that go on, those of the end in the places of those that do not: few are moved."""
+    count = int(going.sum())
+    rows = torch.arange(count, device=going.device)
+    rows[~going[:count]] = going[count:].nonzero().squeeze(1) + count
+    return rows
+
+
+def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool) -> Decoder:
+    dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    trunk = Trunk.of(model, width, dtype) if lean else None
+    return TransformersDecoder(model, pad_id) if trunk is None else LeanDecoder(trunk, rows, width)
+
+
+def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, eos_id: int) -> Tensor:
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
+    if sampling.min_new_tokens and 0 <= eos_id < logits.shape[-1]:
+        logits = logits.clone()
+        logits[steps < sampling.min_new_tokens, eos_id] = float("-inf")
+    return filter_logits(logits, sampling.top_k, sampling.top_p)

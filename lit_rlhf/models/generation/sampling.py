@@ -1,0 +1,57 @@
+"""How answers are drawn, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. All tokens are possible by default: what is learned from must be what was sampled."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 48  # tokens, end-of-text included
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: all tokens
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0  # tokens before end-of-text is possible
+    stop: Sequence[str] = ()  # texts before which an answer ends, besides end-of-text
+
+    def greedy(self) -> Sampling:
+        """The same limits, always taking the most likely token."""
+        return Sampling(self.max_new_tokens, 0.0, min_new_tokens=self.min_new_tokens, stop=self.stop)
+
+
+class Responses(NamedTuple):
+    """B sampled answers of up to T tokens."""
+
+    tokens: Tensor  # (B, T) int64, end-of-text included, padding after it
+    mask: Tensor  # (B, T) bool, True = token of the answer
+    logprobs: Tensor  # (B, T) float32, nats, under the distribution that was sampled from; 0 at masked positions
+    entropy: Tensor  # (B, T) float32, nats, of that distribution; 0 at masked positions
+    finished: Tensor  # (B,) bool, False = cut off at max_new_tokens
+    stop: Sequence[str] = ()  # texts before which an answer ends
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens (B,) of each answer."""
+        return self.mask.sum(-1)
+
+    def token_lists(self) -> list[list[int]]:
+        """Each answer's token ids, without padding; with those that write the stop text that ended it."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Each answer as a person reads it: without special tokens, stop texts and space around it."""
+        texts = tokenizer.batch_decode(self.token_lists(), skip_special_tokens=True)
+        return [before_stop(text, self.stop).strip() for text in texts]
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """``text`` up to the first of the texts in ``stop``."""
+    return text[: min((text.index(s) for s in stop if s in text), default=len(text))]

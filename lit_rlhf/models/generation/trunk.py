@@ -1,0 +1,246 @@
+"""A lean forward pass for sampling from GPT-2-, Llama- and Qwen-style models, over the weights of transformers'.
+
+Where a step is small, transformers' modules spend most of it between the matrix products, on Python and elementwise
+operations. Here queries, keys and values come from one product, scales and the gains of RMSNorm are multiplied into
+the matrices, rotary positions are one complex product, and residuals are added by the products themselves. The
+function is the same, to rounding. It holds no gradients: training runs through transformers' own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+# (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+Product = tuple[Tensor, Tensor | None]  # (matrix (in, out), bias (out,) or None)
+
+
+class Layer(NamedTuple):
+    """One block; E is the width of the model, I that of its MLP."""
+
+    norm: tuple[Tensor, Tensor] | None  # LayerNorm's gain and bias; None: RMSNorm, its gain is in the matrices
+    qkv: Product  # (E, (Hq + 2 Hkv) * D); queries are scaled by D^-1/2
+    q_norm: Tensor | None  # (D,) gain of a norm on queries (Qwen3), scaled as above
+    k_norm: Tensor | None
+    out: Product  # (Hq * D, E)
+    mlp_norm: tuple[Tensor, Tensor] | None
+    up: Product  # (E, I), or (E, 2 I) where gated: gate and up
+    down: Product  # (I, E)
+
+
+class Trunk:
+    """The model between token ids and its last hidden states.
+
+    ``Trunk.of`` makes one, or None for what is not known here: other families, a window on attention, positions that
+    are scaled while a text grows, attention other than "sdpa" (whoever chose it had a reason)."""
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        positions: Tensor,
+        layers: list[Layer],
+        norm: tuple[Tensor, Tensor] | Tensor,
+        activation: Callable[[Tensor], Tensor],
+        heads: tuple[int, int, int],
+        epsilon: float,
+    ) -> None:
+        self.embedding = embedding  # (V, E)
+        self.positions = positions  # (S, E) learned, or (S, D / 2) complex rotations
+        self.layers, self.norm, self.activation = layers, norm, activation
+        self.query_heads, self.kv_heads, self.head_size = heads
+        self.epsilon = epsilon
+
+    @staticmethod
+    def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> Trunk | None:
+        """For texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
+        config = model.config
+        if config._attn_implementation != "sdpa" or getattr(config, "sliding_window", None) is not None:
+            return None
+        kind, dtype = config.model_type, dtype or model.dtype
+        if kind == "gpt2" and config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:
+            return _gpt2(model.base_model, length, dtype)
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if kind in ("llama", "qwen2", "qwen3") and rope in ("default", "linear", "llama3"):
+            return _llama(model.base_model, length, dtype)
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states (N, E), ready for the output embedding, of ``tokens`` (N,) at ``positions`` (N,)."""
+        x = self.embedding[tokens]
+        rotation = None
+        if self.positions.is_complex():
+            rotation = self.positions[positions][:, None]
+        else:
+            x = x + self.positions[positions]
+        for i, layer in enumerate(self.layers):
+            x = _product(self._attention(i, layer, self._normed(x, layer.norm), rotation, attend), layer.out, x)
+            x = _product(self.activation(_product(self._normed(x, layer.mlp_norm), layer.up)), layer.down, x)
+        if isinstance(self.norm, tuple):
+            return F.layer_norm(x, x.shape[-1:], *self.norm, self.epsilon)
+        return _rms(x, self.epsilon) * self.norm
+
+    def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        return _rms(x, self.epsilon) if norm is None else F.layer_norm(x, x.shape[-1:], *norm, self.epsilon)
+
+    def _attention(self, i: int, layer: Layer, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+        heads = _product(x, layer.qkv).view(len(x), -1, self.head_size)
+        turned = heads[:, : self.query_heads + self.kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            turned[:, : self.query_heads] = _rms(turned[:, : self.query_heads], self.epsilon) * layer.q_norm
+            turned[:, self.query_heads :] = _rms(turned[:, self.query_heads :], self.epsilon) * layer.k_norm
+        if rotation is not None:
+            _turn(turned, rotation)
+        return attend(i, turned[:, : self.query_heads], heads[:, self.query_heads :].unflatten(1, (2, -1)))
+
+
+def _turn(heads: Tensor, rotation: Tensor) -> None:
+    """Turn ``heads`` (N, H, D) in place; complex numbers have no half precision."""
+    if heads.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(rotation)
+    else:
+        turned = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2))) * rotation
+        heads.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def _rms(x: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm without a gain, in float32 at least (arXiv:1910.07467)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(size.square().div_(x.shape[-1]).add_(epsilon))).to(x.dtype)
+
+
+def _product(x: Tensor, product: Product, residual: Tensor | None = None) -> Tensor:
+    """``x @ matrix + bias + residual``."""
+    matrix, bias = product
+    if residual is None:
+        return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+    return torch.addmm(residual if bias is None else residual + bias, x, matrix)
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The matrix (in, out) of a linear module, with its LoRA update where it has one."""
+    base = module.get_base_layer() if hasattr(module, "lora_A") else module
+    weight = base.weight.detach()
+    for name in getattr(module, "active_adapters", []) if hasattr(module, "lora_A") else []:
+        if not module.disable_adapters and not module.merged:
+            weight = weight + module.get_delta_weight(name).detach()
+    return weight if isinstance(base, Conv1D) else weight.t()
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = (module.get_base_layer() if hasattr(module, "lora_A") else module).bias
+    return None if bias is None else bias.detach()
+
+
+def _gpt2(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
+    config = trunk.config
+    size = config.n_embd // config.n_head
+
+    def norm(module: nn.Module) -> tuple[Tensor, Tensor]:
+        return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+
+    def product(module: nn.Module, scaled: bool = False) -> Product:
+        matrix, bias = _matrix(module), _bias(module)
+        if scaled:
+            scale = torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+            scale[: config.n_embd] = size**-0.5
+            matrix, bias = matrix * scale, bias * scale
+        return matrix.to(dtype), bias.to(dtype)
+
+    layers = [
+        Layer(
+            norm(block.ln_1),
+            product(block.attn.c_attn, scaled=True),
+            None,
+            None,
+            product(block.attn.c_proj),
+            norm(block.ln_2),
+            product(block.mlp.c_fc),
+            product(block.mlp.c_proj),
+        )
+        for block in trunk.h
+    ]
+    smooth = config.activation_function in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, three names
+    activation = (lambda x: F.gelu(x, approximate="tanh")) if smooth else trunk.h[0].mlp.act
+    positions = trunk.wpe.weight.detach()[:length].to(dtype)
+    embedding = trunk.wte.weight.detach().to(dtype)
+    heads = (config.n_head, config.n_head, size)
+    return Trunk(embedding, positions, layers, norm(trunk.ln_f), activation, heads, config.layer_norm_epsilon)
+
+
+def _llama(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
+    config = trunk.config
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    device = trunk.embed_tokens.weight.device
+    # Rotation turns pairs (i, i + D/2) of a head; laid side by side, they are complex numbers.
+    pairs = torch.arange(size, device=device).view(2, -1).t().flatten()
+
+    def paired(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, size))[..., pairs].flatten(-2)
+
+    def product(modules: list[nn.Module], gain: Tensor | None = None, factors: tuple[float, ...] = ()) -> Product:
+        """Modules side by side, each times its factor; those with a factor are turned, so their heads are paired."""
+        parts, biases = [], []
+        for i, module in enumerate(modules):
+            matrix, bias = _matrix(module), _bias(module)
+            if i < len(factors):
+                matrix = paired(matrix) * factors[i]
+                bias = None if bias is None else paired(bias) * factors[i]
+            parts.append(matrix)
+            biases.append(bias)
+        matrix = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if gain is not None:
+            matrix = gain.detach()[:, None] * matrix
+        if all(bias is None for bias in biases):
+            return matrix.to(dtype), None
+        zeros = [torch.zeros_like(part[0]) if bias is None else bias for part, bias in zip(parts, biases)]
+        return matrix.to(dtype), torch.cat(zeros).to(dtype)
+
+    layers = []
+    for block in trunk.layers:
+        attention, mlp = block.self_attn, block.mlp
+        normed = hasattr(attention, "q_norm")
+        layers.append(
+            Layer(
+                None,
+                product(
+                    [attention.q_proj, attention.k_proj, attention.v_proj],
+                    block.input_layernorm.weight,
+                    (1.0 if normed else size**-0.5, 1.0),
+                ),
+                (paired(attention.q_norm.weight.detach()) * size**-0.5).to(dtype) if normed else None,
+                paired(attention.k_norm.weight.detach()).to(dtype) if normed else None,
+                product([attention.o_proj]),
+                None,
+                product([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm.weight),
+                product([mlp.down_proj]),
+            )
+        )
+    inner = config.intermediate_size
+    function = trunk.layers[0].mlp.act_fn
+    cos, sin = trunk.rotary_emb(trunk.norm.weight.detach().float(), torch.arange(length, device=device)[None])
+    half, precise = size // 2, torch.complex128 if dtype == torch.float64 else torch.complex64
+    return Trunk(
+        trunk.embed_tokens.weight.detach().to(dtype),
+        torch.complex(cos[0, :, :half], sin[0, :, :half]).to(precise),
+        layers,
+        trunk.norm.weight.detach().to(dtype),
+        lambda x: function(x[:, :inner]).mul_(x[:, inner:]),
+        (queries, keys, size),
+        config.rms_norm_eps,
+    )
