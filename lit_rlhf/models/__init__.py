@@ -28,7 +28,9 @@ from lit_rlhf.models.policy import (
     next_token_logits,
     packed_hidden,
     policy_from_config,
+    predicting_positions,
     response_positions,
+    sees_any_mask,
 )
 from lit_rlhf.models.reward_head import RewardEnsemble, RewardHead, RewardTransformer, ScoreHead
 
@@ -63,6 +65,7 @@ __all__ = [
     "packed_hidden",
     "packed_scores",
     "policy_from_config",
+    "predicting_positions",
     "response_positions",
     "reward_model_from_config",
     "save_model",
@@ -71,6 +74,7 @@ __all__ = [
     "score_shift",
     "score_std",
     "scores_and_hidden",
+    "sees_any_mask",
     "sequence_classifier",
     "stream",
 ]

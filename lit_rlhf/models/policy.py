@@ -113,8 +113,31 @@ def packed_hidden(model: PreTrainedModel, batch: Packed) -> Tensor:
     """Last hidden states (R * L, D) of packed rows, each sequence seeing itself alone."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
     # Without a mask and a cache, transformers reads the sequences' borders off the position ids.
-    output = model.base_model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
+    mask = None if batch.visible is None else _as_mask(batch.visible, model)
+    output = model.base_model(
+        input_ids=batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False
+    )
     return output.last_hidden_state.flatten(0, 1)
+
+
+def sees_any_mask(module: nn.Module) -> bool:
+    """Whether attention in all models of ``module`` can be told which tokens see which, as shared prompts need it."""
+    configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
+    return all(
+        c._attn_implementation in ("sdpa", "eager") and getattr(c, "sliding_window", None) is None for c in configs
+    )
+
+
+def _as_mask(visible: Tensor, model: PreTrainedModel) -> Tensor:
+    if not sees_any_mask(model):
+        raise UserError(
+            f"{model.config.model_type} with {model.config._attn_implementation} attention cannot read a prompt once "
+            "for several answers; set share_prompts=false in the settings of the data"
+        )
+    if model.config._attn_implementation == "sdpa":
+        return visible
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -126,8 +149,16 @@ def response_positions(batch: Packed, response_lengths: Tensor) -> tuple[Tensor,
     """(positions, mask), both (N, T), where T is the longest response.
 
     ``positions`` are flat indices of the tokens of each sequence's response, which is its last ``response_lengths``
-    (N,) tokens; the token that predicts one stands just before it. At masked positions the index is 0."""
-    first = batch.starts + batch.lengths - response_lengths
-    steps = torch.arange(int(response_lengths.max()), device=first.device)
-    mask = steps < response_lengths[:, None]
-    return torch.where(mask, first[:, None] + steps, 0), mask
+    (N,) tokens. At masked positions the index is 0."""
+    return _last(batch, response_lengths, 1)
+
+
+def predicting_positions(batch: Packed, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the tokens that predict those: each stands before the one that it predicts."""
+    return _last(batch, response_lengths, 0)
+
+
+def _last(batch: Packed, counts: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(int(counts.max()), device=counts.device)
+    mask = steps < counts[:, None]
+    return torch.where(mask, batch.from_end(counts[:, None] - steps - ahead), 0), mask

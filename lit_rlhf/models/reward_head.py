@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.policy import context_length, packed_hidden, response_positions
+from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.packing import Packed, pack
 
 MODEL_TYPE = "lit_rlhf_reward"  # in config.json: transformers knows no such model
@@ -108,7 +108,7 @@ class ScoreHead(nn.Module):
         """(positions, gated log-likelihoods): (M,) flat indices of the answers' tokens, and (N, T), 0 after an end."""
         positions, mask = response_positions(batch, _answer_lengths(batch))
         flat = positions[mask]
-        before = hidden[flat - 1]  # the state that predicts a token
+        before = hidden[predicting_positions(batch, _answer_lengths(batch))[0][mask]]
         logits = (before @ embedding.T if self.lm_head is None else self.lm_head(before)).float()
         chosen = logits.gather(1, batch.tokens.flatten()[flat, None]).squeeze(1)
         gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * (chosen - logits.amax(1))
@@ -193,8 +193,8 @@ class RewardTransformer(nn.Module):
 
         Sequences that fill the whole context lose their first token to it."""
         cells, room = batch.tokens.numel(), context_length(self.trunk)
-        bounds = zip(batch.starts.tolist(), batch.lengths.tolist())
-        rows = [[*range(s + max(0, n + 1 - room), s + n), cells] for s, n in bounds]
+        places, _ = response_positions(batch, batch.lengths)
+        rows = [[*row[max(0, n + 1 - room) : n], cells] for row, n in zip(places.tolist(), batch.lengths.tolist())]
         wider = pack(rows, -1, batch.tokens.shape[1] + 8)  # of places in the old rows; -1: padding
         places = wider.tokens.to(batch.tokens.device)
         embeddings = self.get_input_embeddings()(batch.tokens).flatten(0, 1)
@@ -204,7 +204,9 @@ class RewardTransformer(nn.Module):
         ).last_hidden_state.flatten(0, 1)
         places = places.flatten()
         old = (places >= 0) & (places < cells)
-        hidden = torch.zeros_like(embeddings).index_copy(0, places[old], output[old].to(embeddings.dtype))
+        # Read from one copy of a shared prompt: written from all, each would get the whole gradient.
+        copy_of = torch.full((cells,), -1, device=places.device).index_put_((places[old],), old.nonzero().squeeze(1))
+        hidden = torch.where(copy_of[:, None] >= 0, output[copy_of], 0.0).to(embeddings.dtype)
         return hidden, output[wider.ends.to(places.device)]
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
+from lit_rlhf.models import predicting_positions, response_positions
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.prompts import Judge
 from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
@@ -30,6 +31,7 @@ class RankingBatch(NamedTuple):
     ranks: Tensor  # (N,) int64, 1 = best
     prompt_index: Tensor  # (N,) int64, which prompt an answer belongs to
     learned: Tensor  # (M,) int64, flat indices of the response tokens of each prompt's best-ranked answers
+    predicting: Tensor  # (M,) int64, of the tokens that predict them
     share: float  # prompts of this micro-batch that have a pair, over the average of the step's micro-batches
     gold: Tensor | None  # (N,) float, grades by the gold judge, where there is one
     ratings: Tensor  # (N,) float, 0 to 1, of answers whose prompt has no pair but feedback; NaN: none
@@ -58,6 +60,7 @@ class RankingDataModule(ExampleDataModule):
         max_length: tokens of prompt and answer; longer ones are handled as ``on_long`` says, and counted.
         on_long: "cut" drops the beginning of the prompt, "skip" leaves the ranking out.
         row_length: tokens of a packed row.
+        share_prompts: lay a prompt down once for all its answers: the same scores from fewer tokens.
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
         fold: which fraction of them, for cross-validation: with ``held_out=0.2`` 0 to 4.
@@ -78,6 +81,7 @@ class RankingDataModule(ExampleDataModule):
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
         row_length: Annotated[int, Field(ge=2)] = 128,
+        share_prompts: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         fold: Annotated[int, Field(ge=0)] = 0,
@@ -90,6 +94,7 @@ class RankingDataModule(ExampleDataModule):
         self.paths = [path] if isinstance(path, str | Path) else list(path)
         self._tokenizer = tokenizer
         self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
+        self.share_prompts = share_prompts
         self.held_out, self.split_seed, self.fold, self.seed = held_out, split_seed, fold, seed
         self.on_bad_record: OnBadRecord = on_bad_record
         self.skipped: list[str] = []
@@ -159,19 +164,21 @@ class RankingDataModule(ExampleDataModule):
         own = sum(len(set(item.ranks)) > 1 for item in chosen)
         lengths = [n for item in chosen for n in item.response_lengths]
         sequences = [s for item in chosen for s in item.sequences]
-        packed = pack(sequences, self.tokenizer.pad_token_id, self.row_length, lengths)
+        packed = pack(sequences, self.tokenizer.pad_token_id, self.row_length, lengths, self.share_prompts)
         ratings = [rating for item in chosen for rating in item.ratings]
         rated = _rated(items[i] for i in everyones) * len(mine) / len(everyones)
         # An answer that was rated alone is worth imitating where it was liked.
         best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
-        best = [good and not rating <= 0.5 for good, rating in zip(best, ratings)]
-        after = (packed.ends + 1).tolist()
-        learned = [torch.arange(end - n, end) for end, n, good in zip(after, lengths, best) if good]
+        best = torch.tensor([good and not rating <= 0.5 for good, rating in zip(best, ratings)])
+        positions, mask = response_positions(packed, packed.response_lengths)
+        before, _ = predicting_positions(packed, packed.response_lengths)
+        learned = mask & best[:, None]
         return RankingBatch(
             packed,
             torch.tensor([rank for item in chosen for rank in item.ranks]),
             torch.tensor([i for i, item in enumerate(chosen) for _ in item.ranks]),
-            torch.cat(learned) if learned else torch.zeros(0, dtype=torch.int64),
+            positions[learned],
+            before[learned],
             own / max(with_pairs, 1e-9),
             torch.tensor([g for item in chosen for g in item.gold]) if chosen[0].gold is not None else None,
             torch.tensor(ratings),
@@ -195,12 +202,20 @@ class WorldRankingDataModule(RankingDataModule):
         *,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         row_length: Annotated[int, Field(ge=2)] = 128,
+        share_prompts: bool = True,
         split_seed: int = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            path, tokenizer, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed, limit=limit
+            path,
+            tokenizer,
+            batch_size=batch_size,
+            row_length=row_length,
+            share_prompts=share_prompts,
+            split_seed=split_seed,
+            seed=seed,
+            limit=limit,
         )
         self.world = world
         self.judge = world

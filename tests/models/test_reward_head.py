@@ -18,11 +18,13 @@ from lit_rlhf.models import (
     load_reward_model,
     packed_hidden,
     packed_scores,
+    predicting_positions,
     reward_model_from_config,
     save_model,
     score_answers,
     score_shift,
     score_std,
+    sees_any_mask,
 )
 from lit_rlhf.text import ensure_chat_template, pack
 
@@ -232,3 +234,44 @@ def test_texts_are_scored_as_the_data_module_lays_them_out(reward_model_with, to
         whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], return_dict=False)
         packed = pack([whole], tokenizer.pad_token_id, response_lengths=[len(whole) - len(before)])
         assert_close(score, packed_scores(model, packed)[0] + 2.0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize("head", HEADS, ids=named)
+def test_a_shared_prompt_changes_neither_scores_nor_gradients(head, kind, reward_model_with, tokenizer):
+    model = reward_model_with(head).double()
+    model.base_model.set_attn_implementation(kind)
+    prompts = [tokenizer(PROMPTS[i])["input_ids"] for i in (0, 0, 2, 0, 2, 3)]
+    answers = [tokenizer(text)["input_ids"] for text in (*ANSWERS, "cat? 42", "You")]
+    sequences, lengths = [p + a for p, a in zip(prompts, answers)], [len(a) for a in answers]
+    weights = torch.linspace(-1, 1, len(sequences), dtype=torch.float64)
+    found = []
+    for share in (False, True):
+        rows = pack(sequences, tokenizer.pad_token_id, 48, lengths, share_prompts=share)
+        scores = packed_scores(model, rows)
+        values = critic_from_reward_model(None, model)(rows, None)
+        before = values[predicting_positions(rows, rows.response_lengths)[0]]
+        model.zero_grad()
+        (weights @ scores).backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((rows.tokens.numel(), scores.detach(), before[response_mask(rows)].detach(), gradients))
+    apart, shared = found
+    assert shared[0] < apart[0]
+    exact = 1e-9 if model.config.model_type == "gpt2" else 1e-5  # transformers' RMSNorm is float32 throughout
+    for one, other in zip(apart[1:3], shared[1:3]):
+        assert_close(other, one, rtol=0, atol=exact)
+    for one, other in zip(apart[3], shared[3], strict=True):
+        assert_close(other, one, rtol=0, atol=100 * exact)
+
+
+def response_mask(rows):
+    return predicting_positions(rows, rows.response_lengths)[1]
+
+
+def test_attention_that_takes_no_mask_says_how_to_go_on(reward_model_with, tokenizer):
+    model = reward_model_with(RewardHead())
+    rows = pack([[7, 8, 9], [7, 8, 6]], 1, 10, [1, 1], share_prompts=True)
+    model.base_model.config._attn_implementation = "flash_attention_2"
+    assert not sees_any_mask(model)
+    with pytest.raises(UserError, match="share_prompts=false"):
+        packed_scores(model, rows)

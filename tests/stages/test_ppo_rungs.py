@@ -198,3 +198,24 @@ def test_whole_numbers_as_coefficients_adapt_too(ppo):
     assert loss.beta == 0.5
     module = ppo(kl_coef=1, kind=PPOModule)
     assert module.kl_coef.is_floating_point()
+
+
+@pytest.mark.parametrize("critic", [critic_from_policy, critic_on_policy])
+def test_shared_prompts_change_nothing_that_is_learned(critic, ppo, alone, moved):
+    found = []
+    for share in (False, True):
+        module = moved(ppo(critic=critic, answers_per_prompt=4, minibatch_size=16, share_prompts=share))
+        module, batch = alone(module)
+        rollout = module.collect(batch)
+        cells = module.packed(rollout.sequences, rollout.lengths).tokens.numel()
+        policy_loss, value_loss, _ = module.losses(rollout)
+        (policy_loss + value_loss).backward()
+        gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        found.append((cells, rollout, gradients))
+    (cells, apart, one), (fewer, shared, other) = found
+    assert fewer < 0.8 * cells and shared.sequences == apart.sequences
+    for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+        assert_close(getattr(shared, name), getattr(apart, name), rtol=0, atol=2e-5)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_close(other[name], one[name], rtol=1e-3, atol=1e-5)

@@ -290,3 +290,23 @@ def test_ppo_is_scored_and_valued_by_a_likelihood_head(ensemble, policy, ppo, pr
     assert_close(raw, torch.minimum(expected, expected / 2) if ensemble else expected)
     assert (raw < 0).all() and data.train_prompts
     assert rollout.values.std() > 0  # what the answer's beginning was worth, not the fresh head's 0
+
+
+def test_shared_prompts_change_neither_loss_nor_gradients(data, tokenizer, reward_model, optimizer):
+    module = RewardModule(reward_model.double(), tokenizer, optimizer=optimizer, lm_coef=0.5)
+    torch.nn.init.normal_(reward_model.score.weight)
+    found = []
+    for share in (False, True):
+        made = data(share_prompts=share)
+        loader = made.train_dataloader()
+        batch = loader.collate([3, 8, 12, 20], [3, 8, 12, 20])
+        module.zero_grad()
+        loss, _ = step(module, batch)
+        loss.backward()
+        gradients = [p.grad.clone() for p in module.parameters()]
+        found.append((batch.packed.tokens.numel(), len(batch.learned), loss, gradients))
+    apart, shared = found
+    assert shared[0] < 0.8 * apart[0] and shared[1] == apart[1] > 0
+    assert_close(shared[2], apart[2], rtol=0, atol=1e-6)
+    for one, other in zip(apart[3], shared[3], strict=True):
+        assert_close(other, one, rtol=0, atol=1e-5)

@@ -69,3 +69,51 @@ def test_left_pad():
     tokens, mask = left_pad([[1, 2], [3, PAD, 5], [6]], PAD)
     assert tokens.tolist() == [[PAD, 1, 2], [3, PAD, 5], [PAD, PAD, 6]]
     assert mask.tolist() == [[False, True, True], [True, True, True], [False, False, True]]  # by place, not by token
+
+
+ANSWERED = [[1, 2, 3, 7], [1, 2, 3, 8, 9], [4, 5], [1, 2, 3, 6, 6]]  # three answers to one prompt, one to another
+ANSWERS = [1, 2, 1, 2]
+
+
+def test_a_shared_prompt_by_hand():
+    packed = pack(ANSWERED, PAD, 10, ANSWERS, share_prompts=True)
+    assert packed.tokens.tolist() == [[1, 2, 3, 7, 8, 9, 6, 6, 4, 5]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 3, 4, 3, 4, 0, 1]]
+    assert packed.starts.tolist() == [0, 0, 8, 0] and packed.response_starts.tolist() == [3, 4, 9, 6]
+    assert packed.ends.tolist() == [3, 5, 9, 7]
+    seen = [[j for j in range(10) if packed.visible[0, 0, i, j]] for i in range(10)]
+    assert seen[:8] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5], [0, 1, 2, 6], [0, 1, 2, 6, 7]]
+    assert seen[8:] == [[8], [8, 9]]
+    back = torch.arange(5).expand(4, 5)
+    assert packed.from_end(back)[[0, 1, 3]].tolist() == [[3, 2, 1, 0, -1], [5, 4, 2, 1, 0], [7, 6, 2, 1, 0]]
+
+
+def test_prompts_that_nobody_shares_are_laid_as_ever():
+    given = [[1, 2, 7], [3, 8], [1, 9]]
+    plain, asked = pack(given, PAD, 10, [1, 1, 1]), pack(given, PAD, 10, [1, 1, 1], share_prompts=True)
+    assert asked.parts is None and asked.visible is None
+    assert all(torch.equal(a, b) for a, b in zip(plain[:5], asked[:5]))
+
+
+@pytest.mark.parametrize("row_length", [1, 12, 40, 1000])
+def test_every_sequence_comes_back_from_shared_rows(row_length):
+    generator = random.Random(1)
+    prompts = sequences(9, 8)
+    given = [[*prompt, *answer] for prompt in prompts for answer in sequences(4, 9, generator.random())]
+    given.append([5, 6, 7])  # no prompt
+    lengths = [len(s) - len(p) for s, p in zip(given, [p for p in prompts for _ in range(4)])] + [3]
+    order = generator.sample(range(len(given)), len(given))
+    given, lengths = [given[i] for i in order], [lengths[i] for i in order]
+    packed = pack(given, PAD, row_length, lengths, share_prompts=True)
+    back = torch.arange(max(map(len, given))).expand(len(given), -1)
+    places, tokens, positions = packed.from_end(back).tolist(), packed.tokens.flatten(), packed.positions.flatten()
+    for i, (sequence, place) in enumerate(zip(given, places)):
+        place = place[: len(sequence)][::-1]
+        assert tokens[place].tolist() == sequence
+        assert positions[place].tolist() == list(range(len(sequence)))
+        row, width = place[0] // packed.tokens.shape[1], packed.tokens.shape[1]
+        columns = [p - row * width for p in place]
+        seen = packed.visible[row, 0, columns[-1]].nonzero().flatten().tolist() if packed.parts is not None else columns
+        assert sorted(seen) == sorted(columns), i  # the last token sees its sequence, and nothing else
+    if row_length == 1000:
+        assert packed.tokens.numel() == sum(map(len, prompts)) + sum(lengths)  # the prompts once, no padding

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from lightning import LightningModule
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
@@ -24,6 +24,7 @@ from lit_rlhf.models import (
     packed_scores,
     score_shift,
     score_std,
+    sees_any_mask,
 )
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
@@ -31,7 +32,7 @@ from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.chat import encode_prompts, encode_responses
-from lit_rlhf.text.packing import pack
+from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import seeded
 
@@ -172,7 +173,7 @@ class EvaluateModule(LightningModule):
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
         sequences = [p + r for p, r in zip(prompts, responses)]
         lengths = [len(r) for r in responses]
-        packed = pack(sequences, self.reward_model.config.pad_token_id, response_lengths=lengths).to(self.device)
+        packed = self._packed(sequences, self.reward_model.config.pad_token_id, lengths, self.reward_model)
         return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(
             self.reward_model
         )
@@ -180,9 +181,14 @@ class EvaluateModule(LightningModule):
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
         pad_id, lengths = self.tokenizers["sft"].pad_token_id, answers.lengths.tolist()
-        packed = pack(sequences, pad_id, response_lengths=lengths).to(self.device)
+        packed = self._packed(sequences, pad_id, lengths, self.policies["sft"])
         ref = response_logprobs(self.policies["sft"], packed, answers.lengths, self.sampling.temperature)
         return sequence_kl(answers.logprobs, ref, answers.mask)
+
+    def _packed(self, sequences: list[list[int]], pad_id: int, lengths: list[int], reader: nn.Module) -> Packed:
+        """Rows for ``reader``; the samples of a prompt share it."""
+        shared = sees_any_mask(reader)
+        return pack(sequences, pad_id, response_lengths=lengths, share_prompts=shared).to(self.device)
 
     def _pick(self, count: int) -> None:
         """The best of n for the last ``count`` prompts."""

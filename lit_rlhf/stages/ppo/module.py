@@ -36,6 +36,7 @@ from lit_rlhf.models import (
     lora_layers,
     packed_hidden,
     save_model,
+    sees_any_mask,
 )
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary
@@ -94,6 +95,7 @@ class PPOModule(LightningModule):
         minibatch_size: answers an optimizer step and process.
         max_grad_norm: the gradients of policy and critic are clipped to it, each for itself.
         probe_rollouts: rollouts on which the gradient's noise is measured, before the policy's first step; 0: not done.
+        share_prompts: read a prompt once for all its answers in a batch, where attention can be told so.
         sampling: how answers are drawn in rollouts and in validation.
         val_samples: answers a held-out prompt in validation.
         seed: of sampling and of the order of minibatches.
@@ -128,6 +130,7 @@ class PPOModule(LightningModule):
         minibatch_size: Annotated[int, Field(ge=1)] = 32,
         max_grad_norm: Annotated[float, Field(gt=0)] = 1.0,
         probe_rollouts: Annotated[int, Field(ge=0)] = 0,
+        share_prompts: bool = True,
         sampling: Sampling | None = None,
         val_samples: Annotated[int, Field(ge=1)] = 4,
         seed: int = 0,
@@ -164,6 +167,7 @@ class PPOModule(LightningModule):
         self.register_buffer("score_last", torch.zeros(()))
         self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
         self.held_out = HeldOut(val_samples)
+        self.share_prompts = share_prompts and answers_per_prompt > 1 and sees_any_mask(self)
         self.eval()  # see train(): models made from a config come in training mode
 
     # ---------------------------------------------------------------- rollout
@@ -208,7 +212,8 @@ class PPOModule(LightningModule):
 
     def packed(self, sequences: list[list[int]], lengths: Tensor) -> Packed:
         """Rows without padding, on this module's device; responses of ``lengths`` (N,) tokens end the sequences."""
-        return pack(sequences, self.tokenizer.pad_token_id, response_lengths=lengths.tolist()).to(self.device)
+        pad_id, shared = self.tokenizer.pad_token_id, self.share_prompts
+        return pack(sequences, pad_id, response_lengths=lengths.tolist(), share_prompts=shared).to(self.device)
 
     @property
     def _exact(self) -> bool:

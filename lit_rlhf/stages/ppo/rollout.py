@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import Responses, next_token_logits, packed_hidden, response_positions
+from lit_rlhf.models import Responses, next_token_logits, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.packing import Packed
 
@@ -62,9 +62,8 @@ def response_logits(
     Logits are divided by the temperature that was sampled with, in the reference too: both are then distributions over
     what could have been drawn."""
     positions, mask = response_positions(packed, lengths)
-    flat = positions[mask]
-    logits = next_token_logits(policy, hidden[flat - 1])  # the token before predicts
-    return logits / temperature, packed.tokens.flatten()[flat], mask
+    logits = next_token_logits(policy, hidden[predicting_positions(packed, lengths)[0][mask]])
+    return logits / temperature, packed.tokens.flatten()[positions[mask]], mask
 
 
 def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
@@ -75,8 +74,8 @@ def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, 
 
 def response_values(values: Tensor, packed: Packed, lengths: Tensor) -> Tensor:
     """The value (N, T) of the state before each response token, out of those (R * L,) at all tokens; 0 elsewhere."""
-    positions, mask = response_positions(packed, lengths)
-    return scatter(values[positions[mask] - 1], mask)
+    positions, mask = predicting_positions(packed, lengths)
+    return scatter(values[positions[mask]], mask)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class RewardDataModule(RankingDataModule):
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
         row_length: Annotated[int, Field(ge=2)] = 128,
+        share_prompts: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         fold: Annotated[int, Field(ge=0)] = 0,
@@ -56,7 +57,7 @@ class RewardDataModule(RankingDataModule):
             raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
         super().__init__(
             path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, row_length=row_length,
-            held_out=held_out, split_seed=split_seed, fold=fold, seed=seed, limit=limit,
+            share_prompts=share_prompts, held_out=held_out, split_seed=split_seed, fold=fold, seed=seed, limit=limit,
             on_bad_record=on_bad_record,
         )  # fmt: skip
         self.demonstrations, self.feedback = demonstrations, feedback
@@ -102,12 +103,14 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
         feedback: str | Path | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         row_length: Annotated[int, Field(ge=2)] = 128,
+        share_prompts: bool = True,
         split_seed: int = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            path, tokenizer, world, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed,
+            path, tokenizer, world, batch_size=batch_size, row_length=row_length,
+            share_prompts=share_prompts, split_seed=split_seed, seed=seed,
             limit=limit,
         )  # fmt: skip
         self.feedback = feedback

@@ -82,7 +82,7 @@ class RewardModule(LightningModule):
             self.log("reward/feedback_loss", rated)
             loss = loss + self.feedback_coef * rated
         if self.lm_coef > 0 and len(batch.learned):
-            logits = hidden[batch.learned - 1] @ output_embedding(self.reward_model).T
+            logits = hidden[batch.predicting] @ output_embedding(self.reward_model).T
             lm = lm_loss(logits, batch.packed.tokens.flatten()[batch.learned])
             self.log("reward/lm_loss", lm)
             loss = loss + self.lm_coef * lm
