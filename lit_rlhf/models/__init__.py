@@ -23,6 +23,7 @@ from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merg
 from lit_rlhf.models.policy import (
     context_length,
     freeze,
+    fuse_gelu,
     load_policy,
     load_policy_and_tokenizer,
     next_token_logits,
@@ -54,6 +55,7 @@ __all__ = [
     "critic_on_policy",
     "fingerprint",
     "freeze",
+    "fuse_gelu",
     "generate",
     "load_policy",
     "load_policy_and_tokenizer",

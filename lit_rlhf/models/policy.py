@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.lora import LoRA, add_lora
@@ -17,10 +18,12 @@ from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import load_tokenizer
 
 
-def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def policy_from_config(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, fused_gelu: bool = True
+) -> PreTrainedModel:
     """A freshly initialized model; ``config`` names a ``model_type`` and that architecture's own settings.
 
-    Vocabulary size and special tokens come from the tokenizer."""
+    Vocabulary size and special tokens come from the tokenizer. ``fused_gelu``: see :func:`fuse_gelu`."""
     settings = copy.deepcopy(dict(config))
     model_type = settings.pop("model_type", None)
     try:
@@ -35,7 +38,8 @@ def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         known = {**type(architecture)().to_dict(), **architecture.attribute_map}
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"{model_type} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        return AutoModelForCausalLM.from_config(architecture)
+        model = AutoModelForCausalLM.from_config(architecture)
+        return fuse_gelu(model) if fused_gelu else model
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.config: {str(error).strip().splitlines()[0][:900]}") from error
 
@@ -45,12 +49,15 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
     lora: LoRA | None = None,
+    fused_gelu: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub name, with adapters where ``lora`` asks for them.
 
     With a ``tokenizer`` the embedding grows to hold tokens that were added to it (a padding token, say), and the model
-    learns which token ends a text."""
+    learns which token ends a text. ``fused_gelu``: see :func:`fuse_gelu`."""
     model = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+    if fused_gelu:
+        fuse_gelu(model)
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
     return add_lora(model, lora)
@@ -80,6 +87,17 @@ def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> Any:
             f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors;"
             " a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
         ) from error
+
+
+def fuse_gelu(model: nn.Module) -> nn.Module:
+    """Have one kernel compute what transformers' ``gelu_new`` spells out in seven: the same function.
+
+    The model's config keeps its name, so what is saved is as it was."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

@@ -34,7 +34,7 @@ from lit_rlhf.pipeline.settings import (
     sweep_jobs,
 )
 from lit_rlhf.pipeline.sweep import objective_of, write_job
-from lit_rlhf.training import Interrupted
+from lit_rlhf.training import Interrupted, keep_freed_memory
 
 HYDRAS_OWN = ("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 
@@ -116,6 +116,8 @@ def run(cfg: DictConfig) -> float | None:
         check_settings(cfg)
         quiet()
         limit_threads(cfg)
+        if cfg.keep_freed_memory:
+            keep_freed_memory()
         address, value = work(cfg)
     except Exception as raised:
         error = users_mistake(raised) or raised

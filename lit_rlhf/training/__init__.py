@@ -1,5 +1,6 @@
 """What the stages share around training: optimizer, schedule, batches, callbacks."""
 
+from lit_rlhf.training.allocator import keep_freed_memory
 from lit_rlhf.training.batches import BatchLoader, ExampleDataModule, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
     BestCheckpoint,
@@ -32,6 +33,7 @@ __all__ = [
     "append_rows",
     "decay_groups",
     "in_order",
+    "keep_freed_memory",
     "make_trainer",
     "read_metrics",
     "seeded",

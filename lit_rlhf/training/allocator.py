@@ -1,0 +1,22 @@
+"""Memory between steps."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of glibc's mallopt
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what tensors leave for the next ones; whether it can (glibc only).
+
+    Otherwise it gives large blocks back to the system at once, and each step asks for them again, page by page. The
+    most that is held at a time does not change, but it stays until the process ends."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    settings = {MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20}
+    return all(libc.mallopt(name, value) == 1 for name, value in settings.items())

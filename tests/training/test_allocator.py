@@ -1,0 +1,35 @@
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, sys, torch
+from lit_rlhf.training.allocator import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(3)
+def step():
+    for megabytes in (3, 50, 7):
+        torch.ones(megabytes * 2**18)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    """Pages that ten steps asked the system for."""
+    done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip("not glibc")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_steps_do_not_ask_the_system_for_the_same_memory_again():
+    assert faults("plain") > 10_000
+    assert faults("keep") < 1_000
