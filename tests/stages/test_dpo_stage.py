@@ -125,7 +125,7 @@ def test_accumulated_micro_batches_equal_a_full_batch(data, tokenizer, policy, o
     one, two = (DPOModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer) for _ in range(2))
     fit(one, data(tied, batch_size=8), max_steps=3)
     fit(two, data(tied, batch_size=2), max_steps=3, accumulate_grad_batches=4)
-    for a, b in zip(one.parameters(), two.parameters()):  # Adam divides by a gradient's size: rounding of tiny ones counts
+    for a, b in zip(one.parameters(), two.parameters()):  # Adam makes the rounding of tiny gradients count
         assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
