@@ -3,7 +3,6 @@
 from lit_rlhf.training.batches import BatchLoader, ExampleDataModule, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
     BestCheckpoint,
-    Interrupted,
     LastCheckpoint,
     RandomState,
     StageProgressBar,
@@ -19,7 +18,6 @@ __all__ = [
     "BatchLoader",
     "BestCheckpoint",
     "ExampleDataModule",
-    "Interrupted",
     "LastCheckpoint",
     "MetricsFile",
     "OptimizerFactory",

@@ -192,4 +192,5 @@ class WorldPretrainDataModule(PretrainDataModule):
         self.world, self.documents, self.split_seed = world, documents, split_seed
 
     def sources(self) -> list[list[str]]:
-        return [self.world.corpus(self.documents, self.split_seed, split_seed=self.split_seed)]
+        count = min(self.documents, self.limit or self.documents)  # what the limit would cut off is not written
+        return [self.world.corpus(count, self.split_seed, split_seed=self.split_seed)]
