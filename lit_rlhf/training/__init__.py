@@ -12,6 +12,7 @@ from lit_rlhf.training.callbacks import (
 )
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.step_log import StepLog
 from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RandomState",
     "Schedule",
     "StageProgressBar",
+    "StepLog",
     "StopOnNonFinite",
     "TextSamples",
     "adamw",
