@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
 
-# How a stage is watched, and how a judge is reached, does not change what comes out of it.
+# How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
 WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
+KEEPING = ("data.cache", "ptx.cache", "module.ptx.cache")
 REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
 
 
@@ -183,7 +184,7 @@ class StageFolder:
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
         flat = dict(_flat(settings))
-        skip = tuple(f"{self.stage}.{name}." for name in (*WATCHING, *REACHING))
+        skip = tuple(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING))
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:
