@@ -6,8 +6,10 @@ block-diagonal, so each sequence sees what it would see alone."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,20 +55,27 @@ def pack(
             free.append(row_length)
         place[i] = (row, row_length - free[row])
         free[row] -= lengths[i]
-    rows = [[pad_id] * row_length for _ in free]
-    positions = [list(range(row_length)) for _ in free]
-    for row, room in enumerate(free):
-        positions[row][row_length - room :] = range(room)
-    for sequence, (row, column) in zip(sequences, place):
-        rows[row][column : column + len(sequence)] = sequence
-        positions[row][column : column + len(sequence)] = range(len(sequence))
+    # A batch has thousands of tokens: they are laid down by whole arrays, not by Python token by token.
+    room, sizes = np.array(free), np.array(lengths)
+    starts = np.array([row * row_length + column for row, column in place])
+    within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+    spots = np.repeat(starts, sizes) + within
+    tokens = np.full(len(free) * row_length, pad_id)
+    positions = (np.arange(row_length) - (row_length - room)[:, None]).clip(0).ravel()
+    tokens[spots], positions[spots] = _flat(sequences, len(spots)), within
+    shape = (len(free), row_length)
     return Packed(
-        torch.tensor(rows),
-        torch.tensor(positions),
-        torch.tensor([row * row_length + column for row, column in place]),
-        torch.tensor(lengths),
+        torch.from_numpy(tokens).view(shape),
+        torch.from_numpy(positions).view(shape),
+        torch.from_numpy(starts),
+        torch.from_numpy(sizes),
         None if response_lengths is None else torch.tensor(response_lengths),
     )
+
+
+def _flat(sequences: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """All tokens one after the other, (count,) int64."""
+    return np.fromiter(chain.from_iterable(sequences), np.int64, count)
 
 
 def stream(documents: Sequence[Sequence[int]], end_of_text: int) -> Tensor:
@@ -76,7 +85,9 @@ def stream(documents: Sequence[Sequence[int]], end_of_text: int) -> Tensor:
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, mask), both (B, P): padded on the left so that every answer starts in the same column."""
-    width = max(map(len, sequences))
-    tokens = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences])
-    mask = torch.tensor([[False] * (width - len(s)) + [True] * len(s) for s in sequences])
-    return tokens, mask
+    lengths = np.array([len(s) for s in sequences])
+    width = int(lengths.max())
+    mask = np.arange(width) >= width - lengths[:, None]
+    tokens = np.full(mask.shape, pad_id)
+    tokens[mask] = _flat(sequences, int(lengths.sum()))
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
