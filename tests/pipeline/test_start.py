@@ -48,7 +48,7 @@ def test_a_mistake_in_the_settings_is_found_before_torch_is_imported(lit_rlhf, t
 
 def test_the_first_step_waits_for_no_import_that_it_does_not_need(lit_rlhf, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)  # modules beside the command are found
-    said = lit_rlhf("stage=pretrain", "pretrain.module._target_=probe.Probe").stdout
+    said = lit_rlhf("stage=pretrain", "pretrain.module._target_=probe.Probe", fresh=True).stdout
     assert {"torch", "lightning"} <= imported(said)
     assert not imported(said) & set(UNUSED)
 
