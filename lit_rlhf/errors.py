@@ -13,3 +13,7 @@ class TrainingDiverged(UserError):
 
 class Waiting(UserError):
     """A person has to do something before the work can go on; the message says what."""
+
+
+class Interrupted(UserError):
+    """The user pressed Ctrl-C, and what was reached is on disk."""

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.types import RunMode
 from packaging.requirements import Requirement
 
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.settings import check_settings, compose_settings, is_multirun, sweep_jobs
+from lit_rlhf.pipeline.settings import check_settings, compose_settings, hydra_settings, sweep_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,7 +70,8 @@ def test_command_composes(arguments, tmp_path, monkeypatch):
         own.parent.mkdir(parents=True)
         own.write_text((ROOT / "conf/preference/annotator/world.yaml").read_text())
         overrides.append(f"hydra.searchpath=[file://{own.parent.parent.parent}]")
-    swept = "-m" in options or (any(word.startswith("experiment=") for word in overrides) and is_multirun(overrides))
+    study = any(word.startswith("experiment=") for word in overrides)
+    swept = "-m" in options or (study and hydra_settings(overrides).mode == RunMode.MULTIRUN)
     jobs = sweep_jobs(overrides) if swept else [overrides]
     for job in jobs[:: max(len(jobs) - 1, 1)]:  # the first and the last
         cfg = compose_settings(job)

@@ -13,8 +13,16 @@ from omegaconf import DictConfig
 from lit_rlhf.apps.reading import newest, round_folders
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import StageFolder, check_inputs, check_records, read_json, read_yaml, write_text
-from lit_rlhf.pipeline.run import is_main_process, run_stage
+from lit_rlhf.pipeline.folder import (
+    StageFolder,
+    check_inputs,
+    check_records,
+    is_main_process,
+    read_json,
+    read_yaml,
+    write_text,
+)
+from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import STAGES, stages_of
 
 

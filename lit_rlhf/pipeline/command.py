@@ -1,76 +1,115 @@
-"""``lit-rlhf``: from the command line to a run."""
+"""``lit-rlhf``: from the command line to a run.
+
+What imports torch is imported where it is needed, so that ``--help`` and a mistyped setting are answered at once."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported
 
 import hydra
-import torch
+from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import UserError, Waiting
-from lit_rlhf.pipeline.chain import run_chain
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.rounds import run_rounds
-from lit_rlhf.pipeline.run import is_main_process, quiet
+from lit_rlhf.errors import Interrupted, UserError, Waiting
+from lit_rlhf.pipeline.folder import is_main_process, register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     check_settings,
     command_of,
     compose_settings,
     conf_dir,
-    is_multirun,
     name_loaders,
     opened,
     resolved,
     stages_of,
     sweep_jobs,
+    without_sweeps,
 )
-from lit_rlhf.pipeline.sweep import objective_of, write_job
-from lit_rlhf.training import Interrupted, keep_freed_memory
 
-HYDRAS_OWN = ("-h", "--help", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+MULTIRUN = ("-m", "--multirun")
 
 
 def main() -> None:
     """Run the command; a user's mistake ends it with one line and exit code 2."""
     register_resolvers()
     sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
-    arguments = sys.argv[1:]
     # Hydra's parser takes overrides in one piece only; people put -m anywhere.
-    sys.argv[1:] = arguments = opened(sorted(arguments, key=lambda a: a not in ("-m", "--multirun")))
-    if not any(a.split("=")[0] in HYDRAS_OWN for a in arguments) and is_main_process():
-        try:
-            check_arguments(arguments)
-        except UserError as error:
-            fail(error)
-    decorated = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)
+    sys.argv[1:] = arguments = opened(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
     try:
-        decorated()
+        with imports_kept():
+            cfg = one_job(arguments)
+        if cfg is None:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
+        else:
+            run_one(cfg)
+    except UserError as error:
+        fail(error)
     except KeyboardInterrupt:
         fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """Compose and check the settings of every job before the first begins."""
-    overrides = [a for a in arguments if not a.startswith("-")]
-    if any(a.startswith(("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")) for a in arguments):
-        return  # settings from elsewhere: Hydra composes them, and each job is checked as it starts
-    multirun = any(a in ("-m", "--multirun") for a in arguments) or is_multirun(overrides)
-    for job in sweep_jobs(overrides) if multirun else [overrides]:
-        cfg = compose_settings(job)
-        if multirun:
+@contextmanager
+def imports_kept() -> Iterator[None]:
+    """Keep the garbage collector away from what importing torch and the others makes, now and later.
+
+    It would look through a million objects that stay as long as the process, again and again: a sixth of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def one_job(arguments: list[str]) -> DictConfig | None:
+    """The settings of the one job that is asked for, composed once and checked; its imports are made.
+
+    None where Hydra has to go on: for a sweep, whose jobs are all checked here before the first begins, its own options
+    (``--help``, ``--cfg``), and settings from elsewhere (``--config-dir``), which are checked as each job starts."""
+    if any(a.startswith("-") and a not in MULTIRUN for a in arguments):
+        return None
+    overrides = [a for a in arguments if a not in MULTIRUN]
+    single = without_sweeps(overrides)
+    cfg = compose_settings(single, with_hydra=True)
+    if any(a in MULTIRUN for a in arguments) or cfg.hydra.mode == RunMode.MULTIRUN:
+        for job in sweep_jobs(overrides):
+            cfg = compose_settings(job)
             check_multirun(cfg)
-        prepare(cfg)
-        check_settings(cfg)
-        check_writable(Path(cfg.paths.runs))
+            check(cfg)
+        return None
+    if single != overrides:
+        compose_settings(overrides)  # which says that several values need -m
+    check(cfg)
+    return cfg
+
+
+def run_one(cfg: DictConfig) -> None:
+    """What Hydra does with a command that is no sweep; it would compose the settings twice more."""
+    cfg.hydra.mode = RunMode.RUN
+    callbacks = Callbacks(cfg)
+    callbacks.on_run_start(config=cfg, config_name="config")
+    context = HydraContext(config_loader=None, callbacks=callbacks)  # a loader is for launchers
+    job = run_job(run, cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+    callbacks.on_run_end(config=cfg, config_name="config", job_return=job)
+    _ = job.return_value  # raises what the job raised
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ``UserError`` for settings that cannot be run."""
+    prepare(cfg)
+    check_settings(cfg)
+    check_writable(Path(cfg.paths.runs))
 
 
 def check_writable(runs: Path) -> None:
@@ -109,6 +148,10 @@ def prepare(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> float | None:
     """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others."""
+    from lit_rlhf.pipeline.run import quiet
+    from lit_rlhf.pipeline.sweep import write_job
+    from lit_rlhf.training import keep_freed_memory
+
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     OmegaConf.set_struct(cfg, True)
     try:
@@ -142,6 +185,10 @@ def run(cfg: DictConfig) -> float | None:
 
 def work(cfg: DictConfig) -> tuple[str, float]:
     """Run the stages, or the command in their place; returns (address, value) of the objective."""
+    from lit_rlhf.pipeline.chain import run_chain
+    from lit_rlhf.pipeline.rounds import run_rounds
+    from lit_rlhf.pipeline.sweep import objective_of
+
     if command := command_of(cfg):
         instantiate(resolved(cfg, command), _convert_="all").launch()
         return "", float("nan")
@@ -161,6 +208,8 @@ def users_mistake(error: BaseException | None) -> UserError | None:
 
 def note_failure(cfg: DictConfig, error: Exception) -> None:
     """Name a failed job of a sweep and write down why."""
+    from lit_rlhf.pipeline.sweep import write_job
+
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     print(f"job {HydraConfig.get().job.num} failed: {reason}", file=sys.stderr)
     write_job(_output_dir(), _overrides(), {"status": "failed", "error": reason, **about(cfg)})
@@ -173,6 +222,8 @@ def about(cfg: DictConfig) -> dict[str, Any]:
 
 def limit_threads(cfg: DictConfig) -> None:
     """Share this machine's cores between the processes of a stage."""
+    import torch
+
     processes = int(os.environ.get("WORLD_SIZE", 0)) or (
         cfg.trainer.devices if isinstance(cfg.trainer.devices, int) and cfg.trainer.accelerator != "gpu" else 1
     )

@@ -14,15 +14,18 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.apps.reading import newest
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import fingerprint
 from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
-from lit_rlhf.text import load_records
 
-# How a stage is watched, and how a judge is reached, does not change what comes out of it.
+# How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
 WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
+KEEPING = ("data.cache", "ptx.cache", "module.ptx.cache")
 REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes: Lightning starts the others with a LOCAL_RANK above 0."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def upstream_model(stage: str, *, _root_: DictConfig) -> str:
@@ -56,6 +59,8 @@ def round_data(number: int, *, _root_: DictConfig) -> str:
 
 def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
     """This run's own result where it has one or is about to make one, else ``from_run``'s."""
+    from lit_rlhf.apps.reading import newest  # here, as all that imports torch: a mistyped setting is found before
+
     own = newest(Path(cfg.paths.run_dir), inside)
     if own.exists() or stage in stages_of(cfg):
         return own
@@ -165,6 +170,8 @@ class StageFolder:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Mark the stage as finished."""
+        from lit_rlhf.models import fingerprint
+
         inputs = {os.path.relpath(path, self.run): fingerprint_of(path) for path in self.inputs()}
         record = {"stage": self.stage, **record, "inputs": inputs, "model": fingerprint(self.path / "model")}
         write_text(self.path / "done.json", json.dumps(record, indent=2) + "\n")
@@ -177,7 +184,7 @@ class StageFolder:
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
         flat = dict(_flat(settings))
-        skip = tuple(f"{self.stage}.{name}." for name in (*WATCHING, *REACHING))
+        skip = tuple(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING))
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:
@@ -214,6 +221,8 @@ def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 def fingerprint_of(path: Path) -> str | None:
     """Of a model folder's weights or a data file; None where there is nothing."""
+    from lit_rlhf.models import fingerprint
+
     if path.is_dir():
         return fingerprint(path)
     if not path.is_file():
@@ -251,6 +260,8 @@ def check_inputs(cfg: DictConfig) -> None:
 
 def check_records(cfg: DictConfig) -> None:
     """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
+    from lit_rlhf.text import load_records
+
     for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
         data = resolved(cfg, name)["data"]
         paths = [data["path"]] if isinstance(data.get("path"), str) else data.get("path") or []

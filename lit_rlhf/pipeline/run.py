@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import lit_rlhf
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import load_policy_and_tokenizer
-from lit_rlhf.pipeline.folder import StageFolder
+from lit_rlhf.pipeline.folder import StageFolder, is_main_process
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
 from lit_rlhf.training import (
     BestCheckpoint,
@@ -222,11 +222,6 @@ def versions() -> dict[str, str]:
         "lightning": lightning.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def is_main_process() -> bool:
-    """Whether this process writes: Lightning starts the others with a LOCAL_RANK above 0."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def quiet() -> None:

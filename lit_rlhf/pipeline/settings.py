@@ -17,7 +17,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -86,11 +85,13 @@ class StageLevel(BaseModel):
     models: dict[str, str | None] | None = None
 
 
-def compose_settings(overrides: list[str], config_dir: Path | None = None) -> DictConfig:
-    """What the command line asks for; raises ``UserError`` in one line where it cannot be had."""
+def compose_settings(overrides: list[str], config_dir: Path | None = None, with_hydra: bool = False) -> DictConfig:
+    """What the command line asks for; raises ``UserError`` in one line where it cannot be had.
+
+    ``with_hydra``: with Hydra's own settings, at ``hydra``."""
     with initialize_config_dir(str(config_dir or conf_dir()), version_base="1.3"):
         try:
-            return compose("config", overrides=overrides)
+            return compose("config", overrides=overrides, return_hydra_config=with_hydra)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_composition_error(str(error), overrides)) from None
 
@@ -120,19 +121,14 @@ def sweep_jobs(overrides: list[str]) -> list[list[str]]:
     return [list(job) for batch in batches for job in batch]
 
 
-def is_multirun(overrides: list[str]) -> bool:
-    """Whether the settings themselves ask for a multirun (``hydra.mode``), without ``-m``."""
-    return hydra_settings(overrides).mode == RunMode.MULTIRUN
-
-
 def hydra_settings(overrides: list[str]) -> DictConfig:
     """Hydra's own settings, for all jobs of a multirun."""
-    single = [o.input_line for o in _parsed(overrides) if not o.is_sweep_override()]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            return compose("config", overrides=single, return_hydra_config=True).hydra
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_composition_error(str(error), single)) from None
+    return compose_settings(without_sweeps(overrides), with_hydra=True).hydra
+
+
+def without_sweeps(overrides: list[str]) -> list[str]:
+    """The overrides that give one value each: what all jobs of a multirun have in common."""
+    return [o.input_line for o in _parsed(overrides) if not o.is_sweep_override()]
 
 
 def _parsed(overrides: list[str]) -> list[Override]:

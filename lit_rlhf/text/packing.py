@@ -7,8 +7,10 @@ be laid down once, with the answers behind it: each answer sees the prompt and i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,62 +71,57 @@ def pack(
     own. ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them.
     ``share_prompts`` lays down a prompt that several sequences of a row begin with once."""
     lengths = [len(s) for s in sequences]
-    alone = row_length is None
     limit = max(lengths) if row_length is None else max(row_length, max(lengths))
     groups = [[i] for i in range(len(sequences))]
-    if share_prompts and response_lengths is not None and not alone:
+    if share_prompts and response_lengths is not None and row_length is not None:
         groups = list(_sharing(sequences, response_lengths, limit))
     shared = any(len(group) > 1 for group in groups)
     prompts = [lengths[g[0]] - response_lengths[g[0]] if shared else 0 for g in groups]
     sizes = [prompt + sum(lengths[i] - prompt for i in group) for prompt, group in zip(prompts, groups)]
-    row_length = limit if alone else max(min(row_length, sum(sizes)), max(sizes))
+    width = limit if row_length is None else max(min(row_length, sum(sizes)), max(sizes))
+    # Where the groups go.
     free: list[int] = []
-    starts, response_starts = [0] * len(sequences), [0] * len(sequences)
-    rows: list[list[int]] = []
-    positions: list[list[int]] = []
-    parts: list[list[int]] = []
-    after: list[list[int]] = []
-    number = 0
-
-    def lay(row: int, tokens: Sequence[int], position: int, goes_on_from: int | None) -> int:
-        """A part at the end of a row; where it begins."""
-        nonlocal number
-        number += 1
-        begin = row * row_length + len(rows[row])
-        rows[row] += tokens
-        positions[row].extend(range(position, position + len(tokens)))
-        if shared:
-            parts[row] += [number] * len(tokens)
-            after[row] += [number if goes_on_from is None else goes_on_from] * len(tokens)
-        free[row] -= len(tokens)
-        return begin
-
+    begins = [0] * len(groups)  # flat indices
     for g in sorted(range(len(groups)), key=lambda g: -sizes[g]):
-        row = None if alone else next((r for r, room in enumerate(free) if room >= sizes[g]), None)
+        row = None if row_length is None else next((r for r, room in enumerate(free) if room >= sizes[g]), None)
         if row is None:
             row = len(free)
-            free.append(row_length)
-            for table in (rows, positions, parts, after):
-                table.append([])
-        if not shared:
-            [i] = groups[g]
-            starts[i] = lay(row, sequences[i], 0, None)
-            continue
-        prompt = prompts[g]
-        begin = lay(row, sequences[groups[g][0]][:prompt], 0, None)
-        part = number
-        for i in groups[g]:
-            starts[i] = begin
-            response_starts[i] = lay(row, sequences[i][prompt:], prompt, part)
-    for row, room in enumerate(free):
-        lay(row, [pad_id] * room, 0, None)
+            free.append(width)
+        begins[g] = row * width + width - free[row]
+        free[row] -= sizes[g]
+    # Of what they consist: a group is a sequence, or a prompt and its responses.
+    starts, response_starts = [0] * len(sequences), [0] * len(sequences)
+    parts: list[tuple[Sequence[int], int, int, int]] = []  # (tokens, where they go, first position, part it goes on from)
+    for begin, prompt, group in zip(begins, prompts, groups):
+        base, place = len(parts), begin + prompt
+        if shared:
+            parts.append((sequences[group[0]][:prompt], begin, 0, base))
+        for i in group:
+            starts[i], response_starts[i] = begin, place
+            parts.append((sequences[i][prompt:], place, prompt, base))
+            place += lengths[i] - prompt
+    # A batch has thousands of tokens: they are laid down by whole arrays, not by Python token by token.
+    pieces, places, firsts, bases = zip(*parts)
+    counts = np.array([len(piece) for piece in pieces])
+    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    spots = np.repeat(places, counts) + within
+    tokens = np.full(len(free) * width, pad_id)
+    tokens[spots] = _flat(pieces, len(spots))
+    positions = (np.arange(width) - (width - np.array(free))[:, None]).clip(0).ravel()  # of the padding
+    positions[spots] = np.repeat(firsts, counts) + within
+    numbers, after = np.full((2, len(tokens)), -1)
+    numbers[spots], after[spots] = np.repeat(np.arange(len(parts)), counts), np.repeat(bases, counts)
+
+    def rows(flat: np.ndarray) -> Tensor:
+        return torch.from_numpy(flat).view(len(free), width)
+
     return Packed(
-        torch.tensor(rows),
-        torch.tensor(positions),
+        rows(tokens),
+        rows(positions),
         torch.tensor(starts),
         torch.tensor(lengths),
         None if response_lengths is None else torch.tensor(response_lengths),
-        *(torch.tensor(table) if shared else None for table in (response_starts, parts, after)),
+        *((torch.tensor(response_starts), rows(numbers), rows(after)) if shared else ()),
     )
 
 
@@ -146,6 +143,11 @@ def _sharing(
         yield group
 
 
+def _flat(sequences: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """All tokens one after the other, (count,) int64."""
+    return np.fromiter(chain.from_iterable(sequences), np.int64, count)
+
+
 def stream(documents: Sequence[Sequence[int]], end_of_text: int) -> Tensor:
     """All documents one after the other, (N,) int32, end-of-text after each."""
     return torch.tensor([token for document in documents for token in (*document, end_of_text)], dtype=torch.int32)
@@ -153,7 +155,9 @@ def stream(documents: Sequence[Sequence[int]], end_of_text: int) -> Tensor:
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(tokens, mask), both (B, P): padded on the left so that every answer starts in the same column."""
-    width = max(map(len, sequences))
-    tokens = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences])
-    mask = torch.tensor([[False] * (width - len(s)) + [True] * len(s) for s in sequences])
-    return tokens, mask
+    lengths = np.array([len(s) for s in sequences])
+    width = int(lengths.max())
+    mask = np.arange(width) >= width - lengths[:, None]
+    tokens = np.full(mask.shape, pad_id)
+    tokens[mask] = _flat(sequences, int(lengths.sum()))
+    return torch.from_numpy(tokens), torch.from_numpy(mask)

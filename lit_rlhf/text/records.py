@@ -4,6 +4,7 @@ A prompt is always kept as messages (one or several turns). Every bad record is 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -311,23 +312,79 @@ def load_records(
     The text formats are read here rather than through ``datasets``, which cannot say on which line a record is bad;
     Parquet and the Hub go through it. Raises ``UserError`` naming file, line and reason, unless ``on_bad_record`` is
     "skip"; also when nothing valid is left."""
-    records: list[Record] = []
     skipped: list[str] = []
+    return Loaded(list(read_records(path, parse, skipped, on_bad_record)), skipped)
+
+
+def read_records(
+    path: str | Path,
+    parse: Callable[[dict[str, Any]], Record],
+    skipped: list[str],
+    on_bad_record: OnBadRecord = "fail",
+) -> Iterator[Record]:
+    """The records of :func:`load_records` one by one; ``skipped`` takes a line for each bad one.
+
+    Lines of .jsonl and rows of .parquet are read as they are asked for: the file may be larger than memory."""
+    valid = False
     for place, row in _rows(str(path)):
         try:
             if isinstance(row, Exception):
                 raise row
             if not isinstance(row, dict):
                 raise ValueError(f"{_short(row)} is not a record; an object with named fields was expected")
-            records.append(parse(row))
+            record = parse(row)
         except ValueError as error:
             if on_bad_record == "fail":
                 raise UserError(f"{place}: {error}. Mend it, or set on_bad_record=skip.") from None
             skipped.append(f"{place}: {error}")
-    if not records:
+        else:
+            valid = True
+            yield record
+    if not valid:
         why = f"; the first of {len(skipped)} bad ones is {skipped[0]}" if skipped else ": it is empty"
         raise UserError(f"{path}: no valid record{why}")
-    return Loaded(records, skipped)
+
+
+PIECE = 2**16  # characters
+
+
+def read_pieces(path: str | Path) -> Iterator[str]:
+    """A .txt file in pieces of ``PIECE`` characters or some more; a shorter one is one piece.
+
+    A piece ends behind a line break, or before a space, that stands between a visible character and a letter or digit:
+    a tokenizer that splits at words (any byte-level BPE, characters) makes of the pieces what it makes of the whole."""
+    file = Path(path).expanduser()
+    decode = codecs.getincrementaldecoder("utf-8-sig")()
+    text, lines, blank = "", 1, True
+    with file.open("rb") as source:
+        while block := source.read(PIECE):
+            try:
+                text += decode.decode(block)
+            except UnicodeDecodeError as error:
+                raise _not_unicode(file, lines + error.object.count(b"\n", 0, error.start), error) from None
+            lines += block.count(b"\n")
+            if len(text) > PIECE and (cut := _between_words(text)):
+                blank = blank and not text[:cut].strip()
+                yield text[:cut]
+                text = text[cut:]
+    try:
+        decode.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _not_unicode(file, lines, error) from None
+    if blank and not text.strip():
+        raise UserError(f"{path}: no valid record: it is empty")
+    if text:
+        yield text
+
+
+def _between_words(text: str) -> int:
+    """The last such place in the last piece of ``text``; 0 where there is none."""
+    for mark in ("\n", " "):
+        at = len(text)
+        while (at := text.rfind(mark, len(text) - PIECE, at)) > 0:
+            if not text[at - 1].isspace() and text[at + 1 : at + 2].isalnum():
+                return at + (mark == "\n")
+    return 0
 
 
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
@@ -351,19 +408,26 @@ def _read_text(file: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{file}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8 (iconv -f latin1 -t utf-8)"
-        ) from None
+        raise _not_unicode(file, data.count(b"\n", 0, error.start) + 1, error) from None
+
+
+def _not_unicode(file: Path, line: int, error: UnicodeDecodeError) -> UserError:
+    byte = error.object[error.start]
+    return UserError(f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8 (iconv -f latin1 -t utf-8)")
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if line.strip():
+    with file.open("rb") as lines:
+        for number, data in enumerate(lines, start=1):
             try:
-                yield f"{file}:{number}", _writable(json.loads(line), line)
-            except json.JSONDecodeError as error:
-                yield f"{file}:{number}", ValueError(f"not JSON ({error.msg} at column {error.colno})")
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_unicode(file, number, error) from None
+            if line.strip():
+                try:
+                    yield f"{file}:{number}", _writable(json.loads(line), line)
+                except json.JSONDecodeError as error:
+                    yield f"{file}:{number}", ValueError(f"not JSON ({error.msg} at column {error.colno})")
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:

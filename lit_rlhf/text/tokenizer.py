@@ -46,8 +46,10 @@ def train_bpe(texts: Iterable[str], vocab_size: Annotated[int, Field(ge=264)] = 
 
 def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """One token a character of ``texts``. A character that they do not hold cannot be written: it becomes <|unk|>."""
-    characters = sorted(set().union(*map(set, texts)))
-    vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, PAD, *ROLES, "<|unk|>", *characters])}
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = {token: i for i, token in enumerate([END_OF_TEXT, PAD, *ROLES, "<|unk|>", *sorted(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

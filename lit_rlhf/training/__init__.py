@@ -4,7 +4,6 @@ from lit_rlhf.training.allocator import keep_freed_memory
 from lit_rlhf.training.batches import BatchLoader, ExampleDataModule, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
     BestCheckpoint,
-    Interrupted,
     LastCheckpoint,
     RandomState,
     StageProgressBar,
@@ -14,19 +13,20 @@ from lit_rlhf.training.callbacks import (
 )
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.step_log import StepLog
 from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
     "BatchLoader",
     "BestCheckpoint",
     "ExampleDataModule",
-    "Interrupted",
     "LastCheckpoint",
     "MetricsFile",
     "OptimizerFactory",
     "RandomState",
     "Schedule",
     "StageProgressBar",
+    "StepLog",
     "StopOnNonFinite",
     "TextSamples",
     "adamw",

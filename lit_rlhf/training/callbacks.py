@@ -23,12 +23,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.errors import TrainingDiverged, UserError
+from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
 from lit_rlhf.training.metrics_file import MetricsFile
-
-
-class Interrupted(UserError):
-    """The user pressed Ctrl-C, and what was reached is on disk."""
 
 
 class RandomState(Callback):

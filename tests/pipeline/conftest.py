@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -10,21 +11,49 @@ REPO = Path(__file__).parents[2]
 FAST = ["debug=fast", "logger=csv", "callbacks.progress_bar=false", "threads=1"]
 
 
-@pytest.fixture
-def lit_rlhf(tmp_path):
-    """Run the command in an empty folder: lit_rlhf("stage=sft", ...) -> completed process with text output."""
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Run a command in a fork of a process that has imported everything: warm(arguments, folder, env)."""
+    files = [tmp_path_factory.mktemp("said") / name for name in ("stdout", "stderr")]
+    command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+    server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(*arguments, fast=True, check=True, cwd=None, **settings):
-        command = [sys.executable, "-m", "lit_rlhf", *arguments, *(FAST if fast else ())]
-        env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=cwd or tmp_path, env=env, capture_output=True, text=True, timeout=500, **settings
-        )
+    def run(arguments, cwd, env):
+        said = dict(zip(("stdout", "stderr"), map(str, files)))
+        server.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env, **said}) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, *(f.read_text(encoding="utf-8") for f in files))
+
+    yield run
+    server.stdin.close()
+    server.wait(timeout=60)
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def lit_rlhf(tmp_path, request):
+    """Run the command in an empty folder: lit_rlhf("stage=sft", ...) -> completed process with text output.
+
+    ``fresh=True`` starts it as a shell does; else it is forked where everything is imported already."""
+
+    def run(*arguments, fast=True, check=True, cwd=None, fresh=False, **settings):
+        arguments = [*arguments, *(FAST if fast else ())]
+        if fresh or settings:
+            done = subprocess.run(
+                [sys.executable, "-m", "lit_rlhf", *arguments], cwd=cwd or tmp_path, env=environment(),
+                capture_output=True, text=True, timeout=500, **settings,
+            )  # fmt: skip
+        else:
+            done = request.getfixturevalue("warm")(arguments, cwd or tmp_path, environment())
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
     run.command = lambda *arguments: [sys.executable, "-m", "lit_rlhf", *arguments, *FAST]
-    run.env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    run.env = environment()
     return run
 
 
@@ -36,9 +65,8 @@ def finished_run(tmp_path_factory, worker_id):
     with FileLock(f"{folder}.lock"):  # of two workers one makes it, for both
         if not (folder / "runs/quickstart/report.html").is_file():
             folder.mkdir(exist_ok=True)
-            env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "lit_rlhf", *FAST]
-            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+            done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 

@@ -26,7 +26,7 @@ TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path, stage, one, two):
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     lit_rlhf(f"stage={stage}", "run=one", "from_run=quickstart", *one)
-    said = lit_rlhf(f"stage={stage}", "run=two", "from_run=quickstart", *two, *TWO).stdout
+    said = lit_rlhf(f"stage={stage}", "run=two", "from_run=quickstart", *two, *TWO, fresh=True).stdout
     assert said.count("report:") == 1  # one process speaks
     runs = tmp_path / "runs"
     first, second = (load_file(runs / run / stage / "model" / "model.safetensors") for run in ("one", "two"))
@@ -48,12 +48,14 @@ def test_two_processes_end_a_rollout_together(lit_rlhf, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     moving = ["ppo.kl.stop=2.5e-4", "ppo.kl.adaptive=true", "ppo.kl.target=0.1", "ppo/loss=kl_penalty"]
     small = ["ppo.data.batch_size=4", "ppo.module.minibatch_size=4", "ppo.module.ppo_epochs=8", "ppo.optimizer.lr=3e-4"]
-    lit_rlhf("stage=ppo", "run=two", "from_run=quickstart", *moving, *small, "ppo.module.ptx_coef=0.1", *TWO)
+    lit_rlhf(
+        "stage=ppo", "run=two", "from_run=quickstart", *moving, *small, "ppo.module.ptx_coef=0.1", *TWO, fresh=True
+    )
     figures = json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["ppo"]
     assert figures["episodes"] == 24 and figures["kl_coef"] != pytest.approx(0.2)
 
 
 def test_chain_with_two_processes(lit_rlhf, tmp_path):
-    said = lit_rlhf("stage=[pretrain,sft,preference]", *TWO).stdout
+    said = lit_rlhf("stage=[pretrain,sft,preference]", *TWO, fresh=True).stdout
     assert (tmp_path / "runs" / "quickstart" / "data" / "rankings-0.jsonl").is_file()
     assert said.count("\npretrain: val_loss_first") + said.startswith("pretrain: val_loss_first") == 1

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from hydra.types import RunMode
 from hydra.utils import get_object
 
 from lit_rlhf.apps import write_ladder
@@ -13,7 +14,6 @@ from lit_rlhf.pipeline.settings import (
     compose_settings,
     conf_dir,
     hydra_settings,
-    is_multirun,
     stages_of,
     sweep_jobs,
 )
@@ -48,8 +48,9 @@ def test_what_the_command_line_asks_for_takes_the_place_of_what_the_experiment_s
 
 
 def test_an_experiment_can_be_a_sweep_without_being_told():
-    assert is_multirun(["experiment=ladder", "seed=1,2"]) and not is_multirun([])
-    assert not is_multirun(["experiment=ladder", "hydra.mode=RUN"])
+    assert hydra_settings(["experiment=ladder", "seed=1,2"]).mode == RunMode.MULTIRUN
+    assert hydra_settings([]).mode is None
+    assert hydra_settings(["experiment=ladder", "hydra.mode=RUN"]).mode == RunMode.RUN
 
 
 @pytest.mark.parametrize("study", STUDIES)

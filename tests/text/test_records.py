@@ -383,7 +383,8 @@ def test_wrong_json(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
 def test_not_utf8(tmp_path, name):
-    path = write(tmp_path / name, "one\ntwo\ncaf\xe9 \n".encode("latin-1"))
+    text = '{"text": "one"}\n{"text": "two"}\ncaf\xe9 \n' if name.endswith("jsonl") else "one\ntwo\ncaf\xe9 \n"
+    path = write(tmp_path / name, text.encode("latin-1"))
     assert error(path, parse_text).startswith(f"{path}:3: not UTF-8 (byte 0xe9); save it as UTF-8 (iconv ")
 
 

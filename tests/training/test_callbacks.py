@@ -11,10 +11,9 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lit_rlhf.errors import TrainingDiverged, UserError
+from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
 from lit_rlhf.training import (
     BatchLoader,
-    Interrupted,
     LastCheckpoint,
     MetricsFile,
     RandomState,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from lightning import LightningModule
 from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
@@ -15,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.functional import added, classification_loss, side_by_side, token_logprobs, wilson_interval
 from lit_rlhf.models import next_token_logits, packed_hidden, save_model, sequence_classifier
 from lit_rlhf.stages.classify.data import ClassifyBatch
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
-class ClassifyModule(LightningModule):
+class ClassifyModule(StepLog):
     """Fine-tunes a language model to tell labels, with L3 = L2 + lambda L1 (GPT-1, eq. 5).
 
     The head reads the hidden state at the extract token. Of a pair of similar texts both orders are read and the two

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from lightning import LightningModule
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +18,11 @@ from lit_rlhf.stages.prompts import spread
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
-class DPOModule(LightningModule):
+class DPOModule(StepLog):
     """Fits a policy to rankings, without a reward model and without sampling.
 
     As in the reward model, each of K answers is read once, and its log-prob serves all its pairs.

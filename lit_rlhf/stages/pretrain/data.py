@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, NamedTuple
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from pydantic import Field
 from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf import __version__ as version
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.chat import BASE_TEMPLATE
-from lit_rlhf.text.packing import stream
-from lit_rlhf.text.records import OnBadRecord, load_records, parse_text
-from lit_rlhf.text.world import World
+from lit_rlhf.text.records import OnBadRecord, parse_text, read_pieces, read_records
+from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
+from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
+from lit_rlhf.text.world import World, world_fingerprint
 from lit_rlhf.training import BatchLoader, in_order, seeded, sharding
 
 TokenizerTrainer = Callable[[Iterable[str]], PreTrainedTokenizerBase]
@@ -41,11 +50,21 @@ class TextRows(NamedTuple):
         return self.tokens[:, 1:]
 
 
+class Source(NamedTuple):
+    """Where documents come from."""
+
+    name: str
+    documents: Callable[[list[str]], Iterator[Document]]  # anew each time; notes down a line for each that is skipped
+    identity: Any = None  # plain values that change when the documents do; None: nobody can tell
+
+
 class PretrainDataModule(LightningDataModule):
-    """Text from files: .txt (one document), or records with a field ``text``.
+    """Text from files: .txt (one document), or records with a field ``text``; or tokens that the user has made.
+
+    Text is tokenized once and read where it lies on disk: it may be larger than memory.
 
     Args:
-        path: a file, a Hub name, or a list of them; None: there is no text.
+        path: a file, a Hub name, or a list of them; None: there is no text. A .npy or .bin file holds tokens.
         tokenizer: one that is ready, or a function that trains one on the texts.
         weights: share of each source in what is read, of any sum; None reads each in proportion to its size.
         block_size: tokens a row (T); documents follow each other with end-of-text between them.
@@ -54,6 +73,7 @@ class PretrainDataModule(LightningDataModule):
         seed: order and offsets of the rows.
         limit: at most so many documents of each source, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        cache: the folder that keeps the tokens, which may be deleted at any time; None: they last as long as this.
     """
 
     parse_record = staticmethod(parse_text)
@@ -70,6 +90,7 @@ class PretrainDataModule(LightningDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
+        cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.limit = limit
@@ -78,56 +99,103 @@ class PretrainDataModule(LightningDataModule):
         self.weights = weights
         self.block_size, self.batch_size, self.held_out, self.seed = block_size, batch_size, held_out, seed
         self.on_bad_record = on_bad_record
+        self.cache = cache
         self.skipped: list[str] = []
-        self.train_streams: list[Tensor] = []  # a source each, (tokens,) int32
+        self.train_streams: list[Tokens] = []  # a source each
         if weights is not None and len(weights) != len(self.paths):
             raise UserError(f"pretrain.data.weights has {len(weights)} entries for {len(self.paths)} sources")
 
-    def sources(self) -> list[list[str]]:
-        """The documents of each source."""
-        loaded = [load_records(path, self.parse_record, self.on_bad_record) for path in self.paths]
-        self.skipped = [line for source in loaded for line in source.skipped]
-        return [source.records for source in loaded]
+    def sources(self) -> list[Source]:
+        """Where the documents come from."""
+        return [Source(path, partial(self._documents, path), self._identity(Path(path))) for path in self.paths]
+
+    def _documents(self, path: str, skipped: list[str]) -> Iterator[Document]:
+        if Path(path).suffix.lower() == ".txt" and Path(path).expanduser().is_file():
+            yield read_pieces(path)
+        else:
+            yield from ((text,) for text in read_records(path, self.parse_record, skipped, self.on_bad_record))
+
+    def _identity(self, path: Path) -> Any:
+        path = path.expanduser()
+        if not path.is_file():
+            return None
+        known = path.stat()
+        return [str(path.resolve()), known.st_size, known.st_mtime_ns, self.on_bad_record, version]
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_streams:
             return
-        sources = [documents[: self.limit] for documents in self.sources()]
+        sources = self.sources()
         # The tokenizer sees all text, so that every character of the validation text can be written with it.
         self.tokenizer = (
-            self._tokenizer
-            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
-            else self._tokenizer(text for documents in sources for text in documents)
+            self._tokenizer if isinstance(self._tokenizer, PreTrainedTokenizerBase) else self._trained(sources)
         )
         self.tokenizer.chat_template = self.tokenizer.chat_template or BASE_TEMPLATE
-        parts = [self._split(documents) for documents in sources]
-        self.train_streams = [self._tokens(train) for train, _ in parts]
-        self.val_stream = torch.cat([self._tokens(held_out) for _, held_out in parts])
-        for documents, tokens in zip(self.paths, self.train_streams):
-            self._check_length(documents, tokens)
+        parts = [self._stored(source) for source in sources]
+        self.skipped = [line for part in parts for line in part.skipped]
+        self.train_streams = [Tokens([part.train]) for part in parts]
+        self.val_stream = Tokens([part.held_out for part in parts])
+        for source, tokens in zip(sources, self.train_streams):
+            self._check_length(source.name, tokens)
         self._check_length("the validation text", self.val_stream)
         self._starts = torch.tensor([0, *map(len, self.train_streams)]).cumsum(0)
-        self._tokens_of_all = torch.cat(self.train_streams)
+        self._tokens_of_all = Tokens([part.train for part in parts])
 
-    def _split(self, documents: list[str]) -> tuple[list[str], list[str]]:
-        if len(documents) == 1:
-            cut = int(len(documents[0]) * (1 - self.held_out))
-            return [documents[0][:cut]], [documents[0][cut:]]
-        cut = min(len(documents) - 1, int(len(documents) * (1 - self.held_out)))
-        return documents[:cut], documents[cut:]
+    def _limited(self, source: Source, skipped: list[str]) -> Iterator[Document]:
+        return islice(source.documents(skipped), self.limit)
 
-    def _tokens(self, documents: Sequence[str]) -> Tensor:
-        ids = self.tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-        return stream(ids, self.tokenizer.eos_token_id)
+    def _stored(self, source: Source) -> Stored:
+        path = Path(source.name)
+        if path.suffix in GIVEN:
+            return given_tokens(path.expanduser(), self.held_out, len(self.tokenizer))
+        identity = [source.identity, self.limit]
+        return stored(
+            partial(self._limited, source), identity, self.tokenizer, self.held_out, self._folder(source.identity)
+        )
 
-    def _check_length(self, what: str, tokens: Tensor) -> None:
+    def _trained(self, sources: list[Source]) -> PreTrainedTokenizerBase:
+        """The tokenizer that is trained on the documents, kept where it is known what it is made from."""
+        if given := [source.name for source in sources if Path(source.name).suffix in GIVEN]:
+            raise UserError(
+                f"{given[0]}: tokens need the tokenizer that made them, and this one would be trained on text; give it "
+                "as tokenizer=hf tokenizer.path=FOLDER"
+            )
+
+        def train() -> PreTrainedTokenizerBase:
+            return self._tokenizer(
+                piece for source in sources for document in self._limited(source, []) for piece in document
+            )
+
+        how = self._tokenizer
+        how = how if isinstance(how, partial) else partial(how)
+        known = how.func in (train_bpe, train_characters) and None not in [source.identity for source in sources]
+        if not known or self.cache is None:
+            return train()
+        key = {
+            "sources": [source.identity for source in sources], "limit": self.limit,
+            "trainer": [how.func.__name__, how.args, how.keywords],
+        }  # fmt: skip
+        folder = kept(
+            Path(self.cache), "tokenizer", key, lambda to: train().save_pretrained(to), lambda to: to.is_dir()
+        )
+        return load_tokenizer(folder)
+
+    def _folder(self, identity: Any) -> Path:
+        """Where a source's tokens are kept."""
+        if self.cache is not None and identity is not None:
+            return Path(self.cache)
+        folder = Path(tempfile.mkdtemp(prefix="lit_rlhf-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    def _check_length(self, what: str, tokens: Tokens) -> None:
         if len(tokens) <= self.block_size + 1:
             raise UserError(
                 f"{what}: {len(tokens)} tokens, less than one row of {self.block_size} (pretrain.data.block_size); "
                 "give more text or a smaller block_size"
             )
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> np.ndarray:
         """Where each row of an epoch starts. Each epoch cuts the streams at another offset and shuffles the rows."""
         generator = seeded(self.seed, epoch)
         rows = [(len(s) - 1) // self.block_size - 1 for s in self.train_streams]
@@ -141,10 +209,10 @@ class PretrainDataModule(LightningDataModule):
             spare = len(self.train_streams[source]) - 1 - rows[source] * self.block_size
             offset = torch.randint(min(spare, self.block_size - 1) + 1, (1,), generator=generator)
             starts.append(self._starts[source] + offset + order * self.block_size)
-        return torch.cat(starts)[torch.randperm(sum(counts), generator=generator)].tolist()
+        return torch.cat(starts)[torch.randperm(sum(counts), generator=generator)].numpy()
 
-    def _collate(self, tokens: Tensor, mine: list[int]) -> TextRows:
-        return TextRows(torch.stack([tokens[i : i + self.block_size + 1] for i in mine]).long())
+    def _collate(self, tokens: Tokens, mine: Sequence[int]) -> TextRows:
+        return TextRows(tokens.rows(mine, self.block_size + 1))
 
     def rows(self, count: int, generator: Generator) -> TextRows:
         """``count`` training rows drawn from ``generator``, with the sources' weights."""
@@ -185,11 +253,19 @@ class WorldPretrainDataModule(PretrainDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         super().__init__(
-            "world", tokenizer, block_size=block_size, batch_size=batch_size, held_out=held_out, seed=seed, limit=limit
-        )
+            "world", tokenizer, block_size=block_size, batch_size=batch_size, held_out=held_out, seed=seed, limit=limit,
+            cache=cache,
+        )  # fmt: skip
         self.world, self.documents, self.split_seed = world, documents, split_seed
 
-    def sources(self) -> list[list[str]]:
-        return [self.world.corpus(self.documents, self.split_seed, split_seed=self.split_seed)]
+    def sources(self) -> list[Source]:
+        count = min(self.documents, self.limit or self.documents)  # what the limit would cut off is not written
+
+        def documents(skipped: list[str]) -> Iterator[Document]:
+            return ((text,) for text in self.world.corpus(count, self.split_seed, split_seed=self.split_seed))
+
+        identity = ["world", world_fingerprint(), self.world.seed, count, self.split_seed]
+        return [Source("the built-in world", documents, identity)]

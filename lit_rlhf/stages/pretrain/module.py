@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.models import Sampling, answer, next_token_logits, save_model
 from lit_rlhf.stages.pretrain.data import TextRows
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
-class PretrainModule(LightningModule):
+class PretrainModule(StepLog):
     """Trains a language model on rows of text.
 
     Args:

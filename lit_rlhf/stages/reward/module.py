@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import Field
 from torch import Tensor
@@ -18,11 +17,11 @@ from lit_rlhf.models import RewardTransformer, output_embedding, packed_scores, 
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
-class RewardModule(LightningModule):
+class RewardModule(StepLog):
     """Trains a reward model on rankings.
 
     K answers to a prompt take K forward passes, not K (K - 1): each is read once, and its score serves all its pairs.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,11 +13,11 @@ from lit_rlhf.models import Sampling, answer, next_token_logits, packed_hidden, 
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
-class SFTModule(LightningModule):
+class SFTModule(StepLog):
     """Fine-tunes a language model on demonstrations.
 
     Args:

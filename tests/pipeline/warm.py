@@ -1,0 +1,33 @@
+"""Commands as processes of their own that have imported everything already: imports are most of a short command.
+
+One JSON line a command comes in, {"arguments", "cwd", "env", "stdout", "stderr"} with files for the last two; its exit
+status goes out as a line when it has ended."""
+
+import json
+import os
+import runpy
+import sys
+
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+import lit_rlhf.pipeline.rounds
+import lit_rlhf.stages  # noqa: F401
+
+
+def become(asked: dict) -> None:
+    """Make of a fresh fork what a shell makes of a command."""
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    for number, file in ((1, asked["stdout"]), (2, asked["stderr"])):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = ["lit_rlhf", *asked["arguments"]]
+
+
+for line in sys.stdin:
+    if os.fork() == 0:
+        become(json.loads(line))
+        runpy.run_module("lit_rlhf", run_name="__main__", alter_sys=True)
+        break  # a command ends as every process does, with what is to be done at its exit
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
