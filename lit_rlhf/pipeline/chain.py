@@ -84,6 +84,7 @@ def write_summary(run: Path) -> dict[str, Any]:
     summary = {
         "seed": [read_yaml(newest(run, f"{name}/config.yaml"))[name]["seed"] for name in records][-1],
         "seconds": {**seconds, "total": sum(seconds.values())},
+        "peak_mib": {name: record["memory"]["peak_mib"] for name, record in records.items() if "memory" in record},
         **{name: record["figures"] for name, record in records.items()},
         **({"rounds": rounds} if rounds else {}),
     }

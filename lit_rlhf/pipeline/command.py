@@ -184,13 +184,17 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def work(cfg: DictConfig) -> tuple[str, float]:
-    """Run the stages, or the command in their place; returns (address, value) of the objective."""
+    """Run the stages, or the command or the plan in their place; returns (address, value) of the objective."""
     from lit_rlhf.pipeline.chain import run_chain
+    from lit_rlhf.pipeline.plan import write_plan
     from lit_rlhf.pipeline.rounds import run_rounds
     from lit_rlhf.pipeline.sweep import objective_of
 
     if command := command_of(cfg):
         instantiate(resolved(cfg, command), _convert_="all").launch()
+        return "", float("nan")
+    if cfg.stage == "plan":
+        write_plan(cfg)
         return "", float("nan")
     go = run_rounds if cfg.rounds > 1 else run_chain
     summary = go(cfg, _overrides())

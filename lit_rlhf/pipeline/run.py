@@ -31,14 +31,18 @@ from lit_rlhf.training import (
     StageProgressBar,
     StopOnNonFinite,
     TextSamples,
+    peak_bytes,
     read_metrics,
+    resident_bytes,
+    start_peak,
 )
 
 
 def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     """Run a stage that is not finished, or go on with it; returns its figures."""
     folder = StageFolder(cfg, name)
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), resident_bytes()
+    start_peak()
     if is_main_process():
         folder.begin()
     settings = OmegaConf.create(folder.settings[name])
@@ -64,7 +68,10 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         figures = figures_of(settings, module, name, folder) | ({"trained_on": trained_on} if trained_on else {})
         write_trained_prompts(folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
-        folder.finish({"figures": figures, "seconds": seconds, "versions": versions(), "data": data_notes(data)})
+        # Beside the figures, which are the same whenever a stage is done again.
+        memory = {"before_mib": before / 2**20, "peak_mib": peak_bytes() / 2**20}
+        notes = {"memory": memory, "versions": versions(), "data": data_notes(data)}
+        folder.finish({"figures": figures, "seconds": seconds, **notes})
     finally:
         close(loggers)
     return figures

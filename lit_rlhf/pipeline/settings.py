@@ -10,6 +10,7 @@ import inspect
 import re
 import typing
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,10 @@ STAGES = ("pretrain", "classify", "sft", "preference", "reward", "ppo", "dpo", "
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
 # PPO's road: DPO is another one from the same rankings, the other two leave it after pretraining.
 PIPELINE = tuple(name for name in STAGES if name not in ("classify", "dpo", "few_shot"))
+
+
+class MissingSetting(UserError):
+    """A setting that must be given is not."""
 
 
 def conf_dir() -> Path:
@@ -171,20 +176,26 @@ def stages_of(cfg: DictConfig) -> list[str]:
     if wanted == ["pipeline"]:
         # A checkpoint takes the place of pretraining.
         return [name for name in PIPELINE if name != "pretrain" or cfg.model.config is not None]
-    if wanted == ["report"] or command_of(cfg):
+    if wanted in (["report"], ["plan"]) or command_of(cfg):
         return []
     if alone := [name for name in wanted if name in COMMANDS]:
         raise UserError(f"stage: {alone[0]} is a page, which runs by itself; give stage={alone[0]} alone")
     if unknown := [name for name in wanted if name not in STAGES]:
-        near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report", *COMMANDS], n=1)
+        near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report", "plan", *COMMANDS], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
             f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(STAGES)}, report, or a "
-            f"list of them; and {', '.join(COMMANDS)}."
+            f"list of them; and plan, {', '.join(COMMANDS)}."
         )
     if not wanted:
         raise UserError(f"stage: an empty list; give one or more of {', '.join(STAGES)}")
     return [name for name in STAGES if name in wanted]
+
+
+def planned_stages(cfg: DictConfig) -> list[str]:
+    """What ``stage=plan`` looks at: PPO's road, and DPO beside it; a checkpoint takes the place of pretraining."""
+    skipped = {"classify", "few_shot"} | ({"pretrain"} if cfg.model.config is None else set())
+    return [name for name in STAGES if name not in skipped]
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -199,16 +210,25 @@ def check_settings(cfg: DictConfig) -> None:
     if command := command_of(cfg):
         _check_node(cfg, resolved(cfg, command), command)
     for name in stages_of(cfg):
-        stage = resolved(cfg, name)
-        plain = {key: stage[key] for key in StageLevel.model_fields if key in stage}
-        _check_model(StageLevel, plain, f"{name}.")
-        if stage.get("keep", {}).get("best") and stage["trainer"]["val_check_interval"] is None:
-            raise UserError(
-                f"{name}.keep.best=true needs validations during training; set {name}.trainer.val_check_interval "
-                "(iterations), 10 say"
-            )
-        for key, node in stage.items():
-            _check_node(cfg, node, f"{name}.{key}")
+        check_stage(cfg, name)
+    if cfg.stage == "plan":
+        for name in planned_stages(cfg):
+            with suppress(MissingSetting):  # what is not given is not planned
+                check_stage(cfg, name)
+
+
+def check_stage(cfg: DictConfig, name: str) -> None:
+    """Check types and ranges of a stage's settings."""
+    stage = resolved(cfg, name)
+    plain = {key: stage[key] for key in StageLevel.model_fields if key in stage}
+    _check_model(StageLevel, plain, f"{name}.")
+    if stage.get("keep", {}).get("best") and stage["trainer"]["val_check_interval"] is None:
+        raise UserError(
+            f"{name}.keep.best=true needs validations during training; set {name}.trainer.val_check_interval "
+            "(iterations), 10 say"
+        )
+    for key, node in stage.items():
+        _check_node(cfg, node, f"{name}.{key}")
 
 
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
@@ -223,7 +243,7 @@ def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
         own = [key for key in missing if key.startswith(f"{name}.")]
         key = (own or missing)[0]
         hint = f" ({cfg.hint})" if cfg.hint else ""
-        raise UserError(f"{key} is not given{hint}; give it as {key}=...") from None
+        raise MissingSetting(f"{key} is not given{hint}; give it as {key}=...") from None
 
 
 def _missing(node: DictConfig, prefix: str = "") -> Iterator[str]:

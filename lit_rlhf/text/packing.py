@@ -91,7 +91,7 @@ def pack(
         free[row] -= sizes[g]
     # Of what they consist: a group is a sequence, or a prompt and its responses.
     starts, response_starts = [0] * len(sequences), [0] * len(sequences)
-    parts: list[tuple[Sequence[int], int, int, int]] = []  # (tokens, where they go, first position, part it goes on from)
+    parts: list[tuple[Sequence[int], int, int, int]] = []  # tokens, place, first position, prompt's part
     for begin, prompt, group in zip(begins, prompts, groups):
         base, place = len(parts), begin + prompt
         if shared:

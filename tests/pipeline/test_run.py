@@ -44,6 +44,10 @@ def test_summary_holds_the_headline_figures(finished_run):
     summary = json.loads((finished_run / "runs" / "quickstart" / "summary.json").read_text())
     assert summary["seed"] == 0
     assert set(summary["seconds"]) == {*STAGES, "total"}
+    assert set(summary["peak_mib"]) == {*STAGES}
+    for stage, peak in summary["peak_mib"].items():
+        done = json.loads((finished_run / "runs" / "quickstart" / stage / "done.json").read_text())
+        assert 100 < done["memory"]["before_mib"] < peak == done["memory"]["peak_mib"] < 8000
     assert {"val_loss_first", "val_loss", "tokens"} <= set(summary["pretrain"])
     assert summary["pretrain"]["val_loss"] < summary["pretrain"]["val_loss_first"]
     assert "val_loss" in summary["sft"]

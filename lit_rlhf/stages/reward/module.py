@@ -72,24 +72,31 @@ class RewardModule(StepLog):
         self._val: list[tuple[Tensor, RankingBatch]] = []
 
     def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
+        loss, watched = self.losses(batch)
+        self.log("reward/loss", watched.pop("reward/loss"), prog_bar=True)
+        self.log_dict(watched)
+        self.log("reward/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss of a batch, what is to be watched)."""
         scores, hidden = scores_and_hidden(self.reward_model, batch.packed)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
         loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing) * batch.share
-        self.log("reward/loss", loss, prog_bar=True)
+        watched = {"reward/loss": loss.detach()}
         if batch.rated_share > 0:
             rated = feedback_loss(scores, batch.ratings, self.feedback_loss) * batch.rated_share
-            self.log("reward/feedback_loss", rated)
+            watched["reward/feedback_loss"] = rated.detach()
             loss = loss + self.feedback_coef * rated
         if self.lm_coef > 0 and len(batch.learned):
             logits = hidden[batch.predicting] @ output_embedding(self.reward_model).T
             lm = lm_loss(logits, batch.packed.tokens.flatten()[batch.learned])
-            self.log("reward/lm_loss", lm)
+            watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
         if pairs.prompts:
-            self.log("reward/accuracy", pair_accuracy(scores, pairs))
-            self.log("reward/margin", (scores[pairs.better] - scores[pairs.worse]).mean())
-        self.log("reward/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+            watched["reward/accuracy"] = pair_accuracy(scores, pairs)
+            watched["reward/margin"] = (scores[pairs.better] - scores[pairs.worse]).mean().detach()
+        return loss, watched
 
     def on_validation_epoch_start(self) -> None:
         self._val = []

@@ -1,0 +1,62 @@
+"""Models without weights, on torch's ``meta`` device: as large as wanted, and taking no memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_rlhf.models.heads import AnyRewardModel
+from lit_rlhf.models.lora import LoRA, add_lora
+from lit_rlhf.models.policy import load_pretrained, match_tokenizer, policy_from_config
+from lit_rlhf.models.reward_head import MODEL_TYPE, RewardHead, RewardTransformer
+
+Architecture = PretrainedConfig | dict[str, Any]  # a dict as ``policy_from_config`` takes it
+
+
+def architecture_of(path: str | Path) -> PretrainedConfig:
+    """The architecture of the model in a folder or on the Hub; of a reward model of ours, its trunk's."""
+    file = Path(path) / "config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.get("model_type") == MODEL_TYPE:
+            return AutoConfig.for_model(**settings["trunk"])
+    return load_pretrained(AutoConfig, path)
+
+
+def blank_policy(
+    architecture: Architecture, tokenizer: PreTrainedTokenizerBase, lora: LoRA | None = None
+) -> PreTrainedModel:
+    """A causal language model without weights, with as many embeddings as the tokenizer has tokens."""
+    with torch.device("meta"):
+        if isinstance(architecture, dict):
+            model = policy_from_config(architecture, tokenizer)
+        else:
+            model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+            match_tokenizer(model, tokenizer, "the model")
+        return add_lora(model, lora)
+
+
+def blank_reward_model(
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    head: RewardHead | None = None,
+    lora: LoRA | None = None,
+) -> AnyRewardModel:
+    """A reward model without weights; ``architecture`` is that of its trunk."""
+    with torch.device("meta"):
+        policy = blank_policy(architecture, tokenizer)
+        if head is not None and not head.plain:
+            return add_lora(RewardTransformer.from_policy(policy, head), lora)
+        policy.config.num_labels = 1
+        return add_lora(AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32), lora)

@@ -1,0 +1,489 @@
+"""``stage=plan``: what each stage will need, before anything is trained.
+
+The data is read and the batches are made as in the stage itself; its own code then runs on models without weights
+(:mod:`lit_rlhf.training.trace`). Each stage is planned in a process of its own, so that what its data takes is its own.
+Answers are not there before a model has written them: those of this run's rankings stand in for them, else the
+demonstrations', else answers that fill ``max_new_tokens``."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import LightningDataModule, LightningModule
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.apps.plan import Need, Plan
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import dpo_loss, ranking_pairs, token_entropy, token_logprobs
+from lit_rlhf.models import (
+    RewardEnsemble,
+    Sampling,
+    context_length,
+    next_token_logits,
+    packed_hidden,
+    packed_scores,
+)
+from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
+from lit_rlhf.pipeline.run import make_data, quiet
+from lit_rlhf.pipeline.settings import planned_stages, resolved
+from lit_rlhf.stages.ppo.rollout import Rollout, response_logprobs
+from lit_rlhf.stages.pretrain.module import text_loss
+from lit_rlhf.text import load_tokenizer, write_jsonl
+from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.training import resident_bytes
+from lit_rlhf.training.trace import Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
+
+LOOKED_AT = 64  # batches of an epoch among which the largest is sought
+STEPS = 3  # traced on the largest batch: a heap has taken its shape after some steps
+DECODED = 5  # steps of a rollout that are traced, in place of all of them
+
+
+@dataclass
+class Known:
+    """What the plan of a stage tells those of later ones."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    answers: list[str] = field(default_factory=list)  # what answers will look like
+    lengths: list[int] = field(default_factory=list)  # tokens of them, end-of-text included
+    prompts: list[Any] = field(default_factory=list)  # messages that will be answered and ranked
+
+
+def write_plan(cfg: DictConfig) -> Plan:
+    """Plan the whole road, print the table, and write ``plan.json`` into the run's folder."""
+    device = _device(cfg)
+    rates = apart(_rates, cfg, device) if device != "cuda" or torch.cuda.is_available() else None
+    plan = Plan(device, cfg.trainer.precision, torch.get_num_threads(), rates, resident_bytes(), [], {})
+    known = Known()
+    for name in planned_stages(cfg):
+        try:
+            need, known = apart(plan_stage, cfg, name, rates, known)
+            plan.stages.append(need)
+        except UserError as error:
+            plan.unplanned[name] = str(error)
+    if not plan.stages:
+        raise UserError("; ".join(f"{name}: {reason}" for name, reason in plan.unplanned.items()))
+    path = Path(cfg.paths.run_dir) / "plan.json"
+    plan.write(path)
+    print(plan.table())
+    print(f"plan: {path}")
+    return plan
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` returns or raises, in a process of its own that begins as this one is now."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _device(cfg: DictConfig) -> str:
+    wanted = str(cfg.trainer.accelerator)
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return {"gpu": "cuda"}.get(wanted, wanted)
+
+
+def _rates(cfg: DictConfig, device: str) -> Rates:
+    architecture = _architecture(cfg, None)
+    config = AutoConfig.for_model(**architecture) if isinstance(architecture, dict) else architecture
+    half = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    dtype = half.get(str(cfg.trainer.precision).split("-")[0], torch.float32)
+    return measure_rates(config.hidden_size, torch.device(device), dtype)
+
+
+def plan_stage(cfg: DictConfig, name: str, rates: Rates | None, known: Known) -> tuple[Need, Known]:
+    """What a stage needs, and what it tells later ones."""
+    quiet()
+    settings = OmegaConf.create(resolved(cfg, name))
+    before = resident_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(_data_settings(cfg, name, settings, known, Path(folder)), name)
+    known = copy.copy(known)
+    known.tokenizer = data.tokenizer
+    book = Book(cfg, name, settings, data, known, rates, before)
+    getattr(book, name)()
+    return book.need(), known
+
+
+def _data_settings(cfg: DictConfig, name: str, settings: DictConfig, known: Known, folder: Path) -> dict[str, Any]:
+    """The settings of the data, with what earlier stages will have made."""
+    node: dict[str, Any] = OmegaConf.to_container(settings.data)
+    tokenizer = node.get("tokenizer") or {}
+    if "path" in tokenizer and not Path(tokenizer["path"]).exists() and known.tokenizer is not None:
+        node["tokenizer"] = known.tokenizer
+    elif name != "pretrain" and "path" in tokenizer and not Path(tokenizer["path"]).exists() and cfg.model.path:
+        node["tokenizer"] = load_tokenizer(cfg.model.path)
+    path = node.get("path")
+    if name in ("reward", "dpo") and str(path).startswith(str(cfg.paths.runs)) and not Path(str(path)).is_file():
+        node["path"] = str(folder / "rankings.jsonl")
+        _stand_in(Path(node["path"]), known, resolved(cfg, "preference")["module"]["answers_per_prompt"])
+    return node
+
+
+def _stand_in(path: Path, known: Known, k: int) -> None:
+    """Rankings of ``k`` answers to the prompts that will be ranked, in place of those that are not there yet."""
+    if not known.prompts or len(set(known.answers)) < k:
+        raise UserError("there are no rankings, and no prompts and demonstrations that could stand in for them")
+    draw = random.Random(0)
+    answers = sorted(set(known.answers))
+    rows = [{"prompt": p, "responses": draw.sample(answers, k), "ranks": [*range(1, k + 1)]} for p in known.prompts]
+    write_jsonl(path, rows)
+
+
+def _architecture(cfg: DictConfig, path: str | None) -> Architecture:
+    """Of the model in ``path``; of one that this run is still to make, that of ``model``."""
+    if path is not None and (Path(path).exists() or not str(path).startswith(str(cfg.paths.runs))):
+        return architecture_of(path)
+    if cfg.model.config is not None:
+        return OmegaConf.to_container(cfg.model.config, resolve=True)
+    return architecture_of(cfg.model.path)
+
+
+class Book:
+    """The books of one stage: a method a stage, which runs what the stage runs."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        name: str,
+        settings: DictConfig,
+        data: LightningDataModule,
+        known: Known,
+        rates: Rates | None,
+        resident: int,
+    ) -> None:
+        self.cfg, self.name, self.settings, self.data, self.known, self.rates = cfg, name, settings, data, known, rates
+        self.resident = resident  # bytes, of the process before the data was read
+        self.tokenizer: PreTrainedTokenizerBase = data.tokenizer
+        self.draw = random.Random(0)
+        self.unit, self.steps, self.step_seconds, self.step_flops, self.seconds = "step", 0, 0.0, 0.0, 0.0
+        self.gradients = self.optimizer = self.cache = self.checkpoint = self.activations = 0
+        self._state: list[Tensor] = []
+
+    # ------------------------------------------------------------------ stages
+
+    def pretrain(self) -> None:
+        module = self._module(policy=self._policy(self.settings.policy))
+        self._fit(module, lambda rows: text_loss(module.policy, rows))
+
+    def sft(self) -> None:
+        module = self._module(policy=self._policy(self.settings.policy))
+        self.known.lengths = [sum(item.mask) for item in self.data.train_set]
+        self.known.answers = [
+            self.tokenizer.decode([t for t, m in zip(item.tokens, item.mask) if m], skip_special_tokens=True).strip()
+            for item in self.data.train_set
+        ]
+        self._fit(module, module.loss)
+
+    def reward(self) -> None:
+        module = self._module(reward_model=self._reward_model(self.settings.reward_model))
+        self._tell_lengths()
+        self._fit(module, lambda b: module.losses(b)[0], lambda b: packed_scores(module.reward_model, b.packed))
+
+    def dpo(self) -> None:
+        module = self._module(policy=self._policy(self.settings.policy))
+        self._tell_lengths()
+
+        def loss(batch: Any) -> Tensor:
+            return dpo_loss(*module.logprobs(batch), ranking_pairs(batch.ranks, batch.prompt_index), module.beta)
+
+        self._fit(module, loss, module.logprobs)
+
+    def preference(self) -> None:
+        self.unit = "batch"
+        policy = self._policy(self.settings.policy)
+        prompts = [*self.data.train_prompts, *self.data.held_out_prompts]
+        self.known.prompts = [p.messages for p in prompts]
+        self._begin(nn.ModuleList([policy]))
+        each = self.settings.module.answers_per_prompt
+        sampling = instantiate(self.settings.sampling)
+        with self.trace:
+            self.step_seconds = self._rollout(policy, self._sample(prompts, self.data.batch_size), each, sampling)[1]
+        self.steps = len(self.data.predict_dataloader())
+        self.seconds = self.steps * self.step_seconds
+
+    def evaluate(self) -> None:
+        self.unit = "batch"
+        nodes = {n: node for n, node in self.settings.policies.items() if node is not None and self._coming(n, node)}
+        policies = {name: self._policy(node) for name, node in nodes.items()}
+        reward_model = self._reward_model(self.settings.reward_model)
+        self._begin(nn.ModuleList([*policies.values(), reward_model]))
+        settings, sampling = self.settings.module, instantiate(self.settings.sampling)
+        prompts = self._sample(self.data.held_out_prompts, self.data.batch_size)
+        seconds: dict[tuple[int, int], float] = {}  # models of one size take equally long
+        with self.trace:
+            for name, policy in policies.items():
+                answered = [settings.samples, 1] + [settings.best_of] * (name == "sft" and settings.best_of > 0)
+                answered += [settings.samples, 1] * (name == "base" and settings.prompted_base)
+                for each in answered:
+                    alike = sum(p.numel() for p in policy.parameters()), each
+                    if alike not in seconds:
+                        packed, sampled = self._rollout(policy, prompts, each, sampling)
+                        seconds[alike] = sampled + self._look(lambda p=packed: packed_scores(reward_model, p))
+                    self.step_seconds += seconds[alike]
+        self.steps = len(self.data.test_dataloader())
+        self.seconds = self.steps * self.step_seconds
+
+    def ppo(self) -> None:
+        self.unit = "iteration"
+        reward_model = None if self.settings.reward_model is None else self._reward_model(self.settings.reward_model)
+        module = self._module(policy=self._policy(self.settings.policy), reward_model=reward_model)
+        self._begin(module)
+        prompts = self._sample(self.data.train_prompts, self.data.batch_size)
+        answers = len(prompts) * module.answers_per_prompt
+        updates = -(-answers // module.minibatch_size) * module.ppo_epochs
+        with self.trace:
+            packed, _ = self._rollout(module.policy, prompts, module.answers_per_prompt, module.sampling)
+            self._update(module, self._experience(module, packed))  # its gradients stay while the next answers come
+            packed, sampling = self._rollout(module.policy, prompts, module.answers_per_prompt, module.sampling)
+            scoring = self._scored(module, packed)
+            before = self.trace.flops
+            update = self._update(module, self._experience(module, packed))
+            self.step_flops = self.trace.flops - before
+            self.step_seconds = sampling + scoring + updates * update
+            with self.trace.holding(self._checkpoint(module)):
+                pass
+            held_out = self._sample(self.data.held_out_prompts, self.data.batch_size)
+            packed, validation = self._rollout(module.policy, held_out, module.held_out.samples, module.sampling)
+            validation = 2 * validation + self._scored(module, packed)
+        trainer = self.settings.trainer
+        limit = trainer.limit_train_batches
+        iterations = limit if isinstance(limit, int) else int(len(self.data.train_dataloader()) * limit)
+        self.steps = iterations * (trainer.max_epochs or 1)
+        validations = 1 + (self.steps // trainer.val_check_interval if trainer.val_check_interval else 0)
+        batches = self._batches(self.data.val_dataloader(), trainer.limit_val_batches)
+        self.seconds = self.steps * self.step_seconds + validations * batches * validation
+
+    # ------------------------------------------------------------------- parts
+
+    def _policy(self, node: DictConfig) -> PreTrainedModel:
+        architecture = OmegaConf.to_container(node.config) if "config" in node else _architecture(self.cfg, node.path)
+        return blank_policy(architecture, self.tokenizer, instantiate(node.get("lora")))
+
+    def _reward_model(self, node: DictConfig) -> nn.Module:
+        parts = {key: instantiate(node[key]) for key in ("head", "lora") if node.get(key) is not None}
+        if "config" in node:
+            return blank_reward_model(OmegaConf.to_container(node.config), self.tokenizer, **parts)
+        if self.name != "reward":  # it comes out of that stage
+            parts["head"] = instantiate(resolved(self.cfg, "reward")["head"])
+        paths = [node.path] if isinstance(node.path, str) else list(node.path)
+        members = [blank_reward_model(_architecture(self.cfg, path), self.tokenizer, **parts) for path in paths]
+        return members[0] if len(members) == 1 else RewardEnsemble(members)
+
+    def _coming(self, name: str, node: DictConfig) -> bool:
+        """Whether a model of ``evaluate.policies`` is there, or comes out of the pipeline."""
+        return Path(node.path).exists() or (
+            name in ("sft", "ppo") or (name == "base" and self.cfg.model.config is not None)
+        )
+
+    def _module(self, **models: Any) -> LightningModule:
+        return instantiate(self.settings.module, **models, tokenizer=self.tokenizer, _convert_="all")
+
+    def _begin(self, model: nn.Module) -> None:
+        precision = str(self.settings.trainer.precision)
+        if precision.endswith("-true"):
+            model.to({"bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}[precision.split("-")[0]])
+        self.weights = bytes_of(t for t in (*model.parameters(), *model.buffers()) if t.is_meta)
+        if "optimizer" in self.settings:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.gradients = bytes_of(trained)
+            each = optimizer_bytes(instantiate(self.settings.optimizer))
+            self.optimizer = int(each * sum(p.numel() for p in trained))
+        self.held = resident_bytes() - self.resident
+        heap = None if _device(self.cfg) == "cuda" else Heap.of_this_system()
+        self.trace = Trace(model, self.rates, precision, heap)
+
+    def _fit(
+        self, module: LightningModule, loss: Callable[[Any], Tensor], look: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Steps on the largest batch that training will see, and a look at the largest of validation."""
+        self._begin(module)
+        trainer = self.settings.trainer
+        loader, val_loader = self.data.train_dataloader(), self.data.val_dataloader()
+        batches = sorted(islice(loader, LOOKED_AT), key=_tokens)
+        val_batches = sorted(islice(val_loader, LOOKED_AT), key=_tokens)
+        with self.trace:
+            for _ in range(STEPS):  # the gradients of one step stay while the next loss is computed
+                before = self.trace.flops
+                seconds = self._step(module, lambda: loss(batches[-1]))
+            usual = _tokens(batches[len(batches) // 2]) / _tokens(batches[-1]) * trainer.accumulate_grad_batches
+            self.step_flops = (self.trace.flops - before) * usual
+            with self.trace.holding(self._checkpoint(module)):
+                pass
+            validation = self._look(lambda: (look or loss)(val_batches[-1]))
+        self.step_seconds = seconds * usual
+        micro = self._batches(loader, trainer.limit_train_batches)
+        self.steps = (
+            trainer.max_steps
+            if trainer.max_steps > 0
+            else -(-micro // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+        )
+        validations = 1 + bool(self.settings.validate_first)
+        validations += self.steps // trainer.val_check_interval if trainer.val_check_interval else 0
+        in_validation = validations * self._batches(val_loader, trainer.limit_val_batches) * validation
+        self.seconds = self.steps * self.step_seconds + in_validation
+
+    def _batches(self, loader: Any, limit: int | float) -> int:
+        return min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+
+    def _step(self, module: nn.Module, loss: Callable[[], Tensor]) -> float:
+        """Seconds of a forward and a backward pass and the optimizer's step, in the trainer's order."""
+        before, static = self.trace.seconds, self.trace.live
+        value = loss()
+        self.activations = max(self.activations, self.trace.live - static)
+        module.zero_grad()
+        value.backward()
+        del value
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for _ in range(2):  # the guard against NaN, and clipping
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not self._state:  # an optimizer makes it in its first step
+            each = self.optimizer / sum(p.numel() for p in trained)
+            shapes = [int(p.numel() * each / 2) for p in trained for _ in range(2)]
+            self._state = [torch.empty(size, dtype=torch.uint8, device="meta") for size in shapes]
+        optimizing = 3 * bytes_of(trained) + 2 * self.optimizer  # reads and writes; the gradient is read
+        return self.trace.seconds - before + (0.0 if self.rates is None else optimizing / self.rates.bytes)
+
+    def _checkpoint(self, module: LightningModule) -> int:
+        if _device(self.cfg) != "cpu":
+            return 0
+        self.checkpoint = bytes_of(t for t in module.state_dict().values() if t.is_meta) + self.optimizer
+        return self.checkpoint
+
+    def _look(self, function: Callable[[], Any]) -> float:
+        before = self.trace.seconds
+        with torch.no_grad():
+            function()
+        return self.trace.seconds - before
+
+    def _sample(self, items: Sequence[Any], count: int) -> list[Any]:
+        """Some of the items; the longest prompt is among them, for it sets the width of a rollout."""
+        longest = max(items, key=lambda prompt: len(prompt.tokens))
+        return [longest, *(self.draw.choice(items) for _ in range(count - 1))]
+
+    def _tell_lengths(self) -> None:
+        self.known.lengths = [n for ranking in self.data.train_set for n in ranking.response_lengths]
+
+    @torch.no_grad()
+    def _rollout(
+        self, policy: PreTrainedModel, prompts: Iterable[Any], each: int, sampling: Sampling
+    ) -> tuple[Packed, float]:
+        """(prompts with answers as packed rows, seconds) of sampling ``each`` answers to each prompt."""
+        begun = self.trace.seconds
+        tokens = [p.tokens for p in prompts for _ in range(each)]
+        limit = sampling.max_new_tokens
+        lengths = [min(self.draw.choice(self.known.lengths or [limit]), limit) for _ in tokens]
+        width = max(map(len, tokens))
+        width, room = min(width, context_length(policy) - limit), context_length(policy)
+        cache = DynamicCache(config=policy.config)
+        self._decode(policy, cache, len(tokens), width, width, sampling)
+        layers = [layer.keys.shape for layer in cache.layers]
+        element = cache.layers[0].keys.element_size()
+        del cache
+        steps = range(1, max(lengths))
+        chosen = sorted({steps[i * (len(steps) - 1) // (DECODED - 1)] for i in range(DECODED)}) if steps else []
+        decoding = 0.0
+        for step in chosen:
+            alive = sum(n > step for n in lengths)
+            cache = DynamicCache(config=policy.config)
+            for number, shape in enumerate(layers):
+                keys, values = (torch.empty(alive, shape[1], width + step - 1, shape[3], device="meta") for _ in "kv")
+                cache.update(keys, values, number)
+                del keys, values
+            held = 2 * sum(alive * s[1] * (width + step) * s[3] * element for s in layers)
+            self.cache = max(self.cache, held)
+            before = self.trace.seconds
+            self._decode(policy, cache, alive, 1, width + step, sampling)
+            decoding += self.trace.seconds - before
+            del cache
+        prefill_and_chosen = self.trace.seconds - begun
+        seconds = prefill_and_chosen - decoding + decoding / max(len(chosen), 1) * len(steps)
+        pad = self.tokenizer.pad_token_id
+        sequences = [t[-(room - n) :] + [pad] * n for t, n in zip(tokens, lengths)]
+        return pack(sequences, pad, response_lengths=lengths), seconds
+
+    def _decode(
+        self, policy: PreTrainedModel, cache: DynamicCache, rows: int, new: int, seen: int, sampling: Sampling
+    ) -> None:
+        """One pass over ``new`` tokens of each row, and one more token drawn."""
+        hidden = policy.base_model(
+            input_ids=torch.empty(rows, new, dtype=torch.long, device="meta"),
+            attention_mask=torch.empty(rows, 1, new, seen, dtype=torch.bool, device="meta"),
+            position_ids=torch.empty(rows, new, dtype=torch.long, device="meta"),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        logits = next_token_logits(policy, hidden).float()
+        token_logprobs(logits, torch.softmax(logits, -1).cumsum(-1).argmax(-1))
+        token_entropy(logits)
+
+    def _scored(self, module: LightningModule, packed: Packed) -> float:
+        """Seconds in which a rollout is scored: by reward model, critic and reference."""
+
+        def score() -> None:
+            if module.scorer.reward_model is not None:
+                packed_scores(module.scorer.reward_model, packed)
+            if module.critic is not None:
+                module.critic(packed, packed_hidden(module.policy, packed) if module.critic.trunk is None else None)
+            with module.reference.for_penalty(module.policy) as reference:
+                response_logprobs(reference, packed, packed.response_lengths, module.sampling.temperature)
+
+        return self._look(score)
+
+    def _experience(self, module: LightningModule, packed: Packed) -> Rollout:
+        """A minibatch of a rollout, of answers without content."""
+        flat = packed.tokens.flatten().tolist()
+        bounds = list(zip(packed.starts.tolist(), packed.lengths.tolist()))
+        sequences = [flat[start : start + n] for start, n in bounds]
+        lengths = packed.response_lengths
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        mask = mask[:, :1] if module.action == "answer" else mask
+        minibatch = Rollout(sequences, lengths, mask, *(torch.zeros(mask.shape) for _ in range(6)))
+        return next(minibatch.shuffled(module.minibatch_size, torch.Generator().manual_seed(0)))
+
+    def _update(self, module: LightningModule, minibatch: Rollout) -> float:
+        def loss() -> Tensor:
+            policy_loss, value_loss, _ = module.losses(minibatch)
+            total = policy_loss + module.value_coef * value_loss
+            return total if module.ptx is None else total + module.ptx_coef * module._ptx_loss(module.ptx, 0)
+
+        return self._step(module, loss)
+
+    def need(self) -> Need:
+        """All of it together."""
+        on_gpu = _device(self.cfg) == "cuda"
+        timed = self.rates is not None
+        return Need(
+            self.name,
+            self.unit,
+            self.steps,
+            self.step_seconds if timed else None,
+            self.seconds if timed else None,
+            self.step_flops,
+            self.weights,
+            self.gradients,
+            self.optimizer,
+            self.cache,
+            self.activations,
+            self.checkpoint,
+            self.held,
+            self.trace.peak + (0 if on_gpu else self.held),
+        )
+
+
+def _tokens(batch: Any) -> int:
+    """Size of a batch: the tokens of its rows, and those that are learned."""
+    rows = batch.packed.tokens if hasattr(batch, "packed") else batch.tokens
+    return rows.numel() + len(getattr(batch, "learned", ()))

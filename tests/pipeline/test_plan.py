@@ -1,0 +1,97 @@
+"""``stage=plan`` says what the stages need, before there is anything."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.plan import write_plan
+from lit_rlhf.pipeline.settings import check_settings, compose_settings
+
+ROAD = ["pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate"]
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """(*overrides) -> (stage -> need, plan) in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    register_resolvers()
+
+    def plan(*overrides):
+        cfg = compose_settings(["stage=plan", "debug=fast", *overrides])
+        remember_world(cfg)
+        check_settings(cfg)
+        made = write_plan(cfg)
+        return {need.stage: need for need in made.stages}, made
+
+    return plan
+
+
+def test_the_road_is_planned_before_anything_is_trained(planned, tmp_path, capsys):
+    needs, plan = planned("model=micro", "run=new")
+    assert list(needs) == ROAD and plan.unplanned == {}
+    said = capsys.readouterr().out
+    assert all(f"\n{stage} " in said for stage in ROAD)
+    assert [f.name for f in (tmp_path / "runs" / "new").iterdir()] == ["plan.json"]
+    written = json.loads((tmp_path / "runs" / "new" / "plan.json").read_text())
+    assert [need["peak"] for need in written["stages"]] == [need.peak for need in plan.stages]
+    for need in needs.values():
+        assert 0 < need.weights < need.peak
+        assert need.step_seconds > 0 and need.seconds > 0 and need.steps > 0
+    sft, ppo = needs["sft"], needs["ppo"]
+    assert sft.gradients == pytest.approx(sft.weights, rel=0.001)  # but for the angles of positions
+    assert sft.optimizer == 2 * sft.gradients  # Adam in float32
+    # Policy, reference, reward model and critic; the heads are small.
+    assert ppo.weights == pytest.approx(4 * sft.weights, rel=0.01)
+    assert ppo.gradients == pytest.approx(2 * sft.weights, rel=0.01)
+    assert ppo.cache > 0 and sft.cache == 0
+    assert (needs["pretrain"].steps, ppo.steps) == (12, 3)
+
+
+def test_settings_reach_the_plan(planned):
+    one = planned("model=pico", "run=one", "sft.data.limit=256")[0]
+    two = planned("model=pico", "run=two", "sft.data.limit=256", "sft.data.batch_size=32", "ppo/critic=shared")[0]
+    assert two["sft"].activations > 1.5 * one["sft"].activations
+    assert two["sft"].steps == one["sft"].steps // 2
+    assert two["ppo"].weights == pytest.approx(3 / 4 * one["ppo"].weights, rel=0.01)
+
+
+def test_a_checkpoint_and_a_file_that_is_not_there(planned, finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs" / "quickstart" / "sft" / "model", tmp_path / "mine")
+    needs, plan = planned(
+        "run=hf", "model=hf", "model.path=mine", "reward/data=jsonl", "reward.data.path=nowhere.jsonl"
+    )
+    assert list(plan.unplanned) == ["reward"]
+    assert list(needs) == ["sft", "preference", "ppo", "dpo", "evaluate"]
+    assert "nowhere.jsonl" in plan.unplanned["reward"]
+    weights = load_file(tmp_path / "mine" / "model.safetensors")
+    assert needs["sft"].weights == pytest.approx(sum(w.nbytes for w in weights.values()), rel=0.001)
+
+
+def test_a_finished_runs_checkpoints_are_as_large_as_planned(lit_rlhf, finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    said = lit_rlhf("stage=plan").stdout
+    plan = json.loads((tmp_path / "runs" / "quickstart" / "plan.json").read_text())
+    for need in plan["stages"]:
+        assert f"\n{need['stage']} " in said
+        checkpoint = tmp_path / "runs" / "quickstart" / need["stage"] / "checkpoints" / "last.ckpt"
+        if checkpoint.is_file():
+            assert need["checkpoint"] == pytest.approx(checkpoint.stat().st_size, rel=0.05)
+
+
+def test_a_mistake_ends_the_plan(planned):
+    with pytest.raises(UserError, match=r"sft.data.batch_size=none: it should be a valid integer"):
+        planned("sft.data.batch_size=none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+def test_a_gpu_that_is_not_there_can_be_planned_for(planned):
+    needs, plan = planned("model=pico", "run=gpu", "trainer=gpu")
+    assert (plan.device, plan.precision, plan.rates) == ("cuda", "bf16-mixed", None)
+    pretrain = needs["pretrain"]
+    assert (pretrain.checkpoint, pretrain.seconds) == (0, None)
+    assert pretrain.weights + pretrain.gradients + pretrain.optimizer < pretrain.peak

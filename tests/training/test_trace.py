@@ -1,0 +1,142 @@
+"""What a computation needs, against what it takes when it really runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_rlhf.functional import token_logprobs
+from lit_rlhf.models import next_token_logits, packed_hidden
+from lit_rlhf.models.blank import blank_policy
+from lit_rlhf.text.packing import pack
+from lit_rlhf.training import adamw
+from lit_rlhf.training.trace import Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
+
+FLOAT = 4  # bytes
+
+
+@pytest.fixture
+def linear():
+    with torch.device("meta"):
+        return nn.Linear(16, 32, bias=False)
+
+
+def test_bytes_and_flops_of_a_product_by_hand(linear):
+    with Trace(linear) as trace:
+        assert trace.live == 16 * 32 * FLOAT
+        x = torch.empty(8, 16, device="meta")
+        y = linear(x)
+        assert trace.live == (16 * 32 + 8 * 16 + 8 * 32) * FLOAT
+        assert trace.flops == 2 * 8 * 16 * 32
+        y.sum().backward()  # of the weight alone: x asks for no gradient
+        assert trace.flops == 4 * 8 * 16 * 32
+        del x, y
+        assert trace.live == 2 * 16 * 32 * FLOAT  # weight and gradient
+    assert trace.peak >= (2 * 16 * 32 + 8 * 16 + 8 * 32) * FLOAT
+
+
+def test_views_are_no_memory(linear):
+    with Trace(linear) as trace:
+        x = torch.empty(8, 16, device="meta")
+        before = trace.live
+        kept = [x.view(4, 32), x.t(), x[2:], x.expand(3, 8, 16), linear.weight.t()]
+        assert trace.live == before and len(kept) == 5
+
+
+def test_seconds_are_the_rooflines(linear):
+    x = torch.empty(8, 16, device="meta")
+    products = Rates(flops=1e3, bytes=1e30, call=0.0)
+    copies = Rates(flops=1e30, bytes=1e3, call=0.0)
+    calls = Rates(flops=1e30, bytes=1e30, call=2.0)
+    for rates, seconds in ((products, 2 * 8 * 16 * 32 / 1e3), (copies, (16 * 32 + 8 * 16 + 8 * 32) * FLOAT / 1e3)):
+        with torch.no_grad(), Trace(linear, rates) as trace:
+            linear(x)
+        assert trace.seconds == pytest.approx(seconds, rel=1e-3)
+    with torch.no_grad(), Trace(linear, calls) as trace:
+        x + x
+    assert trace.seconds == pytest.approx(2.0)
+
+
+def test_real_masks_say_how_many(linear):
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    with Trace(linear):
+        values = torch.empty(3, device="meta", requires_grad=True)
+        scattered = torch.zeros(2, 3, device="meta").masked_scatter(mask, values)
+        assert scattered[mask].shape == (3,)
+        assert torch.masked_select(scattered, mask).shape == (3,)
+        scattered.sum().backward()
+        assert values.grad.shape == (3,)
+        assert int(mask.sum()) == 3  # what is real, stays real
+
+
+def test_half_precision_halves_what_products_keep(linear):
+    with Trace(linear, precision="bf16-mixed") as trace:
+        x = torch.empty(8, 16, device="meta", requires_grad=True)
+        before = trace.live
+        y = linear(x)
+        assert y.dtype == torch.bfloat16
+        # The halved weight and input stay for the backward pass, beside the output.
+        assert trace.live - before == (16 * 32 + 8 * 16 + 8 * 32) * 2
+
+
+def saved_by(loss_of, model):
+    """Bytes that autograd really keeps for the backward pass, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = loss_of(model)
+    floats = [t for t in kept if t.is_floating_point() and t.untyped_storage().data_ptr() not in own]
+    return bytes_of([*floats, loss])
+
+
+def test_a_models_activations_are_those_that_autograd_keeps(model_config, policy, tokenizer):
+    batch = pack([[5] * n for n in (20, 31, 7, 44, 12, 40)], 0, row_length=48)
+    learned = torch.arange(1, 40)
+
+    def loss_of(model):
+        hidden = packed_hidden(model, batch)[learned - 1]
+        return -token_logprobs(next_token_logits(model, hidden), batch.tokens.flatten()[learned]).sum()
+
+    blank = blank_policy(model_config, tokenizer).train()
+    with Trace(blank) as trace:
+        before = trace.live
+        loss = loss_of(blank)
+        kept = trace.live - before
+    assert loss.requires_grad
+    assert kept == pytest.approx(saved_by(loss_of, policy.train()), rel=0.03)
+
+
+def test_the_peak_of_a_step_has_the_old_gradients(linear):
+    with Trace(linear) as trace:
+        for _ in range(2):  # Lightning computes the loss first, then drops the gradients
+            loss = linear(torch.empty(1024, 16, device="meta")).sum()
+            linear.zero_grad()
+            loss.backward()
+            del loss
+    assert trace.peak >= (2 * 16 * 32 + 1024 * (16 + 32)) * FLOAT
+
+
+@pytest.mark.skipif(Heap.of_this_system() is None, reason="no such heap here")
+def test_the_heap_is_what_the_allocator_holds():
+    heap = Heap.of_this_system()
+    blocks = [heap.take(2**20) for _ in range(64)]
+    full = heap.held
+    assert 64 * 2**20 * 0.9 <= full <= 64 * 2**20 * 1.2
+    for block in blocks[::2]:
+        heap.give_back(block)
+    with_holes = heap.held
+    assert with_holes <= full
+    for block in blocks[1::2]:
+        heap.give_back(block)
+    assert heap.held < full / 2
+
+
+def test_state_of_an_optimizer():
+    assert optimizer_bytes(adamw) == 2 * FLOAT
+    assert optimizer_bytes(lambda groups: torch.optim.SGD(groups, lr=0.1)) == 0
+    assert optimizer_bytes(lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)) == FLOAT
+
+
+def test_rates_are_measured():
+    rates = measure_rates(64, torch.device("cpu"), torch.float32, seconds=0.02)
+    assert all(rate > 0 for rate in rates)
+    assert rates.flops > 1e8 and rates.bytes > 1e8 and rates.call < 1e-2
