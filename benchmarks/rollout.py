@@ -1,0 +1,84 @@
+"""Our rollout engine against transformers' ``generate`` with scores, from which log-probs are taken as TRL does it.
+
+    python benchmarks/rollout.py [--cases "S, ending early"] [--threads 1 2]
+
+Both sample from the same checkpoint, prompts of 8 to 32 tokens padded on the left; a lap is one rollout."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from lit_rlhf.models import Sampling, generate, load_policy
+from lit_rlhf.text import load_tokenizer
+from lit_rlhf.text.packing import left_pad
+from workload import END_CHANCE, NEVER, SHAPES, chance, make_models, prompts
+
+WARMUP = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    end_chance: float  # of a token to be the last
+    laps: int
+    batch: int = 64  # answers a rollout
+    new_tokens: int = 64  # at most
+    activation: str = "gelu_new"  # of the checkpoint
+
+
+CASES = {
+    "S, ending early": Case("S", END_CHANCE, laps=15),
+    "S, full length": Case("S", NEVER, laps=10),
+    "L, ending early": Case("L", END_CHANCE, laps=5),
+    "L, full length": Case("L", NEVER, laps=5),
+}
+
+
+def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
+    batches = [prompts(case.batch, seed) for seed in range(laps + WARMUP)]
+    with tempfile.TemporaryDirectory() as folder:
+        policy, _ = make_models(SHAPES[case.shape], Path(folder), case.end_chance, case.activation)
+        tokenizer = load_tokenizer(policy)
+        ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+
+        def ours(end_lap: EndLap) -> None:
+            model = load_policy(policy, tokenizer).eval()
+            generator = torch.Generator().manual_seed(0)
+            for batch in batches:
+                answers = generate(model, batch, Sampling(case.new_tokens), generator=generator, **ends)
+                logprobs, tokens = answers.logprobs.sum().item(), answers.mask.sum().item()
+                end_lap(tokens, logprob=logprobs / tokens, answers=len(answers.tokens))
+
+        def theirs(end_lap: EndLap) -> None:
+            model = AutoModelForCausalLM.from_pretrained(policy).eval()
+            settings = GenerationConfig(
+                max_new_tokens=case.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                eos_token_id=ends["eos_id"], pad_token_id=ends["pad_id"],
+            )  # fmt: skip
+            for batch in batches:
+                tokens, mask = left_pad(batch, ends["pad_id"])
+                with torch.no_grad():
+                    output = model.generate(
+                        input_ids=tokens, attention_mask=mask.long(), generation_config=settings,
+                        return_dict_in_generate=True, output_scores=True,
+                    )  # fmt: skip
+                    answers = output.sequences[:, tokens.shape[1] :]
+                    logprobs = torch.stack(output.scores, 1).log_softmax(-1).gather(-1, answers[..., None]).squeeze(-1)
+                ended = answers == ends["eos_id"]
+                real = (ended.cumsum(1) - ended.long()) == 0
+                end_lap(real.sum().item(), logprob=logprobs[real].mean().item(), answers=len(answers))
+
+        found = interleave({OURS: ours, "transformers": theirs}, laps, WARMUP, threads)
+    return found, alike(found, amount=chance(laps * case.batch) if case.end_chance > NEVER else 0.0, logprob=0.01)
+
+
+WORK = Work("rollout", "tokens/s", CASES, measure)
+
+if __name__ == "__main__":
+    main(WORK, __doc__)
