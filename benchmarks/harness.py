@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -34,6 +34,7 @@ class Lap:
     """One unit of work of a side: a rollout, an optimizer step, an iteration."""
 
     seconds: float
+    cpu_seconds: float  # of all threads; less than ``seconds`` where another program had the core
     amount: float  # of what the rate counts: tokens, comparisons, answers
     optimizer_steps: int
     watched: dict[str, float]  # what tells whether the work was equal
@@ -111,13 +112,13 @@ class _Turn(threading.Thread):
 
     def _begin(self) -> None:
         self.optimizer_steps = 0
-        self._begun = time.perf_counter()
+        self._begun = time.perf_counter(), time.process_time()
 
     def end_lap(self, amount: float, **watched: float) -> None:
-        seconds = time.perf_counter() - self._begun
+        seconds, cpu_seconds = time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
         if self._over:
             return
-        self.laps.append(Lap(seconds, amount, self.optimizer_steps, watched))
+        self.laps.append(Lap(seconds, cpu_seconds, amount, self.optimizer_steps, watched))
         self._done.release()
         self._mine.acquire()
         self._begin()
@@ -195,6 +196,7 @@ class Result:
     sides: dict[str, Rate]  # this package first
     ratio: float  # of the medians: how many times as fast this package is
     ratio_range: tuple[float, float]  # of the ratios of each turn
+    cpu_ratio: float  # the ratio in processor time: differs where something else ran on the same cores
     settings: dict[str, Any]
     equal_work: list[Check]
     command: str = ""
@@ -212,7 +214,8 @@ def result(work: Work, case: str, threads: int, laps: Laps, checks: Sequence[Che
     check_equal(checks)
     sides = {name: Rate.of(side) for name, side in laps.items()}
     ours, theirs = sides.values()
-    turns = [(a.amount / a.seconds) / (b.amount / b.seconds) for a, b in zip(*laps.values())]
+    mine, its = laps.values()
+    turns = [(a.amount / a.seconds) / (b.amount / b.seconds) for a, b in zip(mine, its)]
     return Result(
         work.name,
         case,
@@ -221,7 +224,8 @@ def result(work: Work, case: str, threads: int, laps: Laps, checks: Sequence[Che
         sides,
         ours.median / theirs.median,
         (min(turns), max(turns)),
-        asdict(work.cases[case]),
+        median(x.amount / x.cpu_seconds for x in mine) / median(x.amount / x.cpu_seconds for x in its),
+        asdict(replace(work.cases[case], laps=len(mine))),
         list(checks),
         command=f"python benchmarks/{work.name}.py --cases '{case}' --threads {threads}",
         date=time.strftime("%Y-%m-%d"),
@@ -234,7 +238,9 @@ def machine() -> dict[str, Any]:
     """What it ran on."""
     processor, memory = platform.processor(), 0
     if Path("/proc/cpuinfo").is_file():
-        names = [x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        names = [
+            x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
+        ]
         processor = names[0] if names else processor
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -288,14 +294,14 @@ def load(path: Path) -> list[Result]:
 def table(results: Sequence[Result]) -> str:
     """Markdown, a row a result."""
     lines = [
-        "| case | threads | lit_rlhf, median (range) | peer, median (range) | unit | ratio (range over turns) |",
-        "|---|---|---|---|---|---|",
+        "| case | threads | lit_rlhf, median (range) | peer, median (range) | unit | ratio (range over turns) | by processor time |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in results:
         ours, theirs = r.sides.values()
         ratio = f"**{r.ratio:.2f}** ({r.ratio_range[0]:.2f}-{r.ratio_range[1]:.2f})"
         lines.append(
-            f"| {r.case} | {r.threads} | {shown(ours)} | {r.peer} {shown(theirs)} | {r.unit} | {ratio} |"
+            f"| {r.case} | {r.threads} | {shown(ours)} | {r.peer} {shown(theirs)} | {r.unit} | {ratio} | {r.cpu_ratio:.2f} |"
         )
     return "\n".join(lines)
 

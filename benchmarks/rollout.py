@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-
 from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from transformers import AutoModelForCausalLM, GenerationConfig
+from workload import END_CHANCE, NEVER, SHAPES, chance, make_models, prompts
+
 from lit_rlhf.models import Sampling, generate, load_policy
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.text.packing import left_pad
-from workload import END_CHANCE, NEVER, SHAPES, chance, make_models, prompts
 
 WARMUP = 1
 

@@ -92,8 +92,8 @@ def make_models(
         embedding = policy.transformer.wte.weight
         embedding -= (embedding @ direction)[:, None] * direction
         log_odds = math.log(end_chance / (1 - end_chance)) + math.log(VOCABULARY - 1)
-        policy.transformer.ln_f.bias += 20 * log_odds * direction  # far above what hidden states vary by
-        embedding[tokenizer.eos_token_id] = direction / 20
+        policy.transformer.ln_f.bias += 4 * log_odds * direction  # far above what hidden states vary by
+        embedding[tokenizer.eos_token_id] = direction / 4
     paths = folder / "policy", folder / "reward_model"
     for path, model in zip(paths, (policy, reward_model)):
         model.save_pretrained(path)
