@@ -83,8 +83,14 @@ def alike(laps: Laps, **tolerances: float) -> list[Check]:
 # -------------------------------------------------------------------------------------------------- in turns
 
 Laps = dict[str, list[Lap]]
-EndLap = Callable[..., None]  # end_lap(amount, **watched)
+Clock = tuple[float, float]  # seconds that have gone by, and those of the processor
+EndLap = Callable[..., None]  # end_lap(amount, since=when the part of the lap that counts began, **watched)
 Side = Callable[[EndLap], Any]  # works on and on, and calls its argument after each unit
+
+
+def clock() -> Clock:
+    """Now."""
+    return time.perf_counter(), time.process_time()
 
 
 class _Turn(threading.Thread):
@@ -112,10 +118,10 @@ class _Turn(threading.Thread):
 
     def _begin(self) -> None:
         self.optimizer_steps = 0
-        self._begun = time.perf_counter(), time.process_time()
+        self._begun = clock()
 
-    def end_lap(self, amount: float, **watched: float) -> None:
-        seconds, cpu_seconds = time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
+    def end_lap(self, amount: float, since: Clock | None = None, **watched: float) -> None:
+        seconds, cpu_seconds = (now - begun for now, begun in zip(clock(), since or self._begun))
         if self._over:
             return
         self.laps.append(Lap(seconds, cpu_seconds, amount, self.optimizer_steps, watched))
@@ -227,11 +233,17 @@ def result(work: Work, case: str, threads: int, laps: Laps, checks: Sequence[Che
         median(x.amount / x.cpu_seconds for x in mine) / median(x.amount / x.cpu_seconds for x in its),
         asdict(replace(work.cases[case], laps=len(mine))),
         list(checks),
-        command=f"python benchmarks/{work.name}.py --cases '{case}' --threads {threads}",
+        command=command(work.name, case, threads),
         date=time.strftime("%Y-%m-%d"),
         machine=machine(),
         versions=versions(),
     )
+
+
+def command(work: str, case: str, threads: int) -> str:
+    """What measures one case again."""
+    name, growth = (work.removesuffix("_growth"), " --growth") if work.endswith("_growth") else (work, "")
+    return f"python benchmarks/{name}.py{growth} --cases '{case}' --threads {threads}"
 
 
 def machine() -> dict[str, Any]:
@@ -265,12 +277,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def store(results: Sequence[Result], folder: Path = RESULTS) -> Path:
-    """``<folder>/<work>.json``: these results, and of the others those that are there and were not measured anew."""
+def store(results: Sequence[Result], order: Sequence[str], folder: Path = RESULTS) -> Path:
+    """``<folder>/<work>.json``: these results, and of the others those that are there and were not measured anew.
+
+    ``order`` is that of the cases; a case that it does not have is dropped."""
     path = folder / f"{results[0].work}.json"
-    kept = {(r.case, r.threads): r for r in [*load(path), *results]}
+    known = {(r.case, r.threads): r for r in [*load(path), *results] if r.case in order}
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(r) for r in sorted(kept.values(), key=lambda r: r.threads)]
+    rows = [asdict(r) for r in sorted(known.values(), key=lambda r: (r.threads, order.index(r.case)))]
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -294,15 +308,15 @@ def load(path: Path) -> list[Result]:
 def table(results: Sequence[Result]) -> str:
     """Markdown, a row a result."""
     lines = [
-        "| case | threads | lit_rlhf, median (range) | peer, median (range) | unit | ratio (range over turns) | by processor time |",
+        "| case | threads | lit_rlhf, median (range) | peer, median (range) | unit | ratio (range over turns) "
+        "| by processor time |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
         ours, theirs = r.sides.values()
         ratio = f"**{r.ratio:.2f}** ({r.ratio_range[0]:.2f}-{r.ratio_range[1]:.2f})"
-        lines.append(
-            f"| {r.case} | {r.threads} | {shown(ours)} | {r.peer} {shown(theirs)} | {r.unit} | {ratio} | {r.cpu_ratio:.2f} |"
-        )
+        cells = (r.case, r.threads, shown(ours), f"{r.peer} {shown(theirs)}", r.unit, ratio, f"{r.cpu_ratio:.2f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -354,20 +368,57 @@ class Work:
     unit: str
     cases: dict[str, Any]  # dataclasses with a field ``laps``
     measure: Callable[[Any, int, int], tuple[Laps, list[Check]]]
+    growth: dict[str, Any] = field(default_factory=dict)  # cases "<setting> <value>": how it grows with each
+
+
+def vary(case: Any, laps: int, **axes: Sequence[Any]) -> dict[str, Any]:
+    """``case`` with one setting changed at a time, by "<setting> <value>"."""
+    return {
+        f"{name} {value}": replace(case, laps=laps, **{name: value})
+        for name, values in axes.items()
+        for value in values
+    }
+
+
+def plot_growth(results: Sequence[Result], path: Path) -> None:
+    """Rates of both sides over each setting that was varied."""
+    from matplotlib import pyplot
+
+    results = [r for r in results if r.threads == results[0].threads]
+    axes = {r.case.rsplit(" ", 1)[0]: None for r in results}
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3), layout="constrained", squeeze=False)
+    for panel, name in zip(panels[0], axes):
+        rows = [r for r in results if r.case.rsplit(" ", 1)[0] == name]
+        values = [r.case.rsplit(" ", 1)[1] for r in rows]
+        for side, colour in zip(rows[0].sides, ("#1b6ca8", "#d95f02")):
+            panel.plot(values, [r.sides[side].median for r in rows], "o-", color=colour, label=side)
+        for i, r in enumerate(rows):
+            height = max(rate.median for rate in r.sides.values())
+            panel.annotate(f"{r.ratio:.2f}x", (i, height), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        panel.set(xlabel=name.replace("_", " "), ylim=(0, None))
+        panel.margins(y=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel(results[0].unit)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    save(figure, path)
 
 
 def main(work: Work, description: str | None) -> None:
     """Parse the arguments, measure, and write what was found."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(work.cases), default=list(work.cases))
+    parser.add_argument("--cases", nargs="+", choices=[*work.cases, *work.growth], metavar="CASE",
+                        help=f"of: {', '.join(work.cases)}")  # fmt: skip
+    parser.add_argument("--growth", action="store_true", help="how it grows with batch, length and size of the model")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--laps", type=int, help="turns that are measured, in place of each case's own number")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
     arguments = parser.parse_args()
+    if arguments.growth:
+        work = replace(work, name=f"{work.name}_growth", cases=work.growth)
     quiet()
     found = []
     for threads in arguments.threads:
-        for name in arguments.cases:
+        for name in arguments.cases or work.cases:
             torch.set_num_threads(threads)
             begun = time.perf_counter()
             try:
@@ -376,9 +427,8 @@ def main(work: Work, description: str | None) -> None:
             except WorkDiffersError as error:
                 sys.exit(f"{work.name}, {name}: {error}")
             print(f"{work.name}, {name}, {threads} threads: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    path = store(found, arguments.out)
-    everything = load(path)
-    plot(everything, path.with_suffix(".svg"))
+            path = store(found, list(work.cases), arguments.out)  # after each: the others stand where one fails
+    (plot_growth if arguments.growth else plot)(load(path), path.with_suffix(".svg"))
     print(table(found))
 
 

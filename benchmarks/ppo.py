@@ -19,21 +19,24 @@ from environment import PPO_TRL, enter
 if __name__ == "__main__":
     enter(PPO_TRL)
 
-from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
+from trl_comparison.ours import ADAM_BETAS, ppo_module, prompt_data
 from users import fit
-from workload import END_CHANCE, NEVER, SHAPES, chance, make_models, prompts
+from workload import NEVER, SHAPES, chance, end_chance, make_models, prompts
 
 from lit_rlhf.models import Sampling, load_policy, load_reward_model
+from lit_rlhf.stages import PPOModule
 from lit_rlhf.text import load_tokenizer
+from lit_rlhf.training import adamw
 
 WARMUP = 1
-LR, BETAS = 1e-5, (0.9, 0.95)
+LR = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
     shape: str
-    end_chance: float  # of a token to be the last
+    early: bool  # answers end early
     laps: int
     batch: int = 64  # answers an iteration
     new_tokens: int = 64  # of an answer, at most
@@ -41,12 +44,17 @@ class Case:
     epochs: int = 4
     activation: str = "gelu_new"  # of the checkpoint
 
+    @property
+    def end_chance(self) -> float:
+        """Of a token to be the last."""
+        return end_chance(self.new_tokens) if self.early else NEVER
+
 
 CASES = {
-    "S, ending early": Case("S", END_CHANCE, laps=5),
-    "S, full length": Case("S", NEVER, laps=3),
-    "L, ending early": Case("L", END_CHANCE, laps=2),
-    "L, full length": Case("L", NEVER, laps=2),
+    "S, ending early": Case("S", early=True, laps=5),
+    "S, full length": Case("S", early=False, laps=3),
+    "L, ending early": Case("L", early=True, laps=2),
+    "L, full length": Case("L", early=False, laps=2),
 }
 
 
@@ -62,9 +70,17 @@ def counted(generate: Callable[..., Any], end: int, lengths: list[float]) -> Cal
     return counting
 
 
+def our_module(case: Case, policy: Path, reward_model: Path, tokenizer: Any, kind: type = PPOModule) -> PPOModule:
+    """Our side's module, on the checkpoints in two folders."""
+    return ppo_module(
+        load_policy(policy, tokenizer), load_reward_model(reward_model, tokenizer), tokenizer, kind=kind,
+        sampling=Sampling(case.new_tokens), optimizer=partial(adamw, lr=LR, betas=ADAM_BETAS), critic_lr=LR,
+        ppo_epochs=case.epochs, minibatch_size=case.batch // case.minibatches,
+    )  # fmt: skip
+
+
 def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
-    from trl_comparison.curves import our_module, our_prompts
     from trl_comparison.task import Task, train_quietly, trl_trainer
 
     iterations = laps + WARMUP
@@ -74,14 +90,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         questions = prompts(iterations * case.batch)
 
         def ours(end_lap: EndLap) -> None:
-            from lit_rlhf.training import adamw
-
-            task = Task(tokenizer, load_policy(policy_path), load_reward_model(reward_path, tokenizer), questions)
-            module = our_module(
-                task, task.policy, task.reward_model, sampling=Sampling(case.new_tokens),
-                optimizer=partial(adamw, lr=LR, betas=BETAS), critic_lr=LR, ppo_epochs=case.epochs,
-                minibatch_size=case.batch // case.minibatches,
-            )  # fmt: skip
+            module = our_module(case, policy_path, reward_path, tokenizer)
 
             def amount(module: Any, batch: Any) -> dict[str, float]:
                 logged = module.trainer.callback_metrics
@@ -90,8 +99,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
                 return {"amount": len(batch.tokens), **watched}
 
             fit(
-                module, our_prompts(task, case.batch, 0), -1, end_lap, amount, max_epochs=1, log_every_n_steps=1,
-                limit_train_batches=iterations, gradient_clip_val=None,
+                module, prompt_data(questions, tokenizer, case.batch), -1, end_lap, amount, max_epochs=1,
+                log_every_n_steps=1, limit_train_batches=iterations, gradient_clip_val=None,
             )  # fmt: skip
 
         def theirs(end_lap: EndLap) -> None:
@@ -115,11 +124,12 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             train_quietly(trainer)
 
         found = interleave({OURS: ours, "TRL": theirs}, laps, WARMUP, threads)
-    lengths_alike = chance(laps * case.batch) if case.end_chance > NEVER else 0.0
+    lengths_alike = chance(laps * case.batch) if case.early else 0.0
     return found, alike(found, length=lengths_alike, value_loss=0.5)
 
 
-WORK = Work("ppo", "answers/s", CASES, measure)
+GROWTH = vary(CASES["S, ending early"], 1, batch=(32, 64, 128), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
+WORK = Work("ppo", "answers/s", CASES, measure, GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

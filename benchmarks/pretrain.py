@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from users import BETAS, CLIP, CONSTANT, LR, OPTIMIZER, fit
@@ -132,7 +132,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
     return found, [*alike(found, loss=1e-4), Check("last loss", *last, 1e-3)]
 
 
-WORK = Work("pretrain", "tokens/s", CASES, measure)
+GROWTH = vary(CASES["S"], 8, batch=(4, 16, 64), length=(64, 128, 256), shape=("S", "M", "L"))
+WORK = Work("pretrain", "tokens/s", CASES, measure, GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -19,7 +19,7 @@ from environment import NEWEST_TRL, enter
 if __name__ == "__main__":
     enter(NEWEST_TRL)
 
-from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
 from users import CONSTANT, OPTIMIZER, fit
 from workload import SHAPES, chat_tokenizer, make_models, write_answers
 
@@ -93,7 +93,10 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
     return found, alike(found, loss=1e-3)
 
 
-WORK = Work("reward", "comparisons/s", CASES, measure)
+GROWTH = vary(CASES["S, pairs"], 5, prompts=(8, 32, 64), longest_answer=(32, 64, 256), shape=("S", "M", "L")) | vary(
+    CASES["S, rankings of 6"], 4, answers=(2, 4, 6, 9)
+)
+WORK = Work("reward", "comparisons/s", CASES, measure, GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
 from transformers import AutoModelForCausalLM, GenerationConfig
-from workload import END_CHANCE, NEVER, SHAPES, chance, make_models, prompts
+from workload import NEVER, SHAPES, chance, end_chance, make_models, prompts
 
 from lit_rlhf.models import Sampling, generate, load_policy
 from lit_rlhf.text import load_tokenizer
@@ -25,18 +25,23 @@ WARMUP = 1
 @dataclass(frozen=True)
 class Case:
     shape: str
-    end_chance: float  # of a token to be the last
+    early: bool  # answers end early
     laps: int
     batch: int = 64  # answers a rollout
     new_tokens: int = 64  # at most
     activation: str = "gelu_new"  # of the checkpoint
 
+    @property
+    def end_chance(self) -> float:
+        """Of a token to be the last."""
+        return end_chance(self.new_tokens) if self.early else NEVER
+
 
 CASES = {
-    "S, ending early": Case("S", END_CHANCE, laps=15),
-    "S, full length": Case("S", NEVER, laps=10),
-    "L, ending early": Case("L", END_CHANCE, laps=5),
-    "L, full length": Case("L", NEVER, laps=5),
+    "S, ending early": Case("S", early=True, laps=15),
+    "S, full length": Case("S", early=False, laps=10),
+    "L, ending early": Case("L", early=True, laps=5),
+    "L, full length": Case("L", early=False, laps=5),
 }
 
 
@@ -75,10 +80,11 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
                 end_lap(real.sum().item(), logprob=logprobs[real].mean().item(), answers=len(answers))
 
         found = interleave({OURS: ours, "transformers": theirs}, laps, WARMUP, threads)
-    return found, alike(found, amount=chance(laps * case.batch) if case.end_chance > NEVER else 0.0, logprob=0.01)
+    return found, alike(found, amount=chance(laps * case.batch) if case.early else 0.0, logprob=0.01)
 
 
-WORK = Work("rollout", "tokens/s", CASES, measure)
+GROWTH = vary(CASES["S, full length"], 3, batch=(16, 64, 256), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
+WORK = Work("rollout", "tokens/s", CASES, measure, GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -18,7 +18,7 @@ from environment import NEWEST_TRL, enter
 if __name__ == "__main__":
     enter(NEWEST_TRL)
 
-from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
 from users import CONSTANT, OPTIMIZER, fit
 from workload import SHAPES, chat_tokenizer, make_models, write_answers
 
@@ -34,10 +34,14 @@ class Case:
     packed: bool  # TRL's side
     batch: int  # of ours, dialogues of 48 tokens on average
     laps: int  # steps
-    rows: int = 32  # of TRL's: dialogues, or packed rows
     row_length: int = 128  # tokens of a packed row, ours and TRL's
     longest_answer: int = 64  # tokens
     activation: str = "gelu_new"  # of the checkpoint
+
+    @property
+    def rows(self) -> int:
+        """Of TRL's batch: dialogues, or as many packed rows as hold those of ours."""
+        return round(self.batch * 48 / self.row_length) if self.packed else self.batch
 
 
 CASES = {
@@ -85,7 +89,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             train(
                 SFTTrainer, SFTConfig, AutoModelForCausalLM.from_pretrained(policy), tokenizer, examples, end_lap,
                 amount, per_device_train_batch_size=case.rows, max_steps=steps, packing=case.packed,
-                packing_strategy="wrapped", max_length=case.row_length,
+                packing_strategy="wrapped", max_length=case.row_length if case.packed else None,
             )  # fmt: skip
 
         found = interleave({OURS: ours, "TRL": theirs}, laps, WARMUP, threads)
@@ -94,7 +98,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
     return found, alike(found, loss=1e-3)
 
 
-WORK = Work("sft", "tokens/s", CASES, measure)
+GROWTH = vary(CASES["S, TRL unpacked"], 6, batch=(8, 32, 128), longest_answer=(32, 64, 256), shape=("S", "M", "L"))
+WORK = Work("sft", "tokens/s", CASES, measure, GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -22,16 +22,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lit_rlhf.text.chat import ensure_chat_template
+from lit_rlhf.text.tokenizer import ROLES
+
 VOCABULARY = 2048
 PAD, END = "<pad>", "<eos>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-CHAT = (  # as lit_rlhf gives it to a tokenizer with these roles
-    "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-END_CHANCE = 1 / 33  # of a token to be the last: answers of at most 64 tokens are then 28 long on average
-NEVER = 1e-12
+NEVER = 1e-12  # chance of a token to be the last, where answers have full length
 LONGEST_PROMPT, SHORTEST_PROMPT = 32, 8  # tokens
 
 
@@ -42,35 +38,40 @@ class Shape(NamedTuple):
     width: int
     heads: int
 
-    @property
-    def trunk_weights(self) -> int:
-        """Weights in matrices, embeddings left out: attention 4 d^2 and MLP 8 d^2 a layer."""
-        return 12 * self.layers * self.width**2
+    def forward_flops(self, tokens: int, logits: int = 0) -> int:
+        """Useful floating-point operations of a forward pass over a sequence of ``tokens``, cached or at once.
+
+        2 a weight and token for the matrices (attention 4 d^2 and MLP 8 d^2 a layer), 4 d a layer for each token that
+        a token attends to, itself included, and 2 d V for each token whose logits are asked for. Norms, activations,
+        softmax and all that is done for padding count as nothing. A backward pass takes twice as many."""
+        seen = tokens * (tokens + 1) // 2
+        matrices = 2 * 12 * self.layers * self.width**2 * tokens
+        return matrices + 4 * self.width * self.layers * seen + 2 * self.width * VOCABULARY * logits
 
 
 SHAPES = {"S": Shape(4, 128, 4), "M": Shape(5, 224, 4), "L": Shape(6, 384, 6)}
 
 
-def word_tokenizer(words: int, roles: Sequence[str] = (), **special: str) -> PreTrainedTokenizerBase:
+def word_tokenizer(words: int, roles: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """One token a word, w0, w1, ...; then padding, end-of-text and ``roles``."""
     tokens = [*(f"w{i}" for i in range(words)), PAD, END, *roles]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=list(roles),
-        padding_side="left", **special,
+        padding_side="left",
     )  # fmt: skip
 
 
 def chat_tokenizer() -> PreTrainedTokenizerBase:
     """Of the whole vocabulary, with a chat template."""
     tokenizer = word_tokenizer(VOCABULARY - 2 - len(ROLES), ROLES)
-    tokenizer.chat_template = CHAT
+    ensure_chat_template(tokenizer)
     return tokenizer
 
 
 def make_models(
-    shape: Shape, folder: Path, end_chance: float = END_CHANCE, activation: str = "gelu_new", context: int = 512
+    shape: Shape, folder: Path, end_chance: float = NEVER, activation: str = "gelu_new", context: int = 512
 ) -> tuple[Path, Path]:
     """Folders of a policy and of a reward model with the same trunk, as anybody's checkpoints: each side loads them.
 
@@ -101,6 +102,12 @@ def make_models(
     return paths
 
 
+def end_chance(longest: int) -> float:
+    """Of a token to be the last, in answers that end early: 1 in 33 where an answer has at most 64 tokens. They are
+    then 28 long on average, and half of a batch of prompts and answers is padding."""
+    return 64 / 33 / longest
+
+
 def chance(answers: int) -> float:
     """How far, relatively, the total length of ``answers`` sampled answers may be from another such total: 4 standard
     errors of the difference. The standard deviation of one length is about 0.75 of its mean."""
@@ -108,18 +115,18 @@ def chance(answers: int) -> float:
 
 
 class Lengths:
-    """Lengths of prompts and answers, drawn from a seed: answers as those of a policy with ``end_chance``."""
+    """Lengths of prompts and answers, drawn from a seed: answers as those of a policy that ends early."""
 
-    def __init__(self, seed: int, longest_answer: int, end_chance: float = END_CHANCE) -> None:
-        self.random, self.longest_answer, self.end_chance = Random(seed), longest_answer, end_chance
+    def __init__(self, seed: int, longest_answer: int) -> None:
+        self.random, self.longest_answer = Random(seed), longest_answer
 
     def prompt(self) -> int:
         return self.random.randint(SHORTEST_PROMPT, LONGEST_PROMPT)
 
     def answer(self) -> int:
         """End-of-text included."""
-        chance = max(1e-300, self.random.random())
-        return min(self.longest_answer, 1 + int(math.log(chance) / math.log1p(-self.end_chance)))
+        left = 1 - self.random.random()  # above 0
+        return min(self.longest_answer, 1 + int(math.log(left) / math.log1p(-end_chance(self.longest_answer))))
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

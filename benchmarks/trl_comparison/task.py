@@ -27,10 +27,10 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from workload import word_tokenizer
 
+from trl_comparison.ours import ADAM_BETAS, CLIP, GAMMA, KL_COEF, LAM, MISSING_EOS, VALUE_CLIP, VALUE_COEF
+
 WORDS, PAD, EOS = 24, 24, 25  # the words are the tokens 0 to 23
 LONGEST_PROMPT, LONGEST_ANSWER = 8, 16  # tokens
-KL_COEF, CLIP, VALUE_CLIP, VALUE_COEF, GAMMA, LAM, MISSING_EOS = 0.05, 0.2, 0.2, 0.1, 1.0, 0.95, 1.0
-ADAM_BETAS = 0.9, 0.95
 
 
 @dataclass
