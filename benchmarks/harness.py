@@ -368,6 +368,7 @@ class Work:
     unit: str
     cases: dict[str, Any]  # dataclasses with a field ``laps``
     measure: Callable[[Any, int, int], tuple[Laps, list[Check]]]
+    slow: tuple[str, ...] = ()  # cases that take so long that they must be named
     growth: dict[str, Any] = field(default_factory=dict)  # cases "<setting> <value>": how it grows with each
 
 
@@ -414,11 +415,11 @@ def main(work: Work, description: str | None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
     arguments = parser.parse_args()
     if arguments.growth:
-        work = replace(work, name=f"{work.name}_growth", cases=work.growth)
+        work = replace(work, name=f"{work.name}_growth", cases=work.growth, slow=())
     quiet()
     found = []
     for threads in arguments.threads:
-        for name in arguments.cases or work.cases:
+        for name in arguments.cases or [name for name in work.cases if name not in work.slow]:
             torch.set_num_threads(threads)
             begun = time.perf_counter()
             try:

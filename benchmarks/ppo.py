@@ -1,6 +1,7 @@
 """A PPO iteration, ours against TRL's PPOTrainer (1.12.0, the last that has it): the same algorithm and settings.
 
-    python benchmarks/ppo.py [--cases "S, ending early"] [--threads 1 2]
+    python benchmarks/ppo.py [--threads 1 2]
+    python benchmarks/ppo.py --cases "L, ending early" "L, full length"    # a quarter of an hour
 
 Makes an environment of its own with TRL. A lap is one iteration: a rollout, its scoring, and 4 epochs of 4 minibatches
 over it, with a critic network of the policy's size."""
@@ -129,7 +130,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
 
 GROWTH = vary(CASES["S, ending early"], 1, batch=(32, 64, 128), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
-WORK = Work("ppo", "answers/s", CASES, measure, GROWTH)
+WORK = Work("ppo", "answers/s", CASES, measure, ("L, ending early", "L, full length"), GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -133,7 +133,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
 
 GROWTH = vary(CASES["S"], 8, batch=(4, 16, 64), length=(64, 128, 256), shape=("S", "M", "L"))
-WORK = Work("pretrain", "tokens/s", CASES, measure, GROWTH)
+WORK = Work("pretrain", "tokens/s", CASES, measure, growth=GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -96,7 +96,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 GROWTH = vary(CASES["S, pairs"], 5, prompts=(8, 32, 64), longest_answer=(32, 64, 256), shape=("S", "M", "L")) | vary(
     CASES["S, rankings of 6"], 4, answers=(2, 4, 6, 9)
 )
-WORK = Work("reward", "comparisons/s", CASES, measure, GROWTH)
+WORK = Work("reward", "comparisons/s", CASES, measure, growth=GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

@@ -84,7 +84,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
 
 GROWTH = vary(CASES["S, full length"], 3, batch=(16, 64, 256), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
-WORK = Work("rollout", "tokens/s", CASES, measure, GROWTH)
+WORK = Work("rollout", "tokens/s", CASES, measure, growth=GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

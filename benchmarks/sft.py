@@ -99,7 +99,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
 
 GROWTH = vary(CASES["S, TRL unpacked"], 6, batch=(8, 32, 128), longest_answer=(32, 64, 256), shape=("S", "M", "L"))
-WORK = Work("sft", "tokens/s", CASES, measure, GROWTH)
+WORK = Work("sft", "tokens/s", CASES, measure, growth=GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)
