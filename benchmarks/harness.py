@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "lit_rlhf"
+ALONE = 0.95  # of the processor's time, in the time that went by: nothing else of weight ran on the core
 PACKAGES = ("lit-rlhf", "torch", "transformers", "lightning", "trl", "accelerate", "numpy")
 
 
@@ -203,6 +204,7 @@ class Result:
     ratio: float  # of the medians: how many times as fast this package is
     ratio_range: tuple[float, float]  # of the ratios of each turn
     cpu_ratio: float  # the ratio in processor time: differs where something else ran on the same cores
+    processor_share: float  # of the seconds of all laps; below 1 for each thread where something else ran, too
     settings: dict[str, Any]
     equal_work: list[Check]
     command: str = ""
@@ -231,6 +233,7 @@ def result(work: Work, case: str, threads: int, laps: Laps, checks: Sequence[Che
         ours.median / theirs.median,
         (min(turns), max(turns)),
         median(x.amount / x.cpu_seconds for x in mine) / median(x.amount / x.cpu_seconds for x in its),
+        sum(x.cpu_seconds for x in mine + its) / sum(x.seconds for x in mine + its) / threads,
         asdict(replace(work.cases[case], laps=len(mine))),
         list(checks),
         command=command(work.name, case, threads),
@@ -396,8 +399,9 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
         for i, r in enumerate(rows):
             height = max(rate.median for rate in r.sides.values())
             panel.annotate(f"{r.ratio:.2f}x", (i, height), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        panel.set(xlabel=name.replace("_", " "), ylim=(0, None))
-        panel.margins(y=0.2)
+        panel.set_xlabel(name.replace("_", " "))
+        panel.margins(0.15, 0.2)
+        panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel(results[0].unit)
     panels[0][0].legend(frameon=False, fontsize=8)
@@ -425,6 +429,9 @@ def main(work: Work, description: str | None) -> None:
             try:
                 laps, checks = work.measure(work.cases[name], threads, arguments.laps or work.cases[name].laps)
                 found.append(result(work, name, threads, laps, checks))
+                if threads == 1 and found[-1].processor_share < ALONE:
+                    share = f"{found[-1].processor_share:.0%}"
+                    print(f"{name}: other programs ran on the same core ({share} was left)", file=sys.stderr)
             except WorkDiffersError as error:
                 sys.exit(f"{work.name}, {name}: {error}")
             print(f"{work.name}, {name}, {threads} threads: {time.perf_counter() - begun:.0f} s", file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import RESULTS, Result, load, save, table
+from harness import ALONE, RESULTS, Result, load, save, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/speed.md"
 BEGIN, END = "<!-- {}: written by benchmarks/page.py -->", "<!-- /{} -->"
@@ -64,8 +64,10 @@ def bars(results: Sequence[Result]) -> str:
 
 def marked(result: Result, bar: Bar) -> str:
     """A ratio, and what it has not reached."""
-    missed = " below the bar" if result.ratio < bar.least else "" if result.ratio >= bar.aim else " below the aim"
-    return f"**{result.ratio:.2f}**{missed}"
+    missed = ", below the bar" if result.ratio < bar.least else "" if result.ratio >= bar.aim else ", below the aim"
+    shared = result.threads == 1 and result.processor_share < ALONE
+    beside = f" ({result.cpu_ratio:.2f} by processor time)" if shared else ""
+    return f"**{result.ratio:.2f}**{beside}{missed}"
 
 
 def lost(results: Sequence[Result]) -> str:
@@ -88,6 +90,19 @@ def lost(results: Sequence[Result]) -> str:
             "Faster, but short of the bar, or of the share of the peak:" if missed else "No other bar is missed.",
             *missed,
         ]
+    )
+
+
+def shared_core(results: Sequence[Result]) -> str:
+    """Which figures were measured beside other programs."""
+    shared = [
+        f"{r.work}, {r.case} ({r.processor_share:.0%})" for r in results if r.threads == 1 and r.processor_share < ALONE
+    ]
+    if not shared:
+        return "The core did nothing else while these were measured."
+    return (
+        "Other programs ran on the same core during these, which had the share in brackets of it; of their figures, "
+        f"the ratio by processor time is the one to trust: {'; '.join(shared)}."
     )
 
 
@@ -162,7 +177,7 @@ def main() -> None:
     parts = {
         "bars": bars(results),
         "lost": lost(results),
-        "rates": table(results),
+        "rates": f"{table(results)}\n\n{shared_core(results)}",
         "growth": growth(RESULTS),
         "settings": settings(results),
     }

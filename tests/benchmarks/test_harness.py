@@ -99,6 +99,8 @@ def test_medians_and_ratios_by_hand():
     assert found.ratio == 2.0
     assert found.ratio_range == (0.8, 5.0)  # of the turns: 2, 5, 0.8
     assert found.cpu_ratio == 2.0
+    assert found.processor_share == 0.5
+    assert "rollout, S (50%)" in page.shared_core([found])
     assert found.settings == {"laps": 3}
     assert found.peer == "TRL"
 
@@ -153,7 +155,7 @@ def test_page_says_what_is_missed_and_lost():
     slow = {"lit_rlhf": laps(2.0), "bare PyTorch": laps(1.9)}
     work = Work("pretrain", "tokens/s", {"S": Case()}, lambda *_: None)
     lost = result(work, "S", 1, slow, alike(slow))
-    assert page.marked(lost, page.Bar(0.97, 1)) == "**0.95** below the bar"
+    assert page.marked(lost, page.Bar(0.97, 1)) == "**0.95** (0.95 by processor time), below the bar"
     assert "pretrain, S, 1 thread: 0.95 times as fast as bare PyTorch" in page.lost([lost])
     assert "| pretrain | L | | not measured | 0.97 | 1 |" in page.bars([lost])
 
