@@ -10,55 +10,27 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import subprocess
 import sys
 import time
-import venv
-from importlib.metadata import distributions
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-TRL = "trl==1.12.0"
-CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # pip may choose CUDA's torch on Linux
-READY = "against_trl.ready"  # written when an environment is complete
+from environment import CACHE, PPO_TRL, ROOT, enter
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", type=Path, default=ROOT / ".cache/benchmarks/trl", help="folder of the environment")
+    parser.add_argument("--env", type=Path, default=CACHE / "trl-1.12.0", help="folder of the environment")
     parser.add_argument("--only", choices=["equations", "curves"], help="one part alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=40, help="rollouts of 64 answers a training")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/trl_curves.svg")
     arguments = parser.parse_args()
-    if Path(sys.prefix).resolve() == arguments.env.resolve():
-        sys.exit(compare(arguments))
-    make_environment(arguments.env)
-    settings = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [arguments.env / "bin/python", Path(__file__).resolve(), *sys.argv[1:]]
-    sys.exit(subprocess.run(command, env={**os.environ, **settings}).returncode)
-
-
-def make_environment(folder: Path) -> None:
-    """TRL, this package (editable) and torch without CUDA; an environment that is complete is taken as it is."""
-    if (folder / READY).exists() and (folder / READY).read_text() == TRL:
-        return
-    print(f"making an environment in {folder}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
-    venv.create(folder, with_pip=True)
-    pip = [folder / "bin/pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints/cpu.txt"]
-    subprocess.run([*pip, "torch", "--no-deps", "--index-url", CPU_TORCH], check=True)
-    subprocess.run([*pip, TRL, "-e", ROOT], check=True)
-    (folder / READY).write_text(TRL)
+    enter(PPO_TRL, arguments.env)
+    sys.exit(compare(arguments))
 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Both parts, inside the environment; 0 if all is as expected."""
-    if cuda := [d.name for d in distributions() if d.name.startswith("nvidia-")]:
-        print(f"packages for CUDA came with torch ({', '.join(cuda)}); remove {arguments.env} and try again")
-        return 1
     import torch
     import transformers
     from trl_comparison import curves, equations, task

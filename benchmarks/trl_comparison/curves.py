@@ -14,23 +14,9 @@ import torch
 from transformers import set_seed
 
 from lit_rlhf.models import Sampling
-from lit_rlhf.stages.ppo import GAE, ClippedLoss, PPODataModule, PPOModule, Scoring
-from lit_rlhf.stages.prompts import Prompt
-from lit_rlhf.training import adamw, make_trainer, warmup_decay
-from trl_comparison.task import (
-    ADAM_BETAS,
-    CLIP,
-    GAMMA,
-    KL_COEF,
-    LAM,
-    LONGEST_ANSWER,
-    MISSING_EOS,
-    VALUE_CLIP,
-    VALUE_COEF,
-    Task,
-    train_quietly,
-    trl_trainer,
-)
+from lit_rlhf.training import adamw, make_trainer
+from trl_comparison.ours import ADAM_BETAS, ppo_module, prompt_data
+from trl_comparison.task import LONGEST_ANSWER, Task, train_quietly, trl_trainer
 
 BATCH, MINIBATCHES, EPOCHS, LR = 64, 2, 4, 5e-4  # answers a rollout; minibatches; epochs; of policy and critic
 ENDS = 10  # iterations that the last figures are averaged over
@@ -60,17 +46,12 @@ def train_trl(task: Task, seed: int, iterations: int) -> Curve:
 
 
 def train_ours(task: Task, seed: int, iterations: int) -> Curve:
-    policy, reward_model = task.models()
-    module = PPOModule(
-        policy, reward_model, task.tokenizer, advantage=GAE(GAMMA, LAM), loss=ClippedLoss(CLIP), kl_coef=KL_COEF,
-        scoring=Scoring(missing_eos_penalty=MISSING_EOS), sampling=Sampling(LONGEST_ANSWER),
-        optimizer=partial(adamw, lr=LR, betas=ADAM_BETAS), critic_lr=LR, value_clip_range=VALUE_CLIP,
-        schedule=partial(warmup_decay, shape="constant", warmup=0.0), value_coef=VALUE_COEF, ppo_epochs=EPOCHS,
-        minibatch_size=BATCH // MINIBATCHES, max_grad_norm=1e9, seed=seed,  # TRL clips no gradients
+    module = ppo_module(
+        *task.models(), task.tokenizer, sampling=Sampling(LONGEST_ANSWER),
+        optimizer=partial(adamw, lr=LR, betas=ADAM_BETAS), critic_lr=LR, ppo_epochs=EPOCHS,
+        minibatch_size=BATCH // MINIBATCHES, seed=seed,
     )  # fmt: skip
-    data = PPODataModule("", task.tokenizer, batch_size=BATCH, seed=seed)
-    data.train_prompts = [Prompt([], tokens, kind="", held_out=False, record={}) for tokens in task.prompts]
-    data.held_out_prompts = []
+    data = prompt_data(task.prompts, task.tokenizer, BATCH, seed)
     log = Log()
     trainer = make_trainer(
         accelerator="cpu", max_epochs=1, limit_train_batches=iterations, log_every_n_steps=1, limit_val_batches=0.0,

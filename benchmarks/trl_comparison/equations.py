@@ -36,19 +36,8 @@ from lit_rlhf.functional import (
 from lit_rlhf.models import critic_from_reward_model, packed_hidden, packed_scores
 from lit_rlhf.stages.ppo.rollout import response_logprobs, response_values
 from lit_rlhf.text.packing import pack
-from trl_comparison.task import (
-    CLIP,
-    EOS,
-    GAMMA,
-    KL_COEF,
-    LAM,
-    MISSING_EOS,
-    PAD,
-    VALUE_CLIP,
-    Task,
-    train_quietly,
-    trl_trainer,
-)
+from trl_comparison.ours import CLIP, GAMMA, KL_COEF, LAM, MISSING_EOS, VALUE_CLIP
+from trl_comparison.task import EOS, PAD, Task, train_quietly, trl_trainer
 
 TOLERANCE = 2e-5  # float32, and TRL adds 1e-7 to the temperature
 

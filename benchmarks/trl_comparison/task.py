@@ -16,23 +16,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+from workload import word_tokenizer
+
+from trl_comparison.ours import ADAM_BETAS, CLIP, GAMMA, KL_COEF, LAM, MISSING_EOS, VALUE_CLIP, VALUE_COEF
 
 WORDS, PAD, EOS = 24, 24, 25  # the words are the tokens 0 to 23
 LONGEST_PROMPT, LONGEST_ANSWER = 8, 16  # tokens
-KL_COEF, CLIP, VALUE_CLIP, VALUE_COEF, GAMMA, LAM, MISSING_EOS = 0.05, 0.2, 0.2, 0.1, 1.0, 0.95, 1.0
-ADAM_BETAS = 0.9, 0.95
 
 
 @dataclass
 class Task:
     """What both trainers start from."""
 
-    tokenizer: FastTokenizer
+    tokenizer: PreTrainedTokenizerBase
     policy: PreTrainedModel
     reward_model: PreTrainedModel
     prompts: list[list[int]]
@@ -66,7 +71,7 @@ def make_task(prompts: int = 512, steps: int = 300, seed: int = 0) -> Task:
     tokens, lengths = walks(prompts)
     cuts = torch.minimum(torch.randint(2, LONGEST_PROMPT + 1, (prompts,)), lengths - 1).tolist()
     return Task(
-        make_tokenizer(), policy.eval(), reward_model.eval(), [row[:n] for row, n in zip(tokens.tolist(), cuts)]
+        word_tokenizer(WORDS), policy.eval(), reward_model.eval(), [row[:n] for row, n in zip(tokens.tolist(), cuts)]
     )
 
 
@@ -93,14 +98,6 @@ def score_loss(reward_model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -
     target = 2 * easting.cumsum(1) / is_word.cumsum(1).clamp(min=1)
     hidden = reward_model.model(input_ids=tokens, attention_mask=(tokens != PAD).long()).last_hidden_state
     return (reward_model.score(hidden).squeeze(-1) - target)[tokens != PAD].pow(2).mean()
-
-
-def make_tokenizer() -> FastTokenizer:
-    """One token a word; padded on the left, as TRL's trainer wants its prompts."""
-    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<pad>": PAD, "<eos>": EOS}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return FastTokenizer(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def trl_trainer(

@@ -1,0 +1,106 @@
+"""Supervised fine-tuning, ours against the newest TRL's SFTTrainer: without packing, and packed ("wrapped").
+
+    python benchmarks/sft.py [--cases "S, TRL packed"] [--threads 1 2]
+
+Makes an environment of its own with TRL. Both learn the same answers in the same order from the same weights. Our side
+is the same in both cases but for its batch: rows without padding, in which no dialogue sees another. TRL's wrapped rows
+are cut out of one stream, across dialogues, so there the losses are alike but not the same. A lap is a step."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from environment import NEWEST_TRL, enter
+
+if __name__ == "__main__":
+    enter(NEWEST_TRL)
+
+from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
+from users import CONSTANT, OPTIMIZER, fit
+from workload import SHAPES, chance, chat_tokenizer, make_models, write_answers
+
+from lit_rlhf.models import load_policy
+from lit_rlhf.stages import SFTDataModule, SFTModule
+
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    packed: bool  # TRL's side
+    batch: int  # of ours, dialogues of 48 tokens on average
+    laps: int  # steps
+    row_length: int = 128  # tokens of a packed row, ours and TRL's
+    longest_answer: int = 64  # tokens
+    activation: str = "gelu_new"  # of the checkpoint
+
+    @property
+    def rows(self) -> int:
+        """Of TRL's batch: dialogues, or as many packed rows as hold those of ours."""
+        return round(self.batch * 48 / self.row_length) if self.packed else self.batch
+
+
+CASES = {
+    "S, TRL unpacked": Case("S", packed=False, batch=32, laps=30),
+    "S, TRL packed": Case("S", packed=True, batch=85, laps=20),
+}
+
+
+def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+    from trl_stage import train
+
+    steps = laps + WARMUP
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        policy, _ = make_models(SHAPES[case.shape], folder, activation=case.activation)
+        records = (steps + 3) * case.batch * 10 // 9
+        path = write_answers(folder / "answers.jsonl", records, 1, longest=case.longest_answer)
+        tokenizer = chat_tokenizer()
+
+        def data() -> SFTDataModule:
+            return SFTDataModule(path, tokenizer, batch_size=case.batch, row_length=case.row_length)
+
+        ready = data()
+        ready.setup()
+        examples = [
+            {"input_ids": item.tokens, "labels": [t if m else -100 for t, m in zip(item.tokens, item.mask)]}
+            for item in (ready.train_set[i] for i in ready.train_dataloader().order(0))
+        ]
+
+        def ours(end_lap: EndLap) -> None:
+            module = SFTModule(load_policy(policy, tokenizer), tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
+
+            def amount(_: Any, batch: Any) -> dict[str, float]:
+                return {"amount": batch.packed.lengths.sum().item(), "learned": len(batch.learned)}
+
+            fit(module, data(), steps, end_lap, amount)
+
+        def theirs(end_lap: EndLap) -> None:
+            def amount(inputs: dict[str, Any]) -> dict[str, float]:
+                tokens, learned = inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] != -100).sum()
+                return {"amount": tokens.item(), "learned": learned.item()}
+
+            train(
+                SFTTrainer, SFTConfig, AutoModelForCausalLM.from_pretrained(policy), tokenizer, examples, end_lap,
+                amount, per_device_train_batch_size=case.rows, max_steps=steps, packing=case.packed,
+                packing_strategy="wrapped", max_length=case.row_length if case.packed else None,
+            )  # fmt: skip
+
+        found = interleave({OURS: ours, "TRL": theirs}, laps, WARMUP, threads)
+    if case.packed:  # rates count tokens, so a step may have some more or fewer
+        lengths = chance(laps * case.batch)
+        return found, alike(found, amount=lengths, learned=lengths, loss=0.02)
+    return found, alike(found, loss=1e-3)
+
+
+GROWTH = vary(CASES["S, TRL unpacked"], 6, batch=(8, 32, 128), longest_answer=(32, 64, 256), shape=("S", "M", "L"))
+WORK = Work("sft", "tokens/s", CASES, measure, growth=GROWTH)
+
+if __name__ == "__main__":
+    main(WORK, __doc__)

@@ -1,0 +1,47 @@
+"""A stage of ours as users run it: Lightning's trainer with what the pipeline gives it, and laps for the harness."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+from harness import EndLap
+
+from lit_rlhf.training import MetricsFile, StopOnNonFinite, adamw, make_trainer, warmup_decay
+
+LR, BETAS, CLIP = 1e-3, (0.9, 0.999), 1.0  # of both sides; betas as TRL and PyTorch have them
+OPTIMIZER = partial(adamw, lr=LR, betas=BETAS)
+CONSTANT = partial(warmup_decay, shape="constant", warmup=0.0)
+
+
+class Laps(lightning.Callback):
+    """Ends a lap after each batch; ``amount(module, batch)`` gives its amount of work and what is watched."""
+
+    def __init__(self, end_lap: EndLap, amount: Callable[[Any, Any], dict[str, float]]) -> None:
+        self.end_lap, self.amount = end_lap, amount
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, _: int) -> None:
+        loss = {"loss": outputs["loss"].item()} if outputs else {}
+        self.end_lap(**loss, **self.amount(module, batch))
+
+
+def fit(
+    module: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    steps: int,
+    end_lap: EndLap,
+    amount: Callable[[Any, Any], dict[str, float]],
+    **settings: Any,
+) -> None:
+    """``steps`` batches; checkpoints, validation and the progress bar are left out, as they are on the other side."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            accelerator="cpu", limit_val_batches=1, logger=[MetricsFile(Path(folder) / "metrics.csv")],
+            enable_progress_bar=False, callbacks=[StopOnNonFinite("benchmark"), Laps(end_lap, amount)],
+            **{"max_steps": steps, "gradient_clip_val": CLIP, **settings},
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data)
