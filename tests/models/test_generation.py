@@ -23,6 +23,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.models import answer as whole_answer
 from lit_rlhf.models.generation import Trunk
+from lit_rlhf.models.generation import trunk as trunk_module
 from lit_rlhf.text import encode_prompts, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
 
@@ -451,3 +452,17 @@ def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
         if end is not None:  # it ends with the token that completes the text
             assert any(s in tokenizer.decode(tokens) for s in stop)
             assert not any(s in tokenizer.decode(tokens[:-1]) for s in stop)
+
+
+@pytest.mark.parametrize("model_config", ["gpt2", "llama"], indirect=True)
+def test_large_matrices_are_multiplied_as_small_ones_are(policy, prompts, monkeypatch):
+    plain = by_both(policy, prompts, Sampling(8))
+    monkeypatch.setattr(trunk_module, "LARGE", 1)
+    trunk = Trunk.of(policy, 40)
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    assert all(layer.qkv.packed and layer.down.packed for layer in trunk.layers)
+    packed = by_both(policy, prompts, Sampling(8))
+    close(packed[0], plain[0], atol=1e-5)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not Trunk.of(policy, 40).layers[0].qkv.packed

@@ -18,7 +18,33 @@ from transformers.pytorch_utils import Conv1D
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
-Product = tuple[Tensor, Tensor | None]  # (matrix (in, out), bias (out,) or None)
+LARGE = 2**17  # elements of a matrix from where on oneDNN's own layout of it pays
+
+
+class Product(NamedTuple):
+    """What is multiplied with and added."""
+
+    matrix: Tensor  # (in, out), or, where `packed`, laid out as oneDNN wants it
+    bias: Tensor | None  # (out,)
+    packed: bool
+
+    @staticmethod
+    def of(matrix: Tensor, bias: Tensor | None) -> Product:
+        """For many products with one matrix (in, out): oneDNN, told so beforehand, is faster than ``mm`` on a CPU."""
+        large = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.numel() >= LARGE
+        if large and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+            packed = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
+            return Product(packed, bias, True)
+        return Product(matrix, bias, False)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x @ matrix + bias + residual``."""
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+            return y if residual is None else y.add_(residual)
+        if residual is None:
+            return x @ self.matrix if self.bias is None else torch.addmm(self.bias, x, self.matrix)
+        return torch.addmm(residual if self.bias is None else residual + self.bias, x, self.matrix)
 
 
 class Layer(NamedTuple):
@@ -87,8 +113,8 @@ class Trunk:
         else:
             x = x + self.positions[positions]
         for i, layer in enumerate(self.layers):
-            x = _product(self._attention(i, layer, self._normed(x, layer.norm), rotation, attend), layer.out, x)
-            x = _product(self.activation(_product(self._normed(x, layer.mlp_norm), layer.up)), layer.down, x)
+            x = layer.out(self._attention(i, layer, self._normed(x, layer.norm), rotation, attend), x)
+            x = layer.down(self.activation(layer.up(self._normed(x, layer.mlp_norm))), x)
         if isinstance(self.norm, tuple):
             return F.layer_norm(x, x.shape[-1:], *self.norm, self.epsilon)
         return _rms(x, self.epsilon) * self.norm
@@ -97,7 +123,7 @@ class Trunk:
         return _rms(x, self.epsilon) if norm is None else F.layer_norm(x, x.shape[-1:], *norm, self.epsilon)
 
     def _attention(self, i: int, layer: Layer, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
-        heads = _product(x, layer.qkv).view(len(x), -1, self.head_size)
+        heads = layer.qkv(x).view(len(x), -1, self.head_size)
         turned = heads[:, : self.query_heads + self.kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
             turned[:, : self.query_heads] = _rms(turned[:, : self.query_heads], self.epsilon) * layer.q_norm
@@ -121,14 +147,6 @@ def _rms(x: Tensor, epsilon: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide * torch.rsqrt(size.square().div_(x.shape[-1]).add_(epsilon))).to(x.dtype)
-
-
-def _product(x: Tensor, product: Product, residual: Tensor | None = None) -> Tensor:
-    """``x @ matrix + bias + residual``."""
-    matrix, bias = product
-    if residual is None:
-        return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
-    return torch.addmm(residual if bias is None else residual + bias, x, matrix)
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -159,7 +177,7 @@ def _gpt2(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
             scale = torch.ones(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
             scale[: config.n_embd] = size**-0.5
             matrix, bias = matrix * scale, bias * scale
-        return matrix.to(dtype), bias.to(dtype)
+        return Product.of(matrix.to(dtype), bias.to(dtype))
 
     layers = [
         Layer(
@@ -207,9 +225,9 @@ def _llama(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
         if gain is not None:
             matrix = gain.detach()[:, None] * matrix
         if all(bias is None for bias in biases):
-            return matrix.to(dtype), None
+            return Product.of(matrix.to(dtype), None)
         zeros = [torch.zeros_like(part[0]) if bias is None else bias for part, bias in zip(parts, biases)]
-        return matrix.to(dtype), torch.cat(zeros).to(dtype)
+        return Product.of(matrix.to(dtype), torch.cat(zeros).to(dtype))
 
     layers = []
     for block in trunk.layers:
