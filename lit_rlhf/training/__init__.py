@@ -13,6 +13,7 @@ from lit_rlhf.training.callbacks import (
 )
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.trained_models import ModelSettings
 from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Interrupted",
     "LastCheckpoint",
     "MetricsFile",
+    "ModelSettings",
     "OptimizerFactory",
     "RandomState",
     "Schedule",
