@@ -1,5 +1,6 @@
 """Neural networks: loading, heads, sampling, model folders."""
 
+from lit_rlhf.models.attention import use_float32_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
 from lit_rlhf.models.generation import Growing, Responses, Sampling, answer, generate, stream
 from lit_rlhf.models.heads import (
@@ -79,4 +80,5 @@ __all__ = [
     "sees_any_mask",
     "sequence_classifier",
     "stream",
+    "use_float32_attention",
 ]

@@ -15,6 +15,7 @@ from lit_rlhf.training.memory import peak_bytes, resident_bytes, start_peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.step_log import StepLog
+from lit_rlhf.training.trained_models import ModelSettings
 from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ExampleDataModule",
     "LastCheckpoint",
     "MetricsFile",
+    "ModelSettings",
     "OptimizerFactory",
     "RandomState",
     "Schedule",

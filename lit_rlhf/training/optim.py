@@ -22,9 +22,10 @@ def adamw(
     lr: Annotated[float, Field(gt=0)] = 1e-3,
     betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+    fused: bool = True,
 ) -> AdamW:
-    """AdamW in its fused form, the fastest on CPU and GPU alike."""
-    return AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    """AdamW; its ``fused`` form, one kernel for all parameters, is the fastest on CPU and GPU alike."""
+    return AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
 
 
 def decay_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:

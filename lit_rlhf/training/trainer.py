@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import torch
 from lightning import Trainer
 from pydantic import Field
+
+from lit_rlhf.training.trained_models import ModelSettings
 
 NEVER = 10**9  # steps
 
@@ -14,7 +17,10 @@ def make_trainer(
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
     devices: Annotated[int, Field(ge=1)] | Literal["auto"] | list[int] = 1,
     strategy: str = "auto",
-    precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"] = "32-true",
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"] = "32-true",
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
+    activation_checkpointing: bool = False,
+    compile: bool = False,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 1.0,
@@ -26,15 +32,21 @@ def make_trainer(
     deterministic: bool = False,
     **settings: Any,
 ) -> Trainer:
-    """Lightning's trainer; the arguments are its own, with their ranges.
+    """Lightning's trainer; the arguments are its own, with their ranges, but for those that follow.
+
+    ``precision`` may be "auto": see :func:`best_precision`. ``matmul_precision`` is that of float32 matrix products,
+    in the whole process (``torch.set_float32_matmul_precision``). For ``activation_checkpointing`` and ``compile`` see
+    :class:`lit_rlhf.training.ModelSettings`.
 
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
     business of :class:`lit_rlhf.training.LastCheckpoint`."""
+    torch.set_float32_matmul_precision(matmul_precision)
+    models = ModelSettings(activation_checkpointing, compile)
     return Trainer(
         accelerator=accelerator,
         devices=devices,
         strategy=strategy,
-        precision=precision,
+        precision=best_precision(accelerator) if precision == "auto" else precision,
         max_steps=max_steps,
         max_epochs=-1 if max_epochs is None and max_steps > 0 else max_epochs or 1,
         limit_train_batches=limit_train_batches,
@@ -48,5 +60,21 @@ def make_trainer(
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
+        callbacks=[*settings.pop("callbacks", []), models],
         **settings,
     )
+
+
+def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """bfloat16 where the processor multiplies matrices in it, else float32."""
+    if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = accelerator in ("cpu", "auto") and _cpu_has_bf16()
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _cpu_has_bf16() -> bool:
+    # PyTorch has no public name for it; elsewhere than on x86 it is emulated, or not known here.
+    asks = (getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile"))
+    return any(ask() for ask in asks if ask is not None)

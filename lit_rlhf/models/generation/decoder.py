@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.functional import position_ids
+from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.text.packing import left_pad, pack
 
@@ -136,7 +137,7 @@ class TransformersDecoder:
         self.model, self.pad_id = model, pad_id
         # Elsewhere transformers makes it: eager attention adds numbers, and a sliding window sees less.
         config = model.config
-        self.own_mask = config._attn_implementation == "sdpa" and getattr(config, "sliding_window", None) is None
+        self.own_mask = config._attn_implementation in SDPA and getattr(config, "sliding_window", None) is None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         tokens, self.mask = (x.to(self.model.device) for x in left_pad(prompts, self.pad_id))

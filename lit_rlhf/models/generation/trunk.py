@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_rlhf.models.attention import SDPA
+
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 LARGE = 2**17  # elements of a matrix from where on oneDNN's own layout of it pays
@@ -86,7 +88,7 @@ class Trunk:
     def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> Trunk | None:
         """For texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
         config = model.config
-        if config._attn_implementation != "sdpa" or getattr(config, "sliding_window", None) is not None:
+        if config._attn_implementation not in SDPA or getattr(config, "sliding_window", None) is not None:
             return None
         kind, dtype = config.model_type, dtype or model.dtype
         if kind == "gpt2" and config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:

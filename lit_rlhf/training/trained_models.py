@@ -1,0 +1,52 @@
+"""How the models of a stage are computed, whichever stage it is: attention, activations, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.distributed._composable import checkpoint
+from transformers import PreTrainedModel
+
+from lit_rlhf.models import use_float32_attention
+
+
+class ModelSettings(Callback):
+    """Sets up the models that a module holds, as the trainer's settings say; their weights and names stay.
+
+    Attention is computed in float32 where a CPU computes the rest in bfloat16: see :mod:`lit_rlhf.models.attention`.
+
+    Args:
+        activation_checkpointing: trained models keep only what enters each layer, and compute the rest again in the
+            backward pass: less memory, a third more work, the same gradients.
+        compile: trained models run through ``torch.compile``, layer by layer.
+    """
+
+    def __init__(self, activation_checkpointing: bool = False, compile: bool = False) -> None:
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        for trunk in trunks(pl_module):
+            if on_cpu and "16" in str(trainer.precision):
+                use_float32_attention(trunk)
+            if not any(p.requires_grad for p in trunk.parameters()):
+                continue
+            for layer in layers(trunk):  # once: Lightning sets up anew for each of validate, fit and test
+                # transformers' own asks whether a layer is in training mode, which those of PPO never are.
+                if self.activation_checkpointing and checkpoint.state(layer) is None:
+                    checkpoint(layer)
+                if self.compile and layer._compiled_call_impl is None:
+                    layer.compile()  # in place: names in a checkpoint stay, and layers that are alike compile once
+
+
+def trunks(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The models inside ``module``, each without its head."""
+    return (m for m in module.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)
+
+
+def layers(trunk: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a Transformer, as transformers marks them."""
+    return [m for m in trunk.modules() if hasattr(type(m), "gradient_checkpointing")]
