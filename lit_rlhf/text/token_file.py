@@ -126,8 +126,13 @@ def stored(
         held_out: fraction of the documents, or of a single one's characters, that is held out: the last ones.
         cache: its folder; of several processes one writes, and the others wait.
     """
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    by = hashlib.sha256(backend.encode()).hexdigest()
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        made_by = tokenizer.backend_tokenizer.to_str()
+    else:
+        made_by = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    by = hashlib.sha256(made_by.encode()).hexdigest()
     key = {"source": identity, "tokenizer": by, "end": tokenizer.eos_token_id, "held_out": held_out}
     folder = kept(cache, "tokens", key, lambda folder: _write(documents, tokenizer, held_out, folder), _is_whole)
     note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
@@ -237,10 +242,8 @@ def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[str], set[int
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not tokenizer.is_fast:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
+    return [encoding.ids for encoding in encodings]
 
 
 def _dtype(vocabulary: int) -> type[np.unsignedinteger]:

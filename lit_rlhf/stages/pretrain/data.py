@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -171,14 +173,17 @@ class PretrainDataModule(LightningDataModule):
         known = how.func in (train_bpe, train_characters) and None not in [source.identity for source in sources]
         if not known or self.cache is None:
             return train()
+        code = hashlib.sha256(inspect.getsource(inspect.getmodule(how.func)).encode()).hexdigest()
         key = {
             "sources": [source.identity for source in sources], "limit": self.limit,
-            "trainer": [how.func.__name__, how.args, how.keywords],
+            "trainer": [how.func.__name__, how.args, how.keywords, code],
         }  # fmt: skip
-        folder = kept(
-            Path(self.cache), "tokenizer", key, lambda to: train().save_pretrained(to), lambda to: to.is_dir()
-        )
-        return load_tokenizer(folder)
+        return load_tokenizer(
+            kept(
+                Path(self.cache), "tokenizer", key,
+                lambda folder: train().save_pretrained(folder), lambda folder: (folder / "tokenizer.json").is_file(),
+            )
+        )  # fmt: skip
 
     def _folder(self, identity: Any) -> Path:
         """Where a source's tokens are kept."""
@@ -264,8 +269,12 @@ class WorldPretrainDataModule(PretrainDataModule):
     def sources(self) -> list[Source]:
         count = min(self.documents, self.limit or self.documents)  # what the limit would cut off is not written
 
+        @cache  # the tokenizer is trained on them, too
+        def texts() -> list[str]:
+            return self.world.corpus(count, self.split_seed, split_seed=self.split_seed)
+
         def documents(skipped: list[str]) -> Iterator[Document]:
-            return ((text,) for text in self.world.corpus(count, self.split_seed, split_seed=self.split_seed))
+            return ((text,) for text in texts())
 
         identity = ["world", world_fingerprint(), self.world.seed, count, self.split_seed]
         return [Source("the built-in world", documents, identity)]
