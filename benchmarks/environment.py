@@ -27,9 +27,11 @@ SETTINGS = {
 def enter(requirement: str, folder: Path | None = None, **settings: str) -> None:
     """Returns inside an environment with ``requirement``, this package and a CPU build of torch.
 
-    Called elsewhere, makes it where it is missing, runs the script again in there and ends with its exit status.
+    Called elsewhere than for help, makes it where it is missing, runs the script again in there and ends with its exit status.
     ``settings`` are variables of that process."""
     folder = folder or CACHE / requirement.replace(">=", "-").replace("==", "-")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return  # help needs none
     if Path(sys.prefix).resolve() == folder.resolve():
         if cuda := [d.name for d in distributions() if d.name.startswith("nvidia-")]:
             sys.exit(f"packages for CUDA came with torch ({', '.join(cuda)}); remove {folder} and try again")

@@ -1,7 +1,7 @@
 """A PPO iteration, ours against TRL's PPOTrainer (1.12.0, the last that has it): the same algorithm and settings.
 
     python benchmarks/ppo.py [--threads 1 2]
-    python benchmarks/ppo.py --cases "L, ending early" "L, full length"    # a quarter of an hour
+    python benchmarks/ppo.py --cases "L, ending early" "L, full length"    # takes longest
 
 Makes an environment of its own with TRL. A lap is one iteration: a rollout, its scoring, and 4 epochs of 4 minibatches
 over it, with a critic network of the policy's size."""
