@@ -27,7 +27,8 @@ SETTINGS = {
 def enter(requirement: str, folder: Path | None = None, **settings: str) -> None:
     """Returns inside an environment with ``requirement``, this package and a CPU build of torch.
 
-    Called elsewhere than for help, makes it where it is missing, runs the script again in there and ends with its exit status.
+    Called elsewhere than for help, makes it where it is missing, runs the script again in there and ends with its exit
+    status.
     ``settings`` are variables of that process."""
     folder = folder or CACHE / requirement.replace(">=", "-").replace("==", "-")
     if {"-h", "--help"} & set(sys.argv[1:]):

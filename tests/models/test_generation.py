@@ -18,6 +18,7 @@ from lit_rlhf.models import (
     next_token_logits,
     packed_hidden,
     policy_from_config,
+    predicting_positions,
     response_positions,
     stream,
 )
@@ -466,3 +467,16 @@ def test_large_matrices_are_multiplied_as_small_ones_are(policy, prompts, monkey
     close(packed[0], plain[0], atol=1e-5)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not Trunk.of(policy, 40).layers[0].qkv.packed
+
+
+def test_states_are_those_that_the_answers_were_drawn_from(policy, prompts):
+    eos = an_end(answer(policy, prompts, Sampling(12)).tokens)
+    kept = by_both(policy, prompts, Sampling(12), eos_id=eos, states=True)
+    assert answer(policy, prompts, Sampling(12)).states is None
+    packed = pack([p + r for p, r in zip(prompts, kept[0].token_lists())], 1, row_length=40)
+    positions, mask = predicting_positions(packed, kept[0].lengths)
+    with torch.no_grad():
+        expected = packed_hidden(policy, packed)[positions]
+    for responses in kept:
+        assert_close(responses.states[mask], expected[mask], rtol=1e-4, atol=1e-4)
+        assert not responses.states[~mask].any()

@@ -34,6 +34,7 @@ def answer(
     generator: Generator | None = None,
     shard: tuple[int, int] = (0, 1),
     *,
+    states: bool = False,
     lean: bool = True,
     rows: Annotated[int, Field(ge=1)] | None = None,
 ) -> Responses:
@@ -48,7 +49,7 @@ def answer(
             return any(s in tail for s in sampling.stop)
 
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "ended": ended}
-    settings = {"generator": generator, "shard": shard, "lean": lean, "rows": rows}
+    settings = {"generator": generator, "shard": shard, "states": states, "lean": lean, "rows": rows}
     return generate(policy, prompts, sampling, **ends, **settings)._replace(stop=sampling.stop)
 
 
@@ -63,6 +64,7 @@ def generate(
     generator: Generator | None = None,
     shard: tuple[int, int] = (0, 1),
     ended: Ended | None = None,
+    states: bool = False,
     lean: bool = True,
     rows: int | None = None,
 ) -> Responses:
@@ -70,6 +72,7 @@ def generate(
 
     Each answer has random numbers of its own, which depend on the generator and on the answer's place in the batch
     alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
+    With ``states`` the hidden states are kept: a head on them needs no other pass over the answers.
     ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
     At most ``rows`` answers are written at a time (None: all); others take the places of those that end. ``lean`` runs
     a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'. No dropout.
@@ -77,13 +80,15 @@ def generate(
     ``UserError`` where prompt and answer do not fit into the model's context."""
     device = model.device
     uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
-    places, tokens, logprobs, entropies, ended_there = [], [], [], [], []
+    places, tokens, logprobs, entropies, ended_there, hidden = [], [], [], [], [], []
     for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
         for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
             kept.append(figures)
         ended_there.append(drawn.ended)
+        if states:
+            hidden.append(drawn.hidden)
     place = torch.cat(places, dim=1)
     shape = len(prompts), int(place[1].max()) + 1
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -91,9 +96,11 @@ def generate(
     finished = torch.zeros_like(mask[:, 0]).index_put_((place[0],), torch.cat(ended_there), accumulate=True)
 
     def laid_out(values: list[Tensor], fill: int) -> Tensor:
-        return torch.full(shape, fill, dtype=values[0].dtype, device=device).index_put_(tuple(place), torch.cat(values))
+        table = torch.full((*shape, *values[0].shape[1:]), fill, dtype=values[0].dtype, device=device)
+        return table.index_put_(tuple(place), torch.cat(values))
 
-    return Responses(laid_out(tokens, pad_id), mask, laid_out(logprobs, 0), laid_out(entropies, 0), finished)
+    figures = laid_out(tokens, pad_id), mask, laid_out(logprobs, 0), laid_out(entropies, 0), finished
+    return Responses(*figures, states=laid_out(hidden, 0) if states else None)
 
 
 class Growing(NamedTuple):
@@ -152,6 +159,7 @@ class _Drawn(NamedTuple):
     tokens: Tensor  # (A,) int64
     logits: Tensor  # (A, V) float32 at least, of the distribution that was sampled from
     probs: Tensor  # (A, V), their softmax
+    hidden: Tensor  # (A, E), the state that they come from
     ended: Tensor  # (A,) bool, whether the answer ends with this token by itself
 
 
@@ -191,7 +199,7 @@ def _draw(
             for row, (i, token) in enumerate(zip(answers.tolist(), drawn.tolist())):
                 written[i].append(token)
                 stops[row] |= ended(written[i])
-        yield _Drawn(answers, steps, drawn, logits, probs, stops)
+        yield _Drawn(answers, steps, drawn, logits, probs, hidden, stops)
         going = ~stops & (steps + 1 < limit)
         if not going.all():
             keep = _closed_up(going)
