@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.activations import NewGELUActivation
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
@@ -142,7 +143,7 @@ def sees_any_mask(module: nn.Module) -> bool:
     """Whether attention in all models of ``module`` can be told which tokens see which, as shared prompts need it."""
     configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
     return all(
-        c._attn_implementation in ("sdpa", "eager") and getattr(c, "sliding_window", None) is None for c in configs
+        c._attn_implementation in (*SDPA, "eager") and getattr(c, "sliding_window", None) is None for c in configs
     )
 
 
@@ -152,7 +153,7 @@ def _as_mask(visible: Tensor, model: PreTrainedModel) -> Tensor:
             f"{model.config.model_type} with {model.config._attn_implementation} attention cannot read a prompt once "
             "for several answers; set share_prompts=false in the settings of the data"
         )
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation in SDPA:
         return visible
     dtype = model.get_input_embeddings().weight.dtype
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)

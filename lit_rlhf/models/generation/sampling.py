@@ -36,7 +36,7 @@ class Responses(NamedTuple):
     entropy: Tensor  # (B, T) float32, nats, of that distribution; 0 at masked positions
     finished: Tensor  # (B,) bool, False = cut off at max_new_tokens
     stop: Sequence[str] = ()  # texts before which an answer ends
-    states: Tensor | None = None  # (B, T, E) last hidden states that the tokens were drawn from, where they were asked for
+    states: Tensor | None = None  # (B, T, E) hidden states that the tokens were drawn from, where asked for
 
     @property
     def lengths(self) -> Tensor:
