@@ -47,7 +47,7 @@ AnyRewardModel = PreTrainedModel | RewardTransformer | RewardEnsemble
 def load_reward_model(
     path: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     new_head: bool = False,
     head: RewardHead | None = None,
     lora: LoRA | None = None,
@@ -226,7 +226,8 @@ def critic_from_reward_model(
             "ppo/critic=shared"
         )
     reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
+    # A frozen model may be in half precision; small steps of one that learns would be rounded away.
+    critic = copy.deepcopy(reward_model).to(policy.dtype).requires_grad_(True)
     add_lora(critic, lora)
     return Critic(critic.base_model, score_head(critic))
 

@@ -279,7 +279,9 @@ class Book:
         if self.name != "reward":  # it comes out of that stage
             parts["head"] = instantiate(resolved(self.cfg, "reward")["head"])
         paths = [node.path] if isinstance(node.path, str) else list(node.path)
-        members = [blank_reward_model(_architecture(self.cfg, path), self.tokenizer, **parts) for path in paths]
+        dtype = getattr(torch, node.get("dtype", "float32"))
+        blank = (blank_reward_model(_architecture(self.cfg, path), self.tokenizer, **parts) for path in paths)
+        members = [model.to(dtype) for model in blank]
         return members[0] if len(members) == 1 else RewardEnsemble(members)
 
     def _coming(self, name: str, node: DictConfig) -> bool:
@@ -299,8 +301,9 @@ class Book:
         if "optimizer" in self.settings:
             trained = [p for p in model.parameters() if p.requires_grad]
             self.gradients = bytes_of(trained)
-            each = optimizer_bytes(instantiate(self.settings.optimizer))
-            self.optimizer = int(each * sum(p.numel() for p in trained))
+            if not (_device(self.cfg) == "cuda" and self.settings.optimizer.get("offload")):
+                each = optimizer_bytes(instantiate(self.settings.optimizer))
+                self.optimizer = int(each * sum(p.numel() for p in trained))
         self.held = resident_bytes() - self.resident
         heap = None if _device(self.cfg) == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap)

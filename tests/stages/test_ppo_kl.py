@@ -1,5 +1,6 @@
 """The divergence from the reference: measured, paid for, held at a target; and a reference that follows."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -184,6 +185,37 @@ def test_validation_is_against_the_sft_model_though_the_reference_moved(ppo, pro
     fit(module, data, max_epochs=1, limit_train_batches=3)
     module.trainer.validate(module, datamodule=data, verbose=False)
     assert abs(module.figures()["kl"]) > 0.01  # the reference that moves is the policy by now
+
+
+# ------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_reference_and_a_reward_model_in_half_precision(dtype, family, reward_model_of, ppo, alone):
+    half = getattr(torch, dtype)
+    sampling = Sampling(8)
+    reward_model = reward_model_of(family)
+    full, batch = alone(ppo(copy.deepcopy(family), copy.deepcopy(reward_model), sampling=sampling))
+    small, _ = alone(
+        ppo(family, reward_model.to(half), sampling=sampling, reference=ReferenceUpdate(dtype=dtype)),
+    )
+    assert {p.dtype for p in small.reference.parameters()} == {half}
+    assert {p.dtype for p in small.scorer.reward_model.parameters()} == {half}
+    assert {p.dtype for p in (*small.policy.parameters(), *small.critic.parameters())} == {torch.float32}
+    expected, found = full.collect(batch), small.collect(batch)
+    assert found.sequences == expected.sequences and torch.equal(found.old_logprobs, expected.old_logprobs)
+    assert found.ref_logprobs.dtype == found.rewards.dtype == torch.float32
+    difference = (found.ref_logprobs - expected.ref_logprobs).abs()
+    assert 0 < difference.max() < 0.2 and difference[found.mask].mean() < 0.03  # nats a token
+    assert_close(found.rewards.sum(-1), expected.rewards.sum(-1), atol=0.15, rtol=0.05)
+
+
+def test_ppo_with_a_small_reference_learns_and_keeps_it_out_of_the_checkpoint(policy, reward_model, ppo, train):
+    before = [p.clone() for p in policy.parameters()]
+    module = train(ppo(reward_model=reward_model.to(torch.bfloat16), reference=ReferenceUpdate(dtype="bfloat16")))
+    assert any((a != b).any() for a, b in zip(before, module.policy.parameters()))
+    assert all(value < 0.1 for value in map(abs, module.logged["ppo/kl"][:1]))  # nats: rounding alone
+    assert not any(name.startswith(("reference.", "scorer.reward_model")) for name in module.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ PPO = {
         "scoring": Scoring(functions=[brevity], scale="running", center=True),
         "reference": ReferenceUpdate(ema=0.7),
     },
+    "reference in half precision": lambda world: {"reference": ReferenceUpdate(dtype="bfloat16")},
     "refreshed reference": lambda world: {"reference": ReferenceUpdate(refresh_every=2)},
     "ptx": lambda world: {
         "ptx": partial(WorldPretrainDataModule, world, documents=200, block_size=24), "ptx_coef": 0.5,

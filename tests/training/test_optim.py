@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from lightning import LightningModule
@@ -92,3 +94,66 @@ def test_the_schedule_runs_over_the_whole_budget_of_steps(settings, total):
     half = total // 2
     by_hand = [(step + 1) / half for step in range(half)] + [1 - step / half for step in range(half)]
     assert module.rates == pytest.approx([1e-3 * rate for rate in by_hand for _ in range(micro)])
+
+
+def groups_of(model):
+    decayed, plain = decay_groups(model, weight_decay=0.1)
+    return [decayed, {**plain, "lr": 3e-3}]
+
+
+def test_offloaded_adam_comes_to_the_same_bits():
+    """On a CPU: the state has nowhere to go, but each parameter is stepped alone, with its group's settings."""
+    torch.manual_seed(0)
+    ordinary = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    offloaded = copy.deepcopy(ordinary)
+    frozen = [model[0].bias.requires_grad_(False) for model in (ordinary, offloaded)]
+    one, two = adamw(groups_of(ordinary)), adamw(groups_of(offloaded), offload=True)
+    schedules = [warmup_decay(optimizer, 8) for optimizer in (one, two)]
+    for step in range(8):
+        x = torch.randn(4, 5)
+        for model, optimizer, schedule in zip((ordinary, offloaded), (one, two), schedules):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        if step == 3:  # as after a checkpoint
+            state = two.state_dict()
+            assert len(state["param_groups"]) == 2 and len(state["state"]) == 5
+            two.load_state_dict(copy.deepcopy(state))
+    for a, b in zip(ordinary.parameters(), offloaded.parameters()):
+        assert torch.equal(a, b)
+    assert len(frozen) == 2 and all(
+        a["exp_avg"].equal(b["exp_avg"]) for a, b in zip(one.state.values(), two.state.values())
+    )
+
+
+def test_offloaded_adam_calls_its_closure_once():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, calls = adamw([weight], offload=True), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    assert optimizer.step(closure).item() == 2.0 and calls == [2.0]
+    assert (weight < 1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloaded_state_is_in_the_cpus_memory_and_the_numbers_are_the_same():
+    torch.manual_seed(0)
+    ordinary = nn.Linear(64, 64, device="cuda")
+    offloaded = copy.deepcopy(ordinary)
+    one, two = adamw(groups_of(ordinary)), adamw(groups_of(offloaded), offload=True)
+    for _ in range(5):
+        x = torch.randn(8, 64, device="cuda")
+        for model, optimizer in ((ordinary, one), (offloaded, two)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ordinary.parameters(), offloaded.parameters()):
+        assert torch.equal(a, b)
+        assert two.state[b]["exp_avg"].device.type == "cpu" and two.state[b]["exp_avg"].is_pinned()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -41,10 +41,11 @@ class KLPenalty:
 
 @dataclass(frozen=True)
 class ReferenceUpdate:
-    """Whether the reference of the penalty follows the policy; figures against SFT never do."""
+    """Whether the reference of the penalty follows the policy, which figures against SFT never do; its precision."""
 
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None  # decay an iteration of its average of the policy
     refresh_every: Annotated[int, Field(ge=1)] | None = None  # iterations between two copies of the policy
+    dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen copy of the SFT model; None: the policy's
 
     def __post_init__(self) -> None:
         if self.ema is not None and self.refresh_every is not None:
@@ -61,9 +62,13 @@ class Reference(nn.Module):
         self.update = update
         lora = bool(lora_layers(policy))
         moves = update.ema is not None or update.refresh_every is not None
-        if lora and moves:
-            raise UserError("with LoRA there is no copy of the policy that could move: leave ppo.reference alone")
-        self.start = None if lora else freeze(copy.deepcopy(policy))
+        if lora and (moves or update.dtype is not None):
+            raise UserError(
+                "with LoRA there is no copy of the policy that could move or be made smaller: leave ppo.reference alone"
+            )
+        dtype = policy.dtype if update.dtype is None else getattr(torch, update.dtype)
+        self.start = None if lora else freeze(copy.deepcopy(policy).to(dtype))
+        # In the policy's own precision: in half of it, small steps of an average would be rounded away.
         self.moving = freeze(copy.deepcopy(policy)) if moves else None
 
     @contextmanager
