@@ -24,12 +24,11 @@ SETTINGS = {
 }
 
 
-def enter(requirement: str, folder: Path | None = None, **settings: str) -> None:
+def enter(requirement: str, folder: Path | None = None) -> None:
     """Returns inside an environment with ``requirement``, this package and a CPU build of torch.
 
-    Called elsewhere than for help, makes it where it is missing, runs the script again in there and ends with its exit
-    status.
-    ``settings`` are variables of that process."""
+    Called elsewhere, and not for help, makes it where it is missing, runs the script again in there and ends with its
+    exit status."""
     folder = folder or CACHE / requirement.replace(">=", "-").replace("==", "-")
     if {"-h", "--help"} & set(sys.argv[1:]):
         return  # help needs none
@@ -39,7 +38,7 @@ def enter(requirement: str, folder: Path | None = None, **settings: str) -> None
         return
     make(requirement, folder)
     command = [folder / "bin/python", Path(sys.argv[0]).resolve(), *sys.argv[1:]]
-    sys.exit(subprocess.run(command, env={**os.environ, **SETTINGS, **settings}).returncode)
+    sys.exit(subprocess.run(command, env={**os.environ, **SETTINGS}).returncode)
 
 
 def make(requirement: str, folder: Path) -> None:
