@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ class Marked(PretrainModule):
         os._exit(0)
 """
 TRAIN = ["stage=pretrain", "pretrain.module._target_=marked.Marked", "threads=1", "logger=csv", "overwrite=true"]
+WHOLE = [*TRAIN, "run=whole", "pretrain.validate_first=false"]
 STEPS, FIRST = 1100, 100  # the first ones are not counted
 
 
@@ -67,7 +69,8 @@ def starts(rounds: int) -> dict[str, dict[str, list[float]]]:
     sides = {
         "import torch, transformers and a model": ["-c", IMPORTS],
         "first step, debug=fast": [*command, *TRAIN, "run=fast", "debug=fast"],
-        "first step, the quickstart's text": [*command, *TRAIN, "run=whole", "pretrain.validate_first=false"],
+        "first step, the quickstart's text": [*command, *WHOLE],
+        "the same, tokenized now": [*command, *WHOLE, "paths.cache=cold"],
         "lit-rlhf --help": [*command, "--help"],
         "a mistyped setting": [*command, "sft.optimizer.lrr=1"],
     }
@@ -76,6 +79,7 @@ def starts(rounds: int) -> dict[str, dict[str, list[float]]]:
         Path(folder, "marked.py").write_text(MARKED, encoding="utf-8")
         for count in range(rounds + 1):
             for name, arguments in sides.items():
+                shutil.rmtree(Path(folder, "cold"), ignore_errors=True)
                 for kind, seconds in started(arguments, Path(folder)).items():
                     found[name][kind] += [seconds] if count else []
     return found
