@@ -67,8 +67,8 @@ def pack(
 ) -> Packed:
     """Lay ``sequences`` (each of one token or more) into rows, longest first, each where it first fits.
 
-    A row is as long as the longest sequence where that is longer than ``row_length``; None gives each a row of its
-    own. ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them.
+    A row has ``row_length`` tokens, or as many as the longest sequence where that is longer, or leaves less padding;
+    None gives each a row of its own. ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them.
     ``share_prompts`` lays down a prompt that several sequences of a row begin with once."""
     lengths = [len(s) for s in sequences]
     limit = max(lengths) if row_length is None else max(row_length, max(lengths))
@@ -78,17 +78,9 @@ def pack(
     shared = any(len(group) > 1 for group in groups)
     prompts = [lengths[g[0]] - response_lengths[g[0]] if shared else 0 for g in groups]
     sizes = [prompt + sum(lengths[i] - prompt for i in group) for prompt, group in zip(prompts, groups)]
-    width = limit if row_length is None else max(min(row_length, sum(sizes)), max(sizes))
-    # Where the groups go.
-    free: list[int] = []
-    begins = [0] * len(groups)  # flat indices
-    for g in sorted(range(len(groups)), key=lambda g: -sizes[g]):
-        row = None if row_length is None else next((r for r, room in enumerate(free) if room >= sizes[g]), None)
-        if row is None:
-            row = len(free)
-            free.append(width)
-        begins[g] = row * width + width - free[row]
-        free[row] -= sizes[g]
+    widths = [max(sizes)] if row_length is None else [max(sizes), max(min(row_length, sum(sizes)), max(sizes))]
+    layouts = [_lay(sizes, width, alone=row_length is None) for width in widths]
+    width, free, begins = min(layouts, key=lambda layout: layout.width * len(layout.free))
     # Of what they consist: a group is a sequence, or a prompt and its responses.
     starts, response_starts = [0] * len(sequences), [0] * len(sequences)
     parts: list[tuple[Sequence[int], int, int, int]] = []  # tokens, place, first position, prompt's part
@@ -123,6 +115,25 @@ def pack(
         None if response_lengths is None else torch.tensor(response_lengths),
         *((torch.tensor(response_starts), rows(numbers), rows(after)) if shared else ()),
     )
+
+
+class _Layout(NamedTuple):
+    width: int  # tokens of a row
+    free: list[int]  # tokens that are left of each row
+    begins: list[int]  # flat indices
+
+
+def _lay(sizes: Sequence[int], width: int, alone: bool) -> _Layout:
+    """Where groups of tokens go: the longest first, each where it first fits, or each in a row ``alone``."""
+    layout = _Layout(width, [], [0] * len(sizes))
+    for g in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
+        row = None if alone else next((r for r, room in enumerate(layout.free) if room >= sizes[g]), None)
+        if row is None:
+            row = len(layout.free)
+            layout.free.append(width)
+        layout.begins[g] = row * width + width - layout.free[row]
+        layout.free[row] -= sizes[g]
+    return layout
 
 
 def _sharing(

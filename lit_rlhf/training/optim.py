@@ -30,7 +30,10 @@ def adamw(
 
     With ``offload`` its state lies in the CPU's memory."""
     kind = OffloadedAdamW if offload else AdamW
-    return kind(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
+    optimizer = kind(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
+    # The fused step could unscale 16-bit gradients by itself, but Lightning then refuses to clip them before it.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 class OffloadedAdamW(AdamW):

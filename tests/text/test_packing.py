@@ -14,12 +14,12 @@ def sequences(count, longest, seed=0):
 
 
 def test_rows_by_hand():
-    packed = pack([[1, 2], [3, 4, 5, 6], [7], [8, 9, 10]], PAD, row_length=6)
-    assert packed.tokens.tolist() == [[3, 4, 5, 6, 1, 2], [8, 9, 10, 7, PAD, PAD]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 1]]
-    assert packed.starts.tolist() == [4, 0, 9, 6]
-    assert packed.lengths.tolist() == [2, 4, 1, 3]
-    assert packed.ends.tolist() == [5, 3, 9, 8]
+    packed = pack([[1, 2], [3, 4, 5, 6], [7], [8, 9]], PAD, row_length=5)
+    assert packed.tokens.tolist() == [[3, 4, 5, 6, 7], [1, 2, 8, 9, PAD]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 1, 0]]
+    assert packed.starts.tolist() == [5, 0, 4, 7]
+    assert packed.lengths.tolist() == [2, 4, 1, 2]
+    assert packed.ends.tolist() == [6, 3, 4, 8]
     assert packed.tokens.dtype == packed.positions.dtype == packed.starts.dtype == torch.int64
 
 
@@ -119,3 +119,8 @@ def test_every_sequence_comes_back_from_shared_rows(row_length):
             assert packed.visible[row, 0, columns[-1]].nonzero().flatten().tolist() == sorted(columns), i
     if row_length == 1000:
         assert packed.tokens.numel() == sum(map(len, prompts)) + sum(lengths)  # the prompts once, no padding
+
+
+def test_rows_are_narrower_where_that_leaves_less_padding():
+    assert pack([[1] * 70, [2] * 72, [3] * 65], PAD, row_length=128).tokens.shape == (3, 72)
+    assert pack([[1] * 60, [2] * 64, [3] * 62, [4] * 66], PAD, row_length=128).tokens.shape == (2, 128)
