@@ -68,8 +68,8 @@ def pack(
     """Lay ``sequences`` (each of one token or more) into rows, longest first, each where it first fits.
 
     A row has ``row_length`` tokens, or as many as the longest sequence where that is longer, or leaves less padding;
-    None gives each a row of its own. ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them.
-    ``share_prompts`` lays down a prompt that several sequences of a row begin with once."""
+    None gives each a row of its own. ``response_lengths`` says how many tokens at the end of each sequence answer what
+    stands before them. ``share_prompts`` lays down a prompt that several sequences of a row begin with once."""
     lengths = [len(s) for s in sequences]
     limit = max(lengths) if row_length is None else max(row_length, max(lengths))
     groups = [[i] for i in range(len(sequences))]
