@@ -22,7 +22,8 @@ from lit_rlhf.models import (
     stream,
 )
 from lit_rlhf.models import answer as whole_answer
-from lit_rlhf.models.generation import Trunk
+from lit_rlhf.models.generation import Trunk, engine
+from lit_rlhf.models.generation.decoder import StaticDecoder
 from lit_rlhf.text import encode_prompts, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
 
@@ -451,3 +452,50 @@ def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
         if end is not None:  # it ends with the token that completes the text
             assert any(s in tokenizer.decode(tokens) for s in stop)
             assert not any(s in tokenizer.decode(tokens[:-1]) for s in stop)
+
+
+@pytest.fixture
+def static_steps(monkeypatch):
+    """Steps in fixed shapes, as a GPU replays them; here they run as they are. The rows of each step."""
+    taken, run = [], StaticDecoder._run
+    monkeypatch.setattr(StaticDecoder, "_run", lambda self, rows: taken.append(rows) or run(self, rows))
+    monkeypatch.setattr(engine, "LeanDecoder", StaticDecoder)
+    return taken
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("sampling", [Sampling(20, temperature=0), Sampling(20)])
+def test_steps_of_fixed_shape_give_the_same(policy, prompts, sampling, rows, request):
+    prompts = [*prompts, [7], [9] * 30]  # longer than those before: with few rows, all that is held moves to the right
+    eos = an_end(answer(policy, prompts, sampling).tokens)
+
+    def drawn():
+        settings = {"eos_id": eos, "pad_id": 1, "generator": Generator().manual_seed(0), "rows": rows}
+        return generate(policy, prompts, sampling, **settings)
+
+    plain = drawn()
+    taken = request.getfixturevalue("static_steps")
+    static = drawn()
+    assert torch.equal(static.tokens, plain.tokens) and torch.equal(static.mask, plain.mask)
+    assert torch.equal(static.finished, plain.finished)
+    assert_close(static.logprobs, plain.logprobs, rtol=0, atol=1e-5)
+    assert taken and set(taken) <= ({1, 2, 4, 8} if rows is None else {1, 2, 3})  # powers of two, and all there are
+
+
+def test_a_cpu_takes_no_cuda_graphs(policy, prompts, monkeypatch):
+    monkeypatch.setattr(engine, "StaticDecoder", None)
+    settings = {"eos_id": NO_END, "pad_id": 1, "cuda_graphs": True}
+    assert generate(policy, prompts, Sampling(2), **settings).tokens.shape == (len(prompts), 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_steps_give_the_same(policy, prompts):
+    policy = policy.cuda()
+
+    def drawn(**settings):
+        generator = Generator("cuda").manual_seed(0)
+        return generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, generator=generator, **settings)
+
+    plain, replayed = drawn(), drawn(cuda_graphs=True)
+    assert torch.equal(replayed.tokens, plain.tokens)
+    assert_close(replayed.logprobs, plain.logprobs, rtol=0, atol=1e-4)

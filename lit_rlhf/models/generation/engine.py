@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
-from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, TransformersDecoder
+from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, StaticDecoder, TransformersDecoder
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.policy import context_length, next_token_logits
@@ -36,6 +36,7 @@ def answer(
     *,
     lean: bool = True,
     rows: Annotated[int, Field(ge=1)] | None = None,
+    cuda_graphs: bool = False,
 ) -> Responses:
     """:func:`generate` with the tokenizer's end-of-text and padding, and with ``sampling.stop``."""
     ended = None
@@ -48,7 +49,7 @@ def answer(
             return any(s in tail for s in sampling.stop)
 
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "ended": ended}
-    settings = {"generator": generator, "shard": shard, "lean": lean, "rows": rows}
+    settings = {"generator": generator, "shard": shard, "lean": lean, "rows": rows, "cuda_graphs": cuda_graphs}
     return generate(policy, prompts, sampling, **ends, **settings)._replace(stop=sampling.stop)
 
 
@@ -65,6 +66,7 @@ def generate(
     ended: Ended | None = None,
     lean: bool = True,
     rows: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Responses:
     """Sample one answer to each of ``prompts`` (B token lists of any lengths).
 
@@ -72,13 +74,14 @@ def generate(
     alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
     ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
     At most ``rows`` answers are written at a time (None: all); others take the places of those that end. ``lean`` runs
-    a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'. No dropout.
+    a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'; on a GPU its steps
+    can be replayed as ``cuda_graphs``. No dropout.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
     device = model.device
     uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
     places, tokens, logprobs, entropies, ended_there = [], [], [], [], []
-    for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows):
+    for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
         for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
@@ -166,16 +169,13 @@ def _draw(
     ended: Ended | None = None,
     lean: bool = True,
     rows: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Iterator[_Drawn]:
     """Token after token of :func:`generate`, until all answers have ended."""
+    check_room(model, prompts, sampling)
     longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
-    if longest + limit > context_length(model):
-        raise UserError(
-            f"a prompt of {longest} tokens and {limit} new ones (sampling.max_new_tokens) do not fit "
-            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
-        )
     rows = min(rows or len(prompts), len(prompts))
-    decoder = _decoder(model, rows, longest + limit, pad_id, lean)
+    decoder = _decoder(model, rows, longest + limit, pad_id, lean, cuda_graphs and device.type == "cuda")
     begun = rows
     answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     written: list[list[int]] = [[] for _ in prompts]  # kept where `ended` wants them
@@ -210,6 +210,16 @@ def _draw(
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raises ``UserError`` where prompt and answer do not fit into the model's context."""
+    longest, limit = max(map(len, prompts)), sampling.max_new_tokens
+    if longest + limit > context_length(model):
+        raise UserError(
+            f"a prompt of {longest} tokens and {limit} new ones (sampling.max_new_tokens) do not fit "
+            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
+        )
+
+
 def _closed_up(going: Tensor) -> Tensor:
     """The rows that go on, those of the end in the places of those that do not: few are moved."""
     count = int(going.sum())
@@ -218,10 +228,17 @@ def _closed_up(going: Tensor) -> Tensor:
     return rows
 
 
-def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool) -> Decoder:
-    dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    trunk = Trunk.of(model, width, dtype) if lean else None
-    return TransformersDecoder(model, pad_id) if trunk is None else LeanDecoder(trunk, rows, width)
+def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool, graphs: bool) -> Decoder:
+    trunk = Trunk.of(model, width, compute_dtype(model)) if lean else None
+    if trunk is None:
+        return TransformersDecoder(model, pad_id)
+    return (StaticDecoder if graphs else LeanDecoder)(trunk, rows, width)
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """What matrix products are computed in where that is not the model's own."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, eos_id: int) -> Tensor:
