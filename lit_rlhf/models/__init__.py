@@ -2,7 +2,7 @@
 
 from lit_rlhf.models.attention import use_float32_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
-from lit_rlhf.models.generation import Growing, Responses, Sampling, answer, generate, stream
+from lit_rlhf.models.generation import Engine, Growing, Responses, Sampling, VLLMEngine, answer, generate, stream
 from lit_rlhf.models.heads import (
     Critic,
     CriticFactory,
@@ -39,6 +39,7 @@ from lit_rlhf.models.reward_head import RewardEnsemble, RewardHead, RewardTransf
 __all__ = [
     "Critic",
     "CriticFactory",
+    "Engine",
     "Growing",
     "LoRA",
     "Responses",
@@ -47,6 +48,7 @@ __all__ = [
     "RewardTransformer",
     "Sampling",
     "ScoreHead",
+    "VLLMEngine",
     "adapters_off",
     "add_lora",
     "answer",

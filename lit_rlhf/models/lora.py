@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -55,6 +55,29 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The matrices of ``model`` that have an adapter, by name; none without LoRA."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear module, with its adapter's update where that is on."""
+    if not hasattr(module, "lora_A"):
+        return module.weight.detach()
+    weight = module.get_base_layer().weight.detach()
+    if module.disable_adapters or module.merged:
+        return weight
+    for name in module.active_adapters:
+        weight = weight + module.get_delta_weight(name).detach()
+    return weight
+
+
+def plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) as a checkpoint of ``model`` without adapters has them; tied ones under each of their names."""
+    adapted = lora_layers(model)
+    for name, weight in model.state_dict().items():
+        layer, _, kind = name.rpartition(".base_layer.")
+        if layer:
+            yield f"{layer}.{kind}", effective_weight(adapted[layer]) if kind == "weight" else weight
+        elif ".lora_" not in name:
+            yield name, weight
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from lit_rlhf.models import (
     stream,
 )
 from lit_rlhf.models import answer as whole_answer
-from lit_rlhf.models.generation import Trunk
+from lit_rlhf.models.generation import Trunk, engine
 from lit_rlhf.models.generation import trunk as trunk_module
+from lit_rlhf.models.generation.decoder import StaticDecoder
 from lit_rlhf.text import encode_prompts, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
 
@@ -127,7 +128,7 @@ def test_logprobs_and_entropy_are_those_of_a_full_forward_pass(policy, prompts):
 
 def test_logprobs_are_those_of_training_in_packed_rows(policy, prompts):  # else the first PPO ratio is not 1
     responses = answer(policy, prompts, Sampling(9, temperature=0.7))
-    packed = pack([p + r for p, r in zip(prompts, responses.token_lists())], 1, row_length=40)
+    packed = pack([p + r for p, r in zip(prompts, responses.token_lists())], 1, row_length=92)
     assert len(packed.tokens) < len(prompts)
     positions, mask = response_positions(packed, responses.lengths)
     logits = next_token_logits(policy, packed_hidden(policy, packed)[positions - 1]) / 0.7
@@ -480,3 +481,50 @@ def test_states_are_those_that_the_answers_were_drawn_from(policy, prompts):
     for responses in kept:
         assert_close(responses.states[mask], expected[mask], rtol=1e-4, atol=1e-4)
         assert not responses.states[~mask].any()
+
+
+@pytest.fixture
+def static_steps(monkeypatch):
+    """Steps in fixed shapes, as a GPU replays them; here they run as they are. The rows of each step."""
+    taken, run = [], StaticDecoder._run
+    monkeypatch.setattr(StaticDecoder, "_run", lambda self, rows: taken.append(rows) or run(self, rows))
+    monkeypatch.setattr(engine, "LeanDecoder", StaticDecoder)
+    return taken
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("sampling", [Sampling(20, temperature=0), Sampling(20)])
+def test_steps_of_fixed_shape_give_the_same(policy, prompts, sampling, rows, request):
+    prompts = [*prompts, [7], [9] * 30]  # longer than those before: with few rows, all that is held moves to the right
+    eos = an_end(answer(policy, prompts, sampling).tokens)
+
+    def drawn():
+        settings = {"eos_id": eos, "pad_id": 1, "generator": Generator().manual_seed(0), "rows": rows}
+        return generate(policy, prompts, sampling, **settings)
+
+    plain = drawn()
+    taken = request.getfixturevalue("static_steps")
+    static = drawn()
+    assert torch.equal(static.tokens, plain.tokens) and torch.equal(static.mask, plain.mask)
+    assert torch.equal(static.finished, plain.finished)
+    assert_close(static.logprobs, plain.logprobs, rtol=0, atol=1e-5)
+    assert taken and set(taken) <= ({1, 2, 4, 8} if rows is None else {1, 2, 3})  # powers of two, and all there are
+
+
+def test_a_cpu_takes_no_cuda_graphs(policy, prompts, monkeypatch):
+    monkeypatch.setattr(engine, "StaticDecoder", None)
+    settings = {"eos_id": NO_END, "pad_id": 1, "cuda_graphs": True}
+    assert generate(policy, prompts, Sampling(2), **settings).tokens.shape == (len(prompts), 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_steps_give_the_same(policy, prompts):
+    policy = policy.cuda()
+
+    def drawn(**settings):
+        generator = Generator("cuda").manual_seed(0)
+        return generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, generator=generator, **settings)
+
+    plain, replayed = drawn(), drawn(cuda_graphs=True)
+    assert torch.equal(replayed.tokens, plain.tokens)
+    assert_close(replayed.logprobs, plain.logprobs, rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ from lit_rlhf.models import (
     critic_on_policy,
     lora_layers,
 )
-from lit_rlhf.stages.ppo import GAE, MonteCarlo, Scoring
+from lit_rlhf.stages.ppo import GAE, KLPenalty, MonteCarlo, Scoring
 
 FUNCTION = Scoring(functions=[lambda p, r, **_: [float(len(x)) for x in r]], reward_model_weight=0.0)
 
@@ -157,3 +157,18 @@ def test_a_critic_with_adapters(make, policy, reward_model, ppo, train):
     changed = {name for name, p in module.critic.named_parameters() if (p != kept[name]).any()}
     assert lora_layers(module.critic)
     assert changed == {name for name in kept if "lora_" in name or name == "head.weight"}
+
+
+def test_a_critic_on_the_policy_values_the_states_that_answers_were_drawn_from(ppo, alone, moved):
+    """Without another pass over them, which half precision and the full divergence need, and which says the same."""
+    found = []
+    for kl in (KLPenalty(), KLPenalty(estimator="full")):
+        module, batch = alone(moved(ppo(critic=critic_on_policy, kl=kl)))
+        torch.manual_seed(2)
+        torch.nn.init.normal_(module.critic.head.weight)
+        assert module._reads_policy == (kl.estimator == "full")
+        found.append(module.collect(batch))
+    kept, read = found
+    assert kept.sequences == read.sequences and kept.values.std() > 0.1
+    assert_close(kept.values, read.values, rtol=1e-4, atol=1e-4)
+    assert not kept.values[~kept.mask].any()

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from lit_rlhf.errors import UserError, Waiting
-from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.models import Sampling, answer, policy_from_config
 from lit_rlhf.stages import PreferenceDataModule, PreferenceModule, WorldPreferenceDataModule
 from lit_rlhf.stages.preference import Labels, LabelStudio, agreement
-from lit_rlhf.stages.preference import module as collecting
 from lit_rlhf.text import load_records, parse_ranking
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.training import make_trainer
@@ -76,16 +75,14 @@ def test_with_fewer_answers_than_turns_all_turns_come_up(collect, base):
     assert all(len(set(r["models"])) == 2 for r in module.answers)
 
 
-def test_each_model_is_prompted_by_its_own_template(collect, base, monkeypatch):
+def test_each_model_is_prompted_by_its_own_template(collect, base):
     seen = {}
 
-    def answer(policy, tokenizer, tokens, *more):
+    def engine(policy, tokenizer, tokens, *more):
         seen.setdefault(tokenizer.chat_template == BASE_TEMPLATE, []).extend(tokenizer.batch_decode(tokens))
-        return real(policy, tokenizer, tokens, *more)
+        return answer(policy, tokenizer, tokens, *more)
 
-    real = collecting.answer
-    monkeypatch.setattr(collecting, "answer", answer)
-    collect(others={"base": base})
+    collect(others={"base": base}, engine=engine)
     assert all(text.endswith("<|assistant|>") for text in seen[False])
     assert not any("<|" in text for text in seen[True])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,10 +88,7 @@ class LeanDecoder:
         return hidden[packed.ends[source]]
 
     def step(self, tokens: Tensor) -> Tensor:
-        if self.end == self.width:  # texts that began early have ended
-            self._shift(-int(self.starts[: self.alive].min()))
-        alive, end = self.alive, self.end
-        self.end += 1
+        alive, end = self.alive, self._next_column()
         group = self.trunk.query_heads // self.trunk.kv_heads
         bias = self.bias[:alive, ..., : end + 1].flatten(0, 1)
 
@@ -112,6 +109,13 @@ class LeanDecoder:
         for x, dim in ((held, 2), (self.starts, 0), (self.bias, 0)):
             x.index_copy_(dim, to, x.index_select(dim, rows[to]))
 
+    def _next_column(self) -> int:
+        """Where the keys and values of the next tokens go."""
+        if self.end == self.width:  # texts that began early have ended
+            self._shift(-int(self.starts[: self.alive].min()))
+        self.end += 1
+        return self.end - 1
+
     def _shift(self, columns: int) -> None:
         """Move all that is held to the right, or, where that is negative, to the left."""
         to = slice(max(0, columns), self.end + columns)
@@ -126,6 +130,64 @@ class LeanDecoder:
         bias = torch.zeros(padding.shape, dtype=self.bias.dtype, device=rows.device).masked_fill_(padding, -torch.inf)
         self.bias[rows] = bias[:, None, None]
         self.padded = self.padded or bool(padding.any())
+
+
+class StaticDecoder(LeanDecoder):
+    """Takes the same steps in shapes that do not grow, so that a GPU can replay one as a CUDA graph.
+
+    A step sees the whole width, with what is not written yet masked, and as many rows as the next power of two; a graph
+    is captured when one of so many rows is first needed. On a CPU the steps run as they are."""
+
+    def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
+        super().__init__(trunk, rows, width)
+        self.tokens = torch.zeros_like(self.starts)
+        self.column = torch.zeros(1, dtype=torch.int64, device=trunk.device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # rows -> (a step, where its result lies)
+        self.pool: Any = None  # memory that the graphs share: they never run at once
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.column.fill_(self._next_column())
+        self.tokens[: self.alive] = tokens
+        rows = min(1 << (self.alive - 1).bit_length(), len(self.starts))
+        if self.tokens.device.type != "cuda":
+            return self._run(rows)[: self.alive]
+        if rows not in self.graphs:
+            self.graphs[rows] = self._capture(rows)
+        graph, hidden = self.graphs[rows]
+        graph.replay()
+        return hidden[: self.alive]
+
+    def _capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # What a library sets up at its first call must not be captured. Doing a step twice writes the same twice.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            hidden = self._run(rows)
+        self.pool = graph.pool()
+        return graph, hidden
+
+    def _run(self, rows: int) -> Tensor:
+        group = self.trunk.query_heads // self.trunk.kv_heads
+        # In rows that are not in use, too: no softmax is empty, and nobody reads what comes of them.
+        bias = self.bias[:rows].index_fill_(-1, self.column, 0.0).flatten(0, 1)
+
+        def attend(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
+            cache = self.cache[layer, :, :rows]
+            cache.index_copy_(3, self.column, kv.transpose(0, 1).unsqueeze(3))
+            keys, values = cache.flatten(1, 2)
+            scores = torch.baddbmm(bias, queries.reshape(rows * self.trunk.kv_heads, group, -1), keys.transpose(1, 2))
+            return torch.bmm(scores.softmax(-1), values).view(rows, -1)
+
+        positions = (self.column - self.starts[:rows]).clamp_(0, self.width - 1)
+        return self.trunk(self.tokens[:rows], positions, attend)
+
+    def _mask(self, rows: Tensor) -> None:
+        super()._mask(rows)
+        self.bias[..., self.end :] = -torch.inf
 
 
 class TransformersDecoder:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
-from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, TransformersDecoder
+from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, StaticDecoder, TransformersDecoder
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.policy import context_length, next_token_logits
@@ -37,6 +37,7 @@ def answer(
     states: bool = False,
     lean: bool = True,
     rows: Annotated[int, Field(ge=1)] | None = None,
+    cuda_graphs: bool = False,
 ) -> Responses:
     """:func:`generate` with the tokenizer's end-of-text and padding, and with ``sampling.stop``."""
     ended = None
@@ -49,8 +50,9 @@ def answer(
             return any(s in tail for s in sampling.stop)
 
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "ended": ended}
-    settings = {"generator": generator, "shard": shard, "states": states, "lean": lean, "rows": rows}
-    return generate(policy, prompts, sampling, **ends, **settings)._replace(stop=sampling.stop)
+    settings = {"generator": generator, "shard": shard, "states": states}
+    engine = {"lean": lean, "rows": rows, "cuda_graphs": cuda_graphs}
+    return generate(policy, prompts, sampling, **ends, **settings, **engine)._replace(stop=sampling.stop)
 
 
 @torch.no_grad()
@@ -67,6 +69,7 @@ def generate(
     states: bool = False,
     lean: bool = True,
     rows: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Responses:
     """Sample one answer to each of ``prompts`` (B token lists of any lengths).
 
@@ -75,20 +78,21 @@ def generate(
     With ``states`` the hidden states are kept: a head on them needs no other pass over the answers.
     ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
     At most ``rows`` answers are written at a time (None: all); others take the places of those that end. ``lean`` runs
-    a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'. No dropout.
+    a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'; on a GPU its steps
+    can be replayed as ``cuda_graphs``. No dropout.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
     device = model.device
     uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
     places, tokens, logprobs, entropies, ended_there, hidden = [], [], [], [], [], []
-    for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows):
+    for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
         for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
             kept.append(figures)
         ended_there.append(drawn.ended)
         if states:
-            hidden.append(drawn.hidden)
+            hidden.append(drawn.hidden.clone())  # a replayed step writes the next ones in their place
     place = torch.cat(places, dim=1)
     shape = len(prompts), int(place[1].max()) + 1
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -174,16 +178,13 @@ def _draw(
     ended: Ended | None = None,
     lean: bool = True,
     rows: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Iterator[_Drawn]:
     """Token after token of :func:`generate`, until all answers have ended."""
+    check_room(model, prompts, sampling)
     longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
-    if longest + limit > context_length(model):
-        raise UserError(
-            f"a prompt of {longest} tokens and {limit} new ones (sampling.max_new_tokens) do not fit "
-            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
-        )
     rows = min(rows or len(prompts), len(prompts))
-    decoder = _decoder(model, rows, longest + limit, pad_id, lean)
+    decoder = _decoder(model, rows, longest + limit, pad_id, lean, cuda_graphs and device.type == "cuda")
     begun = rows
     answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     written: list[list[int]] = [[] for _ in prompts]  # kept where `ended` wants them
@@ -218,6 +219,16 @@ def _draw(
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raises ``UserError`` where prompt and answer do not fit into the model's context."""
+    longest, limit = max(map(len, prompts)), sampling.max_new_tokens
+    if longest + limit > context_length(model):
+        raise UserError(
+            f"a prompt of {longest} tokens and {limit} new ones (sampling.max_new_tokens) do not fit "
+            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
+        )
+
+
 def _closed_up(going: Tensor) -> Tensor:
     """The rows that go on, those of the end in the places of those that do not: few are moved."""
     count = int(going.sum())
@@ -226,10 +237,17 @@ def _closed_up(going: Tensor) -> Tensor:
     return rows
 
 
-def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool) -> Decoder:
-    dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    trunk = Trunk.of(model, width, dtype) if lean else None
-    return TransformersDecoder(model, pad_id) if trunk is None else LeanDecoder(trunk, rows, width)
+def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool, graphs: bool) -> Decoder:
+    trunk = Trunk.of(model, width, compute_dtype(model)) if lean else None
+    if trunk is None:
+        return TransformersDecoder(model, pad_id)
+    return (StaticDecoder if graphs else LeanDecoder)(trunk, rows, width)
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """What matrix products are computed in where that is not the model's own."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, eos_id: int) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 from pydantic import Field
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Generator, Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Responses(NamedTuple):
     tokens: Tensor  # (B, T) int64, end-of-text included, padding after it
     mask: Tensor  # (B, T) bool, True = token of the answer
     logprobs: Tensor  # (B, T) float32, nats, under the distribution that was sampled from; 0 at masked positions
-    entropy: Tensor  # (B, T) float32, nats, of that distribution; 0 at masked positions
+    entropy: Tensor  # (B, T) float32, nats, of that distribution, NaN where unknown; 0 at masked positions
     finished: Tensor  # (B,) bool, False = cut off at max_new_tokens
     stop: Sequence[str] = ()  # texts before which an answer ends
     states: Tensor | None = None  # (B, T, E) hidden states that the tokens were drawn from, where asked for
@@ -51,6 +51,24 @@ class Responses(NamedTuple):
         """Each answer as a person reads it: without special tokens, stop texts and space around it."""
         texts = tokenizer.batch_decode(self.token_lists(), skip_special_tokens=True)
         return [before_stop(text, self.stop).strip() for text in texts]
+
+
+class Engine(Protocol):
+    """What samples for a stage: ``answer``, or a partial of it, or :class:`VLLMEngine`.
+
+    Where an attribute ``exact`` is there and False, the log-probs are not those of a training pass."""
+
+    def __call__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        generator: Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Responses:
+        """One answer to each of ``prompts`` (B token lists), whose random numbers are its own; see ``generate``."""
+        ...
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.attention import SDPA
+from lit_rlhf.models.lora import effective_weight
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -154,10 +155,7 @@ def _rms(x: Tensor, epsilon: float) -> Tensor:
 def _matrix(module: nn.Module) -> Tensor:
     """The matrix (in, out) of a linear module, with its LoRA update where it has one."""
     base = module.get_base_layer() if hasattr(module, "lora_A") else module
-    weight = base.weight.detach()
-    for name in getattr(module, "active_adapters", []) if hasattr(module, "lora_A") else []:
-        if not module.disable_adapters and not module.merged:
-            weight = weight + module.get_delta_weight(name).detach()
+    weight = effective_weight(module)
     return weight if isinstance(base, Conv1D) else weight.t()
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import Estimate, WinRate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
 from lit_rlhf.models import (
+    Engine,
     Responses,
     Sampling,
     answer,
@@ -54,6 +55,7 @@ class EvaluateModule(LightningModule):
         anchor_rating: Elo points of the SFT model (of the first one where there is none).
         text_row_length: tokens of a row of held-out text, for the perplexity.
         sampling: how answers are drawn.
+        engine: what draws them.
         seed: of the sampling.
     """
 
@@ -70,6 +72,7 @@ class EvaluateModule(LightningModule):
         anchor_rating: float = 1000.0,
         text_row_length: Annotated[int, Field(ge=2)] = 96,
         sampling: Sampling | None = None,
+        engine: Engine = answer,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class EvaluateModule(LightningModule):
         self.annotator, self.judge = annotator, judge
         self.samples, self.best_of, self.seed = samples, best_of, seed
         self.anchor_rating, self.text_row_length = anchor_rating, text_row_length
-        self.sampling = sampling or Sampling()
+        self.sampling, self.engine = sampling or Sampling(), engine
         names = list(policies)
         if prompted_base and "base" in names:
             names.insert(names.index("base") + 1, PROMPTED)
@@ -146,7 +149,7 @@ class EvaluateModule(LightningModule):
         room = context_length(policy) - sampling.max_new_tokens
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
         repeated = [tokens[-room:] for tokens in encode_prompts(tokenizer, batch.messages) for _ in range(n)]
-        answers = answer(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
+        answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
             cut = [self.trainer.datamodule.transcript.answer(text) for text in texts]
@@ -154,7 +157,8 @@ class EvaluateModule(LightningModule):
             texts = cut
         into.texts += _grouped(texts, n)
         into.tokens += _grouped(answers.lengths.tolist(), n)
-        into.entropy += _grouped(masked_sum(answers.entropy, answers.mask, dim=-1).tolist(), n)
+        if not answers.entropy.isnan().any():  # an engine may not know it
+            into.entropy += _grouped(masked_sum(answers.entropy, answers.mask, dim=-1).tolist(), n)
         if self._gold is not None:
             messages = [m for m in batch.messages for _ in range(n)]
             grades = [self._gold.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]

@@ -22,6 +22,7 @@ from lit_rlhf.functional import (
     kl_estimate,
     masked_mean,
     sequence_kl,
+    token_entropy,
     token_logprobs,
     token_rewards,
     whiten,
@@ -29,6 +30,7 @@ from lit_rlhf.functional import (
 )
 from lit_rlhf.models import (
     CriticFactory,
+    Engine,
     Responses,
     Sampling,
     answer,
@@ -97,6 +99,7 @@ class PPOModule(LightningModule):
         probe_rollouts: rollouts on which the gradient's noise is measured, before the policy's first step; 0: not done.
         share_prompts: read a prompt once for all its answers in a batch, where attention can be told so.
         sampling: how answers are drawn in rollouts and in validation.
+        engine: what draws them.
         val_samples: answers a held-out prompt in validation.
         seed: of sampling and of the order of minibatches.
     """
@@ -132,6 +135,7 @@ class PPOModule(LightningModule):
         probe_rollouts: Annotated[int, Field(ge=0)] = 0,
         share_prompts: bool = True,
         sampling: Sampling | None = None,
+        engine: Engine = answer,
         val_samples: Annotated[int, Field(ge=1)] = 4,
         seed: int = 0,
     ) -> None:
@@ -158,7 +162,7 @@ class PPOModule(LightningModule):
         self.ptx = pretraining_text(ptx, tokenizer) if ptx_coef > 0 else None
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
         self.probe_rollouts = probe_rollouts
-        self.sampling, self.seed = sampling or Sampling(), seed
+        self.sampling, self.engine, self.seed = sampling or Sampling(), engine, seed
         check_sampling(self.sampling)
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
@@ -176,7 +180,10 @@ class PPOModule(LightningModule):
     def collect(self, prompts: PromptBatch, *place: int) -> Rollout:
         """Sample answers, score them, and work out what each action was worth; ``place`` sets off other draws."""
         prompts = repeated(prompts, self.answers_per_prompt)
-        answers = self.sample(self.policy, prompts.tokens, *(place or (int(self.iteration),)), shard=self._shard)
+        # A critic on the policy's trunk needs no other pass: it values the states that the answers were drawn from.
+        kept = {"states": True} if self._critic_on_policy and not self._reads_policy else {}
+        place_of_draw = place or (int(self.iteration),)
+        answers = self.sample(self.policy, prompts.tokens, *place_of_draw, shard=self._shard, **kept)
         sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
         lengths, mask = answers.lengths, answers.mask
         packed = self.packed(sequences, lengths)
@@ -187,12 +194,14 @@ class PPOModule(LightningModule):
         scores = self.scorer.shape(raw, lengths, answers.finished)
         hidden = packed_hidden(self.policy, packed) if self._reads_policy else None
         values = torch.zeros_like(answers.logprobs)
-        if self.critic is not None:
+        if answers.states is not None:
+            values = torch.where(mask, self.critic.head(answers.states).squeeze(-1).float(), 0.0)
+        elif self.critic is not None:
             values = response_values(self.critic(packed, hidden), packed, lengths)
-        old_logprobs, ref_logprobs, kl = self._divergence(packed, lengths, hidden, answers)
+        answers, ref_logprobs, kl = self._divergence(packed, lengths, hidden, answers)
         penalties = torch.zeros_like(kl) if self.kl.in_loss else self.kl_coef * kl
         rewards = token_rewards(scores, penalties, mask)
-        token_mask, ref_tokens = mask, ref_logprobs
+        token_mask, ref_tokens, old_logprobs = mask, ref_logprobs, answers.logprobs
         if self.action == "answer":  # one action: what is taken in tokens is summed, and judged at its start
             rewards, old_logprobs, ref_logprobs = (whole_answer(x, mask) for x in (rewards, old_logprobs, ref_logprobs))
             values, mask = values[:, :1], mask[:, :1]
@@ -218,32 +227,35 @@ class PPOModule(LightningModule):
     @property
     def _exact(self) -> bool:
         """Whether log-probs of the rollout engine are those of a training pass; in half precision they are not."""
-        return str(self.trainer.precision).startswith(("32", "64"))
+        return getattr(self.engine, "exact", True) and str(self.trainer.precision).startswith(("32", "64"))
 
     @property
     def _reads_policy(self) -> bool:
         """Whether a rollout needs another pass of the policy over what it wrote."""
-        shared = self.critic is not None and self.critic.trunk is None
-        return shared or not self._exact or (self.kl.estimator == "full" and not self.kl.in_loss)
+        return not self._exact or (self.kl.estimator == "full" and not self.kl.in_loss)
+
+    @property
+    def _critic_on_policy(self) -> bool:
+        return self.critic is not None and self.critic.trunk is None
 
     def _divergence(
         self, packed: Packed, lengths: Tensor, hidden: Tensor | None, answers: Responses
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-probs of the policy, of the reference, estimated divergence), all (N, T), in nats."""
+    ) -> tuple[Responses, Tensor, Tensor]:
+        """(the answers, with log-probs of a training pass; the reference's; estimated divergence), (N, T), nats."""
         temperature = self.sampling.temperature
         with self.reference.for_penalty(self.policy) as reference:
             ref_hidden = packed_hidden(reference, packed)
             ref_logits, tokens, mask = response_logits(reference, ref_hidden, packed, lengths, temperature)
         ref_logprobs = scatter(token_logprobs(ref_logits, tokens), mask)
-        logprobs = answers.logprobs
         if hidden is not None:
             logits, _, _ = response_logits(self.policy, hidden, packed, lengths, temperature)
             if not self._exact:
-                logprobs = scatter(token_logprobs(logits, tokens), mask)
+                figures = {"logprobs": token_logprobs(logits, tokens), "entropy": token_entropy(logits)}
+                answers = answers._replace(**{name: scatter(x, mask) for name, x in figures.items()})
             if self.kl.estimator == "full":
-                return logprobs, ref_logprobs, scatter(full_kl(logits.float(), ref_logits.float()), mask)
+                return answers, ref_logprobs, scatter(full_kl(logits.float(), ref_logits.float()), mask)
         estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator  # full, in the loss: not needed here
-        return logprobs, ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator)
+        return answers, ref_logprobs, kl_estimate(answers.logprobs, ref_logprobs, estimator)
 
     @property
     def _shard(self) -> tuple[int, int]:
@@ -255,11 +267,13 @@ class PPOModule(LightningModule):
         prompts: list[list[int]],
         *place: int,
         purpose: int = ROLLOUT,
-        shard: tuple[int, int] = (0, 1),
+        **settings: Any,
     ) -> Responses:
-        """One answer to each prompt; the draw depends on the seed, ``place`` and ``purpose`` alone."""
+        """One answer to each prompt; the draw depends on the seed, ``place`` and ``purpose`` alone.
+
+        ``settings`` go to the engine."""
         generator = seeded(self.seed, *place, purpose, device=self.device)
-        return answer(policy, self.tokenizer, prompts, self.sampling, generator, shard)
+        return self.engine(policy, self.tokenizer, prompts, self.sampling, generator, **settings)
 
     def whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
         """Centred and scaled over all actions of the rollout, over all processes together."""

@@ -15,7 +15,7 @@ from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, Waiting
-from lit_rlhf.models import Sampling, answer, context_length, freeze
+from lit_rlhf.models import Engine, Sampling, answer, context_length, freeze
 from lit_rlhf.stages.preference.agreement import agreement
 from lit_rlhf.stages.preference.annotators import Annotator, annotate, name_of, place
 from lit_rlhf.stages.preference.journal import Journal
@@ -49,6 +49,7 @@ class PreferenceModule(LightningModule):
         answers: "draw" samples them, "given" takes the ``responses`` of the prompts' records, to have them ranked.
         answers_per_prompt: K; they are dealt in turn over the models, then over the temperatures.
         sampling: how answers are drawn.
+        engine: what draws them.
         temperatures: several, in place of that of ``sampling``; None: that one.
         redraws: times that an answer which is equal to another one is drawn again.
         compare: ranking files of others about the same answers; agreement with them is among the figures.
@@ -68,6 +69,7 @@ class PreferenceModule(LightningModule):
         answers: Literal["draw", "given"] = "draw",
         answers_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4,
         sampling: Sampling | None = None,
+        engine: Engine = answer,
         temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None,
         redraws: Annotated[int, Field(ge=0)] = 2,
         compare: str | Sequence[str] | None = None,
@@ -83,7 +85,7 @@ class PreferenceModule(LightningModule):
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
         self.name, self.annotator, self.how = name, annotator, answers
         self.answers_per_prompt, self.redraws = answers_per_prompt, redraws
-        self.sampling, self.compare = sampling or Sampling(), compare
+        self.sampling, self.engine, self.compare = sampling or Sampling(), engine, compare
         # Models change fastest: each prompt is answered by as many of them as possible.
         self.turns = [Turn(w, t) for t in temperatures or [self.sampling.temperature] for w in writers]
         self.seed, self.round = seed, round
@@ -146,7 +148,7 @@ class PreferenceModule(LightningModule):
             tokens = encode_prompts(tokenizer, batch.messages)
         room = context_length(policy) - self.sampling.max_new_tokens
         sampling = replace(self.sampling, temperature=turn.temperature)
-        answers = answer(policy, tokenizer, [tokens[i][-room:] for i in prompts], sampling, generator)
+        answers = self.engine(policy, tokenizer, [tokens[i][-room:] for i in prompts], sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
 
     def _given(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
