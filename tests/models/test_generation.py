@@ -511,6 +511,17 @@ def test_steps_of_fixed_shape_give_the_same(policy, prompts, sampling, rows, req
     assert taken and set(taken) <= ({1, 2, 4, 8} if rows is None else {1, 2, 3})  # powers of two, and all there are
 
 
+def test_steps_of_fixed_shape_in_half_precision(policy, prompts, request):
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = answer(policy, prompts, Sampling(6))
+        taken = request.getfixturevalue("static_steps")
+        static = answer(policy, prompts, Sampling(6))
+    assert len(taken) == 5
+    same = (static.tokens == plain.tokens).cummin(1).values  # rounding may choose another token, and all differs then
+    assert same[:, 0].all() and same[:, 1:].any()
+    assert (static.logprobs - plain.logprobs)[same].abs().max().item() < 0.2
+
+
 def test_a_cpu_takes_no_cuda_graphs(policy, prompts, monkeypatch):
     monkeypatch.setattr(engine, "StaticDecoder", None)
     settings = {"eos_id": NO_END, "pad_id": 1, "cuda_graphs": True}

@@ -86,6 +86,8 @@ def test_every_target_can_be_imported():
         ("preference.module.answers_per_prompt=1", "answers_per_prompt=1: it should be greater than or equal to 2"),
         ("sft.trainer.max_steps=-7", "sft.trainer.max_steps=-7: it should be greater than or equal to -1"),
         ("trainer.precision=half", "trainer.precision=half: it should be"),
+        ("trainer.matmul_precision=low", "trainer.matmul_precision=low: it should be"),
+        ("engine.rows=0", "engine.rows=0: it should be greater than or equal to 1"),
         ("+sft.data.colour=red", "sft.data.colour: lit_rlhf.stages.WorldSFTDataModule has no such setting; it takes"),
         ("seed=-1", "seed=-1: it should be greater than or equal to 0"),
         ("seed=x", "seed=x: it should be a valid integer"),
