@@ -113,7 +113,10 @@ def plan_stage(cfg: DictConfig, name: str, rates: Rates | None, known: Known) ->
     known = copy.copy(known)
     known.tokenizer = data.tokenizer
     book = Book(cfg, name, settings, data, known, rates, before)
-    getattr(book, name)()
+    try:
+        getattr(book, name)()
+    except (RuntimeError, NotImplementedError) as error:  # a model whose shapes depend on what it computes, say
+        raise UserError(f"it cannot run without weights ({str(error).splitlines()[0][:200]})") from error
     return book.need(), known
 
 
