@@ -45,6 +45,7 @@ from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.training import resident_bytes
 from lit_rlhf.training.trace import Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
+from lit_rlhf.training.trainer import precision_of
 
 LOOKED_AT = 64  # batches of an epoch among which the largest is sought
 STEPS = 3  # traced on the largest batch: a heap has taken its shape after some steps
@@ -64,12 +65,17 @@ class Known:
 def write_plan(cfg: DictConfig) -> Plan:
     """Plan the whole road, print the table, and write ``plan.json`` into the run's folder."""
     device = _device(cfg)
-    rates = apart(_rates, cfg, device) if device != "cuda" or torch.cuda.is_available() else None
-    plan = Plan(device, cfg.trainer.precision, torch.get_num_threads(), rates, resident_bytes(), [], {})
+    timed = device != "cuda" or torch.cuda.is_available()
+    usual = precision_of(cfg.trainer.precision, device)
+    rates = {usual: apart(_rates, cfg, device, usual) if timed else None}
+    plan = Plan(device, usual, torch.get_num_threads(), rates[usual], resident_bytes(), [], {})
     known = Known()
     for name in planned_stages(cfg):
         try:
-            need, known = apart(plan_stage, cfg, name, rates, known)
+            precision = precision_of(resolved(cfg, name)["trainer"]["precision"], device)
+            if precision not in rates:
+                rates[precision] = apart(_rates, cfg, device, precision) if timed else None
+            need, known = apart(plan_stage, cfg, name, rates[precision], known)
             plan.stages.append(need)
         except UserError as error:
             plan.unplanned[name] = str(error)
@@ -95,11 +101,11 @@ def _device(cfg: DictConfig) -> str:
     return {"gpu": "cuda"}.get(wanted, wanted)
 
 
-def _rates(cfg: DictConfig, device: str) -> Rates:
+def _rates(cfg: DictConfig, device: str, precision: str) -> Rates:
     architecture = _architecture(cfg, None)
     config = AutoConfig.for_model(**architecture) if isinstance(architecture, dict) else architecture
     half = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-    dtype = half.get(str(cfg.trainer.precision).split("-")[0], torch.float32)
+    dtype = half.get(precision.split("-")[0], torch.float32)
     return measure_rates(config.hidden_size, torch.device(device), dtype)
 
 
@@ -297,7 +303,7 @@ class Book:
         return instantiate(self.settings.module, **models, tokenizer=self.tokenizer, _convert_="all")
 
     def _begin(self, model: nn.Module) -> None:
-        precision = str(self.settings.trainer.precision)
+        precision = precision_of(self.settings.trainer.precision, _device(self.cfg))
         if precision.endswith("-true"):
             model.to({"bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}[precision.split("-")[0]])
         self.weights = bytes_of(t for t in (*model.parameters(), *model.buffers()) if t.is_meta)

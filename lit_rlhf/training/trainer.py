@@ -46,7 +46,7 @@ def make_trainer(
         accelerator=accelerator,
         devices=devices,
         strategy=strategy,
-        precision=best_precision(accelerator) if precision == "auto" else precision,
+        precision=precision_of(precision, accelerator),
         max_steps=max_steps,
         max_epochs=-1 if max_epochs is None and max_steps > 0 else max_epochs or 1,
         limit_train_batches=limit_train_batches,
@@ -63,6 +63,11 @@ def make_trainer(
         callbacks=[*settings.pop("callbacks", []), models],
         **settings,
     )
+
+
+def precision_of(setting: str, accelerator: str) -> str:
+    """What a trainer's ``precision`` comes to on this machine."""
+    return best_precision(accelerator) if setting == "auto" else setting
 
 
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
