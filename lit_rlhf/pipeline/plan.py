@@ -27,7 +27,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, PreTrainedTo
 
 from lit_rlhf.apps.plan import Need, Plan
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import dpo_loss, ranking_pairs, token_entropy, token_logprobs
+from lit_rlhf.functional import dpo_loss, drawn_figures, ranking_pairs
 from lit_rlhf.models import (
     RewardEnsemble,
     Sampling,
@@ -37,6 +37,7 @@ from lit_rlhf.models import (
     packed_scores,
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
+from lit_rlhf.models.generation import LeanDecoder, Trunk
 from lit_rlhf.pipeline.run import make_data, quiet
 from lit_rlhf.pipeline.settings import planned_stages, resolved
 from lit_rlhf.stages.ppo.rollout import Rollout, response_logprobs
@@ -399,47 +400,73 @@ class Book:
         lengths = [min(self.draw.choice(self.known.lengths or [limit]), limit) for _ in tokens]
         width = max(map(len, tokens))
         width, room = min(width, context_length(policy) - limit), context_length(policy)
-        cache = DynamicCache(config=policy.config)
-        self._decode(policy, cache, len(tokens), width, width, sampling)
-        layers = [layer.keys.shape for layer in cache.layers]
-        element = cache.layers[0].keys.element_size()
-        del cache
         steps = range(1, max(lengths))
         chosen = sorted({steps[i * (len(steps) - 1) // (DECODED - 1)] for i in range(DECODED)}) if steps else []
+        trunk = Trunk.of(policy, width + limit)
+        if trunk is None:
+            decode = self._growing(policy, len(tokens), width)
+        else:
+            decode = self._in_place(policy, LeanDecoder(trunk, len(tokens), width + limit), tokens, width)
         decoding = 0.0
         for step in chosen:
-            alive = sum(n > step for n in lengths)
-            cache = DynamicCache(config=policy.config)
-            for number, shape in enumerate(layers):
-                keys, values = (torch.empty(alive, shape[1], width + step - 1, shape[3], device="meta") for _ in "kv")
-                cache.update(keys, values, number)
-                del keys, values
-            held = 2 * sum(alive * s[1] * (width + step) * s[3] * element for s in layers)
-            self.cache = max(self.cache, held)
             before = self.trace.seconds
-            self._decode(policy, cache, alive, 1, width + step, sampling)
+            decode(sum(n > step for n in lengths), step)
             decoding += self.trace.seconds - before
-            del cache
         prefill_and_chosen = self.trace.seconds - begun
         seconds = prefill_and_chosen - decoding + decoding / max(len(chosen), 1) * len(steps)
         pad = self.tokenizer.pad_token_id
         sequences = [t[-(room - n) :] + [pad] * n for t, n in zip(tokens, lengths)]
         return pack(sequences, pad, response_lengths=lengths), seconds
 
-    def _decode(
-        self, policy: PreTrainedModel, cache: DynamicCache, rows: int, new: int, seen: int, sampling: Sampling
-    ) -> None:
-        """One pass over ``new`` tokens of each row, and one more token drawn."""
-        hidden = policy.base_model(
-            input_ids=torch.empty(rows, new, dtype=torch.long, device="meta"),
-            attention_mask=torch.empty(rows, 1, new, seen, dtype=torch.bool, device="meta"),
-            position_ids=torch.empty(rows, new, dtype=torch.long, device="meta"),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+    def _in_place(
+        self, policy: PreTrainedModel, decoder: LeanDecoder, prompts: list[list[int]], width: int
+    ) -> Callable[[int, int], None]:
+        """The prompts read; what takes a step of ``(rows, number of the step)`` in the own engine."""
+        self.cache = max(self.cache, bytes_of([decoder.cache]))
+        rows = pack(list(dict.fromkeys(map(tuple, prompts))), 0).to(torch.device("meta"))
+        self._draw(policy, decoder.read(rows, lambda layer, kv: None)[: len(prompts)])
+        decoder.padded = True
+
+        def step(alive: int, number: int) -> None:
+            decoder.alive, decoder.end = alive, width + number - 1
+            self._draw(policy, decoder.step(torch.empty(alive, dtype=torch.long, device="meta")))
+
+        return step
+
+    def _growing(self, policy: PreTrainedModel, rows: int, width: int) -> Callable[[int, int], None]:
+        """The same by transformers' modules and their growing cache."""
+
+        def forward(cache: DynamicCache, alive: int, new: int, seen: int) -> None:
+            output = policy.base_model(
+                input_ids=torch.empty(alive, new, dtype=torch.long, device="meta"),
+                attention_mask=torch.empty(alive, 1, new, seen, dtype=torch.bool, device="meta"),
+                position_ids=torch.empty(alive, new, dtype=torch.long, device="meta"),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            self._draw(policy, output.last_hidden_state[:, -1])
+
+        first = DynamicCache(config=policy.config)
+        forward(first, rows, width, width)
+        layers = [layer.keys.shape for layer in first.layers]
+        element = first.layers[0].keys.element_size()
+
+        def step(alive: int, number: int) -> None:
+            cache = DynamicCache(config=policy.config)
+            for layer, shape in enumerate(layers):
+                keys, values = (torch.empty(alive, shape[1], width + number - 1, shape[3], device="meta") for _ in "kv")
+                cache.update(keys, values, layer)
+                del keys, values
+            self.cache = max(self.cache, 2 * sum(alive * s[1] * (width + number) * s[3] * element for s in layers))
+            forward(cache, alive, 1, width + number)
+
+        return step
+
+    def _draw(self, policy: PreTrainedModel, hidden: Tensor) -> None:
+        """A token of each row."""
         logits = next_token_logits(policy, hidden).float()
-        token_logprobs(logits, torch.softmax(logits, -1).cumsum(-1).argmax(-1))
-        token_entropy(logits)
+        probs = logits.softmax(-1)
+        drawn_figures(logits, probs, probs.cumsum(-1, dtype=torch.float64).argmax(-1))
 
     def _scored(self, module: LightningModule, packed: Packed) -> float:
         """Seconds in which a rollout is scored: by reward model, critic and reference."""

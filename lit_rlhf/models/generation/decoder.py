@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lit_rlhf.functional import position_ids
 from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.generation.trunk import Trunk
-from lit_rlhf.text.packing import left_pad, pack
+from lit_rlhf.text.packing import Packed, left_pad, pack
 
 
 class Decoder(Protocol):
@@ -71,21 +71,27 @@ class LeanDecoder:
         token = (packed.starts[source][:, None] + steps)[there]
         row = rows[:, None].expand_as(there)[there]
         column = (self.starts[rows][:, None] + steps)[there]
+
+        def keep(layer: int, kv: Tensor) -> None:
+            self.cache[layer].transpose(0, 1)[row, :, :, column] = kv[token]
+
+        hidden = self.read(packed, keep)
+        self._mask(rows)
+        self.alive += len(prompts)
+        return hidden[packed.ends[source]]
+
+    def read(self, packed: Packed, keep: Callable[[int, Tensor], None]) -> Tensor:
+        """Hidden states (R * L, E) of packed rows; ``keep`` gets each layer's keys and values (R * L, 2, Hkv, D)."""
         blocks = _blocks(packed.positions)
 
         def attend(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
-            self.cache[layer].transpose(0, 1)[row, :, :, column] = kv[token]
-            width = packed.tokens.shape
-            q, k, v = (x.unflatten(0, width).transpose(1, 2) for x in (queries, *kv.unbind(1)))
+            keep(layer, kv)
+            q, k, v = (x.unflatten(0, packed.tokens.shape).transpose(1, 2) for x in (queries, *kv.unbind(1)))
             attended = F.scaled_dot_product_attention(q, k, v, blocks, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
             return attended.transpose(1, 2).reshape(len(queries), -1)
 
         # The padding that ends a row counts on beyond the longest text; nobody sees it.
-        positions = packed.positions.flatten().clamp(max=self.width - 1)
-        hidden = self.trunk(packed.tokens.flatten(), positions, attend)
-        self._mask(rows)
-        self.alive += len(prompts)
-        return hidden[packed.ends[source]]
+        return self.trunk(packed.tokens.flatten(), packed.positions.flatten().clamp(max=self.width - 1), attend)
 
     def step(self, tokens: Tensor) -> Tensor:
         alive, end = self.alive, self._next_column()
