@@ -25,7 +25,11 @@ def adamw(
     fused: bool = True,
 ) -> AdamW:
     """AdamW; its ``fused`` form, one kernel for all parameters, is the fastest on CPU and GPU alike."""
-    return AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
+    optimizer = AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
+    # The fused form could scale gradients back by itself, so Lightning refuses to clip them in mixed precision: they
+    # would be clipped while scaled. Without that, they are scaled back before they are clipped.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def decay_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
