@@ -113,6 +113,15 @@ def test_half_precision_on_a_cpu_computes_attention_in_float32(policy, precision
     assert policy.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_mixed_precision_too(policy, precision):
+    begun = policy.float().state_dict()
+    [clipped, free] = (fit(policy, steps=1, precision=precision, gradient_clip_val=clip) for clip in (1e-9, None))
+    # AdamW's epsilon of 1e-8 is then larger than a gradient, and the step far shorter.
+    far, near = (max((x - begun[n]).abs().max() for n, x in weights(m).items()) for m in (free, clipped))
+    assert 0 < near < 0.2 * far
+
+
 def test_matmul_precision_is_the_last_trainers():
     try:
         make_trainer("cpu", matmul_precision="medium", logger=False)
