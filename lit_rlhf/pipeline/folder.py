@@ -67,10 +67,15 @@ def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
     return newest(Path(cfg.paths.runs) / cfg.from_run, inside)
 
 
+def sampling_precision(precision: str) -> str:
+    """What ``auto`` is in stages that sample: half precision tells log-probs of sampling and of training apart."""
+    return "32-true" if precision == "auto" else precision
+
+
 def register_resolvers() -> None:
     """Make ``${upstream:...}`` and the like known to the settings."""
     OmegaConf.register_new_resolver("upstream", upstream_model, replace=True)
-    for resolver in (upstream_data, newest_round, round_data):
+    for resolver in (upstream_data, newest_round, round_data, sampling_precision):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
