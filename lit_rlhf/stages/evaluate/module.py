@@ -54,6 +54,7 @@ class EvaluateModule(LightningModule):
         prompted_base: let "base" compete a second time, behind a transcript that makes it a weak assistant.
         anchor_rating: Elo points of the SFT model (of the first one where there is none).
         text_row_length: tokens of a row of held-out text, for the perplexity.
+        share_prompts: read a prompt once for all its answers, where attention can be told so.
         sampling: how answers are drawn.
         engine: what draws them.
         seed: of the sampling.
@@ -71,6 +72,7 @@ class EvaluateModule(LightningModule):
         prompted_base: bool = True,
         anchor_rating: float = 1000.0,
         text_row_length: Annotated[int, Field(ge=2)] = 96,
+        share_prompts: bool = True,
         sampling: Sampling | None = None,
         engine: Engine = answer,
         seed: int = 0,
@@ -81,7 +83,7 @@ class EvaluateModule(LightningModule):
         self.reward_model = None if reward_model is None else freeze(reward_model)
         self.annotator, self.judge = annotator, judge
         self.samples, self.best_of, self.seed = samples, best_of, seed
-        self.anchor_rating, self.text_row_length = anchor_rating, text_row_length
+        self.anchor_rating, self.text_row_length, self.share_prompts = anchor_rating, text_row_length, share_prompts
         self.sampling, self.engine = sampling or Sampling(), engine
         names = list(policies)
         if prompted_base and "base" in names:
@@ -191,7 +193,7 @@ class EvaluateModule(LightningModule):
 
     def _packed(self, sequences: list[list[int]], pad_id: int, lengths: list[int], reader: nn.Module) -> Packed:
         """Rows for ``reader``; the samples of a prompt share it."""
-        shared = sees_any_mask(reader)
+        shared = self.share_prompts and sees_any_mask(reader)
         return pack(sequences, pad_id, response_lengths=lengths, share_prompts=shared).to(self.device)
 
     def _pick(self, count: int) -> None:
