@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lit_rlhf.training import keep_freed_memory
+
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "lit_rlhf"
 ALONE = 0.95  # of the processor's time, in the time that went by: nothing else of weight ran on the core
@@ -421,6 +423,7 @@ def main(work: Work, description: str | None) -> None:
     if arguments.growth:
         work = replace(work, name=f"{work.name}_growth", cases=work.growth, slow=())
     quiet()
+    keep_freed_memory()  # as the command does; both sides gain
     found = []
     for threads in arguments.threads:
         for name in arguments.cases or [name for name in work.cases if name not in work.slow]:
