@@ -238,7 +238,7 @@ def test_texts_are_scored_as_the_data_module_lays_them_out(reward_model_with, to
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("head", HEADS, ids=named)
-def test_a_shared_prompt_changes_neither_scores_nor_gradients(head, kind, reward_model_with, tokenizer):
+def test_a_shared_prompt_changes_neither_scores_nor_gradients(head, kind, reward_model_with, policy, tokenizer):
     model = reward_model_with(head).double()
     model.base_model.set_attn_implementation(kind)
     prompts = [tokenizer(PROMPTS[i])["input_ids"] for i in (0, 0, 2, 0, 2, 3)]
@@ -249,7 +249,7 @@ def test_a_shared_prompt_changes_neither_scores_nor_gradients(head, kind, reward
     for share in (False, True):
         rows = pack(sequences, tokenizer.pad_token_id, 48, lengths, share_prompts=share)
         scores = packed_scores(model, rows)
-        values = critic_from_reward_model(None, model)(rows, None)
+        values = critic_from_reward_model(policy.double(), model)(rows, None)
         before = values[predicting_positions(rows, rows.response_lengths)[0]]
         model.zero_grad()
         (weights @ scores).backward()
