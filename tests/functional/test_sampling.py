@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.sampling import filter_logits, sample_token
+from lit_rlhf.functional.sampling import filter_logits, sample_index, sample_token
 
 INF = float("inf")
 
@@ -155,3 +155,22 @@ def test_each_row_takes_its_own_number():
 def test_a_row_that_is_no_distribution_is_refused(row):
     with pytest.raises(ValueError, match="diverged"):
         sample_token(tensor([[0.0, 0.0], row]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 100, 2048, 5000])
+def test_an_index_is_where_the_running_sum_passes_the_number(size):
+    """Against one running sum in float64, at random numbers and at both sides of each border; zeros are never drawn."""
+    torch.manual_seed(size)
+    probs = torch.rand(3, size, dtype=torch.float64) * (torch.rand(3, size) > 0.3)
+    probs[:, size // 2] = 1.0
+    probs = probs / probs.sum(-1, keepdim=True)
+    cumulative = probs.cumsum(-1)
+    borders = [0.0, 0.5, 1 - 2**-53, *torch.rand(50).tolist()]
+    borders += [float(c) + e for c in cumulative[0, :: max(1, size // 20)] for e in (-1e-9, 1e-9) if 0 <= c + e < 1]
+    for border in borders:
+        uniform = torch.full((3,), border, dtype=torch.float64)
+        drawn = sample_index(probs, uniform=uniform)
+        for row, index in enumerate(drawn.tolist()):
+            low = float(cumulative[row, index - 1]) if index else 0.0
+            assert probs[row, index] > 0
+            assert low - 1e-12 <= border * float(cumulative[row, -1]) <= float(cumulative[row, index]) + 1e-12

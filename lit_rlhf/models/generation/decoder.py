@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lit_rlhf.functional import position_ids
 from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.generation.trunk import Trunk
+from lit_rlhf.models.policy import next_token_logits
 from lit_rlhf.text.packing import Packed, left_pad, pack
 
 
@@ -27,6 +28,10 @@ class Decoder(Protocol):
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next token (A,) of each row; the hidden states (A, E) that it leads to."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the next token, (A, V), from hidden states (A, E)."""
         ...
 
     def keep(self, rows: Tensor) -> None:
@@ -107,6 +112,9 @@ class LeanDecoder:
             return torch.bmm(scores.softmax(-1), values).view(alive, -1)
 
         return self.trunk(tokens, end - self.starts[:alive], attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.trunk.head(hidden)
 
     def keep(self, rows: Tensor) -> None:
         self.alive = len(rows)
@@ -217,6 +225,9 @@ class TransformersDecoder:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self.positions = self.positions[:, -1:] + 1
         return self._forward(tokens[:, None])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return next_token_logits(self.model, hidden)
 
     def keep(self, rows: Tensor) -> None:
         self.mask, self.positions = self.mask[rows], self.positions[rows]

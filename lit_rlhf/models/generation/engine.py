@@ -18,7 +18,7 @@ from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
 from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, StaticDecoder, TransformersDecoder
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
-from lit_rlhf.models.policy import context_length, next_token_logits
+from lit_rlhf.models.policy import context_length
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 
@@ -190,7 +190,7 @@ def _draw(
     written: list[list[int]] = [[] for _ in prompts]  # kept where `ended` wants them
     hidden = decoder.begin(prompts[:rows])
     while True:
-        logits = next_token_logits(model, hidden)
+        logits = decoder.logits(hidden)
         logits = _shape_logits(logits if logits.dtype == torch.float64 else logits.float(), sampling, steps, eos_id)
         probs = logits.softmax(-1)
         greedy = sampling.temperature == 0

@@ -78,12 +78,14 @@ class Trunk:
         activation: Callable[[Tensor], Tensor],
         heads: tuple[int, int, int],
         epsilon: float,
+        head: Product,
     ) -> None:
         self.embedding = embedding  # (V, E)
         self.positions = positions  # (S, E) learned, or (S, D / 2) complex rotations
         self.layers, self.norm, self.activation = layers, norm, activation
         self.query_heads, self.kv_heads, self.head_size = heads
         self.epsilon = epsilon
+        self.head = head  # (E, V), the output embedding
 
     @staticmethod
     def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> Trunk | None:
@@ -93,10 +95,10 @@ class Trunk:
             return None
         kind, dtype = config.model_type, dtype or model.dtype
         if kind == "gpt2" and config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:
-            return _gpt2(model.base_model, length, dtype)
+            return _gpt2(model, length, dtype)
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         if kind in ("llama", "qwen2", "qwen3") and rope in ("default", "linear", "llama3"):
-            return _llama(model.base_model, length, dtype)
+            return _llama(model, length, dtype)
         return None
 
     @property
@@ -164,8 +166,14 @@ def _bias(module: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def _gpt2(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
-    config = trunk.config
+def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
+    module = model.get_output_embeddings()
+    bias = getattr(module, "bias", None)
+    return Product.of(module.weight.detach().t().to(dtype), None if bias is None else bias.detach().to(dtype))
+
+
+def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
+    trunk, config = model.base_model, model.config
     size = config.n_embd // config.n_head
 
     def norm(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -196,12 +204,12 @@ def _gpt2(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
     activation = (lambda x: F.gelu(x, approximate="tanh")) if smooth else trunk.h[0].mlp.act
     positions = trunk.wpe.weight.detach()[:length].to(dtype)
     embedding = trunk.wte.weight.detach().to(dtype)
-    heads = (config.n_head, config.n_head, size)
-    return Trunk(embedding, positions, layers, norm(trunk.ln_f), activation, heads, config.layer_norm_epsilon)
+    heads, epsilon = (config.n_head, config.n_head, size), config.layer_norm_epsilon
+    return Trunk(embedding, positions, layers, norm(trunk.ln_f), activation, heads, epsilon, _head(model, dtype))
 
 
-def _llama(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
-    config = trunk.config
+def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
+    trunk, config = model.base_model, model.config
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     device = trunk.embed_tokens.weight.device
@@ -261,4 +269,5 @@ def _llama(trunk: nn.Module, length: int, dtype: torch.dtype) -> Trunk:
         lambda x: function(x[:, :inner]).mul_(x[:, inner:]),
         (queries, keys, size),
         config.rms_norm_eps,
+        _head(model, dtype),
     )
