@@ -27,7 +27,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, PreTrainedTo
 
 from lit_rlhf.apps.plan import Need, Plan
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import dpo_loss, drawn_figures, ranking_pairs
+from lit_rlhf.functional import dpo_loss, ranking_pairs
 from lit_rlhf.models import (
     RewardEnsemble,
     Sampling,
@@ -463,10 +463,10 @@ class Book:
         return step
 
     def _draw(self, policy: PreTrainedModel, hidden: Tensor) -> None:
-        """A token of each row."""
+        """What drawing a token of each row takes; without weights nothing can be drawn."""
         logits = next_token_logits(policy, hidden).float()
         probs = logits.softmax(-1)
-        drawn_figures(logits, probs, probs.cumsum(-1, dtype=torch.float64).argmax(-1))
+        (probs * logits).sum(-1)
 
     def _scored(self, module: LightningModule, packed: Packed) -> float:
         """Seconds in which a rollout is scored: by reward model, critic and reference."""
