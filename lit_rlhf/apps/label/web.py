@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,12 @@ def _in_event_loop() -> bool:
 
 
 def _serve_aside(server: uvicorn.Server, listener: socket.socket) -> None:
-    ended = threading.Event()  # an interrupted Thread.join would take the thread for ended (Python 3.11)
+    ended = threading.Event()
+
+    def wait() -> None:
+        # By looking now and then: an interrupt while join or Event.wait hold their lock leaves it locked (Python 3.11).
+        while not ended.is_set():
+            time.sleep(0.05)
 
     def run() -> None:
         try:
@@ -118,7 +124,7 @@ def _serve_aside(server: uvicorn.Server, listener: socket.socket) -> None:
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        ended.wait()
+        wait()
     finally:
         server.should_exit = True
-        ended.wait()
+        wait()
