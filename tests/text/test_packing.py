@@ -121,6 +121,6 @@ def test_every_sequence_comes_back_from_shared_rows(row_length):
         assert packed.tokens.numel() == sum(map(len, prompts)) + sum(lengths)  # the prompts once, no padding
 
 
-def test_rows_are_narrower_where_that_leaves_less_padding():
+def test_rows_are_narrower_where_that_is_cheaper():
     assert pack([[1] * 70, [2] * 72, [3] * 65], PAD, row_length=128).tokens.shape == (3, 72)
-    assert pack([[1] * 60, [2] * 64, [3] * 62, [4] * 66], PAD, row_length=128).tokens.shape == (2, 128)
+    assert pack([[1] * 100, [2] * 28], PAD, row_length=128).tokens.shape == (1, 128)
