@@ -325,7 +325,7 @@ def test_someone_who_comes_without_a_name_is_asked(serve, chromium, files):
 IN_A_CELL = """
 import asyncio, signal, sys
 from lit_rlhf.apps.label import LabellingPage
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook has it, also where the tests run in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook has it; a job in the background has not
 
 async def cell():
     LabellingPage(sys.argv[1], sys.argv[2], port=int(sys.argv[3])).launch()
