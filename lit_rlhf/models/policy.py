@@ -132,7 +132,8 @@ def packed_hidden(model: PreTrainedModel, batch: Packed) -> Tensor:
     """Last hidden states (R * L, D) of packed rows, each sequence seeing itself alone."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
     # Without a mask and a cache, transformers reads the sequences' borders off the position ids.
-    mask = None if batch.visible is None else _as_mask(batch.visible, model)
+    visible = batch.visible
+    mask = None if visible is None else _as_mask(visible, model)
     output = model.base_model(
         input_ids=batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False
     )

@@ -56,7 +56,8 @@ class Responses(NamedTuple):
 class Engine(Protocol):
     """What samples for a stage: ``answer``, or a partial of it, or :class:`VLLMEngine`.
 
-    Where an attribute ``exact`` is there and False, the log-probs are not those of a training pass."""
+    Where an attribute ``exact`` is there and False, the log-probs are not those of a training pass. Of an exact one PPO
+    with a critic on the policy also asks for ``states=True``: see ``Responses.states``."""
 
     def __call__(
         self,
