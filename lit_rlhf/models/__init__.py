@@ -1,6 +1,6 @@
 """Neural networks: loading, heads, sampling, model folders."""
 
-from lit_rlhf.models.attention import use_float32_attention
+from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
 from lit_rlhf.models.generation import Engine, Growing, Responses, Sampling, VLLMEngine, answer, generate, stream
 from lit_rlhf.models.heads import (
@@ -82,5 +82,5 @@ __all__ = [
     "sees_any_mask",
     "sequence_classifier",
     "stream",
-    "use_float32_attention",
+    "use_own_attention",
 ]

@@ -127,7 +127,7 @@ def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
 
 
 def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed) -> tuple[Tensor, Tensor]:
-    """Scores (N,) and the last hidden states (R * L, D) that they were read off."""
+    """Scores (N,) and the last hidden states (T, D) that they were read off."""
     if isinstance(model, RewardTransformer):
         return model.scores_and_hidden(batch)
     hidden = packed_hidden(model, batch)
@@ -204,7 +204,7 @@ class Critic(nn.Module):
         self.trunk, self.head = trunk, head
 
     def forward(self, packed: Packed, policy_hidden: Tensor) -> Tensor:
-        """Values (R * L,) at every token of packed rows; ``policy_hidden`` (R * L, D) serves a shared trunk."""
+        """Values (T,) at every token of packed sequences; ``policy_hidden`` (T, D) serves a shared trunk."""
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed)
         if isinstance(self.head, ScoreHead):
             return self.head.values(hidden, packed, self.trunk.get_input_embeddings().weight).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.activations import NewGELUActivation
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import SDPA
+from lit_rlhf.models.attention import SDPA, sees_before_it, use_own_attention
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
@@ -128,16 +129,45 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def packed_hidden(model: PreTrainedModel, batch: Packed) -> Tensor:
-    """Last hidden states (R * L, D) of packed rows, each sequence seeing itself alone."""
+def packed_hidden(model: PreTrainedModel, batch: Packed, embeddings: Tensor | None = None) -> Tensor:
+    """Last hidden states (T, D) of packed sequences, each seeing itself alone.
+
+    ``embeddings`` (T, D) stand in for the tokens' own."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
-    # Without a mask and a cache, transformers reads the sequences' borders off the position ids.
-    visible = batch.visible
-    mask = None if visible is None else _as_mask(visible, model)
-    output = model.base_model(
-        input_ids=batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False
-    )
-    return output.last_hidden_state.flatten(0, 1)
+    trunk, masks = model.base_model, batch.visible
+    if masks is not None and not sees_any_mask(model):
+        raise UserError(
+            f"{model.config.model_type} with {model.config._attn_implementation} attention cannot read a prompt once "
+            "for several answers; set share_prompts=false in the settings of the data"
+        )
+    source, name = (batch.tokens, "input_ids") if embeddings is None else (embeddings, "inputs_embeds")
+    if not sees_before_it(trunk):
+        return _each_block(trunk, batch, name, source, masks)
+    use_own_attention(trunk)
+    nothing = batch.tokens.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is not looked at: the blocks say it all
+    output = trunk(
+        **{name: source[None]}, position_ids=batch.positions[None], attention_mask=nothing, use_cache=False,
+        blocks=batch.blocks, masks=masks,
+    )  # fmt: skip
+    return output.last_hidden_state[0]
+
+
+def _each_block(
+    trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor, masks: Sequence[Tensor] | None
+) -> Tensor:
+    """The same in a pass for each block: whatever a model looks back with, padding stands behind what is read."""
+    hidden = []
+    rows, positions = batch.by_block(source), batch.by_block(batch.positions)
+    for i, block in enumerate(rows):
+        seen = {}
+        if masks is not None:
+            mask = masks[i]
+            if trunk.config._attn_implementation == "eager":
+                dtype = trunk.get_input_embeddings().weight.dtype
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            seen = {"attention_mask": mask, "position_ids": positions[i]}
+        hidden.append(trunk(**{name: block}, **seen, use_cache=False).last_hidden_state.flatten(0, 1))
+    return torch.cat(hidden)
 
 
 def sees_any_mask(module: nn.Module) -> bool:
@@ -146,18 +176,6 @@ def sees_any_mask(module: nn.Module) -> bool:
     return all(
         c._attn_implementation in (*SDPA, "eager") and getattr(c, "sliding_window", None) is None for c in configs
     )
-
-
-def _as_mask(visible: Tensor, model: PreTrainedModel) -> Tensor:
-    if not sees_any_mask(model):
-        raise UserError(
-            f"{model.config.model_type} with {model.config._attn_implementation} attention cannot read a prompt once "
-            "for several answers; set share_prompts=false in the settings of the data"
-        )
-    if model.config._attn_implementation in SDPA:
-        return visible
-    dtype = model.get_input_embeddings().weight.dtype
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

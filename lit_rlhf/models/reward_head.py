@@ -70,7 +70,7 @@ class ScoreHead(nn.Module):
     def scores(self, hidden: Tensor, batch: Packed, added: Tensor | None, embedding: Tensor) -> Tensor:
         """Scores (N,) of packed sequences.
 
-        ``hidden`` (R * L, D); ``added`` (N, D), the states at the added tokens; ``embedding`` (V, D), the input's."""
+        ``hidden`` (T, D); ``added`` (N, D), the states at the added tokens; ``embedding`` (V, D), the input's."""
         if self.spec.pooling == "token":
             pooled = added
         elif self.spec.pooling == "last":
@@ -84,7 +84,7 @@ class ScoreHead(nn.Module):
         return scores + self._likelihoods(hidden, batch, embedding)[1].sum(-1)
 
     def values(self, hidden: Tensor, batch: Packed, embedding: Tensor) -> Tensor:
-        """What each token (R * L,) would score were it the last one: a critic that begins as the reward model.
+        """What each token (T,) would score were it the last one: a critic that begins as the reward model.
 
         An added token is read by none of them: such a head is asked about states that it has not been trained on."""
         if self.spec.pooling in ("mean", "answer"):
@@ -110,7 +110,7 @@ class ScoreHead(nn.Module):
         flat = positions[mask]
         before = hidden[predicting_positions(batch, _answer_lengths(batch))[0][mask]]
         logits = (before @ embedding.T if self.lm_head is None else self.lm_head(before)).float()
-        chosen = logits.gather(1, batch.tokens.flatten()[flat, None]).squeeze(1)
+        chosen = logits.gather(1, batch.tokens[flat, None]).squeeze(1)
         gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * (chosen - logits.amax(1))
         return flat, gated.new_zeros(mask.shape).masked_scatter(mask, gated)
 
@@ -181,7 +181,7 @@ class RewardTransformer(nn.Module):
         return self.trunk.get_input_embeddings()
 
     def scores_and_hidden(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        """Scores (N,) and last hidden states (R * L, D) of packed rows."""
+        """Scores (N,) and last hidden states (T, D) of packed sequences."""
         if self.score.spec.pooling == "token":
             hidden, added = self._with_added_token(batch)
         else:
@@ -189,25 +189,22 @@ class RewardTransformer(nn.Module):
         return self.score.scores(hidden, batch, added, self.get_input_embeddings().weight), hidden
 
     def _with_added_token(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        """Hidden states (R * L, D) of the tokens, and (N, D) of a token added behind each sequence.
+        """Hidden states (T, D) of the tokens, and (N, D) of a token added behind each sequence.
 
         Sequences that fill the whole context lose their first token to it."""
         cells, room = batch.tokens.numel(), context_length(self.trunk)
         places, _ = response_positions(batch, batch.lengths)
         rows = [[*row[max(0, n + 1 - room) : n], cells] for row, n in zip(places.tolist(), batch.lengths.tolist())]
-        wider = pack(rows, -1, batch.tokens.shape[1] + 8)  # of places in the old rows; -1: padding
-        places = wider.tokens.to(batch.tokens.device)
-        embeddings = self.get_input_embeddings()(batch.tokens).flatten(0, 1)
+        wider = pack(rows, -1).to(batch.tokens.device)  # of the tokens' places; -1: padding
+        places = wider.tokens
+        embeddings = self.get_input_embeddings()(batch.tokens)
         table = torch.cat([embeddings, self.score.token.to(embeddings.dtype)[None]])
-        output = self.trunk(
-            inputs_embeds=table[places.clamp(min=0)], position_ids=wider.positions.to(places.device), use_cache=False
-        ).last_hidden_state.flatten(0, 1)
-        places = places.flatten()
+        output = packed_hidden(self, wider, table[places.clamp(min=0)])
         old = (places >= 0) & (places < cells)
         # Read from one copy of a shared prompt: written from all, each would get the whole gradient.
         copy_of = torch.full((cells,), -1, device=places.device).index_put_((places[old],), old.nonzero().squeeze(1))
         hidden = torch.where(copy_of[:, None] >= 0, output[copy_of], 0.0).to(embeddings.dtype)
-        return hidden, output[wider.ends.to(places.device)]
+        return hidden, output[wider.ends]
 
 
 class RewardEnsemble(nn.Module):

@@ -483,7 +483,7 @@ class Book:
 
     def _experience(self, module: LightningModule, packed: Packed) -> Rollout:
         """A minibatch of a rollout, of answers without content."""
-        flat = packed.tokens.flatten().tolist()
+        flat = packed.tokens.tolist()
         bounds = list(zip(packed.starts.tolist(), packed.lengths.tolist()))
         sequences = [flat[start : start + n] for start, n in bounds]
         lengths = packed.response_lengths

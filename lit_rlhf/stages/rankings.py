@@ -59,7 +59,7 @@ class RankingDataModule(ExampleDataModule):
         batch_size: prompts a process and step.
         max_length: tokens of prompt and answer; longer ones are handled as ``on_long`` says, and counted.
         on_long: "cut" drops the beginning of the prompt, "skip" leaves the ranking out.
-        row_length: tokens of a packed row.
+        packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
         share_prompts: lay a prompt down once for all its answers: the same scores from fewer tokens.
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
@@ -80,7 +80,7 @@ class RankingDataModule(ExampleDataModule):
         batch_size: Annotated[int, Field(ge=1)] = 8,
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
-        row_length: Annotated[int, Field(ge=2)] = 128,
+        packing: bool = True,
         share_prompts: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
@@ -93,7 +93,7 @@ class RankingDataModule(ExampleDataModule):
         self.limit = limit
         self.paths = [path] if isinstance(path, str | Path) else list(path)
         self._tokenizer = tokenizer
-        self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
+        self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
         self.share_prompts = share_prompts
         self.held_out, self.split_seed, self.fold, self.seed = held_out, split_seed, fold, seed
         self.on_bad_record: OnBadRecord = on_bad_record
@@ -164,7 +164,7 @@ class RankingDataModule(ExampleDataModule):
         own = sum(len(set(item.ranks)) > 1 for item in chosen)
         lengths = [n for item in chosen for n in item.response_lengths]
         sequences = [s for item in chosen for s in item.sequences]
-        packed = pack(sequences, self.tokenizer.pad_token_id, self.row_length, lengths, self.share_prompts)
+        packed = pack(sequences, self.tokenizer.pad_token_id, lengths, self.share_prompts, padded=not self.packing)
         ratings = [rating for item in chosen for rating in item.ratings]
         rated = _rated(items[i] for i in everyones) * len(mine) / len(everyones)
         # An answer that was rated alone is worth imitating where it was liked.
@@ -201,7 +201,7 @@ class WorldRankingDataModule(RankingDataModule):
         world: World,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 8,
-        row_length: Annotated[int, Field(ge=2)] = 128,
+        packing: bool = True,
         share_prompts: bool = True,
         split_seed: int = 0,
         seed: int = 0,
@@ -211,7 +211,7 @@ class WorldRankingDataModule(RankingDataModule):
             path,
             tokenizer,
             batch_size=batch_size,
-            row_length=row_length,
+            packing=packing,
             share_prompts=share_prompts,
             split_seed=split_seed,
             seed=seed,

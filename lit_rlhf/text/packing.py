@@ -1,11 +1,12 @@
-"""Sequences laid into rows without padding.
+"""Sequences laid one after another, without padding.
 
-Sequences of one row are kept apart by their position ids, which start again at 0 with each of them: attention is
-block-diagonal, so each sequence sees what it would see alone. Where several sequences answer one prompt, the prompt can
-be laid down once, with the answers behind it: each answer sees the prompt and itself."""
+Sequences of about one length stand together as the rows of a block: everything but attention computes them as one long
+row, and attention takes block by block, so that a sequence sees itself alone. Where several sequences answer one
+prompt, the prompt can be laid down once, with the answers behind it: each answer sees the prompt and itself."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -14,38 +15,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What a block costs, in tokens: attention is called once for each, and on an accelerator calls are what costs.
+BLOCK = 256 if torch.accelerator.is_available() else 4
+ATTENTION = 1000  # in a row of so many tokens, about, attention costs a small model as much as all else
+
+
+class Block(NamedTuple):
+    """Rows of one width."""
+
+    rows: int
+    width: int  # tokens of a row; padding ends those that are shorter
+
 
 class Packed(NamedTuple):
-    """N sequences in R rows of L tokens."""
+    """N sequences in T tokens."""
 
-    tokens: Tensor  # (R, L) int64
-    positions: Tensor  # (R, L) int64, 0 at the start of each sequence; padding at a row's end is a sequence of its own
-    starts: Tensor  # (N,) int64, where each sequence begins in the flattened rows
+    tokens: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64, 0 at the start of each sequence; 0 for padding
+    blocks: tuple[Block, ...]  # one after another, of T tokens together
+    starts: Tensor  # (N,) int64, where each sequence begins
     lengths: Tensor  # (N,) int64
     response_lengths: Tensor | None = None  # (N,) int64, tokens of the response that ends each sequence; None: not said
     # Only where prompts are shared:
     response_starts: Tensor | None = None  # (N,) int64, where each response begins; else it follows its prompt
-    parts: Tensor | None = None  # (R, L) int64, a number for each prompt and each response of a row
-    after: Tensor | None = None  # (R, L) int64, the part that a token's own part goes on from; itself: none
+    parts: Tensor | None = None  # (T,) int64, a number for each prompt and each response
+    after: Tensor | None = None  # (T,) int64, the part that a token's own part goes on from; itself: none
 
     @property
     def ends(self) -> Tensor:
-        """Flat index (N,) of each sequence's last token."""
+        """Index (N,) of each sequence's last token."""
         if self.response_starts is None:
             return self.starts + self.lengths - 1
         return self.response_starts + self.response_lengths - 1
 
     @property
-    def visible(self) -> Tensor | None:
-        """Which tokens see which, (R, 1, L, L) bool; None: position ids say it."""
+    def visible(self) -> list[Tensor] | None:
+        """Which tokens of a row see which, (R, 1, W, W) bool of each block; None: each those before it."""
         if self.parts is None:
             return None
-        here, there = self.parts[:, None, :, None], self.parts[:, None, None, :]
-        seen = (here == there) | (self.after[:, None, :, None] == there)
-        return seen & torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
+        return [_visible(*parts) for parts in zip(self.by_block(self.parts), self.by_block(self.after))]
+
+    def by_block(self, x: Tensor) -> list[Tensor]:
+        """(T, ...) as (R, W, ...) of each block."""
+        pieces = x.split([rows * width for rows, width in self.blocks])
+        return [piece.unflatten(0, block) for piece, block in zip(pieces, self.blocks)]
 
     def from_end(self, back: Tensor) -> Tensor:
-        """Flat indices (N, T) of the tokens that stand ``back`` (N, T) places before the last one of each sequence."""
+        """Indices (N, S) of the tokens that stand ``back`` (N, S) places before the last one of each sequence."""
         flat = self.ends[:, None] - back
         if self.response_starts is None:
             return flat
@@ -55,37 +71,43 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device) -> Packed:
         """The same on another device."""
-        return Packed(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+
+
+def _visible(parts: Tensor, after: Tensor) -> Tensor:
+    here, there = parts[:, None, :, None], parts[:, None, None, :]
+    seen = (here == there) | (after[:, None, :, None] == there)
+    return seen & torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
 
 
 def pack(
     sequences: Sequence[Sequence[int]],
     pad_id: int,
-    row_length: int | None = 128,
     response_lengths: Sequence[int] | None = None,
     share_prompts: bool = False,
+    padded: bool = False,
 ) -> Packed:
-    """Lay ``sequences`` (each of one token or more) into rows, longest first, each where it first fits.
+    """Lay ``sequences`` (each of one token or more) into blocks, longest first.
 
-    A row has ``row_length`` tokens, or as many as the longest sequence where that is longer, or cheaper;
-    None gives each a row of its own. ``response_lengths`` says how many tokens at the end of each sequence answer what
-    stands before them. ``share_prompts`` lays down a prompt that several sequences of a row begin with once."""
+    ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them.
+    ``share_prompts`` lays down once a prompt that several sequences begin with. ``padded`` makes one block of all,
+    each sequence padded to the longest."""
     lengths = [len(s) for s in sequences]
-    limit = max(lengths) if row_length is None else max(row_length, max(lengths))
     groups = [[i] for i in range(len(sequences))]
-    if share_prompts and response_lengths is not None and row_length is not None:
-        groups = list(_sharing(sequences, response_lengths, limit))
+    if share_prompts and response_lengths is not None and not padded:
+        groups = list(_sharing(sequences, response_lengths))
     shared = any(len(group) > 1 for group in groups)
     prompts = [lengths[g[0]] - response_lengths[g[0]] if shared else 0 for g in groups]
-    sizes = [prompt + sum(lengths[i] - prompt for i in group) for prompt, group in zip(prompts, groups)]
-    widths = [max(sizes)] if row_length is None else [max(sizes), max(min(row_length, sum(sizes)), max(sizes))]
-    layouts = [_lay(sizes, width, alone=row_length is None) for width in widths]
-    # Attention costs a token the more the longer its row is: as much as all else at about 6 times the model's width.
-    width, free, begins = min(layouts, key=lambda layout: layout.width * len(layout.free) * (1 + layout.width / 1000))
+    sizes = np.array([prompt + sum(lengths[i] - prompt for i in group) for prompt, group in zip(prompts, groups)])
+    order = np.argsort(-sizes, kind="stable")
+    blocks = [Block(len(sizes), int(sizes.max()))] if padded else _blocks(sizes[order])
+    widths = np.repeat([b.width for b in blocks], [b.rows for b in blocks])
+    begins = np.empty_like(widths)
+    begins[order] = widths.cumsum() - widths
     # Of what they consist: a group is a sequence, or a prompt and its responses.
     starts, response_starts = [0] * len(sequences), [0] * len(sequences)
     parts: list[tuple[Sequence[int], int, int, int]] = []  # tokens, place, first position, prompt's part
-    for begin, prompt, group in zip(begins, prompts, groups):
+    for begin, prompt, group in zip(begins.tolist(), prompts, groups):
         base, place = len(parts), begin + prompt
         if shared:
             parts.append((sequences[group[0]][:prompt], begin, 0, base))
@@ -98,58 +120,52 @@ def pack(
     counts = np.array([len(piece) for piece in pieces])
     within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     spots = np.repeat(places, counts) + within
-    tokens = np.full(len(free) * width, pad_id)
+    tokens, positions = np.full(widths.sum(), pad_id), np.zeros(widths.sum(), np.int64)
     tokens[spots] = _flat(pieces, len(spots))
-    positions = (np.arange(width) - (width - np.array(free))[:, None]).clip(0).ravel()  # of the padding
     positions[spots] = np.repeat(firsts, counts) + within
     numbers, after = np.full((2, len(tokens)), -1)
     numbers[spots], after[spots] = np.repeat(np.arange(len(parts)), counts), np.repeat(bases, counts)
-
-    def rows(flat: np.ndarray) -> Tensor:
-        return torch.from_numpy(flat).view(len(free), width)
-
     return Packed(
-        rows(tokens),
-        rows(positions),
+        torch.from_numpy(tokens),
+        torch.from_numpy(positions),
+        tuple(blocks),
         torch.tensor(starts),
         torch.tensor(lengths),
         None if response_lengths is None else torch.tensor(response_lengths),
-        *((torch.tensor(response_starts), rows(numbers), rows(after)) if shared else ()),
+        *((torch.tensor(response_starts), torch.from_numpy(numbers), torch.from_numpy(after)) if shared else ()),
     )
 
 
-class _Layout(NamedTuple):
-    width: int  # tokens of a row
-    free: list[int]  # tokens that are left of each row
-    begins: list[int]  # flat indices
+def _blocks(sizes: np.ndarray) -> list[Block]:
+    """The cheapest way to cut ``sizes`` (N,), which fall, into blocks: padding costs, and a block costs."""
+    costs, cuts = np.zeros(len(sizes) + 1), [0]
+    for end in range(1, len(sizes) + 1):
+        # The last block holds [begin, end), and is as wide as its first.
+        cost = costs[:end] + BLOCK + sizes[:end] * (end - np.arange(end))
+        cuts.append(int(cost.argmin()))
+        costs[end] = cost[cuts[-1]]
+    blocks, end = [], len(sizes)
+    while end:
+        blocks.append(Block(end - cuts[end], int(sizes[cuts[end]])))
+        end = cuts[end]
+    return blocks[::-1]
 
 
-def _lay(sizes: Sequence[int], width: int, alone: bool) -> _Layout:
-    """Where groups of tokens go: the longest first, each where it first fits, or each in a row ``alone``."""
-    layout = _Layout(width, [], [0] * len(sizes))
-    for g in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
-        row = None if alone else next((r for r, room in enumerate(layout.free) if room >= sizes[g]), None)
-        if row is None:
-            row = len(layout.free)
-            layout.free.append(width)
-        layout.begins[g] = row * width + width - layout.free[row]
-        layout.free[row] -= sizes[g]
-    return layout
+def _sharing(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Sequences that begin with the same prompt, as many together as make an answer cheapest.
 
-
-def _sharing(
-    sequences: Sequence[Sequence[int]], response_lengths: Sequence[int], row_length: int
-) -> Iterator[list[int]]:
-    """Sequences that begin with the same prompt, as many together as fit into a row."""
+    k answers of a tokens behind a prompt of p cost (p + ka)(1 + (p + ka) / ATTENTION), so one of them costs least where
+    ka is the geometric mean of p and p + ATTENTION."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, (sequence, n) in enumerate(zip(sequences, response_lengths)):
         by_prompt.setdefault(tuple(sequence[: len(sequence) - n]), []).append(i)
     for prompt, members in by_prompt.items():
-        group, size = [], len(prompt)
+        room = math.sqrt(len(prompt) * (len(prompt) + ATTENTION))
+        group, size = [], 0
         for i in members:
-            if group and (size + response_lengths[i] > row_length or not prompt):
+            if group and size + response_lengths[i] > room:
                 yield group
-                group, size = [], len(prompt)
+                group, size = [], 0
             group.append(i)
             size += response_lengths[i]
         yield group

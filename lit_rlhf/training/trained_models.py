@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed._composable import checkpoint
 from transformers import PreTrainedModel
 
-from lit_rlhf.models import use_float32_attention
+from lit_rlhf.models import use_own_attention
 
 
 class ModelSettings(Callback):
@@ -31,7 +31,7 @@ class ModelSettings(Callback):
         on_cpu = trainer.strategy.root_device.type == "cpu"
         for trunk in trunks(pl_module):
             if on_cpu and "16" in str(trainer.precision):
-                use_float32_attention(trunk)
+                use_own_attention(trunk)
             if not any(p.requires_grad for p in trunk.parameters()):
                 continue
             for layer in layers(trunk):  # once: Lightning sets up anew for each of validate, fit and test

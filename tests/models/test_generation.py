@@ -128,11 +128,11 @@ def test_logprobs_and_entropy_are_those_of_a_full_forward_pass(policy, prompts):
 
 def test_logprobs_are_those_of_training_in_packed_rows(policy, prompts):  # else the first PPO ratio is not 1
     responses = answer(policy, prompts, Sampling(9, temperature=0.7))
-    packed = pack([p + r for p, r in zip(prompts, responses.token_lists())], 1, row_length=92)
-    assert len(packed.tokens) < len(prompts)
+    packed = pack([p + r for p, r in zip(prompts, responses.token_lists())], 1)
+    assert len(packed.blocks) < len(prompts)
     positions, mask = response_positions(packed, responses.lengths)
     logits = next_token_logits(policy, packed_hidden(policy, packed)[positions - 1]) / 0.7
-    assert torch.equal(packed.tokens.flatten()[positions][mask], responses.tokens[mask])
+    assert torch.equal(packed.tokens[positions][mask], responses.tokens[mask])
     assert_close(token_logprobs(logits, responses.tokens)[mask], responses.logprobs[mask], rtol=0, atol=1e-5)
 
 
@@ -474,7 +474,7 @@ def test_states_are_those_that_the_answers_were_drawn_from(policy, prompts):
     eos = an_end(answer(policy, prompts, Sampling(12)).tokens)
     kept = by_both(policy, prompts, Sampling(12), eos_id=eos, states=True)
     assert answer(policy, prompts, Sampling(12)).states is None
-    packed = pack([p + r for p, r in zip(prompts, kept[0].token_lists())], 1, row_length=40)
+    packed = pack([p + r for p, r in zip(prompts, kept[0].token_lists())], 1)
     positions, mask = predicting_positions(packed, kept[0].lengths)
     with torch.no_grad():
         expected = packed_hidden(policy, packed)[positions]

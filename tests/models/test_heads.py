@@ -37,8 +37,8 @@ def ended(tokenizer):
     return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
 
 
-def packed(tokenizer, row_length=64):
-    return pack(ended(tokenizer), tokenizer.pad_token_id, row_length)
+def packed(tokenizer):
+    return pack(ended(tokenizer), tokenizer.pad_token_id)
 
 
 def test_scores_are_read_at_the_last_token(reward_model, tokenizer):

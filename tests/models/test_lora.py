@@ -31,7 +31,7 @@ ONE_LAYER = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "qwen3": ["q_pro
 
 
 def batch(pad_id):
-    return pack([[5, 6, 7, 8, 9, 10], [11, 12, 13]], pad_id, 16)
+    return pack([[5, 6, 7, 8, 9, 10], [11, 12, 13]], pad_id)
 
 
 def stirred(model):

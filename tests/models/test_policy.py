@@ -30,14 +30,17 @@ def sequences(tokenizer, lengths=LENGTHS):
     return [torch.randint(len(tokenizer), (n,), generator=generator).tolist() for n in lengths]
 
 
-# Packed rows
+# Packed sequences
 
 
-@pytest.mark.parametrize("row_length", [12, 16, 100, None])
-def test_packed_sequences_see_themselves_alone(policy, tokenizer, row_length):
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize("block, padded", [(1, False), (6, False), (6, True)])
+def test_packed_sequences_see_themselves_alone(policy, tokenizer, monkeypatch, block, padded, kind):
+    monkeypatch.setattr("lit_rlhf.text.packing.BLOCK", block)
     policy = policy.double()
+    policy.set_attn_implementation(kind)
     given = sequences(tokenizer)
-    packed = pack(given, tokenizer.pad_token_id, row_length)
+    packed = pack(given, tokenizer.pad_token_id, padded=padded)
     hidden = packed_hidden(policy, packed)
     for sequence, start in zip(given, packed.starts.tolist()):
         alone = policy.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
@@ -57,11 +60,11 @@ def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(policy, toke
         expected = expected - sum(logprobs[i, token] for i, token in enumerate(sequence[1:])) / count
     expected.backward()
 
-    packed = pack(given, tokenizer.pad_token_id, row_length=16)
-    assert len(packed.tokens) < len(given)
+    packed = pack(given, tokenizer.pad_token_id)
+    assert len(packed.tokens) < len(given) * max(map(len, given))
     learned = torch.cat([start + torch.arange(1, n) for start, n in zip(packed.starts, packed.lengths)])
     logits = next_token_logits(policy, packed_hidden(policy, packed)[learned - 1])
-    loss = -token_logprobs(logits, packed.tokens.flatten()[learned]).mean()
+    loss = -token_logprobs(logits, packed.tokens[learned]).mean()
     loss.backward()
 
     assert_close(loss, expected, rtol=0, atol=1e-12)
@@ -77,10 +80,10 @@ def test_next_token_logits_are_the_models_own(policy, tokenizer):
 
 
 def test_response_positions_by_hand():
-    packed = pack([[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]], 0, row_length=5)  # rows: [4 5 6 7 8], [1 2 3 9 10]
+    packed = pack([[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]], 0)  # [4 5 6 7 8], [1 2 3], [9 10 0]
     positions, mask = response_positions(packed, torch.tensor([2, 3, 1]))
     assert mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
-    assert packed.tokens.flatten()[positions[mask]].tolist() == [2, 3, 6, 7, 8, 10]
+    assert packed.tokens[positions[mask]].tolist() == [2, 3, 6, 7, 8, 10]
     assert positions[~mask].tolist() == [0, 0, 0]
 
 

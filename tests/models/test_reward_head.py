@@ -58,11 +58,11 @@ def reward_model_with(saved_policy, tokenizer):
     return lambda head: stirred(load_reward_model(saved_policy, tokenizer, new_head=True, head=head))
 
 
-def batch(tokenizer, row_length=48, keep=slice(None)):
+def batch(tokenizer, padded=False, keep=slice(None)):
     prompts, answers = (tokenizer(texts)["input_ids"] for texts in (PROMPTS[keep], ANSWERS[keep]))
     answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
     sequences = [p + a for p, a in zip(prompts, answers)]
-    return pack(sequences, tokenizer.pad_token_id, row_length, [len(a) for a in answers]), sequences
+    return pack(sequences, tokenizer.pad_token_id, [len(a) for a in answers], padded=padded), sequences
 
 
 def read(score, x):
@@ -103,7 +103,7 @@ def test_scores_packed_padded_and_alone_are_those_by_hand(head, reward_model_wit
         expected = torch.stack([by_hand(model, policy, s, n) for s, n in zip(sequences, lengths)])
     assert expected.std() > 0.1
     assert_close(packed_scores(model, together), expected, rtol=1e-4, atol=1e-4)
-    assert_close(packed_scores(model, batch(tokenizer, row_length=None)[0]), expected, rtol=1e-4, atol=1e-4)  # padded
+    assert_close(packed_scores(model, batch(tokenizer, padded=True)[0]), expected, rtol=1e-4, atol=1e-4)
     for i in range(len(sequences)):
         alone = packed_scores(model, batch(tokenizer, keep=slice(i, i + 1))[0])
         assert_close(alone[0], expected[i], rtol=1e-4, atol=1e-4)
@@ -170,7 +170,7 @@ def test_a_head_that_reads_answers_wants_to_know_them(head, reward_model_with, t
 def test_a_sequence_that_fills_the_context_makes_room_for_the_reward_token(reward_model_with, tokenizer):
     model = reward_model_with(RewardHead("linear", "token"))
     full = [5 + i % 40 for i in range(64)]  # of 64 positions
-    long, cut = (packed_scores(model, pack([tokens], tokenizer.pad_token_id, 64)) for tokens in (full, full[1:]))
+    long, cut = (packed_scores(model, pack([tokens], tokenizer.pad_token_id)) for tokens in (full, full[1:]))
     assert_close(long, cut)
 
 
@@ -247,7 +247,7 @@ def test_a_shared_prompt_changes_neither_scores_nor_gradients(head, kind, reward
     weights = torch.linspace(-1, 1, len(sequences), dtype=torch.float64)
     found = []
     for share in (False, True):
-        rows = pack(sequences, tokenizer.pad_token_id, 48, lengths, share_prompts=share)
+        rows = pack(sequences, tokenizer.pad_token_id, lengths, share_prompts=share)
         scores = packed_scores(model, rows)
         values = critic_from_reward_model(policy.double(), model)(rows, None)
         before = values[predicting_positions(rows, rows.response_lengths)[0]]
@@ -270,7 +270,7 @@ def response_mask(rows):
 
 def test_attention_that_takes_no_mask_says_how_to_go_on(reward_model_with, tokenizer):
     model = reward_model_with(RewardHead())
-    rows = pack([[7, 8, 9], [7, 8, 6]], 1, 10, [1, 1], share_prompts=True)
+    rows = pack([[7, 8, 9], [7, 8, 6]], 1, [1, 1], share_prompts=True)
     model.base_model.config._attn_implementation = "flash_attention_2"
     assert not sees_any_mask(model)
     with pytest.raises(UserError, match="share_prompts=false"):

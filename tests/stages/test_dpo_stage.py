@@ -61,7 +61,7 @@ def answer_logprob(model, tokens, length):
 def test_loss_is_the_mean_over_pairs_by_plain_transformers(data, tokenizer, model_config, step):
     torch.manual_seed(0)
     module = moved(DPOModule(policy_from_config(model_config, tokenizer), tokenizer, beta=0.3))
-    made = data(row_length=64)  # what GPT-2's positions hold
+    made = data()
     losses, chosen, rejected, right = [], [], [], []
     for i in made.train_dataloader().order(0)[:8]:
         item = made.train_set[i]

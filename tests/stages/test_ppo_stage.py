@@ -60,7 +60,7 @@ def test_first_update_has_ratio_1_and_kl_0(choice, family, reward_model_of, ppo,
     assert abs(module.logged["ppo/first_kl"][0]) < 1e-9
     assert abs(module.logged["ppo/kl"][0]) < 1e-4
     first = module.rollouts[0]
-    assert_close(first.old_logprobs, first.ref_logprobs, atol=1e-5, rtol=0)
+    assert_close(first.old_logprobs, first.ref_logprobs, atol=1e-5, rtol=5e-6)
     if len(module.off) > 1:
         assert module.off[1] > 1e-4  # after a step it is not 1 any more
 

@@ -201,7 +201,7 @@ def test_what_was_disliked_is_not_imitated(data, feedback, tokenizer, reward_mod
     made = RewardDataModule(None, tokenizer, feedback=feedback, batch_size=32, held_out=0.1)
     made.setup()
     batch = next(iter(made.train_dataloader()))
-    learned = tokenizer.decode(batch.packed.tokens.flatten()[batch.learned])
+    learned = tokenizer.decode(batch.packed.tokens[batch.learned])
     assert "fine" in learned and "ok" in learned and "bad" not in learned and "no" not in learned
 
 

@@ -92,12 +92,12 @@ def saved_by(loss_of, model):
 
 
 def test_a_models_activations_are_those_that_autograd_keeps(model_config, policy, tokenizer):
-    batch = pack([[5] * n for n in (20, 31, 7, 44, 12, 40)], 0, row_length=48)
+    batch = pack([[5] * n for n in (20, 31, 7, 44, 12, 40)], 0)
     learned = torch.arange(1, 40)
 
     def loss_of(model):
         hidden = packed_hidden(model, batch)[learned - 1]
-        return -token_logprobs(next_token_logits(model, hidden), batch.tokens.flatten()[learned]).sum()
+        return -token_logprobs(next_token_logits(model, hidden), batch.tokens[learned]).sum()
 
     blank = blank_policy(model_config, tokenizer).train()
     with Trace(blank) as trace:

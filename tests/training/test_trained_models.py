@@ -103,7 +103,7 @@ def test_compiled_layers_learn_the_same_under_the_same_names(policy, tokenizer, 
 
 @pytest.mark.parametrize(
     ("precision", "attention"),
-    [("32-true", "sdpa"), ("64-true", "sdpa"), ("bf16-mixed", "sdpa_float32"), ("bf16-true", "sdpa_float32")],
+    [("32-true", "sdpa"), ("64-true", "sdpa"), ("bf16-mixed", "sdpa_by_blocks"), ("bf16-true", "sdpa_by_blocks")],
 )
 def test_half_precision_on_a_cpu_computes_attention_in_float32(policy, precision, attention):
     learner = fit(policy, precision=precision)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.functional import position_ids
-from lit_rlhf.models.attention import SDPA
+from lit_rlhf.models.attention import SDPA, by_blocks
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.policy import next_token_logits
 from lit_rlhf.text.packing import Packed, left_pad, pack
@@ -86,17 +86,18 @@ class LeanDecoder:
         return hidden[packed.ends[source]]
 
     def read(self, packed: Packed, keep: Callable[[int, Tensor], None]) -> Tensor:
-        """Hidden states (R * L, E) of packed rows; ``keep`` gets each layer's keys and values (R * L, 2, Hkv, D)."""
-        blocks = _blocks(packed.positions)
+        """Hidden states (T, E) of packed prompts; ``keep`` gets each layer's keys and values (T, 2, Hkv, D)."""
+
+        def within(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            shared = q.shape[1] != k.shape[1]
+            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=True, scale=1.0, enable_gqa=shared)
+            return attended.transpose(1, 2)
 
         def attend(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
             keep(layer, kv)
-            q, k, v = (x.unflatten(0, packed.tokens.shape).transpose(1, 2) for x in (queries, *kv.unbind(1)))
-            attended = F.scaled_dot_product_attention(q, k, v, blocks, scale=1.0, enable_gqa=q.shape[1] != k.shape[1])
-            return attended.transpose(1, 2).reshape(len(queries), -1)
+            return by_blocks(within, packed.blocks, None, queries, *kv.unbind(1)).flatten(1)
 
-        # The padding that ends a row counts on beyond the longest text; nobody sees it.
-        return self.trunk(packed.tokens.flatten(), packed.positions.flatten().clamp(max=self.width - 1), attend)
+        return self.trunk(packed.tokens, packed.positions, attend)
 
     def step(self, tokens: Tensor) -> Tensor:
         alive, end = self.alive, self._next_column()
@@ -253,10 +254,3 @@ def _step_mask(mask: Tensor, width: int) -> Tensor:
     allowed = causal & mask[:, None, None, :]
     # A padding position sees itself, so that its softmax is not empty (0 / 0); nobody sees it.
     return allowed | (columns == columns[size - width :, None]) if width > 1 else allowed
-
-
-def _blocks(positions: Tensor) -> Tensor:
-    """Boolean mask (R, 1, L, L) of packed rows (R, L): a token sees itself and what stands before it in its text."""
-    texts = (positions == 0).cumsum(-1)
-    same = texts[:, None, :, None] == texts[:, None, None, :]
-    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=positions.device).tril()

@@ -55,7 +55,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         batch_size: examples a process and step.
         max_length: tokens of a reading; longer ones are handled as ``on_long`` says, and counted.
         on_long: "cut" drops the beginning of the first text, "skip" leaves the example out.
-        row_length: tokens of a packed row.
+        packing: lay readings one after another (they do not see each other); False: pad a batch to its longest.
         held_out: fraction of the records kept for validation, by their (first) text.
         split_seed: which ones; the same in every stage.
         seed: order of the examples.
@@ -73,7 +73,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         batch_size: Annotated[int, Field(ge=1)] = 16,
         max_length: Annotated[int, Field(ge=8)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
-        row_length: Annotated[int, Field(ge=2)] = 128,
+        packing: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         seed: int = 0,
@@ -83,7 +83,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         super().__init__()
         self.limit = limit
         self.path, self._tokenizer = path, tokenizer
-        self.batch_size, self.max_length, self.on_long, self.row_length = batch_size, max_length, on_long, row_length
+        self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
         self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
         self.on_bad_record: OnBadRecord = on_bad_record
         self.skipped: list[str] = []
@@ -134,7 +134,8 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
 
     def collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
         chosen = [items[i] for i in mine]
-        packed = pack([r for item in chosen for r in item.readings], self.tokenizer.pad_token_id, self.row_length)
+        readings = [r for item in chosen for r in item.readings]
+        packed = pack(readings, self.tokenizer.pad_token_id, padded=not self.packing)
         # The first token of a reading is predicted by nothing.
         learned = [torch.arange(a + 1, b + 1) for a, b in zip(packed.starts.tolist(), packed.ends.tolist())]
         total = sum(len(r) - 1 for i in everyones for r in items[i].readings)
@@ -164,13 +165,13 @@ class WorldClassifyDataModule(WorldTasks, ClassifyDataModule):
         task: Literal["kind", "truth", "choice", "same"] = "choice",
         examples: Annotated[int, Field(ge=16)] = 1000,
         batch_size: Annotated[int, Field(ge=1)] = 16,
-        row_length: Annotated[int, Field(ge=2)] = 128,
+        packing: bool = True,
         split_seed: int = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            "world", tokenizer, batch_size=batch_size, row_length=row_length, split_seed=split_seed, seed=seed,
+            "world", tokenizer, batch_size=batch_size, packing=packing, split_seed=split_seed, seed=seed,
             limit=limit,
         )  # fmt: skip
         self.world, self.world_task, self.examples = world, task, examples

@@ -58,7 +58,7 @@ class ClassifyModule(StepLog):
             nn.init.normal_(self.head.weight, std=0.02)
 
     def logits(self, hidden: Tensor, batch: ClassifyBatch) -> Tensor:
-        """(B, C) of the labels, or of the choices, from hidden states (R * L, D)."""
+        """(B, C) of the labels, or of the choices, from hidden states (T, D)."""
         last = hidden[batch.packed.ends]
         if self.head.out_features == 1:
             return side_by_side(self.head(last).squeeze(-1), batch.example)
@@ -67,7 +67,7 @@ class ClassifyModule(StepLog):
     def lm_loss(self, hidden: Tensor, batch: ClassifyBatch) -> Tensor:
         """L1: mean loss in nats a token, over the whole optimizer step's tokens, negated log-likelihood."""
         logits = next_token_logits(self.policy, hidden[batch.learned - 1])  # the token before predicts
-        return -token_logprobs(logits, batch.packed.tokens.flatten()[batch.learned]).sum() / batch.normalizer
+        return -token_logprobs(logits, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
 
     def training_step(self, batch: ClassifyBatch, batch_idx: int) -> Tensor:
         hidden = packed_hidden(self.policy, batch.packed)

@@ -97,6 +97,7 @@ class PPOModule(LightningModule):
         minibatch_size: answers an optimizer step and process.
         max_grad_norm: the gradients of policy and critic are clipped to it, each for itself.
         probe_rollouts: rollouts on which the gradient's noise is measured, before the policy's first step; 0: not done.
+        packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
         share_prompts: read a prompt once for all its answers in a batch, where attention can be told so.
         sampling: how answers are drawn in rollouts and in validation.
         engine: what draws them.
@@ -133,6 +134,7 @@ class PPOModule(LightningModule):
         minibatch_size: Annotated[int, Field(ge=1)] = 32,
         max_grad_norm: Annotated[float, Field(gt=0)] = 1.0,
         probe_rollouts: Annotated[int, Field(ge=0)] = 0,
+        packing: bool = True,
         share_prompts: bool = True,
         sampling: Sampling | None = None,
         engine: Engine = answer,
@@ -171,6 +173,7 @@ class PPOModule(LightningModule):
         self.register_buffer("score_last", torch.zeros(()))
         self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
         self.held_out = HeldOut(val_samples)
+        self.packing = packing
         self.share_prompts = share_prompts and answers_per_prompt > 1 and sees_any_mask(self)
         self.eval()  # see train(): models made from a config come in training mode
 
@@ -220,9 +223,10 @@ class PPOModule(LightningModule):
         return rollout
 
     def packed(self, sequences: list[list[int]], lengths: Tensor) -> Packed:
-        """Rows without padding, on this module's device; responses of ``lengths`` (N,) tokens end the sequences."""
+        """Without padding, on this module's device; responses of ``lengths`` (N,) tokens end the sequences."""
         pad_id, shared = self.tokenizer.pad_token_id, self.share_prompts
-        return pack(sequences, pad_id, response_lengths=lengths.tolist(), share_prompts=shared).to(self.device)
+        packed = pack(sequences, pad_id, lengths.tolist(), shared, padded=not self.packing)
+        return packed.to(self.device)
 
     @property
     def _exact(self) -> bool:

@@ -57,13 +57,14 @@ class Rollout:
 def response_logits(
     policy: PreTrainedModel, hidden: Tensor, packed: Packed, lengths: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, tokens, mask) of the responses only: (M, V), (M,) and (N, T) with M Trues; ``hidden`` (R * L, D).
+    """(logits, tokens, mask) of the responses only: (M, V), (M,) and (N, T) with M Trues; ``hidden`` (T, D).
 
     Logits are divided by the temperature that was sampled with, in the reference too: both are then distributions over
     what could have been drawn."""
     positions, mask = response_positions(packed, lengths)
     logits = next_token_logits(policy, hidden[predicting_positions(packed, lengths)[0][mask]])
-    return logits / temperature, packed.tokens.flatten()[positions[mask]], mask
+    logits = logits if temperature == 1 else logits / temperature
+    return logits, packed.tokens[positions[mask]], mask
 
 
 def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
@@ -73,7 +74,7 @@ def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, 
 
 
 def response_values(values: Tensor, packed: Packed, lengths: Tensor) -> Tensor:
-    """The value (N, T) of the state before each response token, out of those (R * L,) at all tokens; 0 elsewhere."""
+    """The value (N, T) of the state before each response token, out of those (T,) at all tokens; 0 elsewhere."""
     positions, mask = predicting_positions(packed, lengths)
     return scatter(values[positions[mask]], mask)
 

@@ -44,7 +44,7 @@ class RewardDataModule(RankingDataModule):
         batch_size: Annotated[int, Field(ge=1)] = 8,
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
-        row_length: Annotated[int, Field(ge=2)] = 128,
+        packing: bool = True,
         share_prompts: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
@@ -56,7 +56,7 @@ class RewardDataModule(RankingDataModule):
         if path is None and feedback is None:
             raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
         super().__init__(
-            path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, row_length=row_length,
+            path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, packing=packing,
             share_prompts=share_prompts, held_out=held_out, split_seed=split_seed, fold=fold, seed=seed, limit=limit,
             on_bad_record=on_bad_record,
         )  # fmt: skip
@@ -102,14 +102,14 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
         *,
         feedback: str | Path | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
-        row_length: Annotated[int, Field(ge=2)] = 128,
+        packing: bool = True,
         share_prompts: bool = True,
         split_seed: int = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            path, tokenizer, world, batch_size=batch_size, row_length=row_length,
+            path, tokenizer, world, batch_size=batch_size, packing=packing,
             share_prompts=share_prompts, split_seed=split_seed, seed=seed,
             limit=limit,
         )  # fmt: skip

@@ -90,7 +90,7 @@ class RewardModule(StepLog):
             loss = loss + self.feedback_coef * rated
         if self.lm_coef > 0 and len(batch.learned):
             logits = hidden[batch.predicting] @ output_embedding(self.reward_model).T
-            lm = lm_loss(logits, batch.packed.tokens.flatten()[batch.learned])
+            lm = lm_loss(logits, batch.packed.tokens[batch.learned])
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
         if pairs.prompts:

@@ -44,8 +44,7 @@ class SFTDataModule(ExampleDataModule):
         batch_size: dialogues a process and step.
         max_length: tokens; longer dialogues are handled as ``on_long`` says, and counted.
         on_long: "skip" leaves them out, "cut" keeps their first ``max_length`` tokens.
-        packing: lay several dialogues into one row (they do not see each other); False: a row each, padded.
-        row_length: tokens of a packed row.
+        packing: lay dialogues one after another (they do not see each other); False: pad all of a batch to its longest.
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
         seed: order of the dialogues.
@@ -64,7 +63,6 @@ class SFTDataModule(ExampleDataModule):
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "skip",
         packing: bool = True,
-        row_length: Annotated[int, Field(ge=2)] = 128,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         seed: int = 0,
@@ -75,7 +73,7 @@ class SFTDataModule(ExampleDataModule):
         self.limit = limit
         self.path, self._tokenizer = path, tokenizer
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
-        self.packing, self.row_length = packing, row_length
+        self.packing = packing
         self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
         self.on_bad_record: OnBadRecord = on_bad_record
         self.skipped: list[str] = []
@@ -124,9 +122,7 @@ class SFTDataModule(ExampleDataModule):
 
     def collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
         chosen = [items[i] for i in mine]
-        packed = pack(
-            [item.tokens for item in chosen], self.tokenizer.pad_token_id, self.row_length if self.packing else None
-        )
+        packed = pack([item.tokens for item in chosen], self.tokenizer.pad_token_id, padded=not self.packing)
         # The first token of a dialogue is predicted by nothing.
         offsets = [torch.tensor(item.mask[1:]).nonzero().squeeze(1) + 1 for item in chosen]
         learned = torch.cat([start + offset for start, offset in zip(packed.starts, offsets)])
@@ -151,13 +147,12 @@ class WorldSFTDataModule(SFTDataModule):
         demonstrations: Annotated[int, Field(ge=16)] = 8000,
         batch_size: Annotated[int, Field(ge=1)] = 16,
         packing: bool = True,
-        row_length: Annotated[int, Field(ge=2)] = 128,
         split_seed: int = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__(
-            "world", tokenizer, batch_size=batch_size, packing=packing, row_length=row_length, split_seed=split_seed,
+            "world", tokenizer, batch_size=batch_size, packing=packing, split_seed=split_seed,
             seed=seed, limit=limit,
         )  # fmt: skip
         self.world, self.demonstrations = world, demonstrations
