@@ -34,7 +34,7 @@ class Case:
     packed: bool  # TRL's side
     batch: int  # of ours, dialogues of 48 tokens on average
     laps: int  # steps
-    row_length: int = 128  # tokens of a packed row, ours and TRL's
+    row_length: int = 128  # tokens of TRL's packed row; ours stay whole, blocks of one length
     longest_answer: int = 64  # tokens
     activation: str = "gelu_new"  # of the checkpoint
 
@@ -64,7 +64,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         tokenizer = chat_tokenizer()
 
         def data() -> SFTDataModule:
-            return SFTDataModule(path, tokenizer, batch_size=case.batch, row_length=case.row_length)
+            return SFTDataModule(path, tokenizer, batch_size=case.batch)
 
         ready = data()
         ready.setup()

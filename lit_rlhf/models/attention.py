@@ -39,33 +39,42 @@ def by_blocks(attend: Attend, blocks: Sequence[Block], masks: Sequence[Tensor] |
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
+class Layout:
+    """The blocks of packed sequences, on their way to attention; ``masks`` as in :func:`by_blocks`.
+
+    An object, for torch.compile would compile a layer anew for each tuple of blocks that it is called with."""
+
+    def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None) -> None:
+        self.blocks, self.masks = blocks, masks
+
+
+@torch.compiler.disable  # what it does depends on the blocks, and they are others in every batch
 def own_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    blocks: Sequence[Block] | None = None,
-    masks: Sequence[Tensor] | None = None,
+    layout: Layout | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa", (B, H, T, D) -> (B, T, H, D), in the precision of ``value``.
 
-    With ``blocks``, whose ``masks`` are as in :func:`by_blocks`, B is 1."""
-    device, dtype = query.device.type, value.dtype
-    mixed = torch.is_autocast_enabled(device)
-    wide = device == "cpu" and (mixed or dtype in (torch.bfloat16, torch.float16))
+    With a ``layout`` B is 1."""
+    on_cpu, dtype = query.device.type == "cpu", value.dtype
+    wide = on_cpu and (torch.is_autocast_enabled("cpu") or dtype in (torch.bfloat16, torch.float16))
     if wide:
         query, key, value = (x.float() if x.dtype != torch.float64 else x for x in (query, key, value))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, q, k, v, mask, **settings)[0]
 
-    with torch.autocast(device, enabled=False) if wide else nullcontext():
-        if blocks is None:
+    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+        if layout is None:
             attended = attend(query, key, value, attention_mask)
         else:
-            attended = by_blocks(attend, blocks, masks, *(x[0].transpose(0, 1) for x in (query, key, value)))[None]
+            heads = (x[0].transpose(0, 1) for x in (query, key, value))
+            attended = by_blocks(attend, layout.blocks, layout.masks, *heads)[None]
     return attended.to(dtype), None
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.activations import NewGELUActivation
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import SDPA, sees_before_it, use_own_attention
+from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
@@ -147,7 +147,7 @@ def packed_hidden(model: PreTrainedModel, batch: Packed, embeddings: Tensor | No
     nothing = batch.tokens.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is not looked at: the blocks say it all
     output = trunk(
         **{name: source[None]}, position_ids=batch.positions[None], attention_mask=nothing, use_cache=False,
-        blocks=batch.blocks, masks=masks,
+        layout=Layout(batch.blocks, masks),
     )  # fmt: skip
     return output.last_hidden_state[0]
 

@@ -315,8 +315,9 @@ class Book:
                 each = optimizer_bytes(instantiate(self.settings.optimizer))
                 self.optimizer = int(each * sum(p.numel() for p in trained))
         self.held = resident_bytes() - self.resident
-        heap = None if _device(self.cfg) == "cuda" else Heap.of_this_system()
-        self.trace = Trace(model, self.rates, precision, heap)
+        device = _device(self.cfg)
+        heap = None if device == "cuda" else Heap.of_this_system()
+        self.trace = Trace(model, self.rates, precision, heap, device)
 
     def _fit(
         self, module: LightningModule, loss: Callable[[Any], Tensor], look: Callable[[Any], Any] | None = None
@@ -393,7 +394,7 @@ class Book:
     def _rollout(
         self, policy: PreTrainedModel, prompts: Iterable[Any], each: int, sampling: Sampling
     ) -> tuple[Packed, float]:
-        """(prompts with answers as packed rows, seconds) of sampling ``each`` answers to each prompt."""
+        """(prompts with answers, packed; seconds) of sampling ``each`` answers to each prompt."""
         begun = self.trace.seconds
         tokens = [p.tokens for p in prompts for _ in range(each)]
         limit = sampling.max_new_tokens

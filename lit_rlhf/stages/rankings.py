@@ -1,4 +1,4 @@
-"""Rankings as packed rows, every answer of a prompt in one batch: what reward model and DPO have in common."""
+"""Rankings, packed, every answer of a prompt in one batch: what reward model and DPO have in common."""
 
 from __future__ import annotations
 

@@ -114,10 +114,16 @@ class Trace(TorchDispatchMode):
         rates: of the machine; None: times are not wanted.
         precision: of the trainer, in Lightning's words.
         heap: where blocks of memory come from; None: nothing is wasted, as in what torch says of a GPU.
+        device: "cpu" or "cuda", which the computation is going to run on.
     """
 
     def __init__(
-        self, model: nn.Module, rates: Rates | None = None, precision: str = "32-true", heap: Heap | None = None
+        self,
+        model: nn.Module,
+        rates: Rates | None = None,
+        precision: str = "32-true",
+        heap: Heap | None = None,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.rates = rates
@@ -131,7 +137,7 @@ class Trace(TorchDispatchMode):
             if tensor.is_meta and tensor.untyped_storage() not in self._known:
                 self._note(tensor)
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-        self._functions = _AsOnTheDevice(half)
+        self._functions = _AsOnTheDevice(half, device)
         self._stack = ExitStack()
 
     def __enter__(self) -> Trace:
@@ -222,9 +228,10 @@ class _AsOnTheDevice(TorchFunctionMode):
 
     PRODUCTS = frozenset({F.linear, torch.addmm, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__})
 
-    def __init__(self, half: torch.dtype | None) -> None:
+    def __init__(self, half: torch.dtype | None, device: str) -> None:
         super().__init__()
         self.half = half
+        self.attention = torch.float32 if device == "cpu" else half  # see lit_rlhf.models.attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -232,13 +239,15 @@ class _AsOnTheDevice(TorchFunctionMode):
             kwargs["device"] = "cpu"
         attention = func is F.scaled_dot_product_attention
         if self.half is not None and (attention or func in self.PRODUCTS):
-            args, kwargs = tree_map(self._halved, args), tree_map(self._halved, kwargs)
+            dtype = self.attention if attention else self.half
+            args, kwargs = (tree_map(lambda x: self._cast(x, dtype), given) for given in (args, kwargs))
         if attention and args[0].is_meta:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _halved(self, x: Any) -> Any:
-        return x.to(self.half) if isinstance(x, Tensor) and x.is_meta and x.dtype == torch.float32 else x
+    def _cast(self, x: Any, dtype: torch.dtype | None) -> Any:
+        floating = isinstance(x, Tensor) and x.is_meta and x.dtype in (torch.float32, self.half)
+        return x.to(dtype) if floating else x
 
 
 def _attention(

@@ -15,6 +15,7 @@ from lit_rlhf.models import (
 from lit_rlhf.models.attention import OWN, own_attention, sees_before_it
 from lit_rlhf.models.generation import Sampling, Trunk
 from lit_rlhf.text import pack
+from lit_rlhf.training.trained_models import layers
 
 
 @pytest.fixture
@@ -67,6 +68,25 @@ def test_block_by_block_is_what_each_block_gives_alone(policy, share):
     exact = 1e-9 if policy.config.model_type == "gpt2" else 1e-5  # transformers' RMSNorm is float32 throughout
     for one, two in zip(*found, strict=True):
         assert_close(one, two, rtol=0, atol=exact)
+
+
+def test_other_blocks_need_no_other_graph(policy):
+    """torch.compile meets new shapes in every batch: it compiles twice, the second time for any number of tokens."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in layers(policy.base_model):
+        layer.compile(backend=backend)
+    seen = []
+    for longest in range(10, 30, 3):
+        packed = pack([[5] * n for n in range(2, longest)], 0)
+        packed_hidden(policy, packed)
+        seen.append((len(packed.blocks), len(graphs)))
+    assert len({blocks for blocks, _ in seen}) > 3
+    assert seen[0][1] < seen[1][1] == seen[-1][1]
 
 
 def test_a_model_that_looks_back_otherwise_reads_block_by_block(model_config, tokenizer):

@@ -81,6 +81,16 @@ def test_half_precision_halves_what_products_keep(linear):
         assert trace.live - before == (16 * 32 + 8 * 16 + 8 * 32) * 2
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_in_half_precision_a_cpu_attends_in_float32(linear, device, dtype):
+    kept = []
+    with Trace(linear, precision="bf16-mixed", device=device):
+        q, k, v = (torch.empty(1, 2, 5, 8, device="meta", requires_grad=True) for _ in "qkv")
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert {t.dtype for t in kept if t.shape == q.shape} == {dtype}
+
+
 def saved_by(loss_of, model):
     """Bytes that autograd really keeps for the backward pass, without the model's own."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -48,9 +48,9 @@ class LeanDecoder:
 
     def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
         self.trunk, self.width = trunk, width
-        # (layer, key or value, row, head, column, D); zeros, for a masked NaN would still spoil a sum.
+        # (layer, key or value, row, head, column, D)
         shape = len(trunk.layers), 2, rows, trunk.kv_heads, width, trunk.head_size
-        self.cache = torch.zeros(shape, dtype=trunk.dtype, device=trunk.device)
+        self.cache = torch.empty(shape, dtype=trunk.dtype, device=trunk.device)
         self.starts = torch.zeros(rows, dtype=torch.int64, device=trunk.device)
         self.alive, self.end = 0, 0  # rows in use, columns in use
         # 0, or -inf at the padding of a row; used once there is any
@@ -69,8 +69,10 @@ class LeanDecoder:
         source = torch.tensor([which[tuple(prompt)] for prompt in prompts], device=self.trunk.device)
         lengths = packed.lengths[source]
         rows = torch.arange(len(prompts), device=self.trunk.device) + self.alive
+        # What lies before a text is masked, and yet a NaN there would spoil a sum.
+        self.cache[:, :, self.alive : self.alive + len(prompts), :, : self.end].zero_()
         self.starts[rows] = self.end - lengths
-        # Where each token of each prompt lies in the packed rows, and where its keys and values go.
+        # Where each token of each prompt lies among the packed ones, and where its keys and values go.
         steps = torch.arange(longest, device=self.trunk.device)
         there = steps < lengths[:, None]
         token = (packed.starts[source][:, None] + steps)[there]
@@ -155,6 +157,7 @@ class StaticDecoder(LeanDecoder):
 
     def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
         super().__init__(trunk, rows, width)
+        self.cache.zero_()  # a step sees what is not written yet, too: masked, but a NaN there would spoil a sum
         self.tokens = torch.zeros_like(self.starts)
         self.column = torch.zeros(1, dtype=torch.int64, device=trunk.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # rows -> (a step, where its result lies)

@@ -1,4 +1,4 @@
-"""Labelled texts, multiple choice and pairs of similar texts, as packed rows."""
+"""Labelled texts, multiple choice and pairs of similar texts, packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unlabelled text as packed rows of tokens, from one source or a weighted mixture."""
+"""Unlabelled text as full rows of tokens, from one source or a weighted mixture."""
 
 from __future__ import annotations
 

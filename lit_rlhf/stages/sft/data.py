@@ -1,4 +1,4 @@
-"""Demonstrations as packed rows; the loss is on the responses."""
+"""Demonstrations, packed; the loss is on the responses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lit_rlhf.training import ExampleDataModule
 
 
 class SFTBatch(NamedTuple):
-    """Dialogues in packed rows, and which of their tokens are learned."""
+    """Dialogues, packed, and which of their tokens are learned."""
 
     packed: Packed
     learned: Tensor  # (M,) int64, flat indices into the rows of the tokens that count in the loss
