@@ -33,7 +33,7 @@ def by_blocks(attend: Attend, blocks: Sequence[Block], masks: Sequence[Tensor] |
     """(T, Hq, D) from queries, keys and values (T, H, D), each block by itself; no masks: tokens see those before."""
     pieces = zip(*(x.split([rows * width for rows, width in blocks]) for x in heads))
     attended = [
-        attend(*(x.unflatten(0, block).transpose(1, 2) for x in piece), mask).flatten(0, 1)
+        attend(*(x.view(*block, *x.shape[1:]).transpose(1, 2) for x in piece), mask).flatten(0, 1)
         for block, mask, piece in zip(blocks, masks or [None] * len(blocks), pieces)
     ]
     return torch.cat(attended) if len(attended) > 1 else attended[0]
@@ -73,7 +73,7 @@ def own_attention(
         if layout is None:
             attended = attend(query, key, value, attention_mask)
         else:
-            heads = (x[0].transpose(0, 1) for x in (query, key, value))
+            heads = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would copy the gradient
             attended = by_blocks(attend, layout.blocks, layout.masks, *heads)[None]
     return attended.to(dtype), None
 

@@ -149,7 +149,7 @@ def packed_hidden(model: PreTrainedModel, batch: Packed, embeddings: Tensor | No
         **{name: source[None]}, position_ids=batch.positions[None], attention_mask=nothing, use_cache=False,
         layout=Layout(batch.blocks, masks),
     )  # fmt: skip
-    return output.last_hidden_state[0]
+    return output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
 
 
 def _each_block(

@@ -58,7 +58,7 @@ class Packed(NamedTuple):
     def by_block(self, x: Tensor) -> list[Tensor]:
         """(T, ...) as (R, W, ...) of each block."""
         pieces = x.split([rows * width for rows, width in self.blocks])
-        return [piece.unflatten(0, block) for piece, block in zip(pieces, self.blocks)]
+        return [piece.view(*block, *x.shape[1:]) for piece, block in zip(pieces, self.blocks)]
 
     def from_end(self, back: Tensor) -> Tensor:
         """Indices (N, S) of the tokens that stand ``back`` (N, S) places before the last one of each sequence."""
