@@ -21,6 +21,7 @@ from lit_rlhf.models.heads import (
     sequence_classifier,
 )
 from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merged
+from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
     context_length,
     freeze,
@@ -82,5 +83,6 @@ __all__ = [
     "sees_any_mask",
     "sequence_classifier",
     "stream",
+    "use_onednn",
     "use_own_attention",
 ]

@@ -1,4 +1,4 @@
-"""How the models of a stage are computed, whichever stage it is: attention, activations, compilation."""
+"""How the models of a stage are computed, whichever stage it is: attention, products, activations, compilation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed._composable import checkpoint
 from transformers import PreTrainedModel
 
-from lit_rlhf.models import use_own_attention
+from lit_rlhf.models import use_onednn, use_own_attention
 
 
 class ModelSettings(Callback):
@@ -22,13 +22,16 @@ class ModelSettings(Callback):
         activation_checkpointing: trained models keep only what enters each layer, and compute the rest again in the
             backward pass: less memory, a third more work, the same gradients.
         compile: trained models run through ``torch.compile``, layer by layer.
+        onednn: on a CPU, float32 products of large linear layers are oneDNN's: see :mod:`lit_rlhf.models.onednn`.
     """
 
-    def __init__(self, activation_checkpointing: bool = False, compile: bool = False) -> None:
-        self.activation_checkpointing, self.compile = activation_checkpointing, compile
+    def __init__(self, activation_checkpointing: bool = False, compile: bool = False, onednn: bool = True) -> None:
+        self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and self.onednn:
+            use_onednn(pl_module)
         for trunk in trunks(pl_module):
             if on_cpu and "16" in str(trainer.precision):
                 use_own_attention(trunk)

@@ -1,0 +1,82 @@
+"""Linear layers whose float32 products are oneDNN's, on a CPU.
+
+PyTorch multiplies float32 matrices with MKL, which on processors of AMD is the slower of the two (figures in
+docs/acceleration.md). Precision is that of float32 in both. Weights, names and checkpoints stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+LARGE = 2**15  # elements of a matrix from where on it pays
+
+
+class _Product(torch.autograd.Function):
+    """``x @ matrix + bias``: x (..., in), bias (out,) or None; matrix (out, in), or (in, out) where ``conv``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, conv: bool) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        ctx.conv = conv
+        return _times(x, matrix.t() if conv else matrix, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
+        for_x, for_matrix, for_bias, _ = ctx.needs_input_grad
+        rows, slopes = x.flatten(0, -2), slope.flatten(0, -2)
+        # The product over the rows is MKL's: oneDNN would first have to lay both sides out anew.
+        return (
+            _times(slope, matrix if ctx.conv else matrix.t(), None) if for_x else None,
+            (rows.t() @ slopes if ctx.conv else slopes.t() @ rows) if for_matrix else None,
+            slopes.sum(0) if for_bias else None,
+            None,
+        )
+
+
+def _times(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., out) from x (..., in) and matrix (out, in)."""
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+
+
+def _suited(x: Tensor, matrix: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == matrix.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if _suited(input, self.weight):
+            return _Product.apply(input, self.weight, self.bias, False)
+        return super().forward(input)
+
+
+class _Conv1D(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        if _suited(x, self.weight):
+            return _Product.apply(x, self.weight, self.bias, True)
+        return super().forward(x)
+
+
+OURS = {nn.Linear: _Linear, Conv1D: _Conv1D}
+
+
+def use_onednn(module: nn.Module) -> None:
+    """Let large linear layers in ``module`` multiply by oneDNN, where this build of PyTorch has it.
+
+    Where float32 products were allowed to be less precise, PyTorch chooses."""
+    has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not has_it or torch.get_float32_matmul_precision() != "highest":
+        return
+    for layer in module.modules():
+        if type(layer) in OURS and layer.weight.numel() >= LARGE:
+            layer.__class__ = OURS[type(layer)]
