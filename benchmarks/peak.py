@@ -25,7 +25,7 @@ from lit_rlhf.models import Sampling, generate, load_policy
 from lit_rlhf.stages import PPOModule, PretrainDataModule, PretrainModule
 from lit_rlhf.text import load_tokenizer
 
-WARMUP = 1
+WARMUP = 2
 MATRIX, PRODUCTS = 1024, 20  # rows and columns of the peak's matrices; products a lap
 
 

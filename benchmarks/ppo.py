@@ -30,7 +30,6 @@ from lit_rlhf.stages import PPOModule
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.training import adamw
 
-WARMUP = 1
 LR = 1e-5
 
 
@@ -39,6 +38,7 @@ class Case:
     shape: str
     early: bool  # answers end early
     laps: int
+    warmup: int = 2  # laps before them, in which memory grows to what is needed
     batch: int = 64  # answers an iteration
     new_tokens: int = 64  # of an answer, at most
     minibatches: int = 4
@@ -52,10 +52,10 @@ class Case:
 
 
 CASES = {
-    "S, ending early": Case("S", early=True, laps=5),
-    "S, full length": Case("S", early=False, laps=3),
-    "L, ending early": Case("L", early=True, laps=2),
-    "L, full length": Case("L", early=False, laps=2),
+    "S, ending early": Case("S", early=True, laps=8),
+    "S, full length": Case("S", early=False, laps=6),
+    "L, ending early": Case("L", early=True, laps=2, warmup=1),
+    "L, full length": Case("L", early=False, laps=2, warmup=1),
 }
 
 
@@ -84,7 +84,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
     from trl_comparison.task import Task, train_quietly, trl_trainer
 
-    iterations = laps + WARMUP
+    iterations = laps + case.warmup
     with tempfile.TemporaryDirectory() as folder:
         policy_path, reward_path = make_models(SHAPES[case.shape], Path(folder), case.end_chance, case.activation)
         tokenizer = load_tokenizer(policy_path)
@@ -124,7 +124,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             trainer.add_callback(Laps())
             train_quietly(trainer)
 
-        found = interleave({OURS: ours, "TRL": theirs}, laps, WARMUP, threads)
+        found = interleave({OURS: ours, "TRL": theirs}, laps, case.warmup, threads)
     lengths_alike = chance(laps * case.batch) if case.early else 0.0
     return found, alike(found, length=lengths_alike, value_loss=0.5)
 

@@ -19,7 +19,7 @@ from lit_rlhf.models import Sampling, generate, load_policy
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.text.packing import left_pad
 
-WARMUP = 1
+WARMUP = 3
 
 
 @dataclass(frozen=True)

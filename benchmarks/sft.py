@@ -25,7 +25,7 @@ from workload import SHAPES, chance, chat_tokenizer, make_models, write_answers
 from lit_rlhf.models import load_policy
 from lit_rlhf.stages import SFTDataModule, SFTModule
 
-WARMUP = 3
+WARMUP = 10  # memory has grown to what is needed by then
 
 
 @dataclass(frozen=True)
