@@ -25,7 +25,7 @@ class ModelSettings(Callback):
         onednn: on a CPU, float32 products of large linear layers are oneDNN's: see :mod:`lit_rlhf.models.onednn`.
     """
 
-    def __init__(self, activation_checkpointing: bool = False, compile: bool = False, onednn: bool = True) -> None:
+    def __init__(self, activation_checkpointing: bool = False, compile: bool = False, onednn: bool = False) -> None:
         self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

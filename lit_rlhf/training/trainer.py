@@ -21,7 +21,7 @@ def make_trainer(
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
     activation_checkpointing: bool = False,
     compile: bool = False,
-    onednn: bool = True,
+    onednn: bool = False,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 1.0,
