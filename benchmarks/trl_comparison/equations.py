@@ -33,8 +33,8 @@ from lit_rlhf.functional import (
     token_rewards,
     whiten,
 )
-from lit_rlhf.models import critic_from_reward_model, packed_hidden, packed_scores
-from lit_rlhf.stages.ppo.rollout import response_logprobs, response_values
+from lit_rlhf.models import critic_from_reward_model, packed_scores
+from lit_rlhf.stages.ppo.rollout import Responding, response_logprobs, scatter
 from lit_rlhf.text.packing import pack
 from trl_comparison.ours import CLIP, GAMMA, KL_COEF, LAM, MISSING_EOS, VALUE_CLIP
 from trl_comparison.task import EOS, PAD, Task, train_quietly, trl_trainer
@@ -183,8 +183,8 @@ def models_and_masks(
     finished = torch.tensor([a[-1] == EOS for a in answers])
     with torch.no_grad():
         logprobs, ref_logprobs = (response_logprobs(m, packed, lengths, 1.0) for m in (policy, task.policy))
-        at_all_tokens = critic_from_reward_model(policy, critic)(packed, packed_hidden(policy, packed))
-        values = response_values(at_all_tokens, packed, lengths)
+        before = Responding.of(packed, lengths).before
+        values = scatter(critic_from_reward_model(policy, critic)(packed, before, None), mask)
         scores = packed_scores(task.reward_model, packed) - MISSING_EOS * (~finished).float()
     yield Row("mask of the answers' tokens", mask, ~run.padding_mask)
     yield Row("place of the last token", last_position(mask), run.sequence_lengths)

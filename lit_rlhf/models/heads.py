@@ -123,15 +123,19 @@ def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
     if isinstance(model, RewardEnsemble):
         members = [(packed_scores(m, batch).float() + score_shift(m)) / score_std(m) for m in model.members]
         return model.combined(torch.stack(members))
-    return scores_and_hidden(model, batch)[0]
+    return scores_and_hidden(model, batch, batch.ends[:0])[0]
 
 
-def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed) -> tuple[Tensor, Tensor]:
-    """Scores (N,) and the last hidden states (T, D) that they were read off."""
+def scores_and_hidden(
+    model: PreTrainedModel | RewardTransformer, batch: Packed, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores (N,), and the last hidden states (M, D) of the tokens ``at`` (M,), flat indices."""
     if isinstance(model, RewardTransformer):
-        return model.scores_and_hidden(batch)
-    hidden = packed_hidden(model, batch)
-    return score_head(model)(hidden[batch.ends]).squeeze(-1), hidden
+        scores, hidden = model.scores_and_hidden(batch)
+        return scores, hidden[at]
+    hidden = packed_hidden(model, batch, at=torch.cat([batch.ends, at]))
+    last, others = hidden.split([len(batch.ends), len(at)])
+    return score_head(model)(last).squeeze(-1), others
 
 
 def output_embedding(model: PreTrainedModel | RewardTransformer) -> Tensor | None:
@@ -203,11 +207,14 @@ class Critic(nn.Module):
         super().__init__()
         self.trunk, self.head = trunk, head
 
-    def forward(self, packed: Packed, policy_hidden: Tensor) -> Tensor:
-        """Values (T,) at every token of packed sequences; ``policy_hidden`` (T, D) serves a shared trunk."""
-        hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed)
-        if isinstance(self.head, ScoreHead):
-            return self.head.values(hidden, packed, self.trunk.get_input_embeddings().weight).float()
+    def forward(self, packed: Packed, at: Tensor, policy_hidden: Tensor | None) -> Tensor:
+        """Values (M,) at the tokens ``at`` (M,), flat indices.
+
+        The policy's states there, (M, D), serve a shared trunk; another needs none."""
+        if isinstance(self.head, ScoreHead):  # which may look at all tokens of a sequence
+            embedding = self.trunk.get_input_embeddings().weight
+            return self.head.values(packed_hidden(self.trunk, packed), packed, embedding)[at].float()
+        hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
         return self.head(hidden).squeeze(-1).float()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 
@@ -129,10 +131,13 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def packed_hidden(model: PreTrainedModel, batch: Packed, embeddings: Tensor | None = None) -> Tensor:
+def packed_hidden(
+    model: PreTrainedModel, batch: Packed, embeddings: Tensor | None = None, at: Tensor | None = None
+) -> Tensor:
     """Last hidden states (T, D) of packed sequences, each seeing itself alone.
 
-    ``embeddings`` (T, D) stand in for the tokens' own."""
+    ``embeddings`` (T, D) stand in for the tokens' own. ``at``, flat indices (M,) of the tokens whose states are wanted,
+    in any order and as often as one likes: those (M, D) alone, and the last layer computes no others where it can."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
     trunk, masks = model.base_model, batch.visible
     if masks is not None and not sees_any_mask(model):
@@ -142,14 +147,51 @@ def packed_hidden(model: PreTrainedModel, batch: Packed, embeddings: Tensor | No
         )
     source, name = (batch.tokens, "input_ids") if embeddings is None else (embeddings, "inputs_embeds")
     if not sees_before_it(trunk):
-        return _each_block(trunk, batch, name, source, masks)
+        hidden = _each_block(trunk, batch, name, source, masks)
+        return hidden if at is None else hidden.index_select(0, at)
     use_own_attention(trunk)
     nothing = batch.tokens.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is not looked at: the blocks say it all
-    output = trunk(
-        **{name: source[None]}, position_ids=batch.positions[None], attention_mask=nothing, use_cache=False,
-        layout=Layout(batch.blocks, masks),
-    )  # fmt: skip
-    return output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
+    with nullcontext() if at is None else _last_mlp_at(trunk, at, len(batch.tokens)):
+        output = trunk(
+            **{name: source[None]}, position_ids=batch.positions[None], attention_mask=nothing, use_cache=False,
+            layout=Layout(batch.blocks, masks),
+        )  # fmt: skip
+    hidden = output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
+    return hidden if at is None else hidden.index_select(0, at)
+
+
+@contextmanager
+def _last_mlp_at(trunk: PreTrainedModel, at: Tensor, size: int) -> Iterator[None]:
+    """Within it, the MLP of the last layer computes the tokens ``at`` (M,) alone, of a row of ``size``.
+
+    No token looks at another behind that layer's attention: what the MLP would add to the rest, nobody reads. A layer
+    that is compiled, or computed again in the backward pass, stays as it is."""
+    *_, last = layers(trunk)
+    again = checkpoint.state(last) is not None or (last.training and last.gradient_checkpointing)
+    compiled = last._compiled_call_impl is not None
+    if getattr(trunk, "whole_last_layer", False) or again or compiled or not hasattr(last, "mlp"):
+        yield
+        return
+    # Each once: where answers share a prompt, all of them want its last token.
+    rows = torch.zeros(size, dtype=torch.bool, device=at.device).index_fill_(0, at, True).nonzero().squeeze(1)
+
+    def select(mlp: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].index_select(1, rows)
+
+    def spread(mlp: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.new_zeros(1, size, output.shape[-1]).index_copy(1, rows, output)
+
+    hooks = last.mlp.register_forward_pre_hook(select), last.mlp.register_forward_hook(spread)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layers(trunk: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a Transformer, as transformers marks them."""
+    return [m for m in trunk.modules() if hasattr(type(m), "gradient_checkpointing")]
 
 
 def _each_block(

@@ -40,7 +40,7 @@ from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, b
 from lit_rlhf.models.generation import LeanDecoder, Trunk
 from lit_rlhf.pipeline.run import make_data, quiet
 from lit_rlhf.pipeline.settings import planned_stages, resolved
-from lit_rlhf.stages.ppo.rollout import Rollout, response_logprobs
+from lit_rlhf.stages.ppo.rollout import Responding, Rollout, response_logprobs
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import Packed, pack
@@ -425,7 +425,7 @@ class Book:
         """The prompts read; what takes a step of ``(rows, number of the step)`` in the own engine."""
         self.cache = max(self.cache, bytes_of([decoder.cache]))
         rows = pack(list(dict.fromkeys(map(tuple, prompts))), 0).to(torch.device("meta"))
-        self._draw(policy, decoder.read(rows, lambda layer, kv: None)[: len(prompts)])
+        self._draw(policy, decoder.read(rows, lambda layer, kv: None))
         decoder.padded = True
 
         def step(alive: int, number: int) -> None:
@@ -476,7 +476,9 @@ class Book:
             if module.scorer.reward_model is not None:
                 packed_scores(module.scorer.reward_model, packed)
             if module.critic is not None:
-                module.critic(packed, packed_hidden(module.policy, packed) if module.critic.trunk is None else None)
+                before = Responding.of(packed, packed.response_lengths).before
+                shared = module.critic.trunk is None
+                module.critic(packed, before, packed_hidden(module.policy, packed, at=before) if shared else None)
             with module.reference.for_penalty(module.policy) as reference:
                 response_logprobs(reference, packed, packed.response_lengths, module.sampling.temperature)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed._composable import checkpoint
 from transformers import PreTrainedModel
 
-from lit_rlhf.models import use_onednn, use_own_attention
+from lit_rlhf.models import layers, use_onednn, use_own_attention
 
 
 class ModelSettings(Callback):
@@ -23,16 +23,25 @@ class ModelSettings(Callback):
             backward pass: less memory, a third more work, the same gradients.
         compile: trained models run through ``torch.compile``, layer by layer.
         onednn: on a CPU, float32 products of large linear layers are oneDNN's: see :mod:`lit_rlhf.models.onednn`.
+        whole_last_layer: the MLP of the last layer computes all tokens, also where only the states of some are read.
     """
 
-    def __init__(self, activation_checkpointing: bool = False, compile: bool = False, onednn: bool = False) -> None:
+    def __init__(
+        self,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        onednn: bool = False,
+        whole_last_layer: bool = False,
+    ) -> None:
         self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
+        self.whole_last_layer = whole_last_layer
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if on_cpu and self.onednn:
             use_onednn(pl_module)
         for trunk in trunks(pl_module):
+            trunk.whole_last_layer = self.whole_last_layer
             if on_cpu and "16" in str(trainer.precision):
                 use_own_attention(trunk)
             if not any(p.requires_grad for p in trunk.parameters()):
@@ -48,8 +57,3 @@ class ModelSettings(Callback):
 def trunks(module: nn.Module) -> Iterator[PreTrainedModel]:
     """The models inside ``module``, each without its head."""
     return (m for m in module.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)
-
-
-def layers(trunk: PreTrainedModel) -> list[nn.Module]:
-    """The blocks of a Transformer, as transformers marks them."""
-    return [m for m in trunk.modules() if hasattr(type(m), "gradient_checkpointing")]

@@ -22,6 +22,7 @@ def make_trainer(
     activation_checkpointing: bool = False,
     compile: bool = False,
     onednn: bool = False,
+    whole_last_layer: bool = False,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 1.0,
@@ -36,13 +37,13 @@ def make_trainer(
     """Lightning's trainer; the arguments are its own, with their ranges, but for those that follow.
 
     ``precision`` may be "auto": see :func:`best_precision`. ``matmul_precision`` is that of float32 matrix products,
-    in the whole process (``torch.set_float32_matmul_precision``). For ``activation_checkpointing``, ``compile`` and
-    ``onednn`` see :class:`lit_rlhf.training.ModelSettings`.
+    in the whole process (``torch.set_float32_matmul_precision``). For ``activation_checkpointing``, ``compile``,
+    ``onednn`` and ``whole_last_layer`` see :class:`lit_rlhf.training.ModelSettings`.
 
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
     business of :class:`lit_rlhf.training.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
-    models = ModelSettings(activation_checkpointing, compile, onednn)
+    models = ModelSettings(activation_checkpointing, compile, onednn, whole_last_layer)
     return Trainer(
         accelerator=accelerator,
         devices=devices,

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from lit_rlhf.models import (
     generate,
+    layers,
     packed_hidden,
     policy_from_config,
     predicting_positions,
@@ -15,7 +16,6 @@ from lit_rlhf.models import (
 from lit_rlhf.models.attention import OWN, own_attention, sees_before_it
 from lit_rlhf.models.generation import Sampling, Trunk
 from lit_rlhf.text import pack
-from lit_rlhf.training.trained_models import layers
 
 
 @pytest.fixture

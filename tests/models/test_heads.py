@@ -41,6 +41,11 @@ def packed(tokenizer):
     return pack(ended(tokenizer), tokenizer.pad_token_id)
 
 
+def every(batch):
+    """The index of each token."""
+    return torch.arange(len(batch.tokens))
+
+
 def test_scores_are_read_at_the_last_token(reward_model, tokenizer):
     scores = packed_scores(reward_model, packed(tokenizer))
     for sequence, score in zip(ended(tokenizer), scores):
@@ -50,7 +55,7 @@ def test_scores_are_read_at_the_last_token(reward_model, tokenizer):
 
 def test_a_critic_that_begins_as_the_reward_model_values_every_token_as_it_does(policy, reward_model, tokenizer):
     batch, critic = packed(tokenizer), critic_from_reward_model(policy, reward_model)
-    values = critic(batch, packed_hidden(policy, batch))
+    values = critic(batch, every(batch), None)
     assert values.shape == (batch.tokens.numel(),)
     assert_close(values[batch.ends], packed_scores(reward_model, batch))
     for start, sequence in zip(batch.starts.tolist(), ended(tokenizer)):
@@ -67,7 +72,7 @@ def test_a_frozen_reward_model_makes_a_critic_that_learns(policy, reward_model):
 
 def test_a_critic_that_begins_as_the_policy_values_everything_0(policy, tokenizer):
     batch, critic = packed(tokenizer), critic_from_policy(policy)
-    assert not critic(batch, packed_hidden(policy, batch)).any()
+    assert not critic(batch, every(batch), None).any()
     assert torch.equal(packed_hidden(critic.trunk, batch), packed_hidden(policy, batch))
     assert not {id(p) for p in critic.parameters()} & {id(p) for p in policy.parameters()}
 
@@ -76,9 +81,9 @@ def test_a_critic_on_the_policy_is_a_head_alone(policy, tokenizer):
     batch, critic = packed(tokenizer), critic_on_policy(policy)
     assert [p.shape for p in critic.parameters()] == [(1, 32)]
     hidden = packed_hidden(policy, batch)
-    assert not critic(batch, hidden).any()
+    assert not critic(batch, every(batch), hidden).any()
     nn.init.normal_(critic.head.weight)
-    assert_close(critic(batch, hidden), hidden @ critic.head.weight[0])
+    assert_close(critic(batch, every(batch), hidden), hidden @ critic.head.weight[0])
 
 
 def test_a_critic_from_a_reward_model_that_is_not_there_is_refused(policy):

@@ -199,8 +199,7 @@ def test_critics_beside_an_adapted_policy(adapted, tokenizer, tmp_path):
     nn.init.normal_(reward_model.score.weight)
     critic = critic_from_reward_model(policy, reward_model, LoRA(r=2))
     assert {n for n, p in critic.named_parameters() if p.requires_grad and "lora_" not in n} == {"head.weight"}
-    values = critic(rows, hidden)
-    assert_close(values[rows.ends], packed_scores(reward_model, rows))
+    assert_close(critic(rows, rows.ends, None), packed_scores(reward_model, rows))
 
 
 def test_without_peft_the_package_is_named(policy, monkeypatch):

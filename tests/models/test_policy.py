@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch.distributed._composable import checkpoint
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -11,11 +12,13 @@ from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import (
     context_length,
     freeze,
+    layers,
     load_policy,
     load_policy_and_tokenizer,
     next_token_logits,
     packed_hidden,
     policy_from_config,
+    predicting_positions,
     response_positions,
     save_model,
 )
@@ -85,6 +88,49 @@ def test_response_positions_by_hand():
     assert mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
     assert packed.tokens[positions[mask]].tolist() == [2, 3, 6, 7, 8, 10]
     assert positions[~mask].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_last_layer_computes_only_what_is_read(policy, share):
+    """States in any order, some twice: values and gradients of a pass that computes all of them, in float64."""
+    policy, sizes = policy.double(), [3, 5, 1, 4]
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    packed = pack([prompts[i % 2] + [20 + i] * n for i, n in enumerate(sizes)], 0, sizes, share_prompts=share)
+    positions, mask = predicting_positions(packed, packed.response_lengths)
+    at = torch.cat([packed.ends, positions[mask], packed.ends]).flip(0)
+    assert len(at) > len(at.unique())
+    weights = torch.linspace(-1, 1, len(at) * 32, dtype=torch.float64).view(len(at), 32)
+    found, rows = [], []
+    watch = layers(policy.base_model)[-1].mlp.register_forward_hook(lambda mlp, _, out: rows.append(out.numel() // 32))
+    for whole in (False, True):
+        policy.base_model.whole_last_layer = whole
+        hidden = packed_hidden(policy, packed, at=at)
+        found.append((hidden, *torch.autograd.grad((weights * hidden).sum(), list(policy.base_model.parameters()))))
+    for one, two in zip(*found, strict=True):
+        assert_close(one, two, rtol=0, atol=1e-12)
+    assert_close(found[0][0], packed_hidden(policy, packed)[at], rtol=0, atol=1e-12)
+    assert rows == [len(at.unique()), len(packed.tokens), len(packed.tokens)]
+    watch.remove()
+    assert not layers(policy.base_model)[-1].mlp._forward_hooks  # nothing is left behind
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "transformers", "compile"])
+def test_a_last_layer_that_is_run_again_or_compiled_computes_everything(policy, how):
+    policy = policy.double()
+    other, packed = copy.deepcopy(policy), pack([[5, 6, 7, 8], [9, 10, 11]], 0)
+    last = layers(other.base_model)[-1]
+    if how == "checkpoint":
+        checkpoint(last)
+    elif how == "transformers":
+        other.train().gradient_checkpointing_enable()
+    else:
+        last.compile(backend="eager")
+    found = []
+    for model in (policy, other):
+        hidden = packed_hidden(model, packed, at=packed.ends)
+        hidden.square().sum().backward()
+        found.append((hidden, [p.grad for p in model.base_model.parameters()]))
+    assert_close(*found, rtol=1e-5, atol=1e-5)  # Llama's norms are float32 throughout
 
 
 # From a config

@@ -16,7 +16,6 @@ from lit_rlhf.models import (
     RewardHead,
     critic_from_reward_model,
     load_reward_model,
-    packed_hidden,
     packed_scores,
     predicting_positions,
     reward_model_from_config,
@@ -132,7 +131,7 @@ def test_what_is_saved_loads_here_and_not_as_a_classifier(head, reward_model_wit
 @torch.no_grad()
 def test_a_critic_values_each_beginning_as_the_reward_model_scores_it(head, reward_model_with, policy, tokenizer):
     model, (together, sequences) = reward_model_with(head), batch(tokenizer)
-    values = critic_from_reward_model(policy, model)(together, packed_hidden(policy, together))
+    values = critic_from_reward_model(policy, model)(together, torch.arange(len(together.tokens)), None)
     assert values.shape == (together.tokens.numel(),)
     for start, tokens, n in zip(together.starts.tolist(), sequences, together.response_lengths.tolist()):
         for end in range(len(tokens) - n + 1, len(tokens) + 1):  # answers cut off after each of their tokens
@@ -203,8 +202,8 @@ def test_an_ensemble_by_hand(combine, expected, reward_model_with, tokenizer):
     members = [reward_model_with(RewardHead("mlp")) for _ in range(2)]
     for member, (shift, std) in zip(members, [(1.0, 1.0), (0.0, 2.0)]):
         member.config.score_shift, member.config.score_std = shift, std
-    members[0].scores_and_hidden = lambda batch: (torch.tensor([0.5, 1.0]), None)
-    members[1].scores_and_hidden = lambda batch: (torch.tensor([-2.0, 0.0]), None)
+    members[0].scores_and_hidden = lambda batch: (torch.tensor([0.5, 1.0]), torch.zeros(0, 1))
+    members[1].scores_and_hidden = lambda batch: (torch.tensor([-2.0, 0.0]), torch.zeros(0, 1))
     ensemble = RewardEnsemble(members, combine)
     assert_close(packed_scores(ensemble, batch(tokenizer)[0]), torch.tensor(expected))
     assert (score_shift(ensemble), score_std(ensemble)) == (0.0, 1.0)
@@ -219,7 +218,7 @@ def test_an_ensemble_of_folders_scores_by_its_worst_member(reward_model_with, po
     ensemble = load_reward_model([str(f) for f in folders], tokenizer, combine="worst").eval()
     assert_close(packed_scores(ensemble, together), single.min(0).values)
     critic = critic_from_reward_model(policy, ensemble)
-    assert_close(critic(together, packed_hidden(policy, together))[together.ends], single[0])  # its first member
+    assert_close(critic(together, together.ends, None), single[0])  # its first member
 
 
 @torch.no_grad()
@@ -249,8 +248,9 @@ def test_a_shared_prompt_changes_neither_scores_nor_gradients(head, kind, reward
     for share in (False, True):
         rows = pack(sequences, tokenizer.pad_token_id, lengths, share_prompts=share)
         scores = packed_scores(model, rows)
-        values = critic_from_reward_model(policy.double(), model)(rows, None)
-        before = values[predicting_positions(rows, rows.response_lengths)[0]]
+        critic = critic_from_reward_model(policy.double(), model)
+        at = predicting_positions(rows, rows.response_lengths)[0]
+        before = critic(rows, at.flatten(), None).view(at.shape)
         model.zero_grad()
         (weights @ scores).backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -6,9 +6,8 @@ from lightning import LightningModule
 from torch.testing import assert_close
 
 from lit_rlhf.functional import lm_loss
-from lit_rlhf.models import LoRA, add_lora, freeze, next_token_logits, save_model
+from lit_rlhf.models import LoRA, add_lora, freeze, layers, next_token_logits, save_model
 from lit_rlhf.training import BatchLoader, adamw, decay_groups, in_order, make_trainer
-from lit_rlhf.training.trained_models import layers
 from lit_rlhf.training.trainer import best_precision
 
 

@@ -85,10 +85,10 @@ class LeanDecoder:
         hidden = self.read(packed, keep)
         self._mask(rows)
         self.alive += len(prompts)
-        return hidden[packed.ends[source]]
+        return hidden[source]
 
     def read(self, packed: Packed, keep: Callable[[int, Tensor], None]) -> Tensor:
-        """Hidden states (T, E) of packed prompts; ``keep`` gets each layer's keys and values (T, 2, Hkv, D)."""
+        """Last hidden state (N, E) of each packed prompt; ``keep`` gets each layer's keys and values (T, 2, Hkv, D)."""
 
         def within(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             shared = q.shape[1] != k.shape[1]
@@ -99,7 +99,7 @@ class LeanDecoder:
             keep(layer, kv)
             return by_blocks(within, packed.blocks, None, queries, *kv.unbind(1)).flatten(1)
 
-        return self.trunk(packed.tokens, packed.positions, attend)
+        return self.trunk(packed.tokens, packed.positions, attend, packed.ends)
 
     def step(self, tokens: Tensor) -> Tensor:
         alive, end = self.alive, self._next_column()

@@ -109,8 +109,10 @@ class Trunk:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states (N, E), ready for the output embedding, of ``tokens`` (N,) at ``positions`` (N,)."""
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend, at: Tensor | None = None) -> Tensor:
+        """Hidden states (N, E), ready for the output embedding, of ``tokens`` (N,) at ``positions`` (N,).
+
+        ``at`` (M,): those of these tokens alone, (M, E), behind a last layer that computes no others."""
         x = self.embedding[tokens]
         rotation = None
         if self.positions.is_complex():
@@ -118,7 +120,10 @@ class Trunk:
         else:
             x = x + self.positions[positions]
         for i, layer in enumerate(self.layers):
-            x = layer.out(self._attention(i, layer, self._normed(x, layer.norm), rotation, attend), x)
+            attended = self._attention(i, layer, self._normed(x, layer.norm), rotation, attend)
+            if at is not None and i == len(self.layers) - 1:
+                x, attended = x[at], attended[at]
+            x = layer.out(attended, x)
             x = layer.down(self.activation(layer.up(self._normed(x, layer.mlp_norm))), x)
         if isinstance(self.norm, tuple):
             return F.layer_norm(x, x.shape[-1:], *self.norm, self.epsilon)

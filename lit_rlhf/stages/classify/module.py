@@ -57,27 +57,31 @@ class ClassifyModule(StepLog):
             self.head = nn.Linear(width, len(labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
             nn.init.normal_(self.head.weight, std=0.02)
 
-    def logits(self, hidden: Tensor, batch: ClassifyBatch) -> Tensor:
-        """(B, C) of the labels, or of the choices, from hidden states (T, D)."""
-        last = hidden[batch.packed.ends]
+    def hidden(self, batch: ClassifyBatch) -> tuple[Tensor, Tensor]:
+        """Last hidden states of the readings' last tokens (N, D), and of those before the learned ones (M, D)."""
+        at = torch.cat([batch.packed.ends, batch.learned - 1])  # the token before predicts
+        return packed_hidden(self.policy, batch.packed, at=at).split([len(batch.packed.ends), len(batch.learned)])
+
+    def logits(self, last: Tensor, batch: ClassifyBatch) -> Tensor:
+        """(B, C) of the labels, or of the choices, from the hidden states (N, D) of the last tokens."""
         if self.head.out_features == 1:
             return side_by_side(self.head(last).squeeze(-1), batch.example)
         return self.head(added(last, batch.example))
 
-    def lm_loss(self, hidden: Tensor, batch: ClassifyBatch) -> Tensor:
+    def lm_loss(self, before: Tensor, batch: ClassifyBatch) -> Tensor:
         """L1: mean loss in nats a token, over the whole optimizer step's tokens, negated log-likelihood."""
-        logits = next_token_logits(self.policy, hidden[batch.learned - 1])  # the token before predicts
+        logits = next_token_logits(self.policy, before)
         return -token_logprobs(logits, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
 
     def training_step(self, batch: ClassifyBatch, batch_idx: int) -> Tensor:
-        hidden = packed_hidden(self.policy, batch.packed)
-        logits = self.logits(hidden, batch)
+        last, before = self.hidden(batch)
+        logits = self.logits(last, batch)
         loss = classification_loss(logits, batch.labels)
         self.log("classify/loss", loss, prog_bar=True)
         self.log("classify/accuracy", (logits.argmax(-1) == batch.labels).float().mean())
         self.log("classify/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self.lm_coef > 0:
-            lm_loss = self.lm_loss(hidden, batch)
+            lm_loss = self.lm_loss(before, batch)
             self.log("classify/lm_loss", lm_loss)
             loss = loss + self.lm_coef * lm_loss
         return loss
@@ -86,9 +90,9 @@ class ClassifyModule(StepLog):
         self._val = []
 
     def validation_step(self, batch: ClassifyBatch, batch_idx: int) -> None:
-        hidden = packed_hidden(self.policy, batch.packed)
-        self._val.append((self.logits(hidden, batch).float(), batch))
-        self.log("val/classify/lm_loss", self.lm_loss(hidden, batch), batch_size=len(batch.learned), sync_dist=True)
+        last, before = self.hidden(batch)
+        self._val.append((self.logits(last, batch).float(), batch))
+        self.log("val/classify/lm_loss", self.lm_loss(before, batch), batch_size=len(batch.learned), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Over all held-out examples together."""

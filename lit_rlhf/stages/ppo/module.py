@@ -52,10 +52,10 @@ from lit_rlhf.stages.ppo.rollout import (
     ROLLOUT,
     SAMPLES,
     TEXT,
+    Responding,
     Rollout,
     record_of,
     response_logits,
-    response_values,
     scatter,
 )
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
@@ -195,13 +195,14 @@ class PPOModule(LightningModule):
         if not place:
             self.scorer.observe(raw, lambda x: self._reduce(x, "sum"))
         scores = self.scorer.shape(raw, lengths, answers.finished)
-        hidden = packed_hidden(self.policy, packed) if self._reads_policy else None
+        response = Responding.of(packed, lengths)
+        hidden = packed_hidden(self.policy, packed, at=response.before) if self._reads_policy else None
         values = torch.zeros_like(answers.logprobs)
         if answers.states is not None:
             values = torch.where(mask, self.critic.head(answers.states).squeeze(-1).float(), 0.0)
         elif self.critic is not None:
-            values = response_values(self.critic(packed, hidden), packed, lengths)
-        answers, ref_logprobs, kl = self._divergence(packed, lengths, hidden, answers)
+            values = scatter(self.critic(packed, response.before, hidden), mask)
+        answers, ref_logprobs, kl = self._divergence(packed, response, hidden, answers)
         penalties = torch.zeros_like(kl) if self.kl.in_loss else self.kl_coef * kl
         rewards = token_rewards(scores, penalties, mask)
         token_mask, ref_tokens, old_logprobs = mask, ref_logprobs, answers.logprobs
@@ -243,16 +244,15 @@ class PPOModule(LightningModule):
         return self.critic is not None and self.critic.trunk is None
 
     def _divergence(
-        self, packed: Packed, lengths: Tensor, hidden: Tensor | None, answers: Responses
+        self, packed: Packed, response: Responding, hidden: Tensor | None, answers: Responses
     ) -> tuple[Responses, Tensor, Tensor]:
         """(the answers, with log-probs of a training pass; the reference's; estimated divergence), (N, T), nats."""
-        temperature = self.sampling.temperature
+        temperature, (tokens, before, mask) = self.sampling.temperature, response
         with self.reference.for_penalty(self.policy) as reference:
-            ref_hidden = packed_hidden(reference, packed)
-            ref_logits, tokens, mask = response_logits(reference, ref_hidden, packed, lengths, temperature)
+            ref_logits = response_logits(reference, packed_hidden(reference, packed, at=before), temperature)
         ref_logprobs = scatter(token_logprobs(ref_logits, tokens), mask)
         if hidden is not None:
-            logits, _, _ = response_logits(self.policy, hidden, packed, lengths, temperature)
+            logits = response_logits(self.policy, hidden, temperature)
             if not self._exact:
                 figures = {"logprobs": token_logprobs(logits, tokens), "entropy": token_entropy(logits)}
                 answers = answers._replace(**{name: scatter(x, mask) for name, x in figures.items()})
@@ -352,11 +352,10 @@ class PPOModule(LightningModule):
     def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(policy's loss, critic's, what is to be watched) of a minibatch."""
         packed = self.packed(minibatch.sequences, minibatch.lengths)
-        hidden = packed_hidden(self.policy, packed)
-        logits, tokens, mask = response_logits(
-            self.policy, hidden, packed, minibatch.lengths, self.sampling.temperature
-        )
-        logprobs = self._actions(scatter(token_logprobs(logits, tokens), mask), mask)
+        response = Responding.of(packed, minibatch.lengths)
+        hidden = packed_hidden(self.policy, packed, at=response.before)
+        logits = response_logits(self.policy, hidden, self.sampling.temperature)
+        logprobs = self._actions(scatter(token_logprobs(logits, response.tokens), response.mask), response.mask)
         actions, old = minibatch.mask, minibatch.old_logprobs
         policy_loss = self.loss(logprobs, old, minibatch.advantages, actions)
         detached = logprobs.detach()
@@ -367,12 +366,12 @@ class PPOModule(LightningModule):
             "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
         }
         if self.kl.in_loss:
-            kl = self._kl_in_loss(minibatch, packed, logprobs, logits, mask)
+            kl = self._kl_in_loss(minibatch, packed, response, logprobs, logits)
             watched["kl_loss"] = kl.detach()
             policy_loss = policy_loss + self.kl_coef * kl
         if self.critic is None:
             return policy_loss, policy_loss.new_zeros(()), watched
-        values = response_values(self.critic(packed, hidden), packed, minibatch.lengths)[:, : actions.shape[1]]
+        values = scatter(self.critic(packed, response.before, hidden), response.mask)[:, : actions.shape[1]]
         value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, actions, self.value_clip_range)
         watched["value_loss"] = value_loss.detach()
         return policy_loss, value_loss, watched
@@ -381,15 +380,16 @@ class PPOModule(LightningModule):
         """Per action from per token: (N, A) from (N, T)."""
         return whole_answer(x, mask) if self.action == "answer" else x
 
-    def _kl_in_loss(self, minibatch: Rollout, packed: Packed, logprobs: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    def _kl_in_loss(
+        self, minibatch: Rollout, packed: Packed, response: Responding, logprobs: Tensor, logits: Tensor
+    ) -> Tensor:
         """Mean divergence from the reference an action, in nats, whose gradient is the penalty."""
         if self.kl.estimator == "full":
             with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
-                hidden = packed_hidden(reference, packed)
-                ref_logits, _, _ = response_logits(
-                    reference, hidden, packed, minibatch.lengths, self.sampling.temperature
-                )
-            kl = self._actions(scatter(full_kl(logits.float(), ref_logits.float()), mask), mask)
+                hidden = packed_hidden(reference, packed, at=response.before)
+                ref_logits = response_logits(reference, hidden, self.sampling.temperature)
+            kl = scatter(full_kl(logits.float(), ref_logits.float()), response.mask)
+            kl = self._actions(kl, response.mask)
         else:
             kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
         return masked_mean(kl, minibatch.mask)

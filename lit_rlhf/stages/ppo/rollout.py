@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -54,29 +54,34 @@ class Rollout:
             yield self.select(index.to(self.lengths.device))
 
 
-def response_logits(
-    policy: PreTrainedModel, hidden: Tensor, packed: Packed, lengths: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, tokens, mask) of the responses only: (M, V), (M,) and (N, T) with M Trues; ``hidden`` (T, D).
+class Responding(NamedTuple):
+    """The M response tokens of N packed sequences, sequence by sequence."""
+
+    tokens: Tensor  # (M,) int64
+    before: Tensor  # (M,) int64, flat indices of the tokens that predict them
+    mask: Tensor  # (N, T) bool with M Trues, where T is the longest response
+
+    @classmethod
+    def of(cls, packed: Packed, lengths: Tensor) -> Responding:
+        """The last ``lengths`` (N,) tokens of the sequences."""
+        (positions, mask), (before, _) = response_positions(packed, lengths), predicting_positions(packed, lengths)
+        return cls(packed.tokens[positions[mask]], before[mask], mask)
+
+
+def response_logits(policy: PreTrainedModel, hidden: Tensor, temperature: float) -> Tensor:
+    """Logits (M, V) of the response tokens; ``hidden`` (M, D) are the states of those before them.
 
     Logits are divided by the temperature that was sampled with, in the reference too: both are then distributions over
     what could have been drawn."""
-    positions, mask = response_positions(packed, lengths)
-    logits = next_token_logits(policy, hidden[predicting_positions(packed, lengths)[0][mask]])
-    logits = logits if temperature == 1 else logits / temperature
-    return logits, packed.tokens[positions[mask]], mask
+    logits = next_token_logits(policy, hidden)
+    return logits if temperature == 1 else logits / temperature
 
 
 def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
     """Log-probs (N, T) of the response tokens, in nats; 0 elsewhere."""
-    logits, tokens, mask = response_logits(policy, packed_hidden(policy, packed), packed, lengths, temperature)
-    return scatter(token_logprobs(logits, tokens), mask)
-
-
-def response_values(values: Tensor, packed: Packed, lengths: Tensor) -> Tensor:
-    """The value (N, T) of the state before each response token, out of those (T,) at all tokens; 0 elsewhere."""
-    positions, mask = predicting_positions(packed, lengths)
-    return scatter(values[positions[mask]], mask)
+    response = Responding.of(packed, lengths)
+    logits = response_logits(policy, packed_hidden(policy, packed, at=response.before), temperature)
+    return scatter(token_logprobs(logits, response.tokens), response.mask)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class RewardModule(StepLog):
 
     def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss of a batch, what is to be watched)."""
-        scores, hidden = scores_and_hidden(self.reward_model, batch.packed)
+        imitated = batch.predicting if self.lm_coef > 0 else batch.predicting[:0]
+        scores, hidden = scores_and_hidden(self.reward_model, batch.packed, imitated)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
         loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing) * batch.share
         watched = {"reward/loss": loss.detach()}
@@ -88,8 +89,8 @@ class RewardModule(StepLog):
             rated = feedback_loss(scores, batch.ratings, self.feedback_loss) * batch.rated_share
             watched["reward/feedback_loss"] = rated.detach()
             loss = loss + self.feedback_coef * rated
-        if self.lm_coef > 0 and len(batch.learned):
-            logits = hidden[batch.predicting] @ output_embedding(self.reward_model).T
+        if len(imitated):
+            logits = hidden @ output_embedding(self.reward_model).T
             lm = lm_loss(logits, batch.packed.tokens[batch.learned])
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm

@@ -45,7 +45,7 @@ class SFTModule(StepLog):
 
     def loss(self, batch: SFTBatch) -> Tensor:
         """Mean loss in nats a response token, over the whole optimizer step's tokens."""
-        hidden = packed_hidden(self.policy, batch.packed)[batch.learned - 1]  # the token before predicts
+        hidden = packed_hidden(self.policy, batch.packed, at=batch.learned - 1)  # the token before predicts
         logprobs = token_logprobs(next_token_logits(self.policy, hidden), batch.packed.tokens[batch.learned])
         return -logprobs.sum() / batch.normalizer
 
