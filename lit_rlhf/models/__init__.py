@@ -2,6 +2,7 @@
 
 from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
+from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.generation import Engine, Growing, Responses, Sampling, VLLMEngine, answer, generate, stream
 from lit_rlhf.models.heads import (
     Critic,
@@ -25,7 +26,6 @@ from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
     context_length,
     freeze,
-    fuse_gelu,
     layers,
     load_policy,
     load_policy_and_tokenizer,
@@ -60,7 +60,7 @@ __all__ = [
     "critic_on_policy",
     "fingerprint",
     "freeze",
-    "fuse_gelu",
+    "fuse",
     "generate",
     "layers",
     "load_policy",

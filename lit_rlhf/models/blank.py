@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.models.policy import load_pretrained, match_tokenizer, policy_from_config
@@ -42,7 +43,7 @@ def blank_policy(
         if isinstance(architecture, dict):
             model = policy_from_config(architecture, tokenizer)
         else:
-            model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+            model = fuse(AutoModelForCausalLM.from_config(architecture, dtype=torch.float32))
             match_tokenizer(model, tokenizer, "the model")
         return add_lora(model, lora)
 
@@ -59,4 +60,4 @@ def blank_reward_model(
         if head is not None and not head.plain:
             return add_lora(RewardTransformer.from_policy(policy, head), lora)
         policy.config.num_labels = 1
-        return add_lora(AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32), lora)
+        return add_lora(fuse(AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32)), lora)

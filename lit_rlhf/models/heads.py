@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.lora import LoRA, add_lora, merged
 from lit_rlhf.models.policy import (
     context_length,
-    fuse_gelu,
     load_pretrained,
     match_tokenizer,
     packed_hidden,
@@ -52,14 +52,14 @@ def load_reward_model(
     head: RewardHead | None = None,
     lora: LoRA | None = None,
     combine: Literal["mean", "worst"] = "mean",
-    fused_gelu: bool = True,
+    fused: bool = True,
 ) -> AnyRewardModel:
     """Load a reward model, with adapters where ``lora`` asks for them; from a list of paths, an ensemble.
 
     With ``new_head`` a language model will do, too: its trunk gets the ``head`` (linear, at the last token), fresh.
     Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing."""
     if not isinstance(path, str | Path):
-        members = [load_reward_model(each, tokenizer, dtype, fused_gelu=fused_gelu) for each in path]
+        members = [load_reward_model(each, tokenizer, dtype, fused=fused) for each in path]
         return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
     found, wanted = saved_head(path), head or RewardHead()
     if found is not None:
@@ -75,8 +75,8 @@ def load_reward_model(
         model = _load_classifier(path, dtype, new_head)
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
-    if fused_gelu:
-        fuse_gelu(model)
+    if fused:
+        fuse(model)
     return add_lora(model, lora)
 
 
@@ -98,17 +98,17 @@ def reward_model_from_config(
     config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     head: RewardHead | None = None,
-    fused_gelu: bool = True,
+    fused: bool = True,
 ) -> PreTrainedModel | RewardTransformer:
-    """A freshly initialized reward model; ``config`` and ``fused_gelu`` as in ``policy_from_config``."""
-    policy = policy_from_config(config, tokenizer, fused_gelu)
+    """A freshly initialized reward model; ``config`` and ``fused`` as in ``policy_from_config``."""
+    policy = policy_from_config(config, tokenizer, fused)
     if head is not None and not head.plain:
         return RewardTransformer.from_policy(policy, head)
     architecture = policy.config
     architecture.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(architecture)
     nn.init.zeros_(score_head(model).weight)
-    return fuse_gelu(model) if fused_gelu else model
+    return fuse(model) if fused else model
 
 
 def score_head(model: PreTrainedModel | RewardTransformer) -> nn.Module:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import NewGELUActivation
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
+from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
@@ -23,11 +23,11 @@ from lit_rlhf.text.tokenizer import load_tokenizer
 
 
 def policy_from_config(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, fused_gelu: bool = True
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, fused: bool = True
 ) -> PreTrainedModel:
     """A freshly initialized model; ``config`` names a ``model_type`` and that architecture's own settings.
 
-    Vocabulary size and special tokens come from the tokenizer. ``fused_gelu``: see :func:`fuse_gelu`."""
+    Vocabulary size and special tokens come from the tokenizer. ``fused``: see :func:`fuse`."""
     settings = copy.deepcopy(dict(config))
     model_type = settings.pop("model_type", None)
     try:
@@ -43,7 +43,7 @@ def policy_from_config(
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"{model_type} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
         model = AutoModelForCausalLM.from_config(architecture)
-        return fuse_gelu(model) if fused_gelu else model
+        return fuse(model) if fused else model
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model.config: {str(error).strip().splitlines()[0][:900]}") from error
 
@@ -53,15 +53,15 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
     lora: LoRA | None = None,
-    fused_gelu: bool = True,
+    fused: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub name, with adapters where ``lora`` asks for them.
 
     With a ``tokenizer`` the embedding grows to hold tokens that were added to it (a padding token, say), and the model
-    learns which token ends a text. ``fused_gelu``: see :func:`fuse_gelu`."""
+    learns which token ends a text. ``fused``: see :func:`fuse`."""
     model = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
-    if fused_gelu:
-        fuse_gelu(model)
+    if fused:
+        fuse(model)
     if tokenizer is not None:
         match_tokenizer(model, tokenizer, str(path))
     return add_lora(model, lora)
@@ -91,17 +91,6 @@ def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> Any:
             f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors;"
             " a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
         ) from error
-
-
-def fuse_gelu(model: nn.Module) -> nn.Module:
-    """Have one kernel compute what transformers' ``gelu_new`` spells out in seven: the same function.
-
-    The model's config keeps its name, so what is saved is as it was."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-    return model
 
 
 def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

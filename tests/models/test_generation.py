@@ -408,9 +408,9 @@ def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
     seen = []
     real = Trunk.__call__
 
-    def counting(self, tokens, positions, attend):
+    def counting(self, tokens, *others):
         seen.append(len(tokens))
-        return real(self, tokens, positions, attend)
+        return real(self, tokens, *others)
 
     monkeypatch.setattr(Trunk, "__call__", counting)
     prompt = prompts[1]

@@ -20,7 +20,6 @@ from lit_rlhf.models import (
     policy_from_config,
     predicting_positions,
     response_positions,
-    save_model,
 )
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
@@ -253,20 +252,3 @@ def test_the_real_gpt2_tokenizer_with_a_small_model(test_data, tmp_path):
     policy, loaded = load_policy_and_tokenizer(tmp_path)
     assert policy.get_input_embeddings().num_embeddings == len(loaded) == 50258
     assert policy.config.pad_token_id == loaded.pad_token_id == 50257 != policy.config.eos_token_id
-
-
-def test_a_fused_gelu_is_the_same_function_and_leaves_no_trace(tokenizer, tmp_path):
-    config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "n_inner": 32}
-    torch.manual_seed(0)
-    plain = policy_from_config(config, tokenizer, fused_gelu=False).eval().double()
-    save_model(plain, tokenizer, tmp_path)
-    fused = load_policy(tmp_path, dtype="float64").eval()
-    assert isinstance(fused.transformer.h[1].mlp.act, torch.nn.GELU)
-    assert fused.config.activation_function == "gelu_new"
-    assert not isinstance(load_policy(tmp_path, fused_gelu=False).transformer.h[1].mlp.act, torch.nn.GELU)
-    ids = torch.arange(20)[None]
-    for model in (plain, fused):
-        model(input_ids=ids, labels=ids).loss.backward()
-    assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-12)
-    for one, other in zip(fused.parameters(), plain.parameters()):
-        assert_close(one.grad, other.grad, rtol=0, atol=1e-12)

@@ -88,16 +88,10 @@ def test_two_similar_texts_have_no_order(data, module):
     classifier = module(made)
     a, b = made.train_set[0].readings
     batches = [made.collate([made.train_set[0]._replace(readings=r)], [0], [0]) for r in ([a, b], [b, a])]
-    logits = [classifier.logits(_hidden(classifier, batch), batch) for batch in batches]
+    logits = [classifier.logits(classifier.hidden(batch)[0], batch) for batch in batches]
     assert_close(*logits)
     alone = made.collate([made.train_set[0]._replace(readings=[a])], [0], [0])
-    assert not torch.allclose(classifier.logits(_hidden(classifier, alone), alone), logits[0])
-
-
-def _hidden(classifier, batch):
-    from lit_rlhf.models import packed_hidden
-
-    return packed_hidden(classifier.policy, batch.packed)
+    assert not torch.allclose(classifier.logits(classifier.hidden(alone)[0], alone), logits[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +153,7 @@ def test_choices_and_similar_texts_export_so_that_plain_transformers_agree(data,
         batch = made.collate([example], [0], [0])
         scores = torch.cat([model(torch.tensor([r])).logits for r in example.readings])
         expected = scores.T if kind == "choice" else scores.sum(0, keepdim=True)
-        assert_close(classifier.logits(_hidden(classifier, batch), batch), expected, atol=1e-4, rtol=1e-4)
+        assert_close(classifier.logits(classifier.hidden(batch)[0], batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_are_merged(data, module, policy, tmp_path):
@@ -173,7 +167,7 @@ def test_adapters_are_merged(data, module, policy, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     batch = made.collate([made.train_set[0]], [0], [0])
     expected = model(torch.tensor(made.train_set[0].readings)).logits
-    assert_close(classifier.logits(_hidden(classifier, batch), batch), expected, atol=1e-4, rtol=1e-4)
+    assert_close(classifier.logits(classifier.hidden(batch)[0], batch), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
