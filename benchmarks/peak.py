@@ -62,7 +62,7 @@ class TimedPPO(PPOModule):
         total = 0
         for sequence, answer in zip(self.rollout.sequences, self.rollout.lengths.tolist()):
             tokens = len(sequence) - 1  # nothing is asked of the last one
-            total += shape.forward_flops(tokens, answer, logits=answer) + shape.forward_flops(tokens, answer)
+            total += shape.forward_flops(tokens, logits=answer) + shape.forward_flops(tokens)
         return 3 * self.ppo_epochs * total
 
 
@@ -78,7 +78,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             text = write_text(folder / "text.txt", (steps + 2) * case.batch * (case.length + 1) * 10 // 9)
             data = PretrainDataModule(str(text), tokenizer, block_size=case.length, batch_size=case.batch)
             module = PretrainModule(load_policy(policy), tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
-            flops = 3 * case.batch * shape.forward_flops(case.length, case.length, logits=case.length)
+            flops = 3 * case.batch * shape.forward_flops(case.length, logits=case.length)
             fit(module, data, steps, end_lap, lambda *_: {"amount": flops / 1e9}, onednn=ONEDNN)
 
         def optimization(end_lap: EndLap) -> None:
@@ -99,7 +99,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
                 begun = clock()
                 answers = generate(model, batch, Sampling(case.length), **ends)
                 lengths = zip(map(len, batch), answers.lengths.tolist())
-                flops = sum(shape.forward_flops(prompt + n - 1, n, logits=n) for prompt, n in lengths)
+                flops = sum(shape.forward_flops(prompt + n - 1, logits=n) for prompt, n in lengths)
                 end_lap(flops / 1e9, since=begun)
 
         def mm(end_lap: EndLap) -> None:

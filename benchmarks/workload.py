@@ -38,15 +38,15 @@ class Shape(NamedTuple):
     width: int
     heads: int
 
-    def forward_flops(self, tokens: int, read: int, logits: int = 0) -> int:
+    def forward_flops(self, tokens: int, logits: int = 0) -> int:
         """Useful floating-point operations of a forward pass over a sequence of ``tokens``, cached or at once.
 
         2 a weight and token for the matrices (attention 4 d^2 and MLP 8 d^2 a layer), 4 d a layer for each token that
-        a token attends to, itself included, and 2 d V for each token whose logits are asked for. In the last layer the
-        output of attention and the MLP (9 d^2) count for the ``read`` tokens alone whose states are asked for. Norms,
-        activations, softmax and all that is done for padding count as nothing. A backward pass takes twice as many."""
+        a token attends to, itself included, and 2 d V for each token whose logits are asked for. Norms, activations,
+        softmax and all that is done for padding count as nothing; all that the formula asks for counts, also where an
+        implementation finds a way around it. A backward pass takes twice as many."""
         seen = tokens * (tokens + 1) // 2
-        matrices = 2 * self.width**2 * (12 * self.layers * tokens - 9 * (tokens - read))
+        matrices = 2 * 12 * self.layers * self.width**2 * tokens
         return matrices + 4 * self.width * self.layers * seen + 2 * self.width * VOCABULARY * logits
 
 
