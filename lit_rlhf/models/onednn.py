@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-LARGE = 2**15  # elements of a matrix from where on it pays
-
 
 class _Product(torch.autograd.Function):
     """``x @ matrix + bias``: x (..., in), bias (out,) or None; matrix (out, in), or (in, out) where ``conv``."""
@@ -70,13 +68,13 @@ class _Conv1D(Conv1D):
 OURS = {nn.Linear: _Linear, Conv1D: _Conv1D}
 
 
-def use_onednn(module: nn.Module) -> None:
-    """Let large linear layers in ``module`` multiply by oneDNN, where this build of PyTorch has it.
+def use_onednn(module: nn.Module, width: int) -> None:
+    """Let linear layers of at least ``width`` inputs and outputs multiply by oneDNN, where PyTorch was built with it.
 
     Where float32 products were allowed to be less precise, PyTorch chooses."""
     has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     if not has_it or torch.get_float32_matmul_precision() != "highest":
         return
     for layer in module.modules():
-        if type(layer) in OURS and layer.weight.numel() >= LARGE:
+        if type(layer) in OURS and min(layer.weight.shape) >= width:
             layer.__class__ = OURS[type(layer)]

@@ -22,7 +22,8 @@ class ModelSettings(Callback):
         activation_checkpointing: trained models keep only what enters each layer, and compute the rest again in the
             backward pass: less memory, a third more work, the same gradients.
         compile: trained models run through ``torch.compile``, layer by layer.
-        onednn: on a CPU, float32 products of large linear layers are oneDNN's: see :mod:`lit_rlhf.models.onednn`.
+        onednn: on a CPU, float32 products of linear layers of at least so many inputs and outputs are oneDNN's: see
+            :mod:`lit_rlhf.models.onednn`; None: of none.
         whole_last_layer: the MLP of the last layer computes all tokens, also where only the states of some are read.
     """
 
@@ -30,7 +31,7 @@ class ModelSettings(Callback):
         self,
         activation_checkpointing: bool = False,
         compile: bool = False,
-        onednn: bool = False,
+        onednn: int | None = None,
         whole_last_layer: bool = False,
     ) -> None:
         self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
@@ -38,8 +39,8 @@ class ModelSettings(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         on_cpu = trainer.strategy.root_device.type == "cpu"
-        if on_cpu and self.onednn:
-            use_onednn(pl_module)
+        if on_cpu and self.onednn is not None:
+            use_onednn(pl_module, self.onednn)
         for trunk in trunks(pl_module):
             trunk.whole_last_layer = self.whole_last_layer
             if on_cpu and "16" in str(trainer.precision):

@@ -21,7 +21,7 @@ def make_trainer(
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
     activation_checkpointing: bool = False,
     compile: bool = False,
-    onednn: bool = False,
+    onednn: Annotated[int, Field(ge=1)] | None = 256,
     whole_last_layer: bool = False,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,

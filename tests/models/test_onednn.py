@@ -29,7 +29,7 @@ def found(layer, x, slope):
 def test_as_near_to_the_truth_as_mkl(kind, bias):
     plain = layer_of(kind, bias)
     ours = copy.deepcopy(plain)
-    use_onednn(ours)
+    use_onednn(ours, 128)
     assert type(ours) is not type(plain) and isinstance(ours, type(plain))
     x, slope = torch.randn(3, 50, 128), torch.randn(3, 50, 384)
     truth = found(copy.deepcopy(plain).double(), x.double(), slope.double())
@@ -43,7 +43,7 @@ def test_as_near_to_the_truth_as_mkl(kind, bias):
 def test_in_other_precisions_pytorch_multiplies(kind, monkeypatch):
     plain = layer_of(kind)
     ours = copy.deepcopy(plain)
-    use_onednn(ours)
+    use_onednn(ours, 128)
     monkeypatch.setattr("lit_rlhf.models.onednn._times", lambda *_: pytest.fail("oneDNN was asked"))
     x = torch.randn(4, 128)
     assert torch.equal(ours.double()(x.double()), plain.double()(x.double()))
@@ -52,9 +52,9 @@ def test_in_other_precisions_pytorch_multiplies(kind, monkeypatch):
         assert torch.equal(ours(x), plain(x))
 
 
-def test_what_is_small_stays_and_what_is_frozen_gets_no_gradient():
+def test_what_is_narrow_stays_and_what_is_frozen_gets_no_gradient():
     model = nn.Sequential(nn.Linear(128, 512), nn.Linear(512, 8))
-    use_onednn(model)
+    use_onednn(model, 128)
     assert type(model[0]) is not nn.Linear and type(model[1]) is nn.Linear
     model[0].requires_grad_(False)
     x = torch.randn(5, 128, requires_grad=True)
@@ -66,7 +66,7 @@ def test_less_precision_is_pytorchs_choice():
     layer = layer_of("linear")
     torch.set_float32_matmul_precision("medium")
     try:
-        use_onednn(layer)
+        use_onednn(layer, 128)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert type(layer) is nn.Linear
@@ -74,7 +74,7 @@ def test_less_precision_is_pytorchs_choice():
 
 def test_a_copy_and_what_is_saved_are_as_ever(tmp_path):
     layer = layer_of("linear")
-    use_onednn(layer)
+    use_onednn(layer, 128)
     twin = copy.deepcopy(layer)
     x = torch.randn(2, 128)
     assert_close(twin(x), layer(x), rtol=0, atol=0)
