@@ -54,7 +54,7 @@ class Case:
 CASES = {
     "S, ending early": Case("S", early=True, laps=8),
     "S, full length": Case("S", early=False, laps=6),
-    "L, ending early": Case("L", early=True, laps=2, warmup=1),
+    "L, ending early": Case("L", early=True, laps=5, warmup=1),
     "L, full length": Case("L", early=False, laps=2, warmup=1),
 }
 
