@@ -27,22 +27,19 @@ from lit_rlhf.training import (
     BestCheckpoint,
     LastCheckpoint,
     MetricsFile,
+    Peak,
     RandomState,
     StageProgressBar,
     StopOnNonFinite,
     TextSamples,
-    peak_bytes,
     read_metrics,
-    resident_bytes,
-    start_peak,
 )
 
 
 def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     """Run a stage that is not finished, or go on with it; returns its figures."""
     folder = StageFolder(cfg, name)
-    begun, before = time.perf_counter(), resident_bytes()
-    start_peak()
+    begun, memory = time.perf_counter(), Peak()
     if is_main_process():
         folder.begin()
     settings = OmegaConf.create(folder.settings[name])
@@ -69,8 +66,12 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         write_trained_prompts(folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         # Beside the figures, which are the same whenever a stage is done again.
-        memory = {"before_mib": before / 2**20, "peak_mib": peak_bytes() / 2**20}
-        notes = {"memory": memory, "versions": versions(), "data": data_notes(data)}
+        before, peak = memory.measure()
+        notes = {
+            "memory": {"before_mib": before / 2**20, "peak_mib": peak / 2**20},
+            "versions": versions(),
+            "data": data_notes(data),
+        }
         folder.finish({"figures": figures, "seconds": seconds, **notes})
     finally:
         close(loggers)

@@ -11,7 +11,7 @@ from lit_rlhf.training.callbacks import (
     TextSamples,
     append_rows,
 )
-from lit_rlhf.training.memory import peak_bytes, resident_bytes, start_peak
+from lit_rlhf.training.memory import Peak, resident_bytes
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.step_log import StepLog
@@ -26,6 +26,7 @@ __all__ = [
     "MetricsFile",
     "ModelSettings",
     "OptimizerFactory",
+    "Peak",
     "RandomState",
     "Schedule",
     "StageProgressBar",
@@ -38,12 +39,10 @@ __all__ = [
     "in_order",
     "keep_freed_memory",
     "make_trainer",
-    "peak_bytes",
     "read_metrics",
     "resident_bytes",
     "seeded",
     "sharding",
     "shuffled",
-    "start_peak",
     "warmup_decay",
 ]

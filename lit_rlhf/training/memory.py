@@ -16,22 +16,30 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
-def start_peak() -> bool:
-    """Measure the peak anew from here on; False where it can only be known since the process began."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        CLEAR.write_text("5")
-    except OSError:
-        return False
-    return True
+class Peak:
+    """The most memory held since this object was made, and what was held then, in bytes.
 
+    Of a GPU where torch has used one, else of the process in RAM. Where the system cannot measure a process's peak
+    anew (other than Linux), the peak in RAM is the one since the process began.
+    """
 
-def peak_bytes() -> int:
-    """The most memory since :func:`start_peak`: of a GPU where torch has used one, else of the process in RAM."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
+    def __init__(self) -> None:
+        self._resident, self._allocated = resident_bytes(), 0
+        if torch.cuda.is_available():
+            self._allocated = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            CLEAR.write_text("5")
+            self.anew = True
+        except OSError:
+            self.anew = False
+
+    def measure(self) -> tuple[int, int]:
+        """Bytes held when this object was made, and the most since then."""
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return self._allocated, torch.cuda.max_memory_allocated()
+        # Linux counts a new peak from a rougher sum than the memory now: it can begin some pages below it.
+        return self._resident, max(self._resident, _status("VmHWM"))
 
 
 def _status(name: str) -> int:

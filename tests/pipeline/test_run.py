@@ -47,7 +47,7 @@ def test_summary_holds_the_headline_figures(finished_run):
     assert set(summary["peak_mib"]) == {*STAGES}
     for stage, peak in summary["peak_mib"].items():
         done = json.loads((finished_run / "runs" / "quickstart" / stage / "done.json").read_text())
-        assert 100 < done["memory"]["before_mib"] < peak == done["memory"]["peak_mib"] < 8000
+        assert 100 < done["memory"]["before_mib"] <= peak == done["memory"]["peak_mib"] < 8000
     assert {"val_loss_first", "val_loss", "tokens"} <= set(summary["pretrain"])
     assert summary["pretrain"]["val_loss"] < summary["pretrain"]["val_loss_first"]
     assert "val_loss" in summary["sft"]
