@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import sys
-import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,58 +98,75 @@ def clock() -> Clock:
     return time.perf_counter(), time.process_time()
 
 
-class _Turn(threading.Thread):
-    """A side in a thread of its own, of which only one works at a time: trainers cannot be left and entered again."""
+class _Turn:
+    """A side in a process of its own, of which only one works at a time: trainers cannot be left and entered again.
+
+    In one process each side would have a pool of threads of its own, together more than there are cores; OpenMP then
+    puts threads to sleep between any two operations, which costs small ones more than the second core gives."""
 
     def __init__(self, name: str, side: Side, threads: int) -> None:
-        super().__init__(name=name, daemon=True)
-        self.side, self.threads = side, threads
-        self.laps: list[Lap] = []
-        self.error: BaseException | None = None
-        self.optimizer_steps = 0
-        self._mine, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._over = False
-
-    def run(self) -> None:
-        self._mine.acquire()
-        torch.set_num_threads(self.threads)  # of this thread
-        self._begin()
-        try:
-            self.side(self.end_lap)
-        except BaseException as error:
-            self.error = error
-        self._over = True
-        self._done.release()
-
-    def _begin(self) -> None:
-        self.optimizer_steps = 0
-        self._begun = clock()
-
-    def end_lap(self, amount: float, since: Clock | None = None, **watched: float) -> None:
-        seconds, cpu_seconds = (now - begun for now, begun in zip(clock(), since or self._begun))
-        if self._over:
-            return
-        self.laps.append(Lap(seconds, cpu_seconds, amount, self.optimizer_steps, watched))
-        self._done.release()
-        self._mine.acquire()
-        self._begin()
+        self.name, self.laps = name, []
+        self._pipe, far_end = multiprocessing.Pipe()
+        fork = multiprocessing.get_context("fork")  # sides need not be pickled
+        self._process = fork.Process(target=_take_turns, args=(far_end, side, threads), daemon=True)
+        self._process.start()
+        far_end.close()  # so that the end of the process is the end of the pipe
 
     def go(self) -> None:
         """Lets the side work for one lap."""
-        if self._over:
+        lap = self._ask(True)
+        if lap is None:
             raise RuntimeError(f"{self.name} has ended before its last lap")
-        self._mine.release()
-        self._done.acquire()
-        if self.error is not None:
-            raise self.error
+        self.laps.append(lap)
 
     def finish(self) -> None:
         """Lets it come to its end, unwatched."""
-        self._over = True
-        self._mine.release()
-        self.join()
-        if self.error is not None:
-            raise self.error
+        self._ask(False)
+        self._process.join()
+
+    def stop(self) -> None:
+        """Ends it wherever it is."""
+        self._process.terminate()
+        self._process.join()
+
+    def _ask(self, go_on: bool) -> Lap | None:
+        try:
+            self._pipe.send(go_on)
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise RuntimeError(f"the process of {self.name} ended with {self._process.exitcode}") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def _take_turns(pipe: Connection, side: Side, threads: int) -> None:
+    """The other end: work when asked to, and answer with laps, with an error, or with None at the side's end."""
+    torch.set_num_threads(threads)
+    watched = pipe.recv()
+    optimizer_steps, begun = 0, clock()
+
+    def count(*_: Any) -> None:
+        nonlocal optimizer_steps
+        optimizer_steps += 1
+
+    def end_lap(amount: float, since: Clock | None = None, **watching: float) -> None:
+        nonlocal optimizer_steps, begun, watched
+        seconds, cpu_seconds = (now - then for now, then in zip(clock(), since or begun))
+        if not watched:
+            return
+        pipe.send(Lap(seconds, cpu_seconds, amount, optimizer_steps, watching))
+        watched = pipe.recv()
+        optimizer_steps, begun = 0, clock()
+
+    register_optimizer_step_post_hook(count)
+    try:
+        side(end_lap)
+        pipe.send(None)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        pipe.send(error)
 
 
 def interleave(sides: dict[str, Side], laps: int, warmup: int = 1, threads: int = 1) -> Laps:
@@ -156,23 +175,15 @@ def interleave(sides: dict[str, Side], laps: int, warmup: int = 1, threads: int 
     A side must have ``laps + warmup`` units of work. The first ``warmup`` of them, the first one with all its set-up,
     are dropped. The order changes from turn to turn."""
     turns = {name: _Turn(name, side, threads) for name, side in sides.items()}
-
-    def count(*_: Any) -> None:
-        turn = threading.current_thread()
-        if isinstance(turn, _Turn):
-            turn.optimizer_steps += 1
-
-    hook = register_optimizer_step_post_hook(count)
     try:
-        for turn in turns.values():
-            turn.start()
         for number in range(warmup + laps):
             for turn in list(turns.values())[:: 1 if number % 2 else -1]:
                 turn.go()
         for turn in turns.values():
             turn.finish()
     finally:
-        hook.remove()
+        for turn in turns.values():
+            turn.stop()
     return {name: turn.laps[warmup : warmup + laps] for name, turn in turns.items()}
 
 
@@ -424,10 +435,10 @@ def main(work: Work, description: str | None) -> None:
         work = replace(work, name=f"{work.name}_growth", cases=work.growth, slow=())
     quiet()
     keep_freed_memory()  # as the command does; both sides gain
+    torch.set_num_threads(1)  # no threads here, which the processes of the sides could not take over
     found = []
     for threads in arguments.threads:
         for name in arguments.cases or [name for name in work.cases if name not in work.slow]:
-            torch.set_num_threads(threads)
             begun = time.perf_counter()
             try:
                 laps, checks = work.measure(work.cases[name], threads, arguments.laps or work.cases[name].laps)

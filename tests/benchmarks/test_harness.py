@@ -1,5 +1,7 @@
 """Turns, ratios and checks; no other library is needed."""
 
+import multiprocessing
+import os
 from dataclasses import dataclass
 
 import harness
@@ -22,22 +24,33 @@ WORK = Work("rollout", "tokens/s", {"S": Case(), "L": Case()}, lambda *_: None)
 FOUND = {"lit_rlhf": laps(1.0, 2.0, 5.0), "TRL": laps(2.0, 10.0, 4.0)}
 
 
-def test_sides_take_turns_and_warm_up_is_dropped():
-    order = []
+def test_sides_take_turns_and_warm_up_is_dropped(tmp_path):
+    log = tmp_path / "order"
 
     def side(name):
         def work(end_lap):
             for number in range(4):
-                order.append(name)
+                with log.open("a") as file:
+                    file.write(name)
                 end_lap(number, loss=float(number))
 
         return work
 
     found = interleave({"a": side("a"), "b": side("b")}, laps=3, warmup=1)
-    assert sorted(map(sorted, zip(order[::2], order[1::2]))) == [["a", "b"]] * 4
-    assert order[:4] == ["b", "a", "a", "b"]  # who begins changes
+    assert log.read_text() == "baabbaab"  # who begins changes
     assert [lap.amount for lap in found["a"]] == [1, 2, 3]
     assert found["b"][0].watched == {"loss": 1.0}
+
+
+def test_each_side_has_all_threads_in_a_process_of_its_own():
+    def side(end_lap):
+        for _ in range(2):
+            end_lap(1, threads=torch.get_num_threads(), process=os.getpid())
+
+    found = interleave({"a": side, "b": side}, laps=1, threads=2)
+    watched = [lap.watched for side in found.values() for lap in side]
+    assert [w["threads"] for w in watched] == [2, 2]
+    assert len({os.getpid(), *(w["process"] for w in watched)}) == 3
 
 
 def test_each_side_counts_its_own_optimizer_steps():
@@ -79,8 +92,19 @@ def test_an_error_of_a_side_is_raised():
         end_lap(1)
         raise ValueError("broken")
 
-    with pytest.raises(ValueError, match="broken"):
+    with pytest.raises(ValueError, match="broken") as caught:
         interleave({"a": broken, "b": lambda end_lap: [end_lap(1) for _ in range(3)]}, laps=2)
+    assert "in broken" in caught.value.__notes__[0]  # where it was raised
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_is_an_error():
+    def dying(end_lap):
+        end_lap(1)
+        os._exit(3)
+
+    with pytest.raises(RuntimeError, match="the process of a ended with 3"):
+        interleave({"a": dying, "b": lambda end_lap: [end_lap(1) for _ in range(3)]}, laps=2)
 
 
 def test_a_side_that_ends_early_is_an_error():
