@@ -36,14 +36,17 @@ def architecture_of(path: str | Path) -> PretrainedConfig:
 
 
 def blank_policy(
-    architecture: Architecture, tokenizer: PreTrainedTokenizerBase, lora: LoRA | None = None
+    architecture: Architecture, tokenizer: PreTrainedTokenizerBase, lora: LoRA | None = None, fused: bool = True
 ) -> PreTrainedModel:
-    """A causal language model without weights, with as many embeddings as the tokenizer has tokens."""
+    """A causal language model without weights, with as many embeddings as the tokenizer has tokens.
+
+    ``fused``: see :func:`fuse`."""
     with torch.device("meta"):
         if isinstance(architecture, dict):
-            model = policy_from_config(architecture, tokenizer)
+            model = policy_from_config(architecture, tokenizer, fused)
         else:
-            model = fuse(AutoModelForCausalLM.from_config(architecture, dtype=torch.float32))
+            model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+            model = fuse(model) if fused else model
             match_tokenizer(model, tokenizer, "the model")
         return add_lora(model, lora)
 
@@ -53,11 +56,13 @@ def blank_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     head: RewardHead | None = None,
     lora: LoRA | None = None,
+    fused: bool = True,
 ) -> AnyRewardModel:
-    """A reward model without weights; ``architecture`` is that of its trunk."""
+    """A reward model without weights; ``architecture`` is that of its trunk. ``fused``: see :func:`fuse`."""
     with torch.device("meta"):
-        policy = blank_policy(architecture, tokenizer)
+        policy = blank_policy(architecture, tokenizer, fused=fused)
         if head is not None and not head.plain:
             return add_lora(RewardTransformer.from_policy(policy, head), lora)
         policy.config.num_labels = 1
-        return add_lora(fuse(AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32)), lora)
+        model = AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32)
+        return add_lora(fuse(model) if fused else model, lora)

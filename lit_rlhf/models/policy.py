@@ -68,13 +68,15 @@ def load_policy(
 
 
 def load_policy_and_tokenizer(
-    path: str | Path, dtype: str = "float32"
+    path: str | Path, dtype: str = "float32", fused: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model folder as it was saved: the model, and the tokenizer with its chat template."""
+    """A model folder as it was saved: the model, and the tokenizer with its chat template.
+
+    ``fused``: see :func:`fuse`."""
     tokenizer = load_tokenizer(path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = BASE_TEMPLATE
-    return load_policy(path, tokenizer, dtype), tokenizer
+    return load_policy(path, tokenizer, dtype, fused=fused), tokenizer
 
 
 def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> Any:

@@ -35,6 +35,7 @@ from lit_rlhf.models import (
     next_token_logits,
     packed_hidden,
     packed_scores,
+    use_own_attention,
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
 from lit_rlhf.models.generation import LeanDecoder, Trunk
@@ -46,6 +47,7 @@ from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.training import resident_bytes
 from lit_rlhf.training.trace import Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
+from lit_rlhf.training.trained_models import trunks
 from lit_rlhf.training.trainer import precision_of
 
 LOOKED_AT = 64  # batches of an epoch among which the largest is sought
@@ -280,10 +282,11 @@ class Book:
 
     def _policy(self, node: DictConfig) -> PreTrainedModel:
         architecture = OmegaConf.to_container(node.config) if "config" in node else _architecture(self.cfg, node.path)
-        return blank_policy(architecture, self.tokenizer, instantiate(node.get("lora")))
+        return blank_policy(architecture, self.tokenizer, instantiate(node.get("lora")), node.get("fused", True))
 
     def _reward_model(self, node: DictConfig) -> nn.Module:
         parts = {key: instantiate(node[key]) for key in ("head", "lora") if node.get(key) is not None}
+        parts["fused"] = node.get("fused", True)
         if "config" in node:
             return blank_reward_model(OmegaConf.to_container(node.config), self.tokenizer, **parts)
         if self.name != "reward":  # it comes out of that stage
@@ -316,6 +319,8 @@ class Book:
                 self.optimizer = int(each * sum(p.numel() for p in trained))
         self.held = resident_bytes() - self.resident
         device = _device(self.cfg)
+        for trunk in trunks(model):
+            use_own_attention(trunk, device == "cpu" and self.settings.trainer.batched_attention)
         heap = None if device == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap, device)
 

@@ -104,7 +104,10 @@ def make_module(settings: DictConfig, data: LightningDataModule) -> LightningMod
     if "annotator" in settings:
         models["annotator"] = instantiate(settings.annotator, _convert_="all")
     if settings.get("models"):
-        models["others"] = {key: load_policy_and_tokenizer(path) for key, path in settings.models.items() if path}
+        fused = OmegaConf.select(settings, "policy.fused", default=True)
+        models["others"] = {
+            key: load_policy_and_tokenizer(path, fused=fused) for key, path in settings.models.items() if path
+        }
     if "policies" in settings:
         models["policies"] = {
             key: instantiate(node, _convert_="all") for key, node in settings.policies.items() if _there(node)

@@ -110,7 +110,7 @@ def name_loaders(cfg: DictConfig) -> None:
     """Write out what stands for a model of ``evaluate.policies`` that is given by its folder or Hub name alone."""
     for name, node in cfg.evaluate.policies.items():
         if isinstance(node, str):
-            loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer", "path": node}
+            loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer", "fused": cfg.fused, "path": node}
             OmegaConf.update(cfg, f"evaluate.policies.{name}", loader, force_add=True)
 
 

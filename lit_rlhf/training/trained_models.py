@@ -16,8 +16,6 @@ from lit_rlhf.models import layers, use_onednn, use_own_attention
 class ModelSettings(Callback):
     """Sets up the models that a module holds, as the trainer's settings say; their weights and names stay.
 
-    Attention is computed in float32 where a CPU computes the rest in bfloat16: see :mod:`lit_rlhf.models.attention`.
-
     Args:
         activation_checkpointing: trained models keep only what enters each layer, and compute the rest again in the
             backward pass: less memory, a third more work, the same gradients.
@@ -25,6 +23,9 @@ class ModelSettings(Callback):
         onednn: on a CPU, float32 products of linear layers of at least so many inputs and outputs are oneDNN's: see
             :mod:`lit_rlhf.models.onednn`; None: of none.
         whole_last_layer: the MLP of the last layer computes all tokens, also where only the states of some are read.
+        batched_attention: on a CPU, attention is computed by batched products rather than by PyTorch's scaled
+            dot-product attention, which is then in float32 also where the rest is not: see
+            :mod:`lit_rlhf.models.attention`.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class ModelSettings(Callback):
         compile: bool = False,
         onednn: int | None = None,
         whole_last_layer: bool = False,
+        batched_attention: bool = True,
     ) -> None:
         self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
-        self.whole_last_layer = whole_last_layer
+        self.whole_last_layer, self.batched_attention = whole_last_layer, batched_attention
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         on_cpu = trainer.strategy.root_device.type == "cpu"
@@ -43,8 +45,8 @@ class ModelSettings(Callback):
             use_onednn(pl_module, self.onednn)
         for trunk in trunks(pl_module):
             trunk.whole_last_layer = self.whole_last_layer
-            if on_cpu and "16" in str(trainer.precision):
-                use_own_attention(trunk)
+            if on_cpu:
+                use_own_attention(trunk, self.batched_attention)
             if not any(p.requires_grad for p in trunk.parameters()):
                 continue
             for layer in layers(trunk):  # once: Lightning sets up anew for each of validate, fit and test

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.models import LoRA, add_lora, freeze, layers, next_token_logits, save_model
+from lit_rlhf.models.attention import BATCHED, BY_SDPA
 from lit_rlhf.training import BatchLoader, adamw, decay_groups, in_order, make_trainer
 from lit_rlhf.training.trainer import best_precision
 
@@ -100,12 +101,10 @@ def test_compiled_layers_learn_the_same_under_the_same_names(policy, tokenizer, 
     save_model(fast.policy, tokenizer, tmp_path / "model")
 
 
-@pytest.mark.parametrize(
-    ("precision", "attention"),
-    [("32-true", "sdpa"), ("64-true", "sdpa"), ("bf16-mixed", "sdpa_by_blocks"), ("bf16-true", "sdpa_by_blocks")],
-)
-def test_half_precision_on_a_cpu_computes_attention_in_float32(policy, precision, attention):
-    learner = fit(policy, precision=precision)
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(("batched", "attention"), [(True, BATCHED), (False, BY_SDPA)])
+def test_on_a_cpu_attention_is_ours(policy, precision, batched, attention):
+    learner = fit(policy, precision=precision, batched_attention=batched)
     for model in (learner.policy, learner.frozen):
         assert model.config._attn_implementation == attention
         assert model.base_model.config._attn_implementation == attention

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.functional import position_ids
-from lit_rlhf.models.attention import SDPA, by_blocks
+from lit_rlhf.models.attention import SDPA, Layout, attend
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.policy import next_token_logits
 from lit_rlhf.text.packing import Packed, left_pad, pack
@@ -90,16 +89,13 @@ class LeanDecoder:
     def read(self, packed: Packed, keep: Callable[[int, Tensor], None]) -> Tensor:
         """Last hidden state (N, E) of each packed prompt; ``keep`` gets each layer's keys and values (T, 2, Hkv, D)."""
 
-        def within(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            shared = q.shape[1] != k.shape[1]
-            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=True, scale=1.0, enable_gqa=shared)
-            return attended.transpose(1, 2)
+        layout = Layout(packed.blocks)
 
-        def attend(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
+        def within(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
             keep(layer, kv)
-            return by_blocks(within, packed.blocks, None, queries, *kv.unbind(1)).flatten(1)
+            return attend(queries, *kv.unbind(1), layout, scale=1.0).flatten(1)
 
-        return self.trunk(packed.tokens, packed.positions, attend, packed.ends)
+        return self.trunk(packed.tokens, packed.positions, within, packed.ends)
 
     def step(self, tokens: Tensor) -> Tensor:
         alive, end = self.alive, self._next_column()
