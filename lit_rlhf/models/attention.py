@@ -8,7 +8,7 @@ PyTorch's scaled dot-product attention for CPUs multiplies the small matrices of
 threads are hardly faster at that than one, and its backward pass is several times as slow in bfloat16 as in float32.
 Products of all rows and heads of a block at once scale with threads, and in bfloat16 take half the time; but they keep
 the attention's weights for the backward pass, and cost more calls. So rows that are longer than ``LONGEST``, and with
-one thread small blocks, are left to PyTorch, in float32."""
+one thread all but large blocks in bfloat16, are left to PyTorch, in float32."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ BATCHED, BY_SDPA = "batched_by_blocks", "sdpa_by_blocks"
 SDPA = ("sdpa", BATCHED, BY_SDPA)  # one function, masks alike
 LONGEST = 256  # tokens of a row
 NARROW_FROM = 512  # tokens of a block: with fewer, products in bfloat16 take longer than in float32 to set up
-BATCHED_FROM = 256  # tokens of a block on average, where there is one thread
 
 
 class Layout:
@@ -105,13 +104,13 @@ def attend(
     ``batched``: by batched products where that is faster; else by PyTorch's scaled dot-product attention."""
     on, groups = query.device.type, query.shape[1] // key.shape[1]
     fits = not dropout and max(width for _, width in layout.blocks) <= LONGEST
-    pays = torch.get_num_threads() > 1 or len(query) >= BATCHED_FROM * len(layout.blocks)
+    narrow = value.dtype in (torch.bfloat16, torch.float16)
+    pays = torch.get_num_threads() > 1 or (narrow and len(query) >= NARROW_FROM * len(layout.blocks))
     if batched and on in ("cpu", "meta") and fits and pays:
         if groups > 1:
             key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return _Batched.apply(query, key, value, layout, scale)
-    narrow = on == "cpu" and value.dtype in (torch.bfloat16, torch.float16)
-    heads = (x.float() for x in (query, key, value)) if narrow else (query, key, value)
+    heads = (x.float() for x in (query, key, value)) if narrow and on == "cpu" else (query, key, value)
     masks = layout.masks or [None] * len(layout.blocks)
     attended = [
         F.scaled_dot_product_attention(

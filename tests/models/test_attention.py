@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from lit_rlhf.models import (
-    attention,
     generate,
     layers,
     packed_hidden,
@@ -25,8 +24,8 @@ BLOCKS = [Block(2, 7), Block(1, 5), Block(3, 1)]
 
 @pytest.fixture
 def always_batched(monkeypatch):
-    """Also small blocks, which one thread leaves to PyTorch's kernel."""
-    monkeypatch.setattr(attention, "BATCHED_FROM", 0)
+    """One thread leaves most to PyTorch's kernel."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 def heads(tokens, count, size=4, dtype=torch.float64, seed=0):
@@ -75,22 +74,24 @@ def test_derivatives_of_batched_attention(always_batched):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "threads", "dropout", "batched"),
+    ("blocks", "threads", "dtype", "dropout", "batched"),
     [
-        ([Block(4, 64)], 1, 0.0, True),
-        ([Block(4, 64), Block(4, 63)], 1, 0.0, False),  # small blocks
-        ([Block(4, 64), Block(4, 63)], 2, 0.0, True),
-        ([Block(1, LONGEST), Block(256, 1)], 1, 0.0, True),
-        ([Block(1, LONGEST + 1), Block(256, 1)], 1, 0.0, False),
-        ([Block(4, 64)], 1, 0.1, False),
+        ([Block(8, 64)], 1, torch.float32, 0.0, False),
+        ([Block(8, 64)], 1, torch.bfloat16, 0.0, True),
+        ([Block(8, 64), Block(8, 63)], 1, torch.bfloat16, 0.0, False),  # small blocks
+        ([Block(8, 64), Block(8, 63)], 2, torch.bfloat16, 0.0, True),
+        ([Block(2, 6)], 2, torch.float32, 0.0, True),
+        ([Block(1, LONGEST)], 2, torch.float32, 0.0, True),
+        ([Block(1, LONGEST + 1)], 2, torch.float32, 0.0, False),
+        ([Block(8, 64)], 2, torch.float32, 0.1, False),
     ],
 )
-def test_where_products_are_batched(blocks, threads, dropout, batched, monkeypatch):
+def test_where_products_are_batched(blocks, threads, dtype, dropout, batched, monkeypatch):
     calls = []
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **y: calls.append(1) or original(*x, **y))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    query = heads(sum(rows * width for rows, width in blocks), 1)
+    query = heads(sum(rows * width for rows, width in blocks), 1, dtype=dtype)
     attend(query, query, query, Layout(blocks), 0.5, dropout)
     assert len(calls) == (0 if batched else len(blocks))
     calls.clear()
@@ -124,11 +125,11 @@ def test_without_autocast_nothing_changes(policy, rows, dtype):
     assert_close(*slopes, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fewest", [0, 10**9])  # batched products, and PyTorch's kernel
+@pytest.mark.parametrize("threads", [1, 2])  # PyTorch's kernel, and batched products
 @pytest.mark.parametrize("share", [False, True])
-def test_block_by_block_is_what_each_block_gives_alone(policy, share, fewest, monkeypatch):
+def test_block_by_block_is_what_each_block_gives_alone(policy, share, threads, monkeypatch):
     """One pass over all blocks, against transformers' "eager" attention in a pass for each: values and gradients."""
-    monkeypatch.setattr(attention, "BATCHED_FROM", fewest)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     policy, sizes = policy.double(), [4, 8, 1, 12, 6, 3]
     generator = torch.Generator().manual_seed(2)
 
@@ -202,11 +203,11 @@ def test_under_autocast_queries_keys_and_values_are_float32(policy, rows, monkey
 
 
 @pytest.mark.parametrize(
-    ("fewest", "rows", "bound"),
-    [(10**9, 2, 1.05), (0, 2, 1.05), (0, 20, 1.6)],  # PyTorch's kernel, batched in float32, and in bfloat16
+    ("threads", "rows", "bound"),
+    [(1, 2, 1.05), (2, 2, 1.05), (1, 20, 1.6), (2, 20, 1.6)],  # PyTorch's kernel, batched in float32, and in bfloat16
 )
-def test_in_mixed_precision_it_is_as_close_to_the_truth_as_attention_in_bfloat16(fewest, rows, bound, monkeypatch):
-    monkeypatch.setattr(attention, "BATCHED_FROM", fewest)
+def test_in_mixed_precision_it_is_as_close_to_the_truth_as_attention_in_bfloat16(threads, rows, bound, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(0)
     q, k, v, out = torch.randn(4, rows, 4, 32, 16, generator=generator, dtype=torch.float64).unbind()
     module = torch.nn.Module()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import attention, next_token_logits, packed_hidden
+from lit_rlhf.models import next_token_logits, packed_hidden
 from lit_rlhf.models.blank import blank_policy
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training import adamw
@@ -101,9 +101,9 @@ def saved_by(loss_of, model):
     return bytes_of([*floats, loss])
 
 
-@pytest.mark.parametrize("fewest", [0, 10**9])  # attention by batched products, and by PyTorch's kernel
-def test_a_models_activations_are_those_that_autograd_keeps(model_config, policy, tokenizer, fewest, monkeypatch):
-    monkeypatch.setattr(attention, "BATCHED_FROM", fewest)
+@pytest.mark.parametrize("threads", [1, 2])  # attention by PyTorch's kernel, and by batched products
+def test_a_models_activations_are_those_that_autograd_keeps(model_config, policy, tokenizer, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     batch = pack([[5] * n for n in (20, 31, 7, 44, 12, 40)], 0)
     learned = torch.arange(1, 40)
 
