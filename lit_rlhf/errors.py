@@ -1,5 +1,7 @@
 """Errors that are for people."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """Something that the user can mend: what was found, where, what was expected, what to do.
@@ -17,3 +19,10 @@ class Waiting(UserError):
 
 class Interrupted(UserError):
     """The user pressed Ctrl-C, and what was reached is on disk."""
+
+
+def users_mistake(error: BaseException | None) -> UserError | None:
+    """The ``UserError`` that an exception is or came from: Hydra wraps what a constructor raises."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

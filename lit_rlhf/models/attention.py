@@ -35,7 +35,7 @@ NARROW_FROM = 512  # tokens of a block: with fewer, products in bfloat16 take lo
 
 class Layout:
     """The blocks of packed sequences, on their way to attention; ``masks`` say what each token of a block's rows sees,
-    (R, 1, W, W) bool a block; None: the tokens before it and itself.
+    (R, 1, W, W) bool a block; None: the tokens before it and itself. Tokens behind the last block see nothing: 0.
 
     An object, for torch.compile would compile a layer anew for each tuple of blocks that it is called with."""
 
@@ -49,9 +49,14 @@ class Layout:
             return [torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf) for mask in self.masks]
         return [torch.full((width, width), -torch.inf).triu_(1) for _, width in self.blocks]
 
+    def behind(self, x: Tensor) -> int:
+        """How many tokens of ``x`` (T, ...) stand behind the last block."""
+        return len(x) - sum(r * w for r, w in self.blocks)
+
     def pieces(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Of each block, the parts (R, H, W, D) of ``tensors`` (T, H, D): views of them."""
-        for block, *parts in zip(self.blocks, *(x.split([r * w for r, w in self.blocks]) for x in tensors)):
+        sizes = [*(r * w for r, w in self.blocks), self.behind(tensors[0])]
+        for block, *parts in zip(self.blocks, *(x.split(sizes) for x in tensors)):
             yield tuple(x.view(*block, *x.shape[1:]).transpose(1, 2) for x in parts)
 
 
@@ -65,6 +70,7 @@ class _Batched(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         """(T, H, D) each -> (T, H, D) in the precision of ``value``."""
         out, kept = torch.empty_like(value), []
+        out[len(out) - layout.behind(out) :] = 0
         wide = torch.promote_types(value.dtype, torch.float32)
         for bias, (q, k, v, attended) in zip(layout.biases, layout.pieces(query, key, value, out)):
             rows, heads, width, _ = q.shape
@@ -83,6 +89,8 @@ class _Batched(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         slopes = [torch.empty(slope.shape, dtype=dtype, device=slope.device) for dtype in ctx.dtypes]
+        for of_rows in slopes:
+            of_rows[len(slope) - ctx.layout.behind(slope) :] = 0
         kept = iter(ctx.saved_tensors)
         with torch.autocast("cpu", enabled=False):
             for of_attended, of_q, of_k, of_v in ctx.layout.pieces(slope, *slopes):
@@ -120,6 +128,8 @@ def attend(
         .flatten(0, 1)
         for mask, (q, k, v) in zip(masks, layout.pieces(*heads))
     ]
+    if behind := layout.behind(query):
+        attended.append(attended[0].new_zeros(behind, *query.shape[1:]))
     return (torch.cat(attended) if len(attended) > 1 else attended[0]).to(value.dtype)
 
 

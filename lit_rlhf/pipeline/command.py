@@ -22,7 +22,7 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import Interrupted, UserError, Waiting
+from lit_rlhf.errors import Interrupted, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.folder import is_main_process, register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     check_settings,
@@ -201,13 +201,6 @@ def work(cfg: DictConfig) -> tuple[str, float]:
     if not is_main_process() or not stages_of(cfg):
         return "", float("nan")
     return objective_of(cfg, summary, stages_of(cfg))
-
-
-def users_mistake(error: BaseException | None) -> UserError | None:
-    """The ``UserError`` that an exception is or came from: Hydra wraps what a constructor raises."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def note_failure(cfg: DictConfig, error: Exception) -> None:

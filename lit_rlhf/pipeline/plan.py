@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.apps.plan import Need, Plan
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.functional import dpo_loss, ranking_pairs
 from lit_rlhf.models import (
     RewardEnsemble,
@@ -35,7 +35,6 @@ from lit_rlhf.models import (
     next_token_logits,
     packed_hidden,
     packed_scores,
-    use_own_attention,
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
 from lit_rlhf.models.generation import LeanDecoder, Trunk
@@ -45,9 +44,8 @@ from lit_rlhf.stages.ppo.rollout import Responding, Rollout, response_logprobs
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.training import resident_bytes
+from lit_rlhf.training import ModelSettings, resident_bytes
 from lit_rlhf.training.trace import Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
-from lit_rlhf.training.trained_models import trunks
 from lit_rlhf.training.trainer import precision_of
 
 LOOKED_AT = 64  # batches of an epoch among which the largest is sought
@@ -94,7 +92,14 @@ def write_plan(cfg: DictConfig) -> Plan:
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """What ``function`` returns or raises, in a process of its own that begins as this one is now."""
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(_plainly, function, *arguments).result()
+
+
+def _plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:  # what Hydra wraps around a user's mistake does not reach another process
+        raise users_mistake(error) or error from None
 
 
 def _device(cfg: DictConfig) -> str:
@@ -318,9 +323,12 @@ class Book:
                 each = optimizer_bytes(instantiate(self.settings.optimizer))
                 self.optimizer = int(each * sum(p.numel() for p in trained))
         self.held = resident_bytes() - self.resident
-        device = _device(self.cfg)
-        for trunk in trunks(model):
-            use_own_attention(trunk, device == "cpu" and self.settings.trainer.batched_attention)
+        device, trainer = _device(self.cfg), self.settings.trainer
+        ModelSettings(  # without what cannot be traced: oneDNN and the rows that it wants, compiled layers
+            trainer.activation_checkpointing,
+            whole_last_layer=trainer.whole_last_layer,
+            batched_attention=trainer.batched_attention,
+        ).apply(model, on_cpu=device == "cpu")
         heap = None if device == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap, device)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -139,6 +140,10 @@ class Trace(TorchDispatchMode):
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         self._functions = _AsOnTheDevice(half, device)
         self._stack = ExitStack()
+        for module in model.modules():  # what is computed again is computed alike: torch leaves such modes aside then
+            if checkpoint.state(module) is not None:
+                module.register_forward_pre_hook(lambda *_: self._enter_functions())
+                module.register_forward_hook(lambda *_: self._functions.__exit__(None, None, None), always_call=True)
 
     def __enter__(self) -> Trace:
         super().__enter__()
@@ -148,6 +153,9 @@ class Trace(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
         super().__exit__(*error)
+
+    def _enter_functions(self) -> None:
+        self._functions.__enter__()
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:

@@ -26,6 +26,8 @@ class ModelSettings(Callback):
         batched_attention: on a CPU, attention is computed by batched products rather than by PyTorch's scaled
             dot-product attention, which is then in float32 also where the rest is not: see
             :mod:`lit_rlhf.models.attention`.
+        row_multiple: on a CPU, packed sequences and what is read of them are filled up to a multiple of so many tokens
+            where products are of 16-bit numbers: see :func:`lit_rlhf.models.policy.rows_to_add`.
     """
 
     def __init__(
@@ -35,21 +37,26 @@ class ModelSettings(Callback):
         onednn: int | None = None,
         whole_last_layer: bool = False,
         batched_attention: bool = True,
+        row_multiple: int = 32,
     ) -> None:
         self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
         self.whole_last_layer, self.batched_attention = whole_last_layer, batched_attention
+        self.row_multiple = row_multiple
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        on_cpu = trainer.strategy.root_device.type == "cpu"
+        self.apply(pl_module, on_cpu=trainer.strategy.root_device.type == "cpu")
+
+    def apply(self, module: nn.Module, on_cpu: bool) -> None:
+        """Set up the models inside ``module``, which will run on a CPU or elsewhere; twice is as good as once."""
         if on_cpu and self.onednn is not None:
-            use_onednn(pl_module, self.onednn)
-        for trunk in trunks(pl_module):
-            trunk.whole_last_layer = self.whole_last_layer
+            use_onednn(module, self.onednn)
+        for trunk in trunks(module):
+            trunk.whole_last_layer, trunk.row_multiple = self.whole_last_layer, self.row_multiple
             if on_cpu:
                 use_own_attention(trunk, self.batched_attention)
             if not any(p.requires_grad for p in trunk.parameters()):
                 continue
-            for layer in layers(trunk):  # once: Lightning sets up anew for each of validate, fit and test
+            for layer in layers(trunk):  # Lightning sets up anew for each of validate, fit and test
                 # transformers' own asks whether a layer is in training mode, which those of PPO never are.
                 if self.activation_checkpointing and checkpoint.state(layer) is None:
                     checkpoint(layer)

@@ -20,6 +20,7 @@ from lit_rlhf.models import (
     policy_from_config,
     predicting_positions,
     response_positions,
+    use_own_attention,
 )
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
@@ -73,6 +74,49 @@ def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(policy, toke
     for (name, a), b in zip(policy.named_parameters(), other.parameters()):
         assert b.grad.abs().max() > 0, name
         assert_close(a.grad, b.grad, rtol=0, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("share", [False, True])
+def test_rows_that_are_added_change_nothing(policy, share, batched, monkeypatch):
+    """Values and gradients in float64, though only products of 16-bit numbers have rows added."""
+    monkeypatch.setattr("lit_rlhf.models.policy.compute_dtype", lambda trunk: torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # with one PyTorch's kernel would do both
+    policy, sizes, rows = policy.double(), [3, 5, 1, 4], []
+    use_own_attention(policy, batched)
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    packed = pack([prompts[i % 2] + [20 + i] * n for i, n in enumerate(sizes)], 0, sizes, share_prompts=share)
+    before, mask = predicting_positions(packed, packed.response_lengths)
+    embeddings = policy.get_input_embeddings().weight[packed.tokens].detach().requires_grad_()
+    watched = [policy.get_output_embeddings(), layers(policy.base_model)[-1], layers(policy.base_model)[-1].mlp]
+    for module in watched:
+        module.register_forward_hook(lambda _, __, out: rows.append(out.shape[-2]))
+    found = []
+    for multiple in (1, 16):
+        policy.base_model.row_multiple = multiple
+        everything, again = packed_hidden(policy, packed), packed_hidden(policy, packed, embeddings)
+        logits = next_token_logits(policy, packed_hidden(policy, packed, at=before[mask]))
+        total = logits.square().sum() + (everything - 2 * again).pow(3).sum()
+        gradients = torch.autograd.grad(total, [*policy.parameters(), embeddings])
+        found.append((everything, again, logits, *gradients))
+    for one, two in zip(*found, strict=True):
+        assert_close(one, two, rtol=0, atol=1e-11)
+    size, read = len(packed.tokens), int(mask.sum())
+    assert rows[:7] == [size] * 4 + [len(before[mask].unique()), size, read]  # a layer ends after its MLP
+    filled = -(-size // 16) * 16
+    assert rows[7:] == [filled] * 4 + [16, filled, 16]
+
+
+@pytest.mark.parametrize("dtype, rows", [(torch.float32, 12), (torch.bfloat16, 32)])
+def test_rows_are_added_where_products_are_of_16_bit_numbers(policy, dtype, rows):
+    packed, seen = pack([[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]], 0), []
+    policy.base_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert packed_hidden(policy.float(), packed).shape[0] == 12
+    packed_hidden(policy.to(dtype), packed)
+    assert seen == [rows, rows]
 
 
 def test_next_token_logits_are_the_models_own(policy, tokenizer):

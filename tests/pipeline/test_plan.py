@@ -58,6 +58,8 @@ def test_settings_reach_the_plan(planned):
     assert two["sft"].activations > 1.5 * one["sft"].activations
     assert two["sft"].steps == one["sft"].steps // 2
     assert two["ppo"].weights == pytest.approx(3 / 4 * one["ppo"].weights, rel=0.01)
+    less = planned("model=pico", "run=less", "sft.data.limit=256", "trainer.activation_checkpointing=true")[0]
+    assert less["sft"].activations < 0.8 * one["sft"].activations
 
 
 def test_a_checkpoint_and_a_file_that_is_not_there(planned, finished_run, tmp_path):
@@ -86,6 +88,12 @@ def test_a_finished_runs_checkpoints_are_as_large_as_planned(lit_rlhf, finished_
 def test_a_mistake_ends_the_plan(planned):
     with pytest.raises(UserError, match=r"sft.data.batch_size=none: it should be a valid integer"):
         planned("sft.data.batch_size=none")
+
+
+def test_a_mistake_in_one_stage_is_said_plainly_in_the_next(planned):
+    with pytest.raises(UserError) as raised:
+        planned("model=pico", "run=lost", "pretrain/data=text", "pretrain.data.path=nowhere.jsonl")
+    assert "nowhere.jsonl" in str(raised.value) and "no tokenizer could be loaded" in str(raised.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")

@@ -111,6 +111,11 @@ def test_on_a_cpu_attention_is_ours(policy, precision, batched, attention):
     assert policy.config._attn_implementation == "sdpa"
 
 
+def test_how_many_rows_are_multiplied_is_a_setting(policy):
+    assert {m.base_model.row_multiple for n in (32, 1) for m in (fit(policy, row_multiple=n).policy,)} == {32, 1}
+    assert fit(policy).frozen.base_model.row_multiple == 32
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gradients_are_clipped_in_mixed_precision_too(policy, precision):
     begun = policy.float().state_dict()

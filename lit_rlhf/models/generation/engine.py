@@ -18,7 +18,7 @@ from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
 from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, StaticDecoder, TransformersDecoder
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
-from lit_rlhf.models.policy import context_length
+from lit_rlhf.models.policy import compute_dtype, context_length
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 
@@ -242,12 +242,6 @@ def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: b
     if trunk is None:
         return TransformersDecoder(model, pad_id)
     return (StaticDecoder if graphs else LeanDecoder)(trunk, rows, width)
-
-
-def compute_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """What matrix products are computed in where that is not the model's own."""
-    kind = model.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, eos_id: int) -> Tensor:

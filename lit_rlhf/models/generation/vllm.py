@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.generation.engine import check_room, compute_dtype
+from lit_rlhf.models.generation.engine import check_room
 from lit_rlhf.models.generation.sampling import Responses, Sampling
 from lit_rlhf.models.lora import plain_weights
-from lit_rlhf.models.policy import context_length
+from lit_rlhf.models.policy import compute_dtype, context_length
 
 
 class VLLMEngine:
@@ -72,7 +72,7 @@ class VLLMEngine:
         config.architectures = [type(policy).__name__]
         config.eos_token_id = tokenizer.eos_token_id
         config.tie_word_embeddings = False  # a tied output embedding is lost when vLLM 0.32 reloads weights
-        dtype = str(compute_dtype(policy) or policy.dtype).removeprefix("torch.")
+        dtype = str(compute_dtype(policy)).removeprefix("torch.")
         key = f"{dtype} {config.to_json_string(use_diff=False)}"
         if key not in self._models:
             self._models[key] = self._make(config, tokenizer, dtype, context_length(policy))
