@@ -21,7 +21,7 @@ class Bar(NamedTuple):
     aim: float
 
 
-WORKS = ("ppo", "rollout", "sft", "reward", "pretrain", "peak")
+WORKS = ("ppo", "rollout", "sft", "reward", "pretrain", "quickstart", "peak")
 BARS = {
     ("ppo", "S, ending early"): Bar(2.3, 4),
     ("ppo", "S, full length"): Bar(1.4, 2.5),
@@ -37,6 +37,7 @@ BARS = {
     ("reward", "S, rankings of 6"): Bar(4, 8),
     ("pretrain", "S"): Bar(0.97, 1),
     ("pretrain", "L"): Bar(0.97, 1),
+    ("quickstart", "the whole command"): Bar(1.5, 3),
     ("peak", "pretraining, S"): Bar(0.7, 0.8),
     ("peak", "pretraining, L"): Bar(0.7, 0.8),
     ("peak", "PPO optimization, S"): Bar(0.5, 0.65),
