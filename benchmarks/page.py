@@ -37,7 +37,7 @@ BARS = {
     ("reward", "S, rankings of 6"): Bar(4, 8),
     ("pretrain", "S"): Bar(0.97, 1),
     ("pretrain", "L"): Bar(0.97, 1),
-    ("quickstart", "the whole command"): Bar(1.5, 3),
+    ("quickstart", "the whole quickstart"): Bar(1.5, 3),
     ("peak", "pretraining, S"): Bar(0.7, 0.8),
     ("peak", "pretraining, L"): Bar(0.7, 0.8),
     ("peak", "PPO optimization, S"): Bar(0.5, 0.65),

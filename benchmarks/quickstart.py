@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import (
@@ -42,7 +42,7 @@ from harness import (
 BEFORE = "4b16d82"
 SLICE = 2.0  # seconds
 STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
-WHOLE = "the whole command"
+WHOLE = "the whole quickstart"
 # What was learned, by its address in summary.json, and how far two runs may differ, as a share of the older one's: from
 # seed to seed SFT's loss moves by a tenth, and PPO's win rate by a twentieth.
 LEARNED = {("pretrain", "val_loss"): 0.1, ("sft", "val_loss"): 0.15, ("reward", "gold_accuracy"): 0.05}
@@ -163,16 +163,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
     given = parser.parse_args(arguments)
     quiet()
-    names = [*STAGES, WHOLE]
+    names = {stage: f"quickstart's {stage}" for stage in STAGES} | {WHOLE: WHOLE}
     case = Case(given.seed, given.before)
-    work = Work("quickstart", "an hour", dict.fromkeys(names, case), lambda *_: ({}, []))
+    work = Work("quickstart", "an hour", dict.fromkeys(names.values(), case), lambda *_: ({}, []))
     found: list[Result] = []
     for threads in given.threads:
         try:
-            found += [result(work, name, threads, *parts) for name, parts in measure(case, threads).items()]
+            measured = [result(work, names[name], threads, *parts) for name, parts in measure(case, threads).items()]
         except WorkDiffersError as error:
             sys.exit(f"quickstart: {error}")
-        path = store(found, names, given.out)
+        again = f"python benchmarks/quickstart.py --before {case.before} --threads {threads} --seed {case.seed}"
+        found += [replace(one, command=again) for one in measured]
+        path = store(found, list(names.values()), given.out)
     plot(load(path), path.with_suffix(".svg"))
     print(table(found))
 
