@@ -327,8 +327,8 @@ class Book:
         ModelSettings(  # without what cannot be traced: oneDNN and the rows that it wants, compiled layers
             trainer.activation_checkpointing,
             whole_last_layer=trainer.whole_last_layer,
-            batched_attention=trainer.batched_attention,
-        ).apply(model, on_cpu=device == "cpu")
+            batched_attention=device == "cpu" and trainer.batched_attention,
+        ).apply(model, on_cpu=True)  # tensors without numbers take the way of a CPU's; a GPU never batches attention
         heap = None if device == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap, device)
 
