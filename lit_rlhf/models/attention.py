@@ -6,17 +6,20 @@ block of sequences of one length.
 
 PyTorch's scaled dot-product attention for CPUs multiplies the small matrices of each row and head by themselves. Two
 threads are hardly faster at that than one, and its backward pass is several times as slow in bfloat16 as in float32.
-Products of all rows and heads of a block at once scale with threads, and in bfloat16 take half the time; but they keep
-the attention's weights for the backward pass, and cost more calls. So rows that are longer than ``LONGEST``, and with
-one thread all but large blocks in bfloat16, are left to PyTorch, in float32."""
+Products of all rows and heads at once scale with threads, and in bfloat16 take half the time; but they keep the
+attention's weights for the backward pass, and cost more calls, after each of which threads wait for one another. So
+blocks of about one length are laid out as one tile, padded: attention looks at some tokens in vain, and nothing else
+does. Rows that are longer than ``LONGEST``, and with one thread all but large tiles in bfloat16, are left to PyTorch,
+in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,12 +28,113 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_rlhf.text.packing import Block
+from lit_rlhf.text.packing import Block, cheapest_runs
 
 BATCHED, BY_SDPA = "batched_by_blocks", "sdpa_by_blocks"
 SDPA = ("sdpa", BATCHED, BY_SDPA)  # one function, masks alike
 LONGEST = 256  # tokens of a row
-NARROW_FROM = 512  # tokens of a block: with fewer, products in bfloat16 take longer than in float32 to set up
+NARROW_FROM = 512  # tokens of a tile: with fewer, products in bfloat16 take longer than in float32 to set up
+TILE = 100_000  # what a tile costs, in weights of attention: its calls, forward and backward, and waiting for threads
+
+
+class Tile:
+    """Blocks side by side: R rows as wide as the widest of them, W, padding at the end of those that are shorter.
+
+    Args:
+        blocks: one after another.
+        masks: (r, 1, w, w) bool of each, which token of a row sees which; None: each those before it, and itself.
+    """
+
+    def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None) -> None:
+        self.rows, self.width = sum(b.rows for b in blocks), max(b.width for b in blocks)
+        self.tokens = sum(rows * width for rows, width in blocks)
+        self.padded = self.tokens < self.rows * self.width
+        self._blocks, self._heads, self._bias = blocks, {}, None
+        self.mask = None if masks is None else self._joined(masks)
+
+    @property
+    def bias(self) -> Tensor:
+        """0 where a token is seen and -inf elsewhere, to be broadcast to (R, H, W, W); the same in all layers."""
+        if self._bias is None and self.mask is not None:
+            self._bias = torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, -torch.inf)
+        elif self._bias is None:
+            self._bias = torch.full((self.width, self.width), -torch.inf).triu_(1)
+        return self._bias
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """(tokens, H, D) as (R, H, W, D)."""
+        return _LaidOut.apply(x, self) if self.padded else self._view(x)
+
+    def taken_back(self, x: Tensor) -> Tensor:
+        """(R, H, W, D) as (tokens, H, D)."""
+        return _TakenBack.apply(x, self) if self.padded else x.transpose(1, 2).flatten(0, 1)
+
+    def index(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(there, padding, back): of each place (R * H * W) which head of which token lies there; which of them are
+        padding, where head 0 of token 0 lies; of each head of each token (tokens * H) its place."""
+        if heads not in self._heads:
+            spots = [torch.arange(w).expand(r, w) + self.width * torch.arange(r)[:, None] for r, w in self._blocks]
+            firsts = np.cumsum([0, *(block.rows for block in self._blocks)])[:-1] * self.width
+            spots = torch.cat([spot.flatten() + int(first) for spot, first in zip(spots, firsts)])
+            row, column, head = spots // self.width, spots % self.width, torch.arange(heads)
+            back = (row[:, None] * heads + head) * self.width + column[:, None]
+            there = torch.full((self.rows * heads * self.width,), -1).index_put_((back,), _count(back))
+            padding = (there < 0).nonzero().squeeze(1)
+            self._heads[heads] = there.clamp_(min=0), padding, back.flatten()
+        return self._heads[heads]
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x.view(self.rows, self.width, *x.shape[1:]).transpose(1, 2)
+
+    def _joined(self, masks: Sequence[Tensor]) -> Tensor:
+        if not self.padded:
+            return torch.cat(tuple(masks)) if len(masks) > 1 else masks[0]
+        # What padding sees nobody reads, but a softmax over nothing would be no number.
+        joined = torch.eye(self.width, dtype=torch.bool).repeat(self.rows, 1, 1, 1)
+        for rows, mask in zip(joined.split([len(mask) for mask in masks]), masks):
+            rows[..., : mask.shape[-1], : mask.shape[-1]] = mask
+        return joined
+
+
+def _count(x: Tensor) -> Tensor:
+    return torch.arange(x.numel()).view(x.shape)
+
+
+class _LaidOut(torch.autograd.Function):
+    """(tokens, H, D) -> (R, H, W, D); what lies in the padding does not matter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
+        ctx.tile = tile
+        there, _, _ = tile.index(x.shape[1])
+        return x.reshape(-1, x.shape[2]).index_select(0, there).view(tile.rows, x.shape[1], tile.width, x.shape[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return _without_padding(slope, ctx.tile), None
+
+
+class _TakenBack(torch.autograd.Function):
+    """(R, H, W, D) -> (tokens, H, D); padding gets no slope."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tile: Tile) -> Tensor:
+        ctx.tile = tile
+        return _without_padding(x, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        _, heads, size = slope.shape
+        there, padding, _ = ctx.tile.index(heads)
+        laid_out = slope.reshape(-1, size).index_select(0, there).index_fill_(0, padding, 0)
+        return laid_out.view(ctx.tile.rows, heads, ctx.tile.width, size), None
+
+
+def _without_padding(x: Tensor, tile: Tile) -> Tensor:
+    _, heads, _, size = x.shape
+    return x.reshape(-1, size).index_select(0, tile.index(heads)[2]).view(tile.tokens, heads, size)
 
 
 class Layout:
@@ -41,66 +145,62 @@ class Layout:
 
     def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None) -> None:
         self.blocks, self.masks = blocks, masks
+        self._tiles: dict[int, list[Tile]] = {}
 
-    @cached_property
-    def biases(self) -> list[Tensor]:
-        """0 where a token is seen and -inf elsewhere, to be broadcast to (R, H, W, W); the same in all layers."""
-        if self.masks is not None:
-            return [torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf) for mask in self.masks]
-        return [torch.full((width, width), -torch.inf).triu_(1) for _, width in self.blocks]
+    def tiles(self, heads: int | None) -> list[Tile]:
+        """Blocks as they are computed cheapest with so many ``heads``; None: each by itself."""
+        key = heads or 0
+        if key not in self._tiles:
+            runs = [(i, i + 1) for i in range(len(self.blocks))] if heads is None else self._cheapest(heads)
+            masks = self.masks and [self.masks[begin:end] for begin, end in runs]
+            self._tiles[key] = [
+                Tile(self.blocks[begin:end], masks[i] if masks else None) for i, (begin, end) in enumerate(runs)
+            ]
+        return self._tiles[key]
 
-    def behind(self, x: Tensor) -> int:
-        """How many tokens of ``x`` (T, ...) stand behind the last block."""
-        return len(x) - sum(r * w for r, w in self.blocks)
+    def _cheapest(self, heads: int) -> list[tuple[int, int]]:
+        rows, widths = np.array(self.blocks).T
 
-    def pieces(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Of each block, the parts (R, H, W, D) of ``tensors`` (T, H, D): views of them."""
-        sizes = [*(r * w for r, w in self.blocks), self.behind(tensors[0])]
-        for block, *parts in zip(self.blocks, *(x.split(sizes) for x in tensors)):
-            yield tuple(x.view(*block, *x.shape[1:]).transpose(1, 2) for x in parts)
+        def cost(end: int) -> np.ndarray:
+            rows_from = rows[:end][::-1].cumsum()[::-1]
+            widest = np.maximum.accumulate(widths[:end][::-1])[::-1]
+            return TILE + heads * rows_from * widest**2
+
+        return cheapest_runs(len(rows), cost)
 
 
 class _Batched(torch.autograd.Function):
-    """softmax(q k^T scale) v of each block (arXiv:1706.03762, eq. 1), and its derivatives.
+    """softmax(q k^T scale + bias) v (arXiv:1706.03762, eq. 1), and its derivatives.
 
     Of 16-bit numbers scores and softmax are float32, as in PyTorch's kernels; other products are in float32, too, where
-    the block is small."""
+    the tile is small."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-        """(T, H, D) each -> (T, H, D) in the precision of ``value``."""
-        out, kept = torch.empty_like(value), []
-        out[len(out) - layout.behind(out) :] = 0
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+        """(R, H, W, D) each -> (R, H, W, D) in the precision of ``value``."""
+        rows, heads, width, _ = query.shape
         wide = torch.promote_types(value.dtype, torch.float32)
-        for bias, (q, k, v, attended) in zip(layout.biases, layout.pieces(query, key, value, out)):
-            rows, heads, width, _ = q.shape
-            narrow = value.dtype if rows * width >= NARROW_FROM else wide
-            q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-            scores = q.new_empty(rows, heads, width, width, dtype=wide).copy_(bias).flatten(0, 1)
-            weights = scores.baddbmm_(q.to(wide), k.to(wide).transpose(1, 2), alpha=scale).softmax(-1).to(narrow)
-            q, k, v = (x.to(narrow) for x in (q, k, v))
-            attended.copy_(weights.bmm(v).view(attended.shape))
-            kept += [q, k, v, weights]
-        ctx.save_for_backward(*kept)
-        ctx.layout, ctx.scale, ctx.dtypes = layout, scale, [x.dtype for x in (query, key, value)]
-        return out
+        narrow = value.dtype if rows * width >= NARROW_FROM else wide
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+        scores = q.new_empty(rows, heads, width, width, dtype=wide).copy_(bias).flatten(0, 1)
+        weights = scores.baddbmm_(q.to(wide), k.to(wide).transpose(1, 2), alpha=scale).softmax(-1).to(narrow)
+        q, k, v = (x.to(narrow) for x in (q, k, v))
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.dtypes = scale, [x.dtype for x in (query, key, value)]
+        return weights.bmm(v).to(value.dtype).view(value.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = [torch.empty(slope.shape, dtype=dtype, device=slope.device) for dtype in ctx.dtypes]
-        for of_rows in slopes:
-            of_rows[len(slope) - ctx.layout.behind(slope) :] = 0
-        kept = iter(ctx.saved_tensors)
+        q, k, v, weights = ctx.saved_tensors
+        of_attended = slope.to(v.dtype).reshape(v.shape)
         with torch.autocast("cpu", enabled=False):
-            for of_attended, of_q, of_k, of_v in ctx.layout.pieces(slope, *slopes):
-                q, k, v, weights = (next(kept) for _ in range(4))
-                of_attended = of_attended.to(v.dtype).reshape(v.shape)
-                of_v.copy_(weights.transpose(1, 2).bmm(of_attended).view(of_v.shape))
-                of_weights = of_attended.bmm(v.transpose(1, 2))
-                of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-                torch.mul(of_scores.bmm(k).view(of_q.shape), ctx.scale, out=of_q)
-                torch.mul(of_scores.transpose(1, 2).bmm(q).view(of_k.shape), ctx.scale, out=of_k)
+            of_v = weights.transpose(1, 2).bmm(of_attended)
+            of_weights = of_attended.bmm(v.transpose(1, 2))
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_q = of_scores.bmm(k).mul_(ctx.scale)
+            of_k = of_scores.transpose(1, 2).bmm(q).mul_(ctx.scale)
+        slopes = (x.view(slope.shape).to(dtype) for x, dtype in zip((of_q, of_k, of_v), ctx.dtypes))
         return *slopes, None, None
 
 
@@ -109,28 +209,36 @@ def attend(
 ) -> Tensor:
     """(T, Hq, D) from queries, and keys and values (T, Hkv, D), each block by itself, in the precision of ``value``.
 
-    ``batched``: by batched products where that is faster; else by PyTorch's scaled dot-product attention."""
-    on, groups = query.device.type, query.shape[1] // key.shape[1]
-    fits = not dropout and max(width for _, width in layout.blocks) <= LONGEST
-    narrow = value.dtype in (torch.bfloat16, torch.float16)
-    pays = torch.get_num_threads() > 1 or (narrow and len(query) >= NARROW_FROM * len(layout.blocks))
-    if batched and on in ("cpu", "meta") and fits and pays:
-        if groups > 1:
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        return _Batched.apply(query, key, value, layout, scale)
-    heads = (x.float() for x in (query, key, value)) if narrow and on == "cpu" else (query, key, value)
-    masks = layout.masks or [None] * len(layout.blocks)
-    attended = [
-        F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
-        )
-        .transpose(1, 2)
-        .flatten(0, 1)
-        for mask, (q, k, v) in zip(masks, layout.pieces(*heads))
-    ]
-    if behind := layout.behind(query):
+    ``batched``: by products of whole tiles where that is faster; else by PyTorch's scaled dot-product attention."""
+    on, dtype, groups = query.device.type, value.dtype, query.shape[1] // key.shape[1]
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    tiles = layout.tiles(query.shape[1])
+    fits = not dropout and max(tile.width for tile in tiles) <= LONGEST
+    pays = torch.get_num_threads() > 1 or (narrow and len(query) >= NARROW_FROM * len(tiles))
+    batched = batched and on in ("cpu", "meta") and fits and pays
+    if batched and groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    elif not batched:
+        tiles = layout.tiles(None)
+        if narrow and on == "cpu":
+            query, key, value = query.float(), key.float(), value.float()
+    sizes = [tile.tokens for tile in tiles]
+    if behind := len(query) - sum(sizes):
+        sizes.append(behind)
+    attended = []
+    pieces = zip(*(x.split(sizes) for x in (query, key, value))) if len(sizes) > 1 else [(query, key, value)]
+    for tile, piece in zip(tiles, pieces):
+        q, k, v = (tile.laid_out(x) for x in piece)
+        if batched:
+            out = _Batched.apply(q, k, v, tile.bias, scale)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, tile.mask, dropout, is_causal=tile.mask is None, scale=scale, enable_gqa=groups > 1
+            )
+        attended.append(tile.taken_back(out))
+    if behind:
         attended.append(attended[0].new_zeros(behind, *query.shape[1:]))
-    return (torch.cat(attended) if len(attended) > 1 else attended[0]).to(value.dtype)
+    return (torch.cat(attended) if len(attended) > 1 else attended[0]).to(dtype)
 
 
 @torch.compiler.disable  # what it does depends on the blocks, and they are others in every batch

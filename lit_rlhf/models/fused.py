@@ -12,24 +12,66 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.activations import NewGELUActivation
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
 
 from lit_rlhf.models.attention import SDPA
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Let ``model`` compute GPT-2's ``gelu_new`` by one kernel, and turn queries and keys of Llama and Qwen by three.
+    """Let ``model`` compute GPT-2's ``gelu_new`` by one kernel; of Llama and Qwen, turn queries and keys by three, and
+    norm by five operations.
 
-    transformers takes seven for the one; and for the other ten, with twenty in the backward pass."""
+    transformers takes seven for the first, ten to turn, with twenty in the backward pass, and seven to norm, whose
+    result in mixed precision is then cast anew for each product that reads it."""
     for module in list(model.modules()):
-        if type(module) in TURNING:
-            module.__class__ = TURNING[type(module)]
+        module.__class__ = FUSED.get(type(module), type(module))
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+            if name in ("input_layernorm", "post_attention_layernorm") and type(child) in NORMS:
+                child.read_by_products = True
     return model
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * gain (arXiv:1910.07467, eq. 4), x (..., D); in float32 at least, and given out in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = x.dtype, gain.dtype
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, gain = x.to(wide), gain.to(wide)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = size.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, gain)
+        return (normed * gain).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        normed, inverse, gain = ctx.saved_tensors
+        of_x, of_gain = ctx.dtypes
+        slope = slope.to(normed.dtype)
+        both = slope * normed
+        # x / rms(x) does not change where x grows along itself, so what points there is taken off.
+        along = torch.matmul(both, gain).div_(-normed.shape[-1]).unsqueeze(-1)
+        slopes = (slope * gain).addcmul_(normed, along).mul_(inverse)
+        return slopes.to(of_x), both.flatten(0, -2).sum(0).to(of_gain), None, None
+
+
+class _Norming:
+    read_by_products = False  # of matrices alone, which want it in the precision that they are computed in
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        dtype, kind = torch.promote_types(hidden_states.dtype, self.weight.dtype), hidden_states.device.type
+        kind = "cpu" if kind == "meta" else kind  # which has no autocast of its own
+        if self.read_by_products and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
 class _Turn(torch.autograd.Function):
@@ -103,4 +145,18 @@ class _Qwen3(_Turning, Qwen3Attention):
     pass
 
 
+class _LlamaNorm(_Norming, LlamaRMSNorm):
+    pass
+
+
+class _Qwen2Norm(_Norming, Qwen2RMSNorm):
+    pass
+
+
+class _Qwen3Norm(_Norming, Qwen3RMSNorm):
+    pass
+
+
 TURNING = {LlamaAttention: _Llama, Qwen2Attention: _Qwen2, Qwen3Attention: _Qwen3}
+NORMS = {LlamaRMSNorm: _LlamaNorm, Qwen2RMSNorm: _Qwen2Norm, Qwen3RMSNorm: _Qwen3Norm}
+FUSED = TURNING | NORMS

@@ -7,7 +7,7 @@ prompt, the prompt can be laid down once, with the answers behind it: each answe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -138,17 +138,24 @@ def pack(
 
 def _blocks(sizes: np.ndarray) -> list[Block]:
     """The cheapest way to cut ``sizes`` (N,), which fall, into blocks: padding costs, and a block costs."""
-    costs, cuts = np.zeros(len(sizes) + 1), [0]
-    for end in range(1, len(sizes) + 1):
-        # The last block holds [begin, end), and is as wide as its first.
-        cost = costs[:end] + BLOCK + sizes[:end] * (end - np.arange(end))
-        cuts.append(int(cost.argmin()))
-        costs[end] = cost[cuts[-1]]
-    blocks, end = [], len(sizes)
+    # A block is as wide as its first.
+    runs = cheapest_runs(len(sizes), lambda end: BLOCK + sizes[:end] * (end - np.arange(end)))
+    return [Block(end - begin, int(sizes[begin])) for begin, end in runs]
+
+
+def cheapest_runs(count: int, cost: Callable[[int], np.ndarray]) -> list[tuple[int, int]]:
+    """Cuts ``range(count)`` into runs [begin, end) of least total cost; ``cost(end)`` (end,) says what each run costs
+    that ends there, by where it begins."""
+    costs, cuts = np.zeros(count + 1), [0]
+    for end in range(1, count + 1):
+        total = costs[:end] + cost(end)
+        cuts.append(int(total.argmin()))
+        costs[end] = total[cuts[-1]]
+    runs, end = [], count
     while end:
-        blocks.append(Block(end - cuts[end], int(sizes[cuts[end]])))
+        runs.append((cuts[end], end))
         end = cuts[end]
-    return blocks[::-1]
+    return runs[::-1]
 
 
 def _sharing(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]) -> Iterator[list[int]]:

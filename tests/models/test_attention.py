@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lit_rlhf.models import (
     save_model,
     use_own_attention,
 )
-from lit_rlhf.models.attention import BATCHED, BY_SDPA, LONGEST, Layout, attend, own_attention, sees_before_it
+from lit_rlhf.models.attention import BATCHED, BY_SDPA, LONGEST, Layout, Tile, attend, own_attention, sees_before_it
 from lit_rlhf.models.generation import Sampling, Trunk
 from lit_rlhf.text import pack
 from lit_rlhf.text.packing import Block
@@ -79,7 +80,8 @@ def test_derivatives_of_batched_attention(always_batched):
     [
         ([Block(8, 64)], 1, torch.float32, 0.0, False),
         ([Block(8, 64)], 1, torch.bfloat16, 0.0, True),
-        ([Block(8, 64), Block(8, 63)], 1, torch.bfloat16, 0.0, False),  # small blocks
+        ([Block(7, 64), Block(6, 10)], 1, torch.bfloat16, 0.0, False),  # a small tile
+        ([Block(8, 64), Block(8, 63)], 1, torch.bfloat16, 0.0, True),  # one large tile
         ([Block(8, 64), Block(8, 63)], 2, torch.bfloat16, 0.0, True),
         ([Block(2, 6)], 2, torch.float32, 0.0, True),
         ([Block(1, LONGEST)], 2, torch.float32, 0.0, True),
@@ -98,6 +100,40 @@ def test_where_products_are_batched(blocks, threads, dtype, dropout, batched, mo
     calls.clear()
     attend(query, query, query, Layout(blocks), 0.5, dropout, batched=False)
     assert len(calls) == len(blocks)
+
+
+def test_blocks_of_about_one_length_are_one_tile(monkeypatch):
+    """Two tiles where padding would cost more weights of attention than a tile; brute force over all cuts agrees."""
+    monkeypatch.setattr("lit_rlhf.models.attention.TILE", 1000)
+    layout = Layout([Block(2, 30), Block(1, 28), Block(3, 9), Block(5, 8)])
+    tiles = layout.tiles(heads=4)
+    assert [(tile.rows, tile.width, tile.tokens) for tile in tiles] == [(3, 30, 88), (8, 9, 67)]
+    assert [tile.width for tile in layout.tiles(None)] == [30, 28, 9, 8]
+
+    def cost(blocks):
+        return 1000 + 4 * sum(rows for rows, _ in blocks) * max(width for _, width in blocks) ** 2
+
+    blocks, costs = layout.blocks, []
+    for cut in itertools.product([False, True], repeat=3):
+        runs = [[blocks[0]]]
+        for here, block in zip(cut, blocks[1:]):
+            runs.append([block]) if here else runs[-1].append(block)
+        costs.append(sum(map(cost, runs)))
+    assert min(costs) == sum(1000 + 4 * tile.rows * tile.width**2 for tile in tiles)
+
+
+def test_padding_of_a_tile_leaves_no_trace():
+    """What stands in the padding is never seen, and no slope comes out of it."""
+    tile = Tile([Block(2, 5), Block(1, 3)])
+    x = heads(13, 2)
+    laid_out = tile.laid_out(x)
+    assert laid_out.shape == (3, 2, 5, 4) and tile.padded
+    assert torch.equal(laid_out[2, :, :3], x[10:].transpose(0, 1))
+    assert torch.equal(tile.taken_back(laid_out), x)
+    slope = torch.randn(13, 2, 4, dtype=torch.float64)
+    [back] = torch.autograd.grad(tile.taken_back(laid_out), laid_out, slope)
+    assert torch.equal(back[2, :, 3:], torch.zeros(2, 2, 4)) and torch.equal(tile.taken_back(back), slope)
+    assert torch.autograd.gradcheck(lambda y: tile.taken_back(tile.laid_out(y).sin()), x)
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.models import layers, load_policy, packed_hidden, policy_from_config, save_model
-from lit_rlhf.models.fused import TURNING, _Turn
+from lit_rlhf.models.fused import NORMS, TURNING, _RMSNorm, _Turn
 from lit_rlhf.text import pack
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -75,9 +76,19 @@ def test_positions_by_hand():
     assert torch.autograd.gradcheck(lambda q, k: _Turn.apply(q, k, cos, sin), x)
 
 
-def test_positions_are_those_of_transformers(plain, tokenizer, tmp_path):
+@pytest.fixture
+def norms_in_float64(monkeypatch):
+    """transformers computes RMSNorm in float32 throughout; PyTorch's own stands in for it."""
+    for norm in NORMS:
+        monkeypatch.setattr(
+            norm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+        )
+
+
+def test_positions_and_norms_are_those_of_transformers(norms_in_float64, plain, tokenizer, tmp_path):
     plain = plain.double()
     fused = fused_copy(plain, tmp_path, tokenizer, "float64")
+    assert not any(type(m) in NORMS for m in fused.modules())
     assert len(turning(fused)) == 2 and not turning(plain)
     packed = pack([[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]], 0)
     found = []
@@ -85,9 +96,36 @@ def test_positions_are_those_of_transformers(plain, tokenizer, tmp_path):
         hidden = packed_hidden(model, packed)
         found.append((hidden, *torch.autograd.grad(hidden.sin().sum(), list(model.base_model.parameters()))))
     for one, other in zip(*found, strict=True):
-        assert_close(one, other, rtol=0, atol=1e-5)  # transformers' RMSNorm is float32 throughout
+        assert_close(one, other, rtol=1e-10, atol=1e-10)
     ids = torch.arange(5, 25).view(2, 10)
-    assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-10)
+
+
+def test_norm_by_hand():
+    """(3, 4) has the mean square 12.5; the backward pass is what differences in float64 say."""
+    x, gain = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([1.0, 10.0], dtype=torch.float64)
+    normed = _RMSNorm.apply(x, gain, 0.5, torch.float64)
+    assert_close(normed, torch.tensor([[3.0, 40.0]], dtype=torch.float64) / 13.0**0.5)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    gain = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, gain: _RMSNorm.apply(x, gain, 1e-5, torch.float64), (x, gain))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_norms_before_products_give_what_products_want(kind, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = policy_from_config({**SHAPE, **LLAMAS[kind]}, tokenizer)
+    seen = {}
+    for name, module in model.named_modules():
+        if type(module) in NORMS.values():
+            module.register_forward_hook(lambda *x, name=name: seen.update({name: x[-1].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(5, 15)[None])
+    read_by_others = {name for name in seen if name.endswith(("model.norm", "q_norm", "k_norm"))}
+    assert {seen[name] for name in seen.keys() - read_by_others} == {torch.bfloat16}
+    assert {seen[name] for name in read_by_others} == {torch.float32}
+    model(input_ids=torch.arange(5, 15)[None])
+    assert set(seen.values()) == {torch.float32}
 
 
 def test_in_mixed_precision_both_are_as_close_to_float32(plain, tokenizer, tmp_path):
