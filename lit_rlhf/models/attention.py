@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -49,55 +49,49 @@ class Tile:
         self.rows, self.width = sum(b.rows for b in blocks), max(b.width for b in blocks)
         self.tokens = sum(rows * width for rows, width in blocks)
         self.padded = self.tokens < self.rows * self.width
-        self._blocks, self._heads, self._bias = blocks, {}, None
-        self.mask = None if masks is None else self._joined(masks)
+        self._blocks, self._masks = blocks, masks
+        self._index: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    @property
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(R, 1, W, W) bool; None: each token sees those before it, and itself."""
+        if self._masks is None or not self.padded:
+            return self._masks and torch.cat(tuple(self._masks))
+        # What padding sees nobody reads, but a softmax over nothing would be no number.
+        joined = torch.eye(self.width, dtype=torch.bool).repeat(self.rows, 1, 1, 1)
+        for rows, mask in zip(joined.split([len(mask) for mask in self._masks]), self._masks):
+            rows[..., : mask.shape[-1], : mask.shape[-1]] = mask
+        return joined
+
+    @cached_property
     def bias(self) -> Tensor:
         """0 where a token is seen and -inf elsewhere, to be broadcast to (R, H, W, W); the same in all layers."""
-        if self._bias is None and self.mask is not None:
-            self._bias = torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, -torch.inf)
-        elif self._bias is None:
-            self._bias = torch.full((self.width, self.width), -torch.inf).triu_(1)
-        return self._bias
+        if self.mask is None:
+            return torch.full((self.width, self.width), -torch.inf).triu_(1)
+        return torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, -torch.inf)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """(tokens, H, D) as (R, H, W, D)."""
-        return _LaidOut.apply(x, self) if self.padded else self._view(x)
+        if self.padded:
+            return _LaidOut.apply(x, self)
+        return x.view(self.rows, self.width, *x.shape[1:]).transpose(1, 2)
 
     def taken_back(self, x: Tensor) -> Tensor:
         """(R, H, W, D) as (tokens, H, D)."""
         return _TakenBack.apply(x, self) if self.padded else x.transpose(1, 2).flatten(0, 1)
 
     def index(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(there, padding, back): of each place (R * H * W) which head of which token lies there; which of them are
-        padding, where head 0 of token 0 lies; of each head of each token (tokens * H) its place."""
-        if heads not in self._heads:
-            spots = [torch.arange(w).expand(r, w) + self.width * torch.arange(r)[:, None] for r, w in self._blocks]
-            firsts = np.cumsum([0, *(block.rows for block in self._blocks)])[:-1] * self.width
-            spots = torch.cat([spot.flatten() + int(first) for spot, first in zip(spots, firsts)])
-            row, column, head = spots // self.width, spots % self.width, torch.arange(heads)
-            back = (row[:, None] * heads + head) * self.width + column[:, None]
-            there = torch.full((self.rows * heads * self.width,), -1).index_put_((back,), _count(back))
-            padding = (there < 0).nonzero().squeeze(1)
-            self._heads[heads] = there.clamp_(min=0), padding, back.flatten()
-        return self._heads[heads]
-
-    def _view(self, x: Tensor) -> Tensor:
-        return x.view(self.rows, self.width, *x.shape[1:]).transpose(1, 2)
-
-    def _joined(self, masks: Sequence[Tensor]) -> Tensor:
-        if not self.padded:
-            return torch.cat(tuple(masks)) if len(masks) > 1 else masks[0]
-        # What padding sees nobody reads, but a softmax over nothing would be no number.
-        joined = torch.eye(self.width, dtype=torch.bool).repeat(self.rows, 1, 1, 1)
-        for rows, mask in zip(joined.split([len(mask) for mask in masks]), masks):
-            rows[..., : mask.shape[-1], : mask.shape[-1]] = mask
-        return joined
-
-
-def _count(x: Tensor) -> Tensor:
-    return torch.arange(x.numel()).view(x.shape)
+        """(there, padding, back): which head of which token lies at each place (R * H * W); which places are padding,
+        where the first one lies again; the place of each head of each token (tokens * H)."""
+        if heads not in self._index:
+            widths = [width for rows, width in self._blocks for _ in range(rows)]
+            row = torch.arange(self.rows).repeat_interleave(torch.tensor(widths))
+            column = torch.cat([torch.arange(width) for width in widths])
+            back = ((row[:, None] * heads + torch.arange(heads)) * self.width + column[:, None]).flatten()
+            there = torch.full((self.rows * heads * self.width,), -1)
+            there[back] = torch.arange(len(back))
+            self._index[heads] = there.clamp(min=0), (there < 0).nonzero().squeeze(1), back
+        return self._index[heads]
 
 
 class _LaidOut(torch.autograd.Function):
@@ -145,18 +139,14 @@ class Layout:
 
     def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None) -> None:
         self.blocks, self.masks = blocks, masks
-        self._tiles: dict[int, list[Tile]] = {}
+        self._tiles: dict[int | None, list[Tile]] = {}
 
     def tiles(self, heads: int | None) -> list[Tile]:
-        """Blocks as they are computed cheapest with so many ``heads``; None: each by itself."""
-        key = heads or 0
-        if key not in self._tiles:
+        """Blocks as batched products of so many ``heads`` are cheapest; None: each by itself."""
+        if heads not in self._tiles:
             runs = [(i, i + 1) for i in range(len(self.blocks))] if heads is None else self._cheapest(heads)
-            masks = self.masks and [self.masks[begin:end] for begin, end in runs]
-            self._tiles[key] = [
-                Tile(self.blocks[begin:end], masks[i] if masks else None) for i, (begin, end) in enumerate(runs)
-            ]
-        return self._tiles[key]
+            self._tiles[heads] = [Tile(self.blocks[a:b], self.masks and self.masks[a:b]) for a, b in runs]
+        return self._tiles[heads]
 
     def _cheapest(self, heads: int) -> list[tuple[int, int]]:
         rows, widths = np.array(self.blocks).T
@@ -211,17 +201,16 @@ def attend(
 
     ``batched``: by products of whole tiles where that is faster; else by PyTorch's scaled dot-product attention."""
     on, dtype, groups = query.device.type, value.dtype, query.shape[1] // key.shape[1]
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    tiles = layout.tiles(query.shape[1])
-    fits = not dropout and max(tile.width for tile in tiles) <= LONGEST
-    pays = torch.get_num_threads() > 1 or (narrow and len(query) >= NARROW_FROM * len(tiles))
-    batched = batched and on in ("cpu", "meta") and fits and pays
+    narrow, threads = dtype in (torch.bfloat16, torch.float16), torch.get_num_threads()
+    fits = on in ("cpu", "meta") and not dropout and max(width for _, width in layout.blocks) <= LONGEST
+    batched = batched and fits and (threads > 1 or narrow)
+    tiles = layout.tiles(query.shape[1] if batched else None)
+    if batched and threads == 1 and len(query) < NARROW_FROM * len(tiles):
+        batched, tiles = False, layout.tiles(None)
     if batched and groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    elif not batched:
-        tiles = layout.tiles(None)
-        if narrow and on == "cpu":
-            query, key, value = query.float(), key.float(), value.float()
+    elif narrow and on == "cpu" and not batched:
+        query, key, value = query.float(), key.float(), value.float()
     sizes = [tile.tokens for tile in tiles]
     if behind := len(query) - sum(sizes):
         sizes.append(behind)
