@@ -74,7 +74,8 @@ def marked(result: Result, bar: Bar) -> str:
 def lost(results: Sequence[Result]) -> str:
     """Where the peer is as fast as ours or faster, and where a bar is not reached."""
     slower = [
-        f"- {r.work}, {r.case}, {r.threads} thread{'s' * (r.threads > 1)}: {r.ratio:.2f} times as fast as {r.peer}."
+        f"- {r.work.removesuffix('_growth')}, {r.case}, {r.threads} thread{'s' * (r.threads > 1)}: "
+        f"{r.ratio:.2f} times as fast as {r.peer}."
         for r in results
         if r.work != "peak" and r.ratio < 1
     ]
@@ -175,9 +176,10 @@ def renewed(page: str, parts: dict[str, str]) -> str:
 def main() -> None:
     """Renew the page and its plot."""
     results = [r for work in WORKS for r in load(RESULTS / f"{work}.json")]
+    grown = [r for work in WORKS for r in load(RESULTS / f"{work}_growth.json")]
     parts = {
         "bars": bars(results),
-        "lost": lost(results),
+        "lost": lost(results + grown),
         "rates": f"{table(results)}\n\n{shared_core(results)}",
         "growth": growth(RESULTS),
         "settings": settings(results),
