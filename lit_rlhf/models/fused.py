@@ -26,7 +26,8 @@ def fuse(model: nn.Module) -> nn.Module:
     transformers takes seven for the first, ten to turn, with twenty in the backward pass, and seven to norm, whose
     result in mixed precision is then cast anew for each product that reads it."""
     for module in list(model.modules()):
-        module.__class__ = FUSED.get(type(module), type(module))
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))

@@ -138,7 +138,6 @@ class Trace(TorchDispatchMode):
             if tensor.is_meta and tensor.untyped_storage() not in self._known:
                 self._note(tensor)
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-        self._half = half
         self._functions = _AsOnTheDevice(half, device)
         self._stack = ExitStack()
         for module in model.modules():  # what is computed again is computed alike: torch leaves such modes aside then
@@ -148,8 +147,8 @@ class Trace(TorchDispatchMode):
 
     def __enter__(self) -> Trace:
         super().__enter__()
-        if self._half is not None:  # for modules that ask: the meta device has no autocast, so it is said of the CPU
-            self._stack.enter_context(torch.autocast("cpu", self._half))
+        if self._functions.half is not None:  # for modules that ask: meta has no autocast, so it is said of the CPU
+            self._stack.enter_context(torch.autocast("cpu", self._functions.half))
         self._stack.enter_context(self._functions)
         return self
 
