@@ -125,13 +125,12 @@ def settings(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
-def growth(folder: Path) -> str:
+def growth(results: Sequence[Result]) -> str:
     """Plots and tables of how each work grows."""
     parts = []
-    for path in (folder / f"{work}_growth.json" for work in WORKS):
-        if results := load(path):
-            title = path.stem.removesuffix("_growth")
-            parts.append(f"### {title}\n\n![{title}](../benchmarks/results/{path.stem}.svg)\n\n{table(results)}")
+    for work in dict.fromkeys(r.work for r in results):
+        title, rows = work.removesuffix("_growth"), [r for r in results if r.work == work]
+        parts.append(f"### {title}\n\n![{title}](../benchmarks/results/{work}.svg)\n\n{table(rows)}")
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -181,7 +180,7 @@ def main() -> None:
         "bars": bars(results),
         "lost": lost(results + grown),
         "rates": f"{table(results)}\n\n{shared_core(results)}",
-        "growth": growth(RESULTS),
+        "growth": growth(grown),
         "settings": settings(results),
     }
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")
