@@ -34,19 +34,21 @@ BATCHED, BY_SDPA = "batched_by_blocks", "sdpa_by_blocks"
 SDPA = ("sdpa", BATCHED, BY_SDPA)  # one function, masks alike
 LONGEST = 256  # tokens of a row
 NARROW_FROM = 512  # tokens of a tile: with fewer, products in bfloat16 take longer than in float32 to set up
+EVEN = 8  # widths of tiles are a multiple of it where products are of 16-bit numbers: few shapes (policy.rows_to_add)
 TILE = 100_000  # what a tile costs, in weights of attention: its calls, forward and backward, and waiting for threads
 
 
 class Tile:
-    """Blocks side by side: R rows as wide as the widest of them, W, padding at the end of those that are shorter.
+    """Blocks side by side: R rows of one width W, padding at the end of those that are shorter.
 
     Args:
         blocks: one after another.
         masks: (r, 1, w, w) bool of each, which token of a row sees which; None: each those before it, and itself.
+        multiple: W is the smallest multiple of it into which all fit.
     """
 
-    def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None) -> None:
-        self.rows, self.width = sum(b.rows for b in blocks), max(b.width for b in blocks)
+    def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None, multiple: int = 1) -> None:
+        self.rows, self.width = sum(b.rows for b in blocks), _up_to(multiple, max(b.width for b in blocks))
         self.tokens = sum(rows * width for rows, width in blocks)
         self.padded = self.tokens < self.rows * self.width
         self._blocks, self._masks = blocks, masks
@@ -139,17 +141,19 @@ class Layout:
 
     def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None) -> None:
         self.blocks, self.masks = blocks, masks
-        self._tiles: dict[int | None, list[Tile]] = {}
+        self._tiles: dict[tuple[int | None, int], list[Tile]] = {}
 
-    def tiles(self, heads: int | None) -> list[Tile]:
-        """Blocks as batched products of so many ``heads`` are cheapest; None: each by itself."""
-        if heads not in self._tiles:
-            runs = [(i, i + 1) for i in range(len(self.blocks))] if heads is None else self._cheapest(heads)
-            self._tiles[heads] = [Tile(self.blocks[a:b], self.masks and self.masks[a:b]) for a, b in runs]
-        return self._tiles[heads]
+    def tiles(self, heads: int | None, multiple: int = 1) -> list[Tile]:
+        """Blocks as batched products of so many ``heads`` are cheapest; None: each by itself. Widths are multiples."""
+        kind = heads, multiple
+        if kind not in self._tiles:
+            runs = [(i, i + 1) for i in range(len(self.blocks))] if heads is None else self._cheapest(heads, multiple)
+            self._tiles[kind] = [Tile(self.blocks[a:b], self.masks and self.masks[a:b], multiple) for a, b in runs]
+        return self._tiles[kind]
 
-    def _cheapest(self, heads: int) -> list[tuple[int, int]]:
+    def _cheapest(self, heads: int, multiple: int) -> list[tuple[int, int]]:
         rows, widths = np.array(self.blocks).T
+        widths = _up_to(multiple, widths)
 
         def cost(end: int) -> np.ndarray:
             rows_from = rows[:end][::-1].cumsum()[::-1]
@@ -157,6 +161,10 @@ class Layout:
             return TILE + heads * rows_from * widest**2
 
         return cheapest_runs(len(rows), cost)
+
+
+def _up_to(multiple: int, size: Any) -> Any:
+    return -(-size // multiple) * multiple
 
 
 class _Batched(torch.autograd.Function):
@@ -204,7 +212,7 @@ def attend(
     narrow, threads = dtype in (torch.bfloat16, torch.float16), torch.get_num_threads()
     fits = on in ("cpu", "meta") and not dropout and max(width for _, width in layout.blocks) <= LONGEST
     batched = batched and fits and (threads > 1 or narrow)
-    tiles = layout.tiles(query.shape[1] if batched else None)
+    tiles = layout.tiles(query.shape[1], EVEN if narrow else 1) if batched else layout.tiles(None)
     if batched and threads == 1 and len(query) < NARROW_FROM * len(tiles):
         batched, tiles = False, layout.tiles(None)
     if batched and groups > 1:

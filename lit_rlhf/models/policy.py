@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -221,19 +221,28 @@ def sees_any_mask(module: nn.Module) -> bool:
 def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) from hidden states (..., D)."""
     head: nn.Module = model.get_output_embeddings()
-    if hidden.dim() == 2 and (more := rows_to_add(model.base_model, len(hidden))):
-        return head(F.pad(hidden, (0, 0, 0, more)))[: len(hidden)]
-    return head(hidden)
+    return with_rows_added(model.base_model, head, hidden) if hidden.dim() == 2 else head(hidden)
+
+
+def with_rows_added(trunk: PreTrainedModel, layer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """What ``layer`` makes of ``rows`` (N, D), each by itself, in one of few numbers of rows (:func:`rows_to_add`)."""
+    more = rows_to_add(trunk, len(rows))
+    return layer(F.pad(rows, (0, 0, 0, more)))[: len(rows)] if more else layer(rows)
 
 
 def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
     """How many rows to multiply besides ``count``, so that few numbers of rows occur: up to a multiple of
-    ``trunk.row_multiple``, 32 at first.
+    ``trunk.row_multiple``, 32 at first, and from 16 times as many rows on of that doubled as often as rows double.
 
-    oneDNN, by which a CPU multiplies 16-bit numbers, prepares a product for each number of rows that it meets, which
-    takes longer than the product of a thousand rows of a small model."""
+    oneDNN, by which a CPU multiplies 16-bit numbers, prepares a product for each shape that it meets. That takes as
+    long as the product of a thousand rows of a small model, and half a MiB, some of which it keeps for good."""
     narrow = trunk.device.type == "cpu" and compute_dtype(trunk) in (torch.bfloat16, torch.float16)
-    return -count % getattr(trunk, "row_multiple", 32) if narrow else 0
+    multiple = getattr(trunk, "row_multiple", 32)
+    if not narrow or multiple == 1:
+        return 0
+    while 16 * multiple < count:
+        multiple *= 2
+    return -count % multiple
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -11,8 +11,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,16 +67,19 @@ def _seconds_of(function: Callable[[], Any], device: torch.device, seconds: floa
 class Heap:
     """The C library's own allocator, whose waste is part of what a process on a CPU takes.
 
-    Blocks are asked for and given back as torch does it, and never written to: memory that nobody touches is none.
-    Small ones come out of a heap that grows in one piece and keeps its holes, large ones from the system."""
+    Blocks are asked for and given back as torch does it, and never written to. Small ones come out of a heap that
+    grows in one piece and keeps its holes, large ones from the system. A page of the heap counts from the first block
+    on that lies there, until the heap ends before it; one that earlier work has left in RAM does not."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
         self._libc.sbrk.restype = ctypes.c_size_t
         self._libc.free.argtypes = [ctypes.c_void_p]
+        self._libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
         self._mapped: dict[int, int] = {}  # address -> size of the blocks outside of the heap
         self._outside = 0  # bytes in them
-        self._began = self._end()
+        self._begin, self._pages = self._in_ram()
+        self._taken = 0  # pages, more than when this object was made
 
     @classmethod
     def of_this_system(cls) -> Heap | None:
@@ -85,20 +91,45 @@ class Heap:
         place = ctypes.c_void_p()
         self._libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(64), ctypes.c_size_t(size))
         address = place.value
-        if address is not None and address >= self._end():
+        if address is not None and not self._begin <= address < self._end():
             self._mapped[address] = size
             self._outside += size
+        elif address is not None and size > 0:
+            self._follow_the_end()
+            first, last = ((place - self._begin) // PAGESIZE for place in (address, address + size - 1))
+            block = self._pages[first : last + 1]
+            self._taken += len(block) - int(np.count_nonzero(block))
+            block[:] = True
         return address
 
     def give_back(self, address: int | None) -> None:
         """Free a block."""
         self._outside -= self._mapped.pop(address, 0)
         self._libc.free(address)
+        self._follow_the_end()
 
     @property
     def held(self) -> int:
-        """Bytes that the allocator has from the system, in use or not, more than when this object was made."""
-        return self._end() - self._began + self._outside
+        """Bytes that the allocator has from the system and that were in use, more than when this object was made."""
+        return self._taken * PAGESIZE + self._outside
+
+    def _follow_the_end(self) -> None:
+        pages = (self._end() - self._begin) // PAGESIZE
+        if pages < len(self._pages):  # given back to the system
+            self._taken -= int(np.count_nonzero(self._pages[pages:]))
+            self._pages = self._pages[:pages].copy()
+        elif pages > len(self._pages):
+            self._pages = np.concatenate([self._pages, np.zeros(pages - len(self._pages), dtype=bool)])
+
+    def _in_ram(self) -> tuple[int, np.ndarray]:
+        """(the address at which the heap begins; for each of its pages, whether it takes memory now)."""
+        heap = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
+        if not heap:
+            return self._end(), np.zeros(0, dtype=bool)
+        begin, end = (int(place, 16) for place in heap[0].split()[0].split("-"))
+        pages = ctypes.create_string_buffer((end - begin) // PAGESIZE)
+        self._libc.mincore(begin, end - begin, pages)
+        return begin, np.frombuffer(pages.raw, dtype=np.uint8) % 2 == 1
 
     def _end(self) -> int:
         return int(self._libc.sbrk(ctypes.c_ssize_t(0)))

@@ -58,7 +58,10 @@ def by_hand(query, key, value, layout, scale):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("behind", [0, 3])  # tokens that belong to no block
-def test_attention_by_hand(always_batched, behind, batched, kv_heads, masked):
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_attention_by_hand(always_batched, multiple, behind, batched, kv_heads, masked, monkeypatch):
+    tiles = Layout.tiles
+    monkeypatch.setattr(Layout, "tiles", lambda layout, count, _=1: tiles(layout, count, multiple))
     inputs = [heads(22 + behind, count, seed=seed) for seed, count in enumerate((4, kv_heads, kv_heads))]
     layout = Layout(BLOCKS, masks(BLOCKS) if masked else None)
     slope = heads(22 + behind, 4, seed=3).detach()
@@ -109,6 +112,7 @@ def test_blocks_of_about_one_length_are_one_tile(monkeypatch):
     tiles = layout.tiles(heads=4)
     assert [(tile.rows, tile.width, tile.tokens) for tile in tiles] == [(3, 30, 88), (8, 9, 67)]
     assert [tile.width for tile in layout.tiles(None)] == [30, 28, 9, 8]
+    assert [(tile.rows, tile.width) for tile in layout.tiles(heads=4, multiple=8)] == [(3, 32), (3, 16), (5, 8)]
 
     def cost(blocks):
         return 1000 + 4 * sum(rows for rows, _ in blocks) * max(width for _, width in blocks) ** 2
@@ -122,17 +126,18 @@ def test_blocks_of_about_one_length_are_one_tile(monkeypatch):
     assert min(costs) == sum(1000 + 4 * tile.rows * tile.width**2 for tile in tiles)
 
 
-def test_padding_of_a_tile_leaves_no_trace():
+@pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8)])
+def test_padding_of_a_tile_leaves_no_trace(multiple, width):
     """What stands in the padding is never seen, and no slope comes out of it."""
-    tile = Tile([Block(2, 5), Block(1, 3)])
+    tile = Tile([Block(2, 5), Block(1, 3)], multiple=multiple)
     x = heads(13, 2)
     laid_out = tile.laid_out(x)
-    assert laid_out.shape == (3, 2, 5, 4) and tile.padded
+    assert laid_out.shape == (3, 2, width, 4) and tile.padded
     assert torch.equal(laid_out[2, :, :3], x[10:].transpose(0, 1))
     assert torch.equal(tile.taken_back(laid_out), x)
     slope = torch.randn(13, 2, 4, dtype=torch.float64)
     [back] = torch.autograd.grad(tile.taken_back(laid_out), laid_out, slope)
-    assert torch.equal(back[2, :, 3:], torch.zeros(2, 2, 4)) and torch.equal(tile.taken_back(back), slope)
+    assert torch.equal(back[2, :, 3:], torch.zeros(2, width - 3, 4)) and torch.equal(tile.taken_back(back), slope)
     assert torch.autograd.gradcheck(lambda y: tile.taken_back(tile.laid_out(y).sin()), x)
 
 

@@ -22,6 +22,7 @@ from lit_rlhf.models import (
     response_positions,
     use_own_attention,
 )
+from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
 
@@ -105,6 +106,16 @@ def test_rows_that_are_added_change_nothing(policy, share, batched, monkeypatch)
     assert rows[:7] == [size] * 4 + [len(before[mask].unique()), size, read]  # a layer ends after its MLP
     filled = -(-size // 16) * 16
     assert rows[7:] == [filled] * 4 + [16, filled, 16]
+
+
+def test_few_numbers_of_rows_occur(policy, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.models.policy.compute_dtype", lambda trunk: torch.bfloat16)
+    trunk = policy.base_model
+    filled = {count: count + rows_to_add(trunk, count) for count in (1, 32, 33, 512, 513, 1024, 1025, 1536, 5000)}
+    assert filled == {1: 32, 32: 32, 33: 64, 512: 512, 513: 576, 1024: 1024, 1025: 1152, 1536: 1536, 5000: 5120}
+    assert len({count + rows_to_add(trunk, count) for count in range(1, 4097)}) == 16 + 3 * 8
+    trunk.row_multiple = 1
+    assert rows_to_add(trunk, 33) == rows_to_add(trunk, 5000) == 0
 
 
 @pytest.mark.parametrize("dtype, rows", [(torch.float32, 12), (torch.bfloat16, 32)])

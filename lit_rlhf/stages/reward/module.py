@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import feedback_loss, lm_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import RewardTransformer, output_embedding, packed_scores, save_model, scores_and_hidden
+from lit_rlhf.models.policy import with_rows_added
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
@@ -90,7 +91,8 @@ class RewardModule(StepLog):
             watched["reward/feedback_loss"] = rated.detach()
             loss = loss + self.feedback_coef * rated
         if len(imitated):
-            logits = hidden @ output_embedding(self.reward_model).T
+            embedding = output_embedding(self.reward_model)
+            logits = with_rows_added(self.reward_model.base_model, lambda rows: rows @ embedding.T, hidden)
             lm = lm_loss(logits, batch.packed.tokens[batch.learned])
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
