@@ -34,7 +34,7 @@ BATCHED, BY_SDPA = "batched_by_blocks", "sdpa_by_blocks"
 SDPA = ("sdpa", BATCHED, BY_SDPA)  # one function, masks alike
 LONGEST = 256  # tokens of a row
 NARROW_FROM = 512  # tokens of a tile: with fewer, products in bfloat16 take longer than in float32 to set up
-EVEN = 8  # widths of tiles are a multiple of it where products are of 16-bit numbers: few shapes (policy.rows_to_add)
+EVEN = 8  # widths of tiles are a multiple of it where products are of 16-bit numbers: few shapes (models/onednn)
 TILE = 100_000  # what a tile costs, in weights of attention: its calls, forward and backward, and waiting for threads
 
 

@@ -1,7 +1,10 @@
 """Linear layers whose float32 products are oneDNN's, on a CPU.
 
 PyTorch multiplies float32 matrices with MKL, which on processors of AMD is the slower of the two (figures in
-docs/acceleration.md). Precision is that of float32 in both. Weights, names and checkpoints stay."""
+docs/acceleration.md). Precision is that of float32 in both. Weights, names and checkpoints stay.
+
+oneDNN prepares a product for each shape that it meets. That takes as long as the product of a thousand rows of a small
+model, and half a MiB of memory, some of which it keeps for good: so rows are added until few numbers of them occur."""
 
 from __future__ import annotations
 
@@ -11,6 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+
+def few_row_counts(count: int, multiple: int) -> int:
+    """How many rows to add to ``count``: up to a multiple of ``multiple`` (1: none); from 16 times as many rows on, of
+    that doubled as often as rows double."""
+    if multiple == 1:
+        return 0
+    while 16 * multiple < count:
+        multiple *= 2
+    return -count % multiple
 
 
 class _Product(torch.autograd.Function):
@@ -44,7 +57,7 @@ def _times(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 def _suited(x: Tensor, matrix: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        x.device.type in ("cpu", "meta")  # without numbers, to see what it takes
         and x.dtype == matrix.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -78,3 +91,8 @@ def use_onednn(module: nn.Module, width: int) -> None:
     for layer in module.modules():
         if type(layer) in OURS and min(layer.weight.shape) >= width:
             layer.__class__ = OURS[type(layer)]
+
+
+def uses_onednn(module: nn.Module) -> bool:
+    """Whether :func:`use_onednn` has found layers inside of ``module``."""
+    return any(type(layer) in OURS.values() for layer in module.modules())

@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.lora import LoRA, add_lora
+from lit_rlhf.models.onednn import few_row_counts
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import load_tokenizer
@@ -231,23 +232,18 @@ def with_rows_added(trunk: PreTrainedModel, layer: Callable[[Tensor], Tensor], r
 
 
 def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
-    """How many rows to multiply besides ``count``, so that few numbers of rows occur: up to a multiple of
-    ``trunk.row_multiple``, 32 at first, and from 16 times as many rows on of that doubled as often as rows double.
+    """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: of
+    16-bit numbers on a CPU, and in layers that were told so (``trunk.by_onednn``).
 
-    oneDNN, by which a CPU multiplies 16-bit numbers, prepares a product for each shape that it meets. That takes as
-    long as the product of a thousand rows of a small model, and half a MiB, some of which it keeps for good."""
-    narrow = trunk.device.type == "cpu" and compute_dtype(trunk) in (torch.bfloat16, torch.float16)
-    multiple = getattr(trunk, "row_multiple", 32)
-    if not narrow or multiple == 1:
-        return 0
-    while 16 * multiple < count:
-        multiple *= 2
-    return -count % multiple
+    Their numbers are multiples of ``trunk.row_multiple``, 32 at first: see :mod:`lit_rlhf.models.onednn`."""
+    narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16) and trunk.device.type in ("cpu", "meta")
+    by_onednn = narrow or getattr(trunk, "by_onednn", False)
+    return few_row_counts(count, getattr(trunk, "row_multiple", 32)) if by_onednn else 0
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     """What matrix products are computed in: the model's own, or what autocast says."""
-    kind = model.device.type
+    kind = model.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +40,8 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
 from lit_rlhf.models.generation import LeanDecoder, Trunk
+from lit_rlhf.models.generation.trunk import ROWS
+from lit_rlhf.models.onednn import few_row_counts
 from lit_rlhf.pipeline.run import make_data, quiet
 from lit_rlhf.pipeline.settings import planned_stages, resolved
 from lit_rlhf.stages.ppo.rollout import Responding, Rollout, response_logprobs
@@ -45,11 +49,12 @@ from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.training import ModelSettings, resident_bytes
-from lit_rlhf.training.trace import Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
+from lit_rlhf.training.trace import KEPT, PREPARED, Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
 from lit_rlhf.training.trainer import precision_of
 
 LOOKED_AT = 64  # batches of an epoch among which the largest is sought
 STEPS = 3  # traced on the largest batch: a heap has taken its shape after some steps
+MET, MET_IN_PPO = 8, 3  # batches, or iterations, whose products are looked at, in place of all of them
 DECODED = 5  # steps of a rollout that are traced, in place of all of them
 
 
@@ -188,6 +193,9 @@ class Book:
         self.unit, self.steps, self.step_seconds, self.step_flops, self.seconds = "step", 0, 0.0, 0.0, 0.0
         self.gradients = self.optimizer = self.cache = self.checkpoint = self.activations = 0
         self._state: list[Tensor] = []
+        self._prepared: set[Any] = set()  # products of oneDNN that were met
+        self._room = 0  # for so many, these and others that are expected
+        self._decoded = False  # whether that is so of a rollout's
 
     # ------------------------------------------------------------------ stages
 
@@ -261,10 +269,22 @@ class Book:
         prompts = self._sample(self.data.train_prompts, self.data.batch_size)
         answers = len(prompts) * module.answers_per_prompt
         updates = -(-answers // module.minibatch_size) * module.ppo_epochs
-        with self.trace:
-            packed, _ = self._rollout(module.policy, prompts, module.answers_per_prompt, module.sampling)
+        trainer = self.settings.trainer
+        limit = trainer.limit_train_batches
+        iterations = limit if isinstance(limit, int) else int(len(self.data.train_dataloader()) * limit)
+        self.steps = iterations * (trainer.max_epochs or 1)
+
+        def rollout() -> tuple[Packed, float]:
+            return self._rollout(module.policy, prompts, module.answers_per_prompt, module.sampling)
+
+        def iteration() -> None:
+            packed, _ = rollout()
+            self._scored(module, packed)
             self._update(module, self._experience(module, packed))  # its gradients stay while the next answers come
-            packed, sampling = self._rollout(module.policy, prompts, module.answers_per_prompt, module.sampling)
+
+        with self.trace:
+            self._prepare(self._met([iteration] * MET_IN_PPO), self.steps)
+            packed, sampling = rollout()
             scoring = self._scored(module, packed)
             before = self.trace.flops
             update = self._update(module, self._experience(module, packed))
@@ -275,10 +295,6 @@ class Book:
             held_out = self._sample(self.data.held_out_prompts, self.data.batch_size)
             packed, validation = self._rollout(module.policy, held_out, module.held_out.samples, module.sampling)
             validation = 2 * validation + self._scored(module, packed)
-        trainer = self.settings.trainer
-        limit = trainer.limit_train_batches
-        iterations = limit if isinstance(limit, int) else int(len(self.data.train_dataloader()) * limit)
-        self.steps = iterations * (trainer.max_epochs or 1)
         validations = 1 + (self.steps // trainer.val_check_interval if trainer.val_check_interval else 0)
         batches = self._batches(self.data.val_dataloader(), trainer.limit_val_batches)
         self.seconds = self.steps * self.step_seconds + validations * batches * validation
@@ -324,10 +340,13 @@ class Book:
                 self.optimizer = int(each * sum(p.numel() for p in trained))
         self.held = resident_bytes() - self.resident
         device, trainer = _device(self.cfg), self.settings.trainer
-        ModelSettings(  # without what cannot be traced: oneDNN and the rows that it wants, compiled layers
+        on_cpu = device == "cpu"
+        ModelSettings(  # without what cannot be traced: compiled layers
             trainer.activation_checkpointing,
+            onednn=trainer.onednn if on_cpu else None,
             whole_last_layer=trainer.whole_last_layer,
-            batched_attention=device == "cpu" and trainer.batched_attention,
+            batched_attention=on_cpu and trainer.batched_attention,
+            row_multiple=trainer.row_multiple if on_cpu else 1,
         ).apply(model, on_cpu=True)  # tensors without numbers take the way of a CPU's; a GPU never batches attention
         heap = None if device == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap, device)
@@ -339,9 +358,20 @@ class Book:
         self._begin(module)
         trainer = self.settings.trainer
         loader, val_loader = self.data.train_dataloader(), self.data.val_dataloader()
-        batches = sorted(islice(loader, LOOKED_AT), key=_tokens)
-        val_batches = sorted(islice(val_loader, LOOKED_AT), key=_tokens)
+        micro = self._batches(loader, trainer.limit_train_batches)
+        self.steps = (
+            trainer.max_steps
+            if trainer.max_steps > 0
+            else -(-micro // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+        )
+        read, val_read = list(islice(loader, LOOKED_AT)), list(islice(val_loader, LOOKED_AT))
+        batches, val_batches = sorted(read, key=_tokens), sorted(val_read, key=_tokens)
+        look = look or loss
         with self.trace:
+            met = self._met(partial(self._step, module, partial(loss, batch)) for batch in read[:MET])
+            self._prepare(met, self.steps * trainer.accumulate_grad_batches)
+            met = self._met(partial(self._look, partial(look, batch)) for batch in val_read[:MET])
+            self._prepare(met, self._batches(val_loader, trainer.limit_val_batches))
             for _ in range(STEPS):  # the gradients of one step stay while the next loss is computed
                 before = self.trace.flops
                 seconds = self._step(module, lambda: loss(batches[-1]))
@@ -349,18 +379,32 @@ class Book:
             self.step_flops = (self.trace.flops - before) * usual
             with self.trace.holding(self._checkpoint(module)):
                 pass
-            validation = self._look(lambda: (look or loss)(val_batches[-1]))
+            validation = self._look(lambda: look(val_batches[-1]))
         self.step_seconds = seconds * usual
-        micro = self._batches(loader, trainer.limit_train_batches)
-        self.steps = (
-            trainer.max_steps
-            if trainer.max_steps > 0
-            else -(-micro // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
-        )
         validations = 1 + bool(self.settings.validate_first)
         validations += self.steps // trainer.val_check_interval if trainer.val_check_interval else 0
         in_validation = validations * self._batches(val_loader, trainer.limit_val_batches) * validation
         self.seconds = self.steps * self.step_seconds + in_validation
+
+    def _met(self, steps: Iterable[Callable[[], Any]]) -> list[set[Any]]:
+        """The products that oneDNN meets in each of some steps, without those for which there is room already."""
+        met = []
+        for step in steps:
+            self.trace.met.clear()
+            step()
+            met.append(self.trace.met - self._prepared)
+        return met
+
+    def _prepare(self, met: list[set[Any]], steps: int) -> None:
+        """Room for what oneDNN prepares in so many steps, of which ``met`` is a sample."""
+        self._make_room(distinct(met, steps))
+        self._prepared.update(*met)
+
+    def _make_room(self, products: int) -> None:
+        if self.trace.heap is not None:
+            for _ in range(min(KEPT - self._room, products)):
+                self.trace.hold(PREPARED)
+                self._room += 1
 
     def _batches(self, loader: Any, limit: int | float) -> int:
         return min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
@@ -421,11 +465,13 @@ class Book:
             decode = self._growing(policy, len(tokens), width)
         else:
             decode = self._in_place(policy, LeanDecoder(trunk, len(tokens), width + limit), tokens, width)
-        decoding = 0.0
-        for step in chosen:
-            before = self.trace.seconds
-            decode(sum(n > step for n in lengths), step)
-            decoding += self.trace.seconds - before
+        before = self.trace.seconds
+        met = self._met(partial(decode, sum(n > step for n in lengths), step) for step in chosen)
+        decoding = self.trace.seconds - before
+        if not self._decoded:
+            self._decoded = True
+            numbers = {n + few_row_counts(n, 1 if trunk is None else ROWS) for n in range(1, len(tokens) + 1)}
+            self._make_room(len(numbers) * max(map(len, met), default=0))
         prefill_and_chosen = self.trace.seconds - begun
         seconds = prefill_and_chosen - decoding + decoding / max(len(chosen), 1) * len(steps)
         pad = self.tokenizer.pad_token_id
@@ -536,6 +582,16 @@ class Book:
             self.held,
             self.trace.peak + (0 if on_gpu else self.held),
         )
+
+
+def distinct(samples: Sequence[set[Any]], count: int) -> int:
+    """How many different things ``count`` sets hold, of which ``samples`` are some.
+
+    What was met once, over once more twice that was met twice (Chao 1984); yet no more than comes with the share of
+    new things in one more set (Good 1953)."""
+    often = Counter(Counter(thing for sample in samples for thing in sample).values())
+    unseen = often[1] ** 2 / (2 * max(often[2], 1))
+    return sum(often.values()) + round(min(unseen, often[1] / max(len(samples), 1) * max(count - len(samples), 0)))
 
 
 def _tokens(batch: Any) -> int:

@@ -26,6 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
+PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+PREPARED = 600 * 1024  # bytes that oneDNN keeps of a product that it has met (with AVX-512; float32 and bfloat16 alike)
+KEPT = 1024  # products that it keeps at most
 
 
 class Rates(NamedTuple):
@@ -161,6 +165,7 @@ class Trace(TorchDispatchMode):
         self.rates = rates
         self.flops = 0.0
         self.seconds = 0.0
+        self.met: set[tuple[Any, ...]] = set()  # products that a CPU leaves to oneDNN, which prepares each
         self.live = 0  # bytes
         self.peak = 0  # bytes that are taken at most
         self.heap = heap
@@ -189,6 +194,10 @@ class Trace(TorchDispatchMode):
 
     def _enter_functions(self) -> None:
         self._functions.__enter__()
+
+    def hold(self, size: int) -> None:
+        """From now on something else takes ``size`` bytes in one piece."""
+        self._take(size)
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
@@ -229,6 +238,8 @@ class Trace(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, touched: list[Tensor]) -> None:
         flops = _flops(func, args, kwargs, out)
         self.flops += flops
+        if func is ONEDNN or (func in PRODUCTS and out.dtype in (torch.bfloat16, torch.float16)):
+            self.met.add((func, *((t.shape, t.stride()) for t in args if isinstance(t, Tensor))))
         if self.rates is not None:
             size = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in touched)
             self.seconds += self.rates.call + max(flops / self.rates.flops, size / self.rates.bytes)
@@ -260,6 +271,8 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
         return float(sdpa_flop_count(*(t.shape for t in args[:3])))
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
         return float(sdpa_backward_flop_count(*(t.shape for t in args[:4])))
+    if func is ONEDNN:
+        return 2.0 * out.numel() * args[0].shape[-1]
     formula = flop_registry.get(func.overloadpacket)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
 

@@ -11,6 +11,7 @@ from torch.distributed._composable import checkpoint
 from transformers import PreTrainedModel
 
 from lit_rlhf.models import layers, use_onednn, use_own_attention
+from lit_rlhf.models.onednn import uses_onednn
 
 
 class ModelSettings(Callback):
@@ -27,7 +28,7 @@ class ModelSettings(Callback):
             dot-product attention, which is then in float32 also where the rest is not: see
             :mod:`lit_rlhf.models.attention`.
         row_multiple: on a CPU, packed sequences and what is read of them are filled up to a multiple of so many tokens
-            where products are of 16-bit numbers: see :func:`lit_rlhf.models.policy.rows_to_add`.
+            where products are oneDNN's: see :func:`lit_rlhf.models.policy.rows_to_add`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ModelSettings(Callback):
             use_onednn(module, self.onednn)
         for trunk in trunks(module):
             trunk.whole_last_layer, trunk.row_multiple = self.whole_last_layer, self.row_multiple
+            trunk.by_onednn = uses_onednn(trunk)
             if on_cpu:
                 use_own_attention(trunk, self.batched_attention)
             if not any(p.requires_grad for p in trunk.parameters()):

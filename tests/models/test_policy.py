@@ -25,6 +25,7 @@ from lit_rlhf.models import (
 from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
+from lit_rlhf.training import ModelSettings
 
 LENGTHS = [7, 2, 12, 1, 5, 9]
 
@@ -116,6 +117,13 @@ def test_few_numbers_of_rows_occur(policy, monkeypatch):
     assert len({count + rows_to_add(trunk, count) for count in range(1, 4097)}) == 16 + 3 * 8
     trunk.row_multiple = 1
     assert rows_to_add(trunk, 33) == rows_to_add(trunk, 5000) == 0
+
+
+def test_rows_are_added_where_products_are_onednns(policy):
+    trunk = policy.base_model
+    assert rows_to_add(trunk, 33) == 0
+    ModelSettings(onednn=8).apply(policy, on_cpu=True)
+    assert trunk.by_onednn and rows_to_add(trunk, 33) == 31
 
 
 @pytest.mark.parametrize("dtype, rows", [(torch.float32, 12), (torch.bfloat16, 32)])

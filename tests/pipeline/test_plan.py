@@ -1,6 +1,7 @@
 """``stage=plan`` says what the stages need, before there is anything."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.plan import write_plan
+from lit_rlhf.pipeline.plan import distinct, write_plan
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 
 ROAD = ["pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate"]
@@ -105,3 +106,18 @@ def test_a_gpu_that_is_not_there_can_be_planned_for(planned):
     pretrain = needs["pretrain"]
     assert (pretrain.checkpoint, pretrain.seconds) == (0, None)
     assert pretrain.weights + pretrain.gradients + pretrain.optimizer < pretrain.peak
+
+
+def test_how_many_products_there_are_in_all():
+    """Sets of what oneDNN meets in a step, drawn at random, are counted on from 8 of them to all that come."""
+    draw = random.Random(0)
+    few, many = range(40), range(10_000)
+    for things, count, expected in ((few, 500, 40), (many, 8, 80), (many, 16, 160)):
+        sets = [set(draw.sample(things, 10)) for _ in range(count)]
+        assert len(set().union(*sets)) == pytest.approx(expected, rel=0.05)
+        assert distinct(sets[:8], count) == pytest.approx(expected, rel=0.15)
+    assert distinct([{1, 2}] * 8, 500) == 2
+    assert distinct([], 5) == 0
+    # By hand: 3 were met once, 2 twice; 5 + 3^2 / (2 * 2); and of one more step 5 + 3 / 3 * 1.
+    samples = [{1, 2, 3}, {2, 3, 4}, {5}]
+    assert (distinct(samples, 100), distinct(samples, 4)) == (5 + 2, 5 + 1)

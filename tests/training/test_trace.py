@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import next_token_logits, packed_hidden
+from lit_rlhf.models import next_token_logits, packed_hidden, use_onednn
 from lit_rlhf.models.blank import blank_policy
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training import adamw
@@ -79,6 +79,24 @@ def test_half_precision_halves_what_products_keep(linear):
         assert y.dtype == torch.bfloat16
         # The halved weight and input stay for the backward pass, beside the output.
         assert trace.live - before == (16 * 32 + 8 * 16 + 8 * 32) * 2
+
+
+def test_products_that_a_cpu_leaves_to_onednn(linear):
+    """Each shape once: those of 16-bit numbers, and those of layers that were told so."""
+    rows = [torch.empty(n, 16, device="meta") for n in (8, 8, 9)]
+    with Trace(linear) as trace:
+        for x in rows:
+            linear(x)
+    assert not trace.met
+    with Trace(linear, precision="bf16-mixed") as trace:
+        for x in rows:
+            linear(x).sum().backward()
+    assert len(trace.met) == 4  # forward, and backward to the weight
+    use_onednn(linear, 8)
+    with Trace(linear) as trace:
+        for x in rows:
+            linear(x)
+    assert len(trace.met) == 2 and trace.flops == 2 * 25 * 16 * 32
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])

@@ -44,11 +44,13 @@ class LeanDecoder:
     Texts end in the same column, padding before them is masked: a text that begins later lies further right."""
 
     joins = True
+    COLUMNS = 32  # room is for a multiple of so many: the next batch's fits into the memory that this one's has left
 
     def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
         self.trunk, self.width = trunk, width
+        room = -(-width // self.COLUMNS) * self.COLUMNS
         # (layer, key or value, row, head, column, D)
-        shape = len(trunk.layers), 2, rows, trunk.kv_heads, width, trunk.head_size
+        shape = len(trunk.layers), 2, rows, trunk.kv_heads, room, trunk.head_size
         self.cache = torch.empty(shape, dtype=trunk.dtype, device=trunk.device)
         self.starts = torch.zeros(rows, dtype=torch.int64, device=trunk.device)
         self.alive, self.end = 0, 0  # rows in use, columns in use
@@ -150,6 +152,8 @@ class StaticDecoder(LeanDecoder):
 
     A step sees the whole width, with what is not written yet masked, and as many rows as the next power of two; a graph
     is captured when one of so many rows is first needed. On a CPU the steps run as they are."""
+
+    COLUMNS = 1  # all of the room is looked at
 
     def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
         super().__init__(trunk, rows, width)

@@ -18,10 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.lora import effective_weight
+from lit_rlhf.models.onednn import few_row_counts
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 LARGE = 2**17  # elements of a matrix from where on oneDNN's own layout of it pays
+ROWS = 4  # of which their number is a multiple then: answers end one by one, and each number would be another product
 
 
 class Product(NamedTuple):
@@ -34,16 +36,21 @@ class Product(NamedTuple):
     @staticmethod
     def of(matrix: Tensor, bias: Tensor | None) -> Product:
         """For many products with one matrix (in, out): oneDNN, told so beforehand, is faster than ``mm`` on a CPU."""
-        large = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.numel() >= LARGE
-        if large and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-            packed = torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), None)
-            return Product(packed, bias, True)
-        return Product(matrix, bias, False)
+        kind, large = matrix.device.type, matrix.dtype == torch.float32 and matrix.numel() >= LARGE
+        has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        if not large or not has_it or kind not in ("cpu", "meta"):
+            return Product(matrix, bias, False)
+        turned = matrix.t().contiguous()
+        packed = turned if kind == "meta" else torch.ops.mkldnn._reorder_linear_weight(turned, None)
+        return Product(packed, bias, True)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x @ matrix + bias + residual``."""
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+            more = few_row_counts(len(x), ROWS)
+            y = torch.ops.mkldnn._linear_pointwise(
+                F.pad(x, (0, 0, 0, more)) if more else x, self.matrix, self.bias, "none", [], ""
+            )[: len(x)]
             return y if residual is None else y.add_(residual)
         if residual is None:
             return x @ self.matrix if self.bias is None else torch.addmm(self.bias, x, self.matrix)

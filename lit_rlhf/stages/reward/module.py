@@ -123,7 +123,7 @@ class RewardModule(StepLog):
 
     @torch.no_grad()
     def raw_scores(
-        self, sequences: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, batch_size: int = 256
+        self, sequences: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, batch_size: int = 64
     ) -> Tensor:
         """Scores (N,) of token sequences, before the shift; ``lengths`` of the answers, which end them."""
         training = self.reward_model.training
