@@ -153,7 +153,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
             bar = BARS[r.work, r.case]
             axis.barh(row, r.ratio, color="#1b6ca8" if r.ratio >= bar.least else "#d95f02", height=0.6)
             axis.plot([bar.least] * 2, [row - 0.4, row + 0.4], color="black", linewidth=1.5)
-            axis.annotate(f"{r.ratio:.2f}", (r.ratio, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
+            behind = max(r.ratio, bar.least if r.ratio > 0.9 * bar.least else 0)  # the line would run through it
+            axis.annotate(f"{r.ratio:.2f}", (behind, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set(yticks=range(len(kind)), yticklabels=[f"{r.work}: {r.case}" for r in kind], xlabel=label)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)

@@ -368,8 +368,9 @@ class Book:
         batches, val_batches = sorted(read, key=_tokens), sorted(val_read, key=_tokens)
         look = look or loss
         with self.trace:
-            met = self._met(partial(self._step, module, partial(loss, batch)) for batch in read[:MET])
-            self._prepare(met, self.steps * trainer.accumulate_grad_batches)
+            steps = self.steps * trainer.accumulate_grad_batches
+            met = self._met(partial(self._step, module, partial(loss, batch)) for batch in read[: min(MET, steps)])
+            self._prepare(met, steps)
             met = self._met(partial(self._look, partial(look, batch)) for batch in val_read[:MET])
             self._prepare(met, self._batches(val_loader, trainer.limit_val_batches))
             for _ in range(STEPS):  # the gradients of one step stay while the next loss is computed
@@ -387,7 +388,9 @@ class Book:
         self.seconds = self.steps * self.step_seconds + in_validation
 
     def _met(self, steps: Iterable[Callable[[], Any]]) -> list[set[Any]]:
-        """The products that oneDNN meets in each of some steps, without those for which there is room already."""
+        """The products that oneDNN meets in each of some steps, without those for which there is room already.
+
+        A rollout in a step has seen to its own."""
         met = []
         for step in steps:
             self.trace.met.clear()
