@@ -44,19 +44,23 @@ class LeanDecoder:
     Texts end in the same column, padding before them is masked: a text that begins later lies further right."""
 
     joins = True
-    COLUMNS = 32  # room is for a multiple of so many: the next batch's fits into the memory that this one's has left
 
     def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
         self.trunk, self.width = trunk, width
-        room = -(-width // self.COLUMNS) * self.COLUMNS
         # (layer, key or value, row, head, column, D)
-        shape = len(trunk.layers), 2, rows, trunk.kv_heads, room, trunk.head_size
+        shape = len(trunk.layers), 2, rows, trunk.kv_heads, self.columns(width), trunk.head_size
         self.cache = torch.empty(shape, dtype=trunk.dtype, device=trunk.device)
         self.starts = torch.zeros(rows, dtype=torch.int64, device=trunk.device)
         self.alive, self.end = 0, 0  # rows in use, columns in use
         # 0, or -inf at the padding of a row; used once there is any
         self.bias = torch.zeros(rows, trunk.kv_heads, 1, width, dtype=trunk.dtype, device=trunk.device)
         self.padded = False
+
+    @staticmethod
+    def columns(width: int) -> int:
+        """So many that the next batch's cache fits into the memory that this one's has left. An odd number: were heads
+        whole pages apart, their keys would crowd a few lines of the processor's cache."""
+        return -(-width // 32) * 32 + 1
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, prompts))
@@ -153,8 +157,6 @@ class StaticDecoder(LeanDecoder):
     A step sees the whole width, with what is not written yet masked, and as many rows as the next power of two; a graph
     is captured when one of so many rows is first needed. On a CPU the steps run as they are."""
 
-    COLUMNS = 1  # all of the room is looked at
-
     def __init__(self, trunk: Trunk, rows: int, width: int) -> None:
         super().__init__(trunk, rows, width)
         self.cache.zero_()  # a step sees what is not written yet, too: masked, but a NaN there would spoil a sum
@@ -162,6 +164,11 @@ class StaticDecoder(LeanDecoder):
         self.column = torch.zeros(1, dtype=torch.int64, device=trunk.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # rows -> (a step, where its result lies)
         self.pool: Any = None  # memory that the graphs share: they never run at once
+
+    @staticmethod
+    def columns(width: int) -> int:
+        """No more: all of them are looked at."""
+        return width
 
     def step(self, tokens: Tensor) -> Tensor:
         self.column.fill_(self._next_column())
