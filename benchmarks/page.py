@@ -119,7 +119,9 @@ def settings(results: Sequence[Result]) -> str:
         chosen = ", ".join(f"{name} {value}" for name, value in r.settings.items())
         checks = "; ".join(f"{c.what} {c.ours:.6g} / {c.theirs:.6g}" for c in r.equal_work)
         packages = ", ".join(f"{name} {version}" for name, version in r.versions.items())
-        parts.append(f"- `{r.command}` ({r.date}; {packages})\n  - {chosen}")
+        run = f"- `{r.command}` ({r.date}; {packages})\n  - {chosen}"
+        if run not in parts:  # one command may have several results
+            parts.append(run)
         if checks:
             parts.append(f"  - equal work, ours / {r.peer}: {checks}")
     return "\n".join(parts)

@@ -8,15 +8,17 @@ model, and half a MiB of memory, some of which it keeps for good: so rows are ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
-def few_row_counts(count: int, multiple: int) -> int:
+def rows_up_to(multiple: int, count: int) -> int:
     """How many rows to add to ``count``: up to a multiple of ``multiple`` (1: none); from 16 times as many rows on, of
     that doubled as often as rows double."""
     if multiple == 1:
@@ -24,6 +26,11 @@ def few_row_counts(count: int, multiple: int) -> int:
     while 16 * multiple < count:
         multiple *= 2
     return -count % multiple
+
+
+def with_rows_added(layer: Callable[[Tensor], Tensor], rows: Tensor, more: int) -> Tensor:
+    """What ``layer`` makes of ``rows`` (N, D), each by itself, when it is given so many ``more``."""
+    return layer(F.pad(rows, (0, 0, 0, more)))[: len(rows)] if more else layer(rows)
 
 
 class _Product(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.lora import LoRA, add_lora
-from lit_rlhf.models.onednn import few_row_counts
+from lit_rlhf.models.onednn import rows_up_to, with_rows_added
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import load_tokenizer
@@ -222,13 +222,9 @@ def sees_any_mask(module: nn.Module) -> bool:
 def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) from hidden states (..., D)."""
     head: nn.Module = model.get_output_embeddings()
-    return with_rows_added(model.base_model, head, hidden) if hidden.dim() == 2 else head(hidden)
-
-
-def with_rows_added(trunk: PreTrainedModel, layer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """What ``layer`` makes of ``rows`` (N, D), each by itself, in one of few numbers of rows (:func:`rows_to_add`)."""
-    more = rows_to_add(trunk, len(rows))
-    return layer(F.pad(rows, (0, 0, 0, more)))[: len(rows)] if more else layer(rows)
+    if hidden.dim() != 2:
+        return head(hidden)
+    return with_rows_added(head, hidden, rows_to_add(model.base_model, len(hidden)))
 
 
 def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
@@ -238,7 +234,7 @@ def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
     Their numbers are multiples of ``trunk.row_multiple``, 32 at first: see :mod:`lit_rlhf.models.onednn`."""
     narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16) and trunk.device.type in ("cpu", "meta")
     by_onednn = narrow or getattr(trunk, "by_onednn", False)
-    return few_row_counts(count, getattr(trunk, "row_multiple", 32)) if by_onednn else 0
+    return rows_up_to(getattr(trunk, "row_multiple", 32), count) if by_onednn else 0
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -41,7 +41,7 @@ from lit_rlhf.models import (
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
 from lit_rlhf.models.generation import LeanDecoder, Trunk
 from lit_rlhf.models.generation.trunk import ROWS
-from lit_rlhf.models.onednn import few_row_counts
+from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.pipeline.run import make_data, quiet
 from lit_rlhf.pipeline.settings import planned_stages, resolved
 from lit_rlhf.stages.ppo.rollout import Responding, Rollout, response_logprobs
@@ -473,7 +473,7 @@ class Book:
         decoding = self.trace.seconds - before
         if not self._decoded:
             self._decoded = True
-            numbers = {n + few_row_counts(n, 1 if trunk is None else ROWS) for n in range(1, len(tokens) + 1)}
+            numbers = {n + rows_up_to(1 if trunk is None else ROWS, n) for n in range(1, len(tokens) + 1)}
             self._make_room(len(numbers) * max(map(len, met), default=0))
         prefill_and_chosen = self.trace.seconds - begun
         seconds = prefill_and_chosen - decoding + decoding / max(len(chosen), 1) * len(steps)

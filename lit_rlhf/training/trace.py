@@ -95,13 +95,15 @@ class Heap:
         place = ctypes.c_void_p()
         self._libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(64), ctypes.c_size_t(size))
         address = place.value
-        if address is not None and not self._begin <= address < self._end():
+        if address is None:
+            return None
+        self._follow_the_end()
+        first = (address - self._begin) // PAGESIZE
+        if not 0 <= first < len(self._pages):
             self._mapped[address] = size
             self._outside += size
-        elif address is not None and size > 0:
-            self._follow_the_end()
-            first, last = ((place - self._begin) // PAGESIZE for place in (address, address + size - 1))
-            block = self._pages[first : last + 1]
+        elif size > 0:
+            block = self._pages[first : (address + size - 1 - self._begin) // PAGESIZE + 1]
             self._taken += len(block) - int(np.count_nonzero(block))
             block[:] = True
         return address

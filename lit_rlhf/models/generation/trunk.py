@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.lora import effective_weight
-from lit_rlhf.models.onednn import few_row_counts
+from lit_rlhf.models.onednn import rows_up_to, with_rows_added
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -47,14 +47,14 @@ class Product(NamedTuple):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x @ matrix + bias + residual``."""
         if self.packed:
-            more = few_row_counts(len(x), ROWS)
-            y = torch.ops.mkldnn._linear_pointwise(
-                F.pad(x, (0, 0, 0, more)) if more else x, self.matrix, self.bias, "none", [], ""
-            )[: len(x)]
+            y = with_rows_added(self._by_onednn, x, rows_up_to(ROWS, len(x)))
             return y if residual is None else y.add_(residual)
         if residual is None:
             return x @ self.matrix if self.bias is None else torch.addmm(self.bias, x, self.matrix)
         return torch.addmm(residual if self.bias is None else residual + self.bias, x, self.matrix)
+
+    def _by_onednn(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
 
 
 class Layer(NamedTuple):

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import feedback_loss, lm_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import RewardTransformer, output_embedding, packed_scores, save_model, scores_and_hidden
-from lit_rlhf.models.policy import with_rows_added
+from lit_rlhf.models.onednn import with_rows_added
+from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
@@ -92,7 +93,8 @@ class RewardModule(StepLog):
             loss = loss + self.feedback_coef * rated
         if len(imitated):
             embedding = output_embedding(self.reward_model)
-            logits = with_rows_added(self.reward_model.base_model, lambda rows: rows @ embedding.T, hidden)
+            more = rows_to_add(self.reward_model.base_model, len(hidden))
+            logits = with_rows_added(lambda rows: rows @ embedding.T, hidden, more)
             lm = lm_loss(logits, batch.packed.tokens[batch.learned])
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
