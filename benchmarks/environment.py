@@ -50,6 +50,8 @@ def make(requirement: str, folder: Path) -> None:
     (folder / ".gitignore").write_text("*\n")
     venv.create(folder, with_pip=True)
     pip = [folder / "bin/pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints/cpu.txt"]
-    subprocess.run([*pip, "torch", "--no-deps", "--index-url", CPU_TORCH], check=True)
+    # A build of PyTorch's own index (2.13.0+cpu) comes before one of the same version from elsewhere; where that index
+    # cannot be reached, pip takes what it finds, and enter() refuses CUDA's.
+    subprocess.run([*pip, "torch", "--no-deps", "--retries", "1", "--extra-index-url", CPU_TORCH], check=True)
     subprocess.run([*pip, requirement, "-e", ROOT], check=True)
     (folder / READY).write_text(requirement)
