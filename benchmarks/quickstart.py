@@ -1,15 +1,17 @@
 """The whole quickstart against an older version of this package, the one before its speed was worked on.
 
-    python benchmarks/quickstart.py [--before 4b16d82] [--threads 1 2] [--seed 1]
+    python benchmarks/quickstart.py [--before 4b16d82] [--threads 1 2] [--seeds 1 2 3]
 
 Both commands run with the installed libraries, each from its own files (``git archive``), one working at a time: after
 two seconds the one is stopped (SIGSTOP) and the other goes on (SIGCONT), and whichever has ended a stage waits for the
-other. A stage counts the seconds in which its command was at work. What is learned must be alike. Of this version what
-is committed counts. Needs Linux and git."""
+other. A stage counts the seconds in which its command was at work. What is learned must be alike, in the mean over the
+seeds; its curves go to ``quickstart_curves.json`` and a plot. Of this version what is committed counts. Needs Linux and
+git."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import signal
@@ -20,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 from harness import (
@@ -31,10 +35,12 @@ from harness import (
     Result,
     Work,
     WorkDiffersError,
+    alike,
     load,
     plot,
     quiet,
     result,
+    save,
     store,
     table,
 )
@@ -43,15 +49,28 @@ BEFORE = "4b16d82"
 SLICE = 2.0  # seconds
 STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
 WHOLE = "the whole quickstart"
-# What was learned, by its address in summary.json, and how far two runs may differ, as a share of the older one's: from
-# seed to seed SFT's loss moves by a tenth, and PPO's win rate by a twentieth.
-LEARNED = {("pretrain", "val_loss"): 0.1, ("sft", "val_loss"): 0.15, ("reward", "gold_accuracy"): 0.05}
-WINS = 0.1
+# What was learned, by its address in summary.json, and how far two versions may differ, as a share of the older one's:
+# from seed to seed SFT's loss moves by a tenth, and PPO's win rate by a twentieth.
+LEARNED = {
+    ("pretrain", "val_loss"): 0.1,
+    ("sft", "val_loss"): 0.15,
+    ("reward", "gold_accuracy"): 0.05,
+    ("evaluate", "win_rate", "ppo_vs_sft", "mean"): 0.1,
+}
+# Whose course is kept, by its name in metrics.csv
+CURVES = {
+    "pretrain": ("val/pretrain/loss",),
+    "sft": ("val/sft/loss",),
+    "reward": ("val/reward/loss", "val/reward/gold_accuracy"),
+    "ppo": ("ppo/gold", "ppo/kl"),
+}
+Curve = dict[str, list[float]]  # "step" and "value"
+Curves = dict[str, dict[str, dict[str, Curve]]]  # run -> side -> name -> curve
 
 
 @dataclass(frozen=True)
 class Case:
-    seed: int = 1
+    seeds: tuple[int, ...] = (1,)
     before: str = BEFORE
     laps: int = 1
 
@@ -100,13 +119,23 @@ class Command:
     def laps(self) -> dict[str, Lap]:
         """One of each stage, and of the whole; a rate is so many an hour."""
         learned = json.loads((self.run / "summary.json").read_text())
-        watched = {f"{stage}, {name}": float(learned[stage][name]) for stage, name in LEARNED}
-        watched["PPO wins against SFT"] = float(learned["evaluate"]["win_rate"]["ppo_vs_sft"]["mean"])
+        watched = {" ".join(address): float(reduce(getitem, address, learned)) for address in LEARNED}
         laps, last = {}, (0.0, 0.0)
         for stage in STAGES:
             seconds, cpu = (now - then for now, then in zip(self.ended[stage], last))
             laps[stage], last = Lap(seconds, cpu, 3600, 0, {}), self.ended[stage]
         return laps | {WHOLE: Lap(*self.ended[WHOLE], 3600, 0, watched)}
+
+    def curves(self) -> dict[str, Curve]:
+        """Of all stages that train, by the name of what was logged."""
+        found = {}
+        for stage, names in CURVES.items():
+            with (self.run / stage / "metrics.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            for name in names:
+                logged = [row for row in rows if row.get(name)]
+                found[name] = {k: [float(row[c]) for row in logged] for k, c in (("step", "step"), ("value", name))}
+        return found
 
     def _cpu(self) -> float:
         try:
@@ -133,46 +162,81 @@ def unpack(revision: str, folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-def measure(case: Case, threads: int) -> dict[str, tuple[Laps, list[Check]]]:
-    """Laps and checks of each stage and of the whole."""
-    quickstart = ["-m", "lit_rlhf", f"threads={threads}", f"seed={case.seed}", "logger=csv"]
+def run(case: Case, threads: int, seed: int) -> tuple[dict[str, dict[str, Lap]], dict[str, dict[str, Curve]]]:
+    """Laps and curves of both commands with one seed."""
+    quickstart = ["-m", "lit_rlhf", f"threads={threads}", f"seed={seed}", "logger=csv", "callbacks.progress_bar=false"]
     with tempfile.TemporaryDirectory() as folder:
         commands: dict[str, Command] = {}
         try:
             for name, revision in ((OURS, "HEAD"), (f"before ({case.before})", case.before)):
                 place = Path(folder) / revision
                 unpack(revision, place)
-                commands[name] = Command([*quickstart, "callbacks.progress_bar=false"], place)
+                commands[name] = Command(quickstart, place)
             in_turns(list(commands.values()), SLICE)
         finally:
             for command in commands.values():
                 command.stop()
-        found = {name: command.laps() for name, command in commands.items()}
-    sides = {name: {side: [laps[name]] for side, laps in found.items()} for name in (*STAGES, WHOLE)}
-    ours, theirs = (side[0].watched for side in sides[WHOLE].values())
-    allowed = [*LEARNED.values(), WINS]
-    checks = [Check(name, ours[name], theirs[name], allow) for name, allow in zip(ours, allowed, strict=True)]
-    return {name: (laps, checks if name == WHOLE else []) for name, laps in sides.items()}
+        return {n: c.laps() for n, c in commands.items()}, {n: c.curves() for n, c in commands.items()}
+
+
+def compare(runs: Sequence[dict[str, dict[str, Lap]]]) -> dict[str, tuple[Laps, list[Check]]]:
+    """Laps, one a seed, and checks, of each stage and of the whole."""
+    sides = {name: {side: [found[side][name] for found in runs] for side in runs[0]} for name in (*STAGES, WHOLE)}
+    allowed = {" ".join(address): share for address, share in LEARNED.items()}
+    return {name: (laps, alike(laps, **allowed) if name == WHOLE else []) for name, laps in sides.items()}
+
+
+def store_curves(found: dict[str, dict[str, Curve]], key: str, path: Path) -> Curves:
+    """Those of one run, by ``key``, beside those of other runs that the file has."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = dict(sorted((known | {key: found}).items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    return known
+
+
+def plot_curves(runs: Curves, path: Path) -> None:
+    """A panel for each quantity, a line for each run of each version."""
+    from matplotlib import pyplot
+
+    names = [name for stage in CURVES.values() for name in stage]
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3 * len(names), 3), layout="constrained")
+    for panel, name in zip(panels, names):
+        for number, run in enumerate(runs.values()):
+            for (side, curves), colour in zip(run.items(), ("#1b6ca8", "#d95f02")):
+                curve, label = curves[name], side if number == 0 else None
+                panel.plot(curve["step"], curve["value"], color=colour, alpha=0.7, linewidth=1, label=label)
+        panel.set(xlabel="iteration" if name.startswith("ppo/") else "step", title=name)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default=BEFORE, help="the older version, as git knows it")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="a run of both versions with each")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and the plots")
     given = parser.parse_args(arguments)
     quiet()
     names = {stage: f"quickstart's {stage}" for stage in STAGES} | {WHOLE: WHOLE}
-    case = Case(given.seed, given.before)
+    case = Case(tuple(given.seeds), given.before)
     work = Work("quickstart", "an hour", dict.fromkeys(names.values(), case), lambda *_: ({}, []))
+    curves = given.out / "quickstart_curves.json"
     found: list[Result] = []
     for threads in given.threads:
+        runs = []
+        for seed in case.seeds:
+            laps, learned = run(case, threads, seed)
+            runs.append(laps)
+            plot_curves(store_curves(learned, f"seed {seed}, threads {threads}", curves), curves.with_suffix(".svg"))
         try:
-            measured = [result(work, names[name], threads, *parts) for name, parts in measure(case, threads).items()]
+            measured = [result(work, names[name], threads, *parts) for name, parts in compare(runs).items()]
         except WorkDiffersError as error:
             sys.exit(f"quickstart: {error}")
-        again = f"python benchmarks/quickstart.py --before {case.before} --threads {threads} --seed {case.seed}"
+        seeds = " ".join(map(str, case.seeds))
+        again = f"python benchmarks/quickstart.py --before {case.before} --threads {threads} --seeds {seeds}"
         found += [replace(one, command=again) for one in measured]
         path = store(found, list(names.values()), given.out)
     plot(load(path), path.with_suffix(".svg"))

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import quickstart
@@ -59,8 +60,48 @@ def test_laps_are_those_of_the_stages_and_of_the_whole(tmp_path):
     assert sum(laps[stage].seconds for stage in quickstart.STAGES) == pytest.approx(command.ended["evaluate"][0])
     assert laps[quickstart.WHOLE].seconds == command.worked
     assert laps[quickstart.WHOLE].watched == {
-        "pretrain, val_loss": 0.5, "sft, val_loss": 0.4, "reward, gold_accuracy": 0.9, "PPO wins against SFT": 0.8,
-    }  # fmt: skip
+        "pretrain val_loss": 0.5,
+        "sft val_loss": 0.4,
+        "reward gold_accuracy": 0.9,
+        "evaluate win_rate ppo_vs_sft mean": 0.8,
+    }
+
+
+def test_versions_are_compared_by_their_mean_over_the_seeds(tmp_path):
+    [command] = commands(tmp_path, count=1)
+    quickstart.in_turns([command], 5)
+    laps = command.laps()
+
+    def with_loss(loss):
+        whole = laps[quickstart.WHOLE]
+        return laps | {quickstart.WHOLE: replace(whole, watched=whole.watched | {"sft val_loss": loss})}
+
+    two = quickstart.compare([{"now": with_loss(now), "before": with_loss(0.4)} for now in (0.3, 0.5)])
+    assert all(len(side) == 2 for found, _ in two.values() for side in found.values())
+    assert all(check.passed for check in two[quickstart.WHOLE][1])
+    [one] = [
+        c
+        for c in quickstart.compare([{"now": with_loss(0.3), "before": with_loss(0.4)}])[quickstart.WHOLE][1]
+        if not c.passed
+    ]
+    assert (one.what, one.ours, one.theirs) == ("mean sft val_loss", 0.3, 0.4)
+
+
+def test_curves_of_runs_are_kept_side_by_side(tmp_path):
+    [command] = commands(tmp_path, count=1)
+    quickstart.in_turns([command], 5)
+    for stage, names in quickstart.CURVES.items():
+        rows = [f"step,{','.join(names)},other", f"0,{','.join('1' for _ in names)},", f"1,{',' * len(names)}7"]
+        rows.append(f"2,{','.join('0.5' for _ in names)},")
+        (command.run / stage / "metrics.csv").write_text("\n".join(rows))
+    curves = command.curves()
+    assert curves["ppo/kl"] == {"step": [0, 2], "value": [1, 0.5]}
+    path = tmp_path / "out/curves.json"
+    quickstart.store_curves({"now": curves, "before": curves}, "seed 2", path)
+    known = quickstart.store_curves({"now": curves, "before": curves}, "seed 1", path)
+    assert list(known) == ["seed 1", "seed 2"] and known["seed 2"]["before"] == curves
+    quickstart.plot_curves(known, path.with_suffix(".svg"))
+    assert "val/reward/gold_accuracy" in path.with_suffix(".svg").read_text()
 
 
 def test_a_command_that_fails_says_what_it_said(tmp_path):
