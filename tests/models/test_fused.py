@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.models import layers, load_policy, packed_hidden, policy_from_config, save_model
-from lit_rlhf.models.fused import NORMS, TURNING, _RMSNorm, _Turn
+from lit_rlhf.models.fused import NORMS, TURNING, _Gelu, _RMSNorm, _Turn, gelu_tanh
 from lit_rlhf.text import pack
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -46,20 +46,51 @@ def turning(model):
     return [layer.self_attn for layer in layers(model) if type(layer.self_attn) in TURNING.values()]
 
 
-def test_gelu_is_the_same_function_and_leaves_no_trace(tokenizer, tmp_path):
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh"])
+def test_gelu_is_the_same_function_and_leaves_no_trace(name, tokenizer, tmp_path):
     config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "n_inner": 32}
+    config["activation_function"] = name
     torch.manual_seed(0)
     plain = policy_from_config(config, tokenizer, fused=False).eval().double()
     fused = fused_copy(plain, tmp_path, tokenizer, "float64")
-    assert isinstance(fused.transformer.h[1].mlp.act, torch.nn.GELU)
-    assert fused.config.activation_function == "gelu_new"
-    assert not isinstance(load_policy(tmp_path, fused=False).transformer.h[1].mlp.act, torch.nn.GELU)
+    assert isinstance(fused.transformer.h[1].mlp.act, _Gelu)
+    assert fused.config.activation_function == name
+    assert not isinstance(load_policy(tmp_path, fused=False).transformer.h[1].mlp.act, _Gelu)
     ids = torch.arange(20)[None]
     for model in (plain, fused):
         model(input_ids=ids, labels=ids).loss.backward()
     assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-12)
     for one, other in zip(fused.parameters(), plain.parameters()):
         assert_close(one.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_gelu_by_hand():
+    """Φ(1) is about 0.8413, by the tanh 0.8412; far out it is 0 or x; the derivative is that of float64 differences."""
+    x = torch.tensor([-40.0, -1.0, 0.0, 1.0, 40.0], dtype=torch.float64)
+    inner = (2 / torch.pi) ** 0.5 * 1.044715
+    half = torch.tensor(inner, dtype=torch.float64).tanh() / 2
+    assert_close(gelu_tanh(x), torch.stack([x[0] * 0, half - 0.5, x[2], half + 0.5, x[4]]), rtol=0, atol=1e-15)
+    assert gelu_tanh(x)[3].item() == pytest.approx(0.8412, abs=5e-5)
+    x = torch.linspace(-6, 6, 48, dtype=torch.float64).view(3, 16).requires_grad_()
+    assert torch.autograd.gradcheck(gelu_tanh, x)
+
+
+def test_errors_of_gelu_are_those_of_float32():
+    x = 4 * torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(gelu_tanh(x), gelu_tanh(x.clone().requires_grad_()))
+    exact, ours = x.double().requires_grad_(), x.clone().requires_grad_()
+    values = F.gelu(exact, approximate="tanh"), gelu_tanh(ours)
+    for value in values:
+        value.sum().backward()
+    assert (values[1] - values[0]).abs().max() < 1e-6
+    assert (ours.grad - exact.grad).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_of_half_precision_is_pytorchs(dtype):
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    assert torch.equal(gelu_tanh(x), F.gelu(x, approximate="tanh"))
 
 
 def test_positions_by_hand():

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.attention import SDPA
+from lit_rlhf.models.fused import gelu_tanh
 from lit_rlhf.models.lora import effective_weight
 from lit_rlhf.models.onednn import rows_up_to, with_rows_added
 
@@ -213,7 +214,7 @@ def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
         for block in trunk.h
     ]
     smooth = config.activation_function in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, three names
-    activation = (lambda x: F.gelu(x, approximate="tanh")) if smooth else trunk.h[0].mlp.act
+    activation = gelu_tanh if smooth else trunk.h[0].mlp.act
     positions = trunk.wpe.weight.detach()[:length].to(dtype)
     embedding = trunk.wte.weight.detach().to(dtype)
     heads, epsilon = (config.n_head, config.n_head, size), config.layer_norm_epsilon
