@@ -4,9 +4,10 @@ python benchmarks/page.py"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness import ALONE, RESULTS, Result, load, save, table
 
@@ -127,6 +128,22 @@ def settings(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
+def overhead(found: dict[str, Any]) -> str:
+    """What the start and the logging cost beside the work itself."""
+    lines = ["| until | seconds | beyond the first row |", "|---|---|---|"]
+    for name, side in found["start"]["sides"].items():
+        wall = side["wall"]
+        shown = f"{wall['median']:.2f} ({wall['lowest']:.2f}-{wall['highest']:.2f})"
+        lines.append(f"| {name} | {shown} | {wall['more']:+.2f} |")
+    lines += ["", "| a step of a layer of 8 by 8 | ms of the processor | more than nothing logged |", "|---|---|---|"]
+    for name, side in found["logging"]["sides"].items():
+        cpu = side["cpu"]
+        lines.append(
+            f"| {name} | {cpu['median']:.2f} ({cpu['lowest']:.2f}-{cpu['highest']:.2f}) | {cpu['more']:+.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def growth(results: Sequence[Result]) -> str:
     """Plots and tables of how each work grows."""
     parts = []
@@ -183,6 +200,7 @@ def main() -> None:
         "bars": bars(results),
         "lost": lost(results + grown),
         "rates": f"{table(results)}\n\n{shared_core(results)}",
+        "overhead": overhead(json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))),
         "growth": growth(grown),
         "settings": settings(results),
     }

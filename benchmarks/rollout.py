@@ -2,12 +2,14 @@
 
     python benchmarks/rollout.py [--cases "S, ending early"] [--threads 1 2]
 
-Both sample from the same checkpoint, prompts of 8 to 32 tokens padded on the left; a lap is one rollout."""
+Both sample from the same checkpoint, prompts of 8 to 32 tokens padded on the left; a lap is one rollout. In the
+cases "without the lean pass" the other side is our engine, too, through transformers' modules (``lean=False``)."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ class Case:
     batch: int = 64  # answers a rollout
     new_tokens: int = 64  # at most
     activation: str = "gelu_new"  # of the checkpoint
+    peer: str = "transformers"  # or WITHOUT
 
     @property
     def end_chance(self) -> float:
@@ -37,12 +40,14 @@ class Case:
         return end_chance(self.new_tokens) if self.early else NEVER
 
 
+WITHOUT = "lean=False"
 CASES = {
     "S, ending early": Case("S", early=True, laps=15),
     "S, full length": Case("S", early=False, laps=10),
     "L, ending early": Case("L", early=True, laps=5),
     "L, full length": Case("L", early=False, laps=5),
 }
+CASES |= {f"{name}, without the lean pass": replace(case, peer=WITHOUT) for name, case in CASES.items()}
 
 
 def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
@@ -52,11 +57,11 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         tokenizer = load_tokenizer(policy)
         ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
 
-        def ours(end_lap: EndLap) -> None:
+        def ours(end_lap: EndLap, lean: bool = True) -> None:
             model = load_policy(policy, tokenizer).eval()
             generator = torch.Generator().manual_seed(0)
             for batch in batches:
-                answers = generate(model, batch, Sampling(case.new_tokens), generator=generator, **ends)
+                answers = generate(model, batch, Sampling(case.new_tokens), generator=generator, lean=lean, **ends)
                 logprobs, tokens = answers.logprobs.sum().item(), answers.mask.sum().item()
                 end_lap(tokens, logprob=logprobs / tokens, answers=len(answers.tokens))
 
@@ -79,7 +84,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
                 real = (ended.cumsum(1) - ended.long()) == 0
                 end_lap(real.sum().item(), logprob=logprobs[real].mean().item(), answers=len(answers))
 
-        found = interleave({OURS: ours, "transformers": theirs}, laps, WARMUP, threads)
+        other = theirs if case.peer == "transformers" else partial(ours, lean=False)
+        found = interleave({OURS: ours, case.peer: other}, laps, WARMUP, threads)
     return found, alike(found, amount=chance(laps * case.batch) if case.early else 0.0, logprob=0.01)
 
 

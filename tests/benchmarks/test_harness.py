@@ -196,3 +196,15 @@ def test_growth_changes_one_setting_at_a_time():
         "batch 8": Sized(8, 3, 4),
         "width 5": Sized(2, 5, 4),
     }
+
+
+def test_what_start_and_logging_cost():
+    def side(unit, more):
+        return {unit: {"median": 5.0, "lowest": 4.0, "highest": 6.0, "more": more}}
+
+    found = {
+        "start": {"sides": {"a step": side("wall", 0.5)}},
+        "logging": {"sides": {"two figures": side("cpu", -0.1)}},
+    }
+    shown = page.overhead(found)
+    assert "| a step | 5.00 (4.00-6.00) | +0.50 |" in shown and "| two figures | 5.00 (4.00-6.00) | -0.10 |" in shown
