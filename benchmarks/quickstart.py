@@ -59,9 +59,9 @@ LEARNED = {
 }
 # Whose course is kept, by its name in metrics.csv
 CURVES = {
-    "pretrain": ("val/pretrain/loss",),
-    "sft": ("val/sft/loss",),
-    "reward": ("val/reward/loss", "val/reward/gold_accuracy"),
+    "pretrain": ("pretrain/loss",),
+    "sft": ("sft/loss",),
+    "reward": ("reward/loss", "reward/accuracy"),
     "ppo": ("ppo/gold", "ppo/kl"),
 }
 Curve = dict[str, list[float]]  # "step" and "value"
@@ -207,6 +207,7 @@ def plot_curves(runs: Curves, path: Path) -> None:
                 curve, label = curves[name], side if number == 0 else None
                 panel.plot(curve["step"], curve["value"], color=colour, alpha=0.7, linewidth=1, label=label)
         panel.set(xlabel="iteration" if name.startswith("ppo/") else "step", title=name)
+        panel.set_yscale("log" if name.endswith("/loss") else "linear")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)

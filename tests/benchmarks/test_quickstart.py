@@ -101,7 +101,7 @@ def test_curves_of_runs_are_kept_side_by_side(tmp_path):
     known = quickstart.store_curves({"now": curves, "before": curves}, "seed 1", path)
     assert list(known) == ["seed 1", "seed 2"] and known["seed 2"]["before"] == curves
     quickstart.plot_curves(known, path.with_suffix(".svg"))
-    assert "val/reward/gold_accuracy" in path.with_suffix(".svg").read_text()
+    assert "reward/accuracy" in path.with_suffix(".svg").read_text()
 
 
 def test_a_command_that_fails_says_what_it_said(tmp_path):
