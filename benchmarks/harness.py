@@ -126,7 +126,7 @@ class _Turn:
 
     def stop(self) -> None:
         """Ends it wherever it is."""
-        self._process.terminate()
+        self._process.kill()  # a trainer only takes note of a request
         self._process.join()
 
     def _ask(self, go_on: bool) -> Lap | None:
@@ -144,7 +144,15 @@ class _Turn:
 def _take_turns(pipe: Connection, side: Side, threads: int) -> None:
     """The other end: work when asked to, and answer with laps, with an error, or with None at the side's end."""
     torch.set_num_threads(threads)
-    watched = pipe.recv()
+    parent = os.getppid()
+
+    def asked() -> bool:
+        while not pipe.poll(1):
+            if os.getppid() != parent:  # killed; its end of the pipe is open in the other side, too
+                os._exit(1)
+        return pipe.recv()
+
+    watched = asked()
     optimizer_steps, begun = 0, clock()
 
     def count(*_: Any) -> None:
@@ -157,7 +165,7 @@ def _take_turns(pipe: Connection, side: Side, threads: int) -> None:
         if not watched:
             return
         pipe.send(Lap(seconds, cpu_seconds, amount, optimizer_steps, watching))
-        watched = pipe.recv()
+        watched = asked()
         optimizer_steps, begun = 0, clock()
 
     register_optimizer_step_post_hook(count)

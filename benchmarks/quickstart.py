@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import json
 import os
 import signal
@@ -84,8 +85,9 @@ class Command:
         environment = {**os.environ, "PYTHONPATH": str(folder)}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+                [sys.executable, *arguments], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
         self._process.send_signal(signal.SIGSTOP)
         self.worked = 0.0  # seconds
         self.ended: dict[str, tuple[float, float]] = {}  # stage -> (seconds at work until its end, of the processor)
@@ -143,6 +145,11 @@ class Command:
         except (OSError, IndexError):
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _end_with_parent() -> None:
+    """Whoever ends this script, by whatever means: a command that stands still would do so for ever."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def in_turns(commands: Sequence[Command], seconds: float) -> None:
@@ -221,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and the plots")
     given = parser.parse_args(arguments)
     quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an end at which the files go, too
     names = {stage: f"quickstart's {stage}" for stage in STAGES} | {WHOLE: WHOLE}
     case = Case(tuple(given.seeds), given.before)
     work = Work("quickstart", "an hour", dict.fromkeys(names.values(), case), lambda *_: ({}, []))

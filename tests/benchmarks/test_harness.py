@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import harness
 import page
@@ -105,6 +108,31 @@ def test_a_process_that_dies_is_an_error():
 
     with pytest.raises(RuntimeError, match="the process of a ended with 3"):
         interleave({"a": dying, "b": lambda end_lap: [end_lap(1) for _ in range(3)]}, laps=2)
+
+
+SCRIPT = """
+import os, signal
+from harness import interleave
+
+def side(end_lap):
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as trainers do
+    while True:
+        print(os.getpid(), flush=True)
+        end_lap(1)
+
+interleave({"a": side, "b": side}, 10**9)
+"""
+
+
+def test_sides_end_when_the_benchmark_is_killed(ended):
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, cwd=Path(harness.__file__).parent
+    )
+    with benchmark:
+        sides = {int(benchmark.stdout.readline()) for _ in range(8)}
+        benchmark.kill()
+    assert len(sides) == 2
+    ended(*sides)
 
 
 def test_a_side_that_ends_early_is_an_error():

@@ -1,8 +1,11 @@
 """Two commands in turns: each counts the seconds in which it was at work."""
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import quickstart
@@ -102,6 +105,19 @@ def test_curves_of_runs_are_kept_side_by_side(tmp_path):
     assert list(known) == ["seed 1", "seed 2"] and known["seed 2"]["before"] == curves
     quickstart.plot_curves(known, path.with_suffix(".svg"))
     assert "reward/accuracy" in path.with_suffix(".svg").read_text()
+
+
+def test_commands_that_stand_still_end_with_the_script(ended, tmp_path):
+    script = f"import sys, time; sys.path.insert(0, {str(Path(quickstart.__file__).parent)!r})\n"
+    script += "import quickstart; from pathlib import Path\n"
+    script += "command = quickstart.Command(['-c', 'import time; time.sleep(600)'], Path.cwd())\n"
+    script += "print(command._process.pid, flush=True); time.sleep(600)"
+    benchmark = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    with benchmark:
+        command = int(benchmark.stdout.readline())
+        assert Path(f"/proc/{command}").exists()
+        benchmark.kill()
+    ended(command)
 
 
 def test_a_command_that_fails_says_what_it_said(tmp_path):
