@@ -214,7 +214,10 @@ def plot_curves(runs: Curves, path: Path) -> None:
                 curve, label = curves[name], side if number == 0 else None
                 panel.plot(curve["step"], curve["value"], color=colour, alpha=0.7, linewidth=1, label=label)
         panel.set(xlabel="iteration" if name.startswith("ppo/") else "step", title=name)
-        panel.set_yscale("log" if name.endswith("/loss") else "linear")
+        if name.endswith("/loss"):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
     save(figure, path)
