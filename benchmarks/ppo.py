@@ -129,7 +129,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
     return found, alike(found, length=lengths_alike, value_loss=0.5)
 
 
-GROWTH = vary(CASES["S, ending early"], 1, batch=(32, 64, 128), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
+# Three laps, for the value loss of one iteration moves by half.
+GROWTH = vary(CASES["S, ending early"], 3, batch=(32, 64, 128), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
 WORK = Work("ppo", "answers/s", CASES, measure, ("L, ending early", "L, full length"), GROWTH)
 
 if __name__ == "__main__":
