@@ -130,18 +130,17 @@ def settings(results: Sequence[Result]) -> str:
 
 def overhead(found: dict[str, Any]) -> str:
     """What the start and the logging cost beside the work itself."""
-    lines = ["| until | seconds | beyond the first row |", "|---|---|---|"]
-    for name, side in found["start"]["sides"].items():
-        wall = side["wall"]
-        shown = f"{wall['median']:.2f} ({wall['lowest']:.2f}-{wall['highest']:.2f})"
-        lines.append(f"| {name} | {shown} | {wall['more']:+.2f} |")
-    lines += ["", "| a step of a layer of 8 by 8 | ms of the processor | more than nothing logged |", "|---|---|---|"]
-    for name, side in found["logging"]["sides"].items():
-        cpu = side["cpu"]
-        lines.append(
-            f"| {name} | {cpu['median']:.2f} ({cpu['lowest']:.2f}-{cpu['highest']:.2f}) | {cpu['more']:+.2f} |"
-        )
-    return "\n".join(lines)
+
+    def rows(part: str, clock: str, *titles: str) -> str:
+        lines = [f"| {' | '.join(titles)} |", "|---|---|---|"]
+        for name, side in found[part]["sides"].items():
+            x = side[clock]
+            lines.append(f"| {name} | {x['median']:.2f} ({x['lowest']:.2f}-{x['highest']:.2f}) | {x['more']:+.2f} |")
+        return "\n".join(lines)
+
+    start = rows("start", "wall", "until", "seconds", "beyond the first row")
+    step = rows("logging", "cpu", "a step of a layer of 8 by 8", "ms of the processor", "more than nothing logged")
+    return f"{start}\n\n{step}"
 
 
 def growth(results: Sequence[Result]) -> str:

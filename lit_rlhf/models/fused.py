@@ -48,10 +48,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
     On a CPU in float32 PyTorch's tanh takes several times as long as its sigmoid, by which this is written there, in
     the forward pass and in the backward pass; errors against float64 are those of PyTorch's kernel, 5e-7."""
-    if x.device.type not in ("cpu", "meta") or x.dtype not in (torch.float32, torch.float64):
-        return F.gelu(x, approximate="tanh")  # one pass over memory, on a GPU
-    if torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")  # the compiler makes one pass of it
+    suited = x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64)
+    if not suited or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")  # one pass over memory, on a GPU or by the compiler
     return _GeluTanh.apply(x)
 
 
