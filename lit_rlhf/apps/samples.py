@@ -54,22 +54,25 @@ class Answers(NamedTuple):
 
 def answers(samples: list[dict[str, Any]], ours: str, theirs: str) -> Answers:
     """A dozen prompts of all kinds, chosen to show wins and losses of our model against theirs."""
-    outcomes = [_outcome(_worth(sample["models"], ours), _worth(sample["models"], theirs)) for sample in samples]
+    outcomes = [_outcome(sample["models"].get(ours, {}), sample["models"].get(theirs, {})) for sample in samples]
     count = {what: outcomes.count(what) for what in ("better", "same", "worse")}
     rows = [_row(samples[i], outcomes[i]) for i in _chosen(samples, outcomes)]
     names = model_name(ours), model_name(theirs)
     return Answers(rows, len(samples), count["better"], count["same"], count["worse"], *names)
 
 
-def _outcome(ours: float | None, theirs: float | None) -> str:
-    if ours is None or theirs is None:
+def _outcome(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Of their first samples; equal texts are the same, whatever they were graded."""
+    a, b = _worth(ours), _worth(theirs)
+    if a is None or b is None:
         return ""
-    return "better" if ours > theirs else "worse" if ours < theirs else "same"
+    if ours["samples"][0] == theirs["samples"][0]:
+        return "same"
+    return "better" if a > b else "worse" if a < b else "same"
 
 
-def _worth(models: dict[str, Any], name: str) -> float | None:
+def _worth(model: dict[str, Any]) -> float | None:
     """Of a model's first sample."""
-    model = models.get(name, {})
     if model.get("ranks"):
         return -model["ranks"][0]
     if model.get("grades"):

@@ -12,6 +12,9 @@ from torch import Tensor
 from lit_rlhf.functional.interval import Z95, middle_95, resampled, wilson_interval
 
 
+Texts = Sequence[Sequence[str]]  # (P, A): what a model wrote, A answers to each of P prompts
+
+
 class WinRate(NamedTuple):
     """A win rate with its 95% interval."""
 
@@ -22,21 +25,34 @@ class WinRate(NamedTuple):
     prompts: int
 
 
-def pairwise_wins(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Win rate (P,) a prompt: each of our A answers against each of their B, a tie half.
+def pairwise_wins(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | None = None) -> Tensor:
+    """Win rate (P,) per prompt: each of our A answers against each of their B, a tie half.
 
-    ``ours`` (P, A) and ``theirs`` (P, B) are grades, higher is better."""
+    ``ours`` (P, A) and ``theirs`` (P, B) are grades, higher is better. ``texts``, where they are known, are our answers
+    (P, A) and theirs (P, B): equal texts tie, whatever they were graded. A score depends in its last bits on the batch
+    in which it was computed, and a judge may be noisy.
+
+    >>> grades = torch.tensor([[0.3]]), torch.tensor([[0.1 + 0.2 - 1e-7]])
+    >>> pairwise_wins(*grades).item(), pairwise_wins(*grades, texts=([["Yes."]], [["Yes."]])).item()
+    (1.0, 0.5)
+    """
     difference = ours[:, :, None] - theirs[:, None, :]
-    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean((1, 2))
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    if texts is not None:
+        same = [[[a == b for b in row_b] for a in row_a] for row_a, row_b in zip(*texts, strict=True)]
+        wins = wins.masked_fill(torch.tensor(same, device=wins.device).view(wins.shape), 0.5)
+    return wins.mean((1, 2))
 
 
-def win_rate(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0) -> WinRate:
+def win_rate(
+    ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | None = None, *, resamples: int = 2000, seed: int = 0
+) -> WinRate:
     """Mean win rate with a percentile bootstrap that resamples prompts (Efron 1979).
 
-    ``ours`` (P, A), ``theirs`` (P, B) as in :func:`pairwise_wins`. Answers to one prompt are not independent, so the
+    ``ours`` (P, A), ``theirs`` (P, B) and ``texts`` as in :func:`pairwise_wins`. Answers to one prompt are not independent, so the
     prompts are resampled, not the answers. Where every comparison is won, or every one lost, resampling shows no
     spread; the interval is Wilson's then, over prompts. ``n`` counts our answers, ``prompts`` the rows."""
-    wins = pairwise_wins(ours, theirs)
+    wins = pairwise_wins(ours, theirs, texts)
     mean = wins.mean().item()
     if mean in (0.0, 1.0):
         low, high = wilson_interval(mean * len(wins), len(wins))
@@ -45,11 +61,17 @@ def win_rate(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0)
     return WinRate(mean, low, high, ours.numel(), len(wins))
 
 
-def tournament(worths: Sequence[Tensor]) -> Tensor:
+def tournament(worths: Sequence[Tensor], texts: Sequence[Texts] | None = None) -> Tensor:
     """(P, M, M): the share of prompt p's comparisons that model i wins against model j, a tie half; 0 on the diagonal.
 
-    ``worths`` are the M models' grades, (P, answers of that model) each."""
-    wins = torch.stack([torch.stack([pairwise_wins(a, b) for b in worths], -1) for a in worths], -2)
+    ``worths`` are the M models' grades, (P, answers of that model) each, and ``texts`` their answers, of which equal
+    ones tie."""
+    models = range(len(worths))
+
+    def met(i: int, j: int) -> Tensor:
+        return pairwise_wins(worths[i], worths[j], None if texts is None else (texts[i], texts[j]))
+
+    wins = torch.stack([torch.stack([met(i, j) for j in models], -1) for i in models], -2)
     return wins * (1 - torch.eye(len(worths), dtype=wins.dtype))  # nobody meets itself
 
 

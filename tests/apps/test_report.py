@@ -9,6 +9,7 @@ import pytest
 from lit_rlhf.apps import write_report
 from lit_rlhf.apps.charts import frontier
 from lit_rlhf.apps.reading import load_run
+from lit_rlhf.apps.samples import answers
 from lit_rlhf.apps.wording import OFF_ROAD, STAGES
 from lit_rlhf.errors import UserError
 
@@ -82,7 +83,7 @@ def write_evaluation(run, gold=True, text="The rof is brown.", names=("base", "s
     rows = []
     for prompt, kind, (sft, ppo) in zip(prompts, ("follow", "fact"), worths):
         worth = {name: {"sft": sft, "ppo": ppo}.get(name, 0.0) for name in names}
-        answers = {name: model_answers(text, worth[name], gold) for name in worth}
+        answers = {name: model_answers(f"{text} ({name})", worth[name], gold) for name in worth}
         rows.append({"prompt": prompt, "kind": kind, "models": answers})
     write_rows(run / "evaluate/samples.jsonl", rows)
 
@@ -264,6 +265,17 @@ def test_an_unfinished_stage_is_shown_as_such(tmp_path):
     write_sft(tmp_path)
     (tmp_path / "sft/done.json").unlink()
     assert "not finished" in report(tmp_path).text
+
+
+def test_the_same_sentence_is_no_worse_in_the_last_bit_of_its_score(tmp_path):
+    write_whole(tmp_path, gold=False)
+    file = tmp_path / "evaluate/samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for score, model in zip((1.4142135, 1.4142134), (rows[0]["models"]["sft"], rows[0]["models"]["ppo"])):
+        model["samples"][0], model["scores"][0] = "The meal was cooked by the chef.", score
+    write_rows(file, rows)
+    found = answers(load_run(tmp_path).samples["evaluate"], "ppo", "sft")
+    assert (found.better, found.same, found.worse) == (0, 1, 1)
 
 
 def test_without_a_gold_judge_the_proxy_is_named(tmp_path):

@@ -25,6 +25,22 @@ def test_pairwise_wins_by_hand():
     assert_close(pairwise_wins(ours, theirs), tensor([0.75, 0.5], dtype=torch.float64))
 
 
+def test_equal_texts_tie_whatever_their_scores_last_bits():
+    ours, theirs = tensor([[1.0, 0.0]]), tensor([[1.0 - 2**-24, 2.0]])
+    texts = [["Yes.", "No."]], [["Yes.", "No!"]]
+    assert_close(pairwise_wins(ours, theirs), tensor([0.25], dtype=torch.float64))
+    assert_close(pairwise_wins(ours, theirs, texts), tensor([0.125], dtype=torch.float64))  # 1/2 + 0 + 0 + 0 of 4
+    assert win_rate(ours, theirs, texts).mean == 0.125
+    assert win_rate(ours[:, :1], theirs[:, :1], ([["Yes."]], [["Yes."]])).mean == 0.5
+    wins = tournament([ours, theirs], texts)
+    assert_close(wins, tensor([[[0.0, 0.125], [0.875, 0.0]]], dtype=torch.float64))
+
+
+def test_texts_belong_to_the_grades():
+    with pytest.raises((ValueError, RuntimeError)):
+        pairwise_wins(torch.zeros(2, 2), torch.zeros(2, 2), ([["a", "b"]], [["a", "b"]]))
+
+
 def test_pairwise_wins_against_loops():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randint(5, (6, n), generator=generator) for n in (3, 4))

@@ -33,8 +33,8 @@ def model_of(tokenizer):
     return make
 
 
-def evaluated(data, *args, **settings):
-    module = EvaluateModule(*args, samples=2, sampling=Sampling(max_new_tokens=6), **settings)
+def evaluated(data, *args, temperature=1.0, **settings):
+    module = EvaluateModule(*args, samples=2, sampling=Sampling(max_new_tokens=6, temperature=temperature), **settings)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.test(module, datamodule=data, verbose=False)
     return module
@@ -73,6 +73,22 @@ def test_all_meet_all_and_each_figure_has_its_interval(data, models, reward_mode
     assert set(figures["changes"]) == {"mine"}
     change, both = figures["changes"]["mine"]["words"], figures["models"]
     assert change["change"] == pytest.approx(both["mine"]["words"] - both["sft"]["words"])
+
+
+class First:
+    """Prefers what comes first, as a noisy judge may: also of two answers that are the same text."""
+
+    def __call__(self, prompts, responses):
+        return [[*range(1, len(texts) + 1)] for texts in responses]
+
+
+def test_equal_answers_tie_though_the_judge_ranks_them(data, models, policy, tokenizer):
+    models = {"sft": models["sft"], "mine": (policy, tokenizer)}
+    module = evaluated(data, models, annotator=First(), temperature=0.0)
+    assert module.answers["mine"].texts == module.answers["sft"].texts
+    figures = module.figures()
+    assert figures["win_rate"]["mine_vs_sft"]["mean"] == 0.5
+    assert figures["ratings"]["models"]["mine"]["elo"] == pytest.approx(1000.0)
 
 
 def test_an_annotator_decides_where_there_is_one(data, models, reward_model):

@@ -1,10 +1,12 @@
 """What an answer scores: reward model, functions, and the shape of the sum."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from torch import tensor
 from torch.testing import assert_close
 
@@ -287,3 +289,18 @@ def test_someone_must_score(reward_model):
         Scorer(None, Scoring())
     with pytest.raises(UserError, match="nothing scores the answers"):  # a weight of 0 is nobody, too
         Scorer(reward_model, Scoring(reward_model_weight=0.0))
+
+
+def test_policy_and_sft_model_tie_where_they_write_the_same(ppo, prompts, fit):
+    calls = itertools.count()
+
+    def noisy(prompts, responses, **_):  # no two calls agree in the last bits
+        return [len(r) + 1e-5 * next(calls) for r in responses]
+
+    module = ppo(scoring=Scoring(functions=[noisy], reward_model_weight=0.0), val_samples=2)
+    data = prompts()
+    data.judge = None
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False).validate(
+        module, datamodule=data, verbose=False
+    )
+    assert module.held_out.wins.mean == 0.5 and module.held_out.wins.n == 6 * 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import Estimate, WinRate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
+from lit_rlhf.functional import Estimate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
 from lit_rlhf.models import (
     Engine,
     Responses,
@@ -237,7 +237,11 @@ class EvaluateModule(LightningModule):
     def _win_rates(self) -> dict[str, dict[str, Any]]:
         worths = self._worths()
         models = [name for name in self.answers if name in worths]
-        return {f"{b}_vs_{a}": _rate(win_rate(worths[b], worths[a])) for a, b in combinations(models, 2)}
+        return {f"{b}_vs_{a}": self._rate(worths, b, a) for a, b in combinations(models, 2)}
+
+    def _rate(self, worths: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Any]:
+        texts = self.contestants()[ours].texts, self.contestants()[theirs].texts
+        return dict(win_rate(worths[ours], worths[theirs], texts)._asdict())
 
     def figures(self) -> dict[str, Any]:
         """Headline figures: models, win rates and ratings with 95% intervals, by kind of prompt."""
@@ -265,7 +269,8 @@ class EvaluateModule(LightningModule):
         """Bradley-Terry ratings on Elo's scale of all contestants, each having met each on every prompt."""
         names = list(worths)
         anchor = names.index("sft") if "sft" in names else 0
-        fitted = ratings(tournament([worths[name] for name in names]), anchor)
+        texts = [self.contestants()[name].texts for name in names]
+        fitted = ratings(tournament([worths[name] for name in names], texts), anchor)
         points = [elo(ends, self.anchor_rating).tolist() for ends in fitted]
         models = {n: dict(zip(("elo", "low", "high"), p)) for n, p in zip(names, zip(*points))}
         return {"anchor": names[anchor], "prompts": len(self.prompts), "models": models}
@@ -327,9 +332,7 @@ class EvaluateModule(LightningModule):
             "n": self.best_of,
             **{key: found[key].value if key in found else None for key in shown},
             "interval": {key: _interval(estimate) for key, estimate in found.items()},
-            "win_rate": {
-                f"best_of_n_vs_{name}": _rate(win_rate(worths["best_of_n"], worths[name])) for name in self.answers
-            },
+            "win_rate": {f"best_of_n_vs_{name}": self._rate(worths, "best_of_n", name) for name in self.answers},
         }
 
     def export(self, folder: Path) -> None:
@@ -368,10 +371,6 @@ def grade_figures(grade: Any) -> dict[str, Any]:
 
 def _grouped(items: Sequence[Any], n: int) -> list[list[Any]]:
     return [list(items[i : i + n]) for i in range(0, len(items), n)]
-
-
-def _rate(rate: WinRate) -> dict[str, Any]:
-    return dict(rate._asdict())
 
 
 def _interval(estimate: Estimate) -> dict[str, float]:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from lit_rlhf.stages.ppo.module import PPOModule
 
 
+class Compared(NamedTuple):
+    """What K answers to each of P prompts are compared by."""
+
+    worth: Tensor  # (P, K) gold grades, or scores where there is no judge
+    texts: list[list[str]]  # (P, K), of which equal ones tie
+
+
 class Answered(NamedTuple):
     """N answers to held-out prompts, K to each of P."""
 
@@ -25,7 +32,7 @@ class Answered(NamedTuple):
     packed: Packed
     scores: Tensor  # (N,) reward units
     correct: Tensor | None  # (N,) by the gold judge
-    worth: Tensor  # (P, K) what answers are compared by: gold grades, or scores where there is no judge
+    compared: Compared
 
 
 class HeldOut:
@@ -41,13 +48,13 @@ class HeldOut:
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
-        self._reference: dict[int, Tensor] = {}  # batch -> worth of the SFT model's answers, which stay the same
+        self._reference: dict[int, Compared] = {}  # batch -> the SFT model's answers, which stay the same
         self.begin()
 
     def begin(self) -> None:
         """Forget the answers of the last validation."""
         self._answered: list[Answered] = []
-        self._beside: list[Tensor] = []  # worth of the SFT model's answers to the same prompts
+        self._beside: list[Compared] = []  # the SFT model's, to the same prompts
         self._kl: list[Tensor] = []  # (N,) nats an answer, against the SFT model
 
     def add(self, module: PPOModule, batch: PromptBatch, place: int) -> None:
@@ -58,7 +65,7 @@ class HeldOut:
         with module.reference.as_it_began(module.policy) as sft:
             ref_logprobs = response_logprobs(sft, answered.packed, answers.lengths, module.sampling.temperature)
             if place not in self._reference or module.scorer.scoring.scale == "running":  # which goes on
-                self._reference[place] = self._answer(module, sft, batch, place).worth
+                self._reference[place] = self._answer(module, sft, batch, place).compared
         self._answered.append(answered)
         self._beside.append(self._reference[place])
         self._kl.append(sequence_kl(answers.logprobs, ref_logprobs, answers.mask))
@@ -71,12 +78,14 @@ class HeldOut:
         scores = module.scorer.shape(raw, answers.lengths, answers.finished)
         grades = module.grades(batch.messages, texts, answers.finished)
         correct, worth = (None, scores) if grades is None else (grades["correct"], grades["gold"])
-        return Answered(answers, packed, scores, correct, worth.view(-1, self.samples))
+        grouped = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
+        return Answered(answers, packed, scores, correct, Compared(worth.view(-1, self.samples), grouped))
 
     def metrics(self) -> dict[str, Tensor]:
         """Means over all batches; ``wins`` has the win rate's interval."""
-        policy = torch.cat([a.worth for a in self._answered])
-        self.wins = win_rate(policy.cpu(), torch.cat(self._beside).cpu())
+        policy, policy_texts = _together([a.compared for a in self._answered])
+        sft, sft_texts = _together(self._beside)
+        self.wins = win_rate(policy.cpu(), sft.cpu(), (policy_texts, sft_texts))
         metrics = {
             "win_rate": policy.new_tensor(self.wins.mean),
             "kl": torch.cat(self._kl).mean(),
@@ -84,3 +93,7 @@ class HeldOut:
         }
         correct = [a.correct for a in self._answered if a.correct is not None]
         return metrics | {"gold": policy.mean(), "correct": torch.cat(correct).mean()} if correct else metrics
+
+
+def _together(batches: list[Compared]) -> Compared:
+    return Compared(torch.cat([b.worth for b in batches]), [row for b in batches for row in b.texts])
