@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import last_position, masked_sum
+from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum
 
 Baseline = Literal["none", "batch", "prompt", "others"]
 
@@ -58,31 +58,43 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
 
 
-def baseline(returns: Tensor, kind: Baseline, answers_per_prompt: int = 1) -> Tensor:
+def baseline(returns: Tensor, kind: Baseline, answers_per_prompt: int = 1, mask: Tensor | None = None) -> Tensor:
     """What each answer is compared with, (B,), from the ``returns`` (B,) of a batch.
 
     "none": 0. "batch": the mean of all answers. "prompt": the mean of the ``answers_per_prompt`` (K) answers to
     the same prompt, which stand next to each other. "others": the mean of the K - 1 other ones, which leaves the
     gradient unbiased (RLOO, arXiv:2402.14740; Kool et al. 2019). The two in between contain the answer itself and
-    shrink the gradient by 1 - 1/n. Raises ``ValueError`` where K is too small or does not divide B."""
+    shrink the gradient by 1 - 1/n. ``mask`` (B,) is False for answers that nobody has scored: they are in no mean, and
+    K is then the number of the scored ones; what comes back for them, and from "others" for an answer that is the only
+    scored one, says nothing. Raises ``ValueError`` where K is too small or does not divide B.
+
+    >>> baseline(torch.tensor([1.0, 5.0, 9.0]), "others", 3, mask=torch.tensor([True, True, False]))[:2]
+    tensor([5., 1.])
+    """
+    mask = torch.ones_like(returns, dtype=torch.bool) if mask is None else mask
     if kind == "none":
         return torch.zeros_like(returns)
     if kind == "batch":
-        return returns.mean().expand_as(returns)
-    groups = _groups(returns, answers_per_prompt)
-    k = groups.shape[1]
-    total = groups.sum(1, keepdim=True)
-    chosen = total.expand_as(groups) / k if kind == "prompt" else (total - groups) / (k - 1)
-    return chosen.reshape(-1)
+        return masked_mean(returns, mask).expand_as(returns)
+    groups, counted = (_groups(x, answers_per_prompt) for x in (returns, mask))
+    total, k = masked_sum(groups, counted, dim=1)[:, None], counted.sum(1, keepdim=True)
+    if kind == "prompt":
+        return (total / k.clamp(min=1)).expand_as(groups).reshape(-1)
+    return ((total - groups) / (k - 1).clamp(min=1)).reshape(-1)
 
 
-def group_std(returns: Tensor, answers_per_prompt: int) -> Tensor:
+def group_std(returns: Tensor, answers_per_prompt: int, mask: Tensor | None = None) -> Tensor:
     """Standard deviation (B,) of the ``returns`` (B,) of the K answers to the same prompt, divided by K - 1.
+
+    ``mask`` (B,) is False for answers that nobody has scored, as in :func:`baseline`.
 
     GRPO (arXiv:2402.03300, section 4.1) divides by it, which lifts prompts whose answers hardly differ: the optimum is
     then another one than that of the KL-regularized objective."""
-    groups = _groups(returns, answers_per_prompt)
-    return groups.std(1, keepdim=True).expand_as(groups).reshape(-1)
+    mask = torch.ones_like(returns, dtype=torch.bool) if mask is None else mask
+    groups, counted = (_groups(x, answers_per_prompt) for x in (returns, mask))
+    squares = (groups - masked_mean(groups, counted, dim=1)[:, None]) ** 2
+    variance = masked_sum(squares, counted, dim=1) / (counted.sum(1) - 1).clamp(min=1)
+    return variance.sqrt()[:, None].expand_as(groups).reshape(-1)
 
 
 def _groups(returns: Tensor, k: int) -> Tensor:

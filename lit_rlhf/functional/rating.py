@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lit_rlhf.functional.interval import Z95, middle_95, resampled, wilson_interval
 
-
 Texts = Sequence[Sequence[str]]  # (P, A): what a model wrote, A answers to each of P prompts
 
 
@@ -28,7 +27,8 @@ class WinRate(NamedTuple):
 def pairwise_wins(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | None = None) -> Tensor:
     """Win rate (P,) per prompt: each of our A answers against each of their B, a tie half.
 
-    ``ours`` (P, A) and ``theirs`` (P, B) are grades, higher is better. ``texts``, where they are known, are our answers
+    ``ours`` (P, A) and ``theirs`` (P, B) are grades, higher is better. NaN: nobody graded it, and its comparisons do
+    not count; a prompt on which none counts comes back as NaN. ``texts``, where they are known, are our answers
     (P, A) and theirs (P, B): equal texts tie, whatever they were graded. A score depends in its last bits on the batch
     in which it was computed, and a judge may be noisy.
 
@@ -41,7 +41,8 @@ def pairwise_wins(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | Non
     if texts is not None:
         same = [[[a == b for b in row_b] for a in row_a] for row_a, row_b in zip(*texts, strict=True)]
         wins = wins.masked_fill(torch.tensor(same, device=wins.device).view(wins.shape), 0.5)
-    return wins.mean((1, 2))
+    graded = ~difference.isnan()
+    return wins.masked_fill(~graded, 0.0).sum((1, 2)) / graded.sum((1, 2))
 
 
 def win_rate(
@@ -49,16 +50,20 @@ def win_rate(
 ) -> WinRate:
     """Mean win rate with a percentile bootstrap that resamples prompts (Efron 1979).
 
-    ``ours`` (P, A), ``theirs`` (P, B) and ``texts`` as in :func:`pairwise_wins`. Answers to one prompt are not independent, so the
-    prompts are resampled, not the answers. Where every comparison is won, or every one lost, resampling shows no
-    spread; the interval is Wilson's then, over prompts. ``n`` counts our answers, ``prompts`` the rows."""
+    ``ours`` (P, A), ``theirs`` (P, B) and ``texts`` as in :func:`pairwise_wins`. Answers to one prompt are not
+    independent, so the prompts are resampled, not the answers. Prompts without a comparison are left out; NaN where
+    all are. Where every comparison is won, or every one lost, resampling shows no spread; the interval is Wilson's
+    then, over prompts. ``n`` counts our graded answers, ``prompts`` the rows."""
     wins = pairwise_wins(ours, theirs, texts)
+    wins = wins[~wins.isnan()]
+    if not len(wins):
+        return WinRate(math.nan, math.nan, math.nan, 0, 0)
     mean = wins.mean().item()
     if mean in (0.0, 1.0):
         low, high = wilson_interval(mean * len(wins), len(wins))
     else:
         low, high = (end.item() for end in middle_95(resampled(len(wins), resamples, seed) @ wins / len(wins)))
-    return WinRate(mean, low, high, ours.numel(), len(wins))
+    return WinRate(mean, low, high, int((~ours.isnan()).sum()), len(wins))
 
 
 def tournament(worths: Sequence[Tensor], texts: Sequence[Texts] | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import threading
@@ -189,6 +190,8 @@ class BestCheckpoint(Callback):
             known = ", ".join(sorted(n for n in trainer.callback_metrics if n.startswith("val/")))
             raise UserError(f"keep.metric={self.metric}: validation logs no such figure; there are {known}")
         value = trainer.callback_metrics[self.metric].item()
+        if math.isnan(value):  # there was nothing to measure
+            return
         best = self.best()
         if best is None or (value > best["value"] if self.mode == "max" else value < best["value"]):
             trainer.save_checkpoint(self.path)

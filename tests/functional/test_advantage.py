@@ -177,6 +177,18 @@ def test_group_std_by_hand():
     assert_close(std, tensor([math.sqrt(13)] * 3 + [2.0] * 3))
 
 
+def test_what_nobody_scored_is_in_no_baseline():
+    returns = tensor([1.0, 5.0, 99.0, 2.0, 99.0, 99.0])  # two prompts, three answers each; 99: nobody scored it
+    scored = returns < 99
+    assert_close(baseline(returns, "batch", mask=scored), torch.full((6,), 8 / 3))
+    assert_close(baseline(returns, "prompt", 3, scored), tensor([3.0, 3.0, 3.0, 2.0, 2.0, 2.0]))
+    others = baseline(returns, "others", 3, scored)
+    assert_close(others[:2], tensor([5.0, 1.0]))
+    assert_close(group_std(returns, 3, scored)[:3], torch.full((3,), math.sqrt(8)))  # (4 + 4) / (2 - 1)
+    for f in (baseline(returns, "prompt", 3, scored & False), group_std(returns, 3, scored & False), others):
+        assert f.isfinite().all()
+
+
 @pytest.mark.parametrize("k", [1, 0, 4])  # too few, or no divisor of six
 @pytest.mark.parametrize("f", [group_std, lambda x, k: baseline(x, "prompt", k), lambda x, k: baseline(x, "others", k)])
 def test_comparing_takes_two_answers_to_each_prompt(f, k):

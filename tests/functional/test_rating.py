@@ -41,6 +41,17 @@ def test_texts_belong_to_the_grades():
         pairwise_wins(torch.zeros(2, 2), torch.zeros(2, 2), ([["a", "b"]], [["a", "b"]]))
 
 
+def test_comparisons_without_a_grade_do_not_count():
+    nan = math.nan
+    ours, theirs = tensor([[1.0, nan], [2.0, 0.0], [nan, nan]]), tensor([[0.0], [1.0], [1.0]])
+    assert_close(pairwise_wins(ours, theirs), tensor([1.0, 0.5, nan], dtype=torch.float64), equal_nan=True)
+    result = win_rate(ours, theirs)
+    assert (result.mean, result.n, result.prompts) == (0.75, 3, 2)
+    assert win_rate(ours[2:], theirs[2:])[3:] == (0, 0)
+    same = ([["a", "b"]], [["b"]])
+    assert pairwise_wins(ours[:1], theirs[:1], same).item() == 1.0  # nobody graded b
+
+
 def test_pairwise_wins_against_loops():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randint(5, (6, n), generator=generator) for n in (3, 4))

@@ -21,7 +21,7 @@ from lit_rlhf.pipeline.folder import StageFolder, register_resolvers, remember_w
 from lit_rlhf.pipeline.run import make_callbacks
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 from lit_rlhf.stages import PPOModule, WorldPPODataModule, WorldPretrainDataModule
-from lit_rlhf.stages.ppo import HealthWatch, KLPenalty, KLPenaltyLoss, Limits, Unhealthy
+from lit_rlhf.stages.ppo import HealthWatch, KLPenalty, KLPenaltyLoss, Limits, Scoring, Unhealthy
 from lit_rlhf.stages.ppo.health import CHECKS, HELD_OUT, WATCHED, CheckName, findings
 from lit_rlhf.training import (
     BatchLoader,
@@ -382,6 +382,7 @@ def test_the_page_defines_every_metric_and_no_other(policy, reward_model, tokeni
         copy.deepcopy(policy), reward_model, tokenizer, optimizer=optimizer, minibatch_size=4, val_samples=1,
         sampling=Sampling(max_new_tokens=6), loss=KLPenaltyLoss(), kl=KLPenalty(estimator="k2", in_loss=True),
         ptx=partial(WorldPretrainDataModule, world, documents=200, block_size=32), ptx_coef=0.1, probe_rollouts=1,
+        scoring=Scoring(functions=[lambda prompts, responses, **_: [0.0] * len(responses)]),
     )  # fmt: skip
     data = WorldPPODataModule(world, tokenizer, prompts=64, batch_size=8, limit_held_out=4)
     logger = MetricsFile(tmp_path / "metrics.csv")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages import PPODataModule
-from lit_rlhf.stages.ppo import MonteCarlo, Scoring
+from lit_rlhf.stages.ppo import GAE, MonteCarlo, Scoring
 from lit_rlhf.stages.ppo.scoring import Scorer
 from lit_rlhf.text import pack, write_jsonl
 
@@ -241,6 +241,99 @@ def test_validation_scores_policy_and_sft_model_alike_though_the_scale_runs(scal
     assert module.figures()["win_rate"]["judge"] == "reward model (proxy)"
 
 
+# --------------------------------------------------------------- nothing to say
+
+
+def every(n, said=1.0):
+    """A function that says something of every ``n``-th answer."""
+
+    def function(prompts, responses, **_):
+        return [said * (len(r) + i) if i % n == 0 else None for i, r in enumerate(responses)]
+
+    return function
+
+
+def test_none_is_no_score(raw, logits):
+    known, nan = tensor([7.0, math.nan, 7.0]), math.nan
+    assert_close(raw(Scoring(functions=[every(2)]), model=None), known, equal_nan=True)
+    assert_close(raw(Scoring(functions=[every(2), spaces]), model=None), tensor([7.0 + 1, 0.0, 7.0 + 2]))
+    assert_close(raw(Scoring(functions=[every(2)], weights=[2.0])), logits + tensor([14.0, 0.0, 14.0]))
+    scorer = Scorer(None, Scoring(functions=[letters], scale="running", center=True, clip=9.0, length_penalty=0.5))
+    scorer.observe(tensor([1.0, nan, 3.0]), lambda x: x)
+    assert scorer.count == 2 and scorer.total == 4
+    said = scorer.shape(tensor([1.0, nan, 3.0]), tensor([2, 2, 2]), tensor([True, False, False]))
+    assert_close(said, tensor([-1.0 - 1, nan, 1.0 - 1 - 1]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [GAE(), MonteCarlo(), MonteCarlo(baseline="batch"), MonteCarlo(baseline="others"),
+     MonteCarlo(baseline="prompt", divide_by_std=True)],
+    ids=["gae", "reinforce", "batch", "rloo", "grpo"],
+)  # fmt: skip
+@pytest.mark.parametrize("action", ["token", "answer"])
+def test_an_unscored_answer_is_as_if_it_had_not_been_drawn(advantage, action, ppo, alone):
+    """Advantages, losses and gradients are those of a batch without it, whatever it says."""
+
+    def two_of_three(prompts, responses, **_):
+        return [None if i % 3 == 1 else float(len(r) % 7) for i, r in enumerate(responses)]
+
+    scoring = Scoring(functions=[two_of_three], reward_model_weight=0.0, **FREE)
+    module, batch = alone(ppo(advantage=advantage, action=action, scoring=scoring, answers_per_prompt=3))
+    rollout = module.collect(batch)
+    kept = torch.arange(len(rollout)) % 3 != 1
+    assert torch.equal(rollout.mask.any(-1), kept) and (rollout.advantages[~kept] == 0).all()
+    rest = rollout.select(kept.nonzero()[:, 0])
+    again, _ = advantage(rest.rewards, rest.values, rest.mask, 2)
+    assert_close(rest.advantages, module.whiten(again, rest.mask))
+    losses = [module.losses(r)[:2] for r in (rollout, rest)]
+    assert_close(losses[0], losses[1])
+    gradients = [
+        torch.autograd.grad(sum(pair), module.policy.parameters(), allow_unused=True, materialize_grads=True)
+        for pair in losses
+    ]
+    assert_close(gradients[0], gradients[1])
+
+
+def test_an_answer_without_another_scored_one_is_not_compared(ppo, alone):
+    scoring = Scoring(functions=[lambda p, r, **_: [1.0, *[None] * (len(r) - 3), 2.0, 3.0]], reward_model_weight=0.0)
+    module, batch = alone(ppo(advantage=MonteCarlo(baseline="others"), scoring=scoring, answers_per_prompt=2))
+    assert module.collect(batch).mask.any(-1).nonzero()[:, 0].tolist() == [14, 15]  # 8 prompts
+
+
+def test_rollouts_without_a_score_take_no_step_and_say_so(ppo, train, capsys):
+    calls = itertools.count()
+
+    def sometimes(prompts, responses, **_):
+        silent = next(calls) == 0
+        return [None if silent or i == 0 else float(len(r)) for i, r in enumerate(responses)]
+
+    scoring = Scoring(functions=[sometimes], reward_model_weight=0.0, **FREE)
+    module = train(ppo(scoring=scoring), iterations=2)
+    assert module.trainer.global_step == 2  # 8 answers in minibatches of 4, of the second iteration alone
+    assert "iteration 1 has no scored answer to learn from, so no step was taken" in capsys.readouterr().out
+    assert module.logged["ppo/unscored"] == [1.0, 1 / 8]
+    assert math.isnan(module.logged["ppo/score"][0]) and math.isfinite(module.logged["ppo/score"][1])
+    lengths = module.rollouts[1].rewards
+    assert module.unscored == 9 and math.isfinite(lengths.sum())
+
+
+def test_validation_leaves_out_what_nobody_scored(ppo, prompts, fit):
+    def half(prompts, responses, **_):
+        return [float(len(r)) if i % 2 else None for i, r in enumerate(responses)]
+
+    module, data = ppo(scoring=Scoring(functions=[half], reward_model_weight=0.0), val_samples=2), prompts()
+    data.judge = None
+    fit(module, data, max_epochs=1, limit_train_batches=1)
+    module.trainer.validate(module, datamodule=data, verbose=False)
+    figures = module.figures()
+    assert figures["win_rate"]["n"] == 6 and figures["unscored"] == 4 and math.isfinite(figures["val_score"])
+    module.scorer.scoring = Scoring(functions=[lambda p, r, **_: [None] * len(r)], reward_model_weight=0.0)
+    module.held_out._reference.clear()
+    module.trainer.validate(module, datamodule=data, verbose=False)
+    assert module.figures()["win_rate"] is None and module.figures()["val_score"] is None
+
+
 # ------------------------------------------------------------------------- mistakes
 
 
@@ -250,7 +343,7 @@ def failing(prompts, responses, **_):
 
 FAULTS = {
     "raises": (failing, "function failing raised ZeroDivisionError: .* on the prompt 'Who.*' and the answer 'me' "),
-    "too few": (lambda p, r, **_: [1.0], "returned 1 scores for 3 answers; one each was expected"),
+    "too few": (lambda p, r, **_: [1.0], "returned 1 scores for 3 answers; one each was expected, a number or"),
     "nan": (lambda p, r, **_: [1.0, 2.0, math.nan], "returned nan, not a finite number, for the prompt 'What is a mog"),
     "infinite": (lambda p, r, **_: [math.inf, 2.0, 1.0], r"returned inf.* 'Hi' and the answer 'the cat' \(1 of 3\)"),
     "no numbers": (lambda p, r, **_: ["a", "b", "c"], "ValueError: could not convert string to float: 'a'"),

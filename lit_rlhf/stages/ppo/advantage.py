@@ -1,7 +1,8 @@
 """How an answer's rewards become advantages: the choices of ``ppo/advantage``.
 
 Any callable ``(rewards, values, mask, answers_per_prompt) -> (advantages, returns)`` will do, a function in a notebook
-too: tensors are (N, T), or (N, 1) where the whole answer is one action; ``returns`` is the critic's target, or None."""
+too: tensors are (N, T), or (N, 1) where the whole answer is one action; ``returns`` is the critic's target, or None.
+The mask is False all along an answer that nobody has scored: it belongs in no baseline."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class MonteCarlo:
         self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int = 1
     ) -> tuple[Tensor, None]:
         returns = reward_to_go(rewards, mask, self.gamma)
-        totals = returns[:, 0]
-        advantages = returns - baseline(totals, self.baseline, answers_per_prompt)[:, None]
+        totals, scored = returns[:, 0], mask.any(-1)
+        advantages = returns - baseline(totals, self.baseline, answers_per_prompt, scored)[:, None]
         if self.divide_by_std:
-            advantages = advantages / (group_std(totals, answers_per_prompt)[:, None] + 1e-4)
+            advantages = advantages / (group_std(totals, answers_per_prompt, scored)[:, None] + 1e-4)
         return torch.where(mask, advantages, 0.0), None

@@ -244,7 +244,8 @@ def findings(history: History, limits: Limits) -> dict[str, str]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    known = [value for value in values if not math.isnan(value)]  # of a rollout that nobody scored there is no score
+    return sum(known) / len(known) if known else math.nan
 
 
 def _last(history: History, name: str) -> float:

@@ -89,7 +89,7 @@ class HeldOut:
         metrics = {
             "win_rate": policy.new_tensor(self.wins.mean),
             "kl": torch.cat(self._kl).mean(),
-            "score": torch.cat([a.scores for a in self._answered]).mean(),
+            "score": torch.cat([a.scores for a in self._answered]).nanmean(),  # of those that somebody has scored
         }
         correct = [a.correct for a in self._answered if a.correct is not None]
         return metrics | {"gold": policy.mean(), "correct": torch.cat(correct).mean()} if correct else metrics

@@ -21,6 +21,7 @@ from lit_rlhf.functional import (
     full_kl,
     kl_estimate,
     masked_mean,
+    masked_sum,
     sequence_kl,
     token_entropy,
     token_logprobs,
@@ -172,6 +173,7 @@ class PPOModule(LightningModule):
         self.register_buffer("score_first", torch.zeros(()))  # mean score of the first rollout and of the last
         self.register_buffer("score_last", torch.zeros(()))
         self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
+        self.register_buffer("unscored", torch.zeros((), dtype=torch.int64))  # answers that nobody has scored
         self.held_out = HeldOut(val_samples)
         self.packing = packing
         self.share_prompts = share_prompts and answers_per_prompt > 1 and sees_any_mask(self)
@@ -204,13 +206,16 @@ class PPOModule(LightningModule):
             values = scatter(self.critic(packed, response.before, hidden), mask)
         answers, ref_logprobs, kl = self._divergence(packed, response, hidden, answers)
         penalties = torch.zeros_like(kl) if self.kl.in_loss else self.kl_coef * kl
-        rewards = token_rewards(scores, penalties, mask)
+        rewards = token_rewards(scores.nan_to_num(), penalties, mask)
         token_mask, ref_tokens, old_logprobs = mask, ref_logprobs, answers.logprobs
+        mask = mask & self._learned(scores)[:, None]  # what nobody has scored is in no baseline, mean or loss
         if self.action == "answer":  # one action: what is taken in tokens is summed, and judged at its start
-            rewards, old_logprobs, ref_logprobs = (whole_answer(x, mask) for x in (rewards, old_logprobs, ref_logprobs))
+            rewards, old_logprobs, ref_logprobs = (
+                whole_answer(x, token_mask) for x in (rewards, old_logprobs, ref_logprobs)
+            )
             values, mask = values[:, :1], mask[:, :1]
         advantages, returns = self.advantage(rewards, values, mask, self.answers_per_prompt)
-        spread = advantages[mask].std(unbiased=False)
+        spread = _std(advantages[mask])
         if self.whiten_advantages:
             advantages = self.whiten(advantages, mask)
         returns = torch.zeros_like(values) if returns is None else returns
@@ -228,6 +233,14 @@ class PPOModule(LightningModule):
         pad_id, shared = self.tokenizer.pad_token_id, self.share_prompts
         packed = pack(sequences, pad_id, lengths.tolist(), shared, padded=not self.packing)
         return packed.to(self.device)
+
+    def _learned(self, scores: Tensor) -> Tensor:
+        """Which answers (N,) are learned from: the scored ones, where they are compared with others two or more."""
+        scored = ~scores.isnan()
+        if not getattr(self.advantage, "compares_answers", False):
+            return scored
+        of_prompt = scored.view(-1, self.answers_per_prompt)
+        return (of_prompt & (of_prompt.sum(1, keepdim=True) > 1)).view(-1)
 
     @property
     def _exact(self) -> bool:
@@ -286,6 +299,7 @@ class PPOModule(LightningModule):
         x = advantages[mask].double()
         sums = torch.stack([x.sum(), (x**2).sum(), x.new_tensor(float(len(x)))])
         total, squares, count = self._reduce(sums, "sum")
+        count = count.clamp(min=1)
         mean = total / count
         scaled = (advantages - mean) * (squares / count - mean**2 + 1e-8).rsqrt()
         return torch.where(mask, scaled, 0.0).to(advantages.dtype)
@@ -301,21 +315,29 @@ class PPOModule(LightningModule):
         updates = self._optimize(rollout, seeded(self.seed, iteration, ORDER))
         self.iteration += 1
         self.episodes += len(rollout) * self.trainer.world_size
+        self.log("ppo/episodes", self.episodes.float())
+        self.log("ppo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("ppo/kl_coef", self.kl_coef)
+        if not updates:
+            self.print(f"  ppo: iteration {iteration + 1} has no scored answer to learn from, so no step was taken")
+            self.reference.follow(self.policy, int(self.iteration))
+            return
         # Logged once an iteration: a value logged in each inner step would keep only the last one.
         means = {f"ppo/{n}": torch.stack([u[n] for u in updates if n in u]).mean() for n in updates[0]}
         means["ppo/first_ratio"], means["ppo/first_kl"] = updates[0]["ratio"], updates[0]["approx_kl"]
         del means["ppo/ratio"]
         self.log_dict(means, sync_dist=True, batch_size=len(rollout))
-        self.log("ppo/episodes", self.episodes.float())
-        self.log("ppo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("ppo/kl_coef", self.kl_coef)
         self._adapt(rollout, self._mean(means["ppo/approx_kl"]).item())
 
     def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:
-        """The optimization epochs; they end early where the policy has moved further than ``kl.stop``."""
+        """The optimization epochs; they end early where the policy has moved further than ``kl.stop``.
+
+        A minibatch in which no process has a scored answer takes no step."""
         updates: list[dict[str, Tensor]] = []
         for _ in self._bar(range(self.ppo_epochs), "optimization epochs"):
             for minibatch in rollout.shuffled(self.minibatch_size, order):
+                if not self.trainer.strategy.reduce_boolean_decision(bool(minibatch.mask.any()), all=False):
+                    continue
                 updates.append(self.update(minibatch, len(updates)))
                 too_far = self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop
                 # All processes stop together: one that went on alone would wait for the others forever.
@@ -431,10 +453,11 @@ class PPOModule(LightningModule):
     # ---------------------------------------------------------------- watching
 
     def _log_rollout(self, rollout: Rollout, scores: Tensor, answers: Responses, kl: Tensor) -> None:
+        scored = ~scores.isnan()
         metrics = {
-            "ppo/score": scores.mean(),
-            "ppo/score_std": scores.std(unbiased=False),
-            "ppo/reward": rollout.rewards.sum(-1).mean(),
+            "ppo/score": self._mean_of(scores, scored),
+            "ppo/score_std": _std(scores[scored]),
+            "ppo/reward": self._mean_of(rollout.rewards.sum(-1), scored),
             "ppo/kl": kl.mean(),
             "ppo/entropy": masked_mean(answers.entropy, answers.mask),
             "ppo/response_length": answers.lengths.float().mean(),
@@ -443,9 +466,13 @@ class PPOModule(LightningModule):
         if self.critic is not None:
             metrics["ppo/value"] = masked_mean(rollout.values, rollout.mask)
             metrics["ppo/explained_variance"] = explained_variance(rollout.values, rollout.returns, rollout.mask)
-        if self.iteration == 0:
-            self.score_first.copy_(self._mean(metrics["ppo/score"]))
-        self.score_last.copy_(self._mean(metrics["ppo/score"]))
+        if self.scorer.scoring.functions:  # which may say nothing
+            metrics["ppo/unscored"] = 1 - scored.float().mean()
+            self.unscored += self._reduce((~scored).sum(), "sum").long()
+        if self.iteration == 0 or self.score_first.isnan():
+            self.score_first.copy_(metrics["ppo/score"])
+        if not metrics["ppo/score"].isnan():
+            self.score_last.copy_(metrics["ppo/score"])
         self.entropy_last.copy_(self._mean(metrics["ppo/entropy"]))
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
@@ -461,6 +488,11 @@ class PPOModule(LightningModule):
     def _mean(self, value: Tensor) -> Tensor:
         """Over all processes."""
         return self._reduce(value.clone(), "mean")
+
+    def _mean_of(self, values: Tensor, counted: Tensor) -> Tensor:
+        """Of the ``values`` (N,) that are ``counted`` (N,), over all processes; NaN without any."""
+        total, count = self._reduce(torch.stack([masked_sum(values, counted), counted.sum().to(values)]), "sum")
+        return total / count
 
     def _bar(self, steps: Any, name: str) -> Any:
         quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
@@ -503,8 +535,8 @@ class PPOModule(LightningModule):
     def figures(self) -> dict[str, Any]:
         """Headline figures; ``kl`` in nats an answer and the win rate against SFT, both on held-out prompts."""
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        gold = getattr(self.trainer.datamodule, "judge", None) is not None
-        figures = {
+        gold, wins = getattr(self.trainer.datamodule, "judge", None) is not None, self.held_out.wins
+        figures: dict[str, Any] = {
             "score_first": self.score_first.item(),
             "score_last": self.score_last.item(),
             "kl": metrics["val/ppo/kl"],
@@ -514,11 +546,13 @@ class PPOModule(LightningModule):
             "gold": metrics.get("val/ppo/gold"),
             "correct": metrics.get("val/ppo/correct"),
             "kl_coef": self.kl_coef.item(),
-            "win_rate": {**self.held_out.wins._asdict(), "judge": "gold" if gold else "reward model (proxy)"},
+            "win_rate": {**wins._asdict(), "judge": "gold" if gold else "reward model (proxy)"} if wins.n else None,
         }
+        if self.unscored:
+            figures["unscored"] = int(self.unscored)
         if "val/ppo/ptx_loss" in metrics:
             figures["ptx_loss"] = metrics["val/ppo/ptx_loss"]
-        return figures
+        return {name: None if figure != figure else figure for name, figure in figures.items()}  # NaN: nothing scored
 
     def export(self, folder: Path) -> None:
         """Write ``model/``: a causal language model, like the SFT model it began as."""
@@ -532,3 +566,8 @@ class PPOModule(LightningModule):
         """Without the frozen models, which are on disk already; a reference that moves is kept."""
         frozen = ("reference.start.", "scorer.reward_model.")
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
+
+
+def _std(values: Tensor) -> Tensor:
+    """Population standard deviation of ``values`` (n,); NaN of none."""
+    return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))

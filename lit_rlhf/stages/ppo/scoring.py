@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,14 +18,15 @@ from lit_rlhf.stages.functions import resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 @dataclass(frozen=True)
 class Scoring:
     """How answers are scored.
 
-    ``functions`` are called as ``fn(prompts, responses, **record)`` and return a number an answer: ``prompts`` are
+    ``functions`` are called as ``fn(prompts, responses, **record)`` and return a number per answer, or None where they
+    have nothing to say of it; nothing is learned from an answer of which nobody says anything. ``prompts`` are
     lists of messages, ``responses`` texts, and ``record`` has a list for each other field of the prompts' records, and
     ``finished``, whether an answer ended by itself. Each is a callable or its name, ``"my_module.my_function"``.
     The score of an answer is ``clip(scaled reward model + sum of weight * function) - penalties``; the running scale
@@ -65,28 +66,35 @@ class Scorer(nn.Module):
     def raw(
         self, packed: Packed, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
     ) -> Tensor:
-        """What is said of N answers, which end the ``packed`` sequences: (N,), before it is shaped."""
+        """What is said of N answers, which end the ``packed`` sequences: (N,), before it is shaped.
+
+        NaN: nobody says anything of this one."""
         settings = self.scoring
         said = torch.zeros(len(responses), device=packed.tokens.device)
+        scored = torch.zeros_like(said, dtype=torch.bool)
         if self.reward_model is not None and settings.reward_model_weight > 0:
             logits = packed_scores(self.reward_model, packed).float() + score_shift(self.reward_model)
             if settings.scale == "reference":
                 mean = score_mean(self.reward_model) if settings.center else 0.0
                 logits = (logits - mean) / score_std(self.reward_model)
-            said = said + settings.reward_model_weight * logits
+            said, scored = said + settings.reward_model_weight * logits, ~scored
         for function, weight in zip(settings.functions, settings.weights or ()):
-            said = said + weight * said.new_tensor(call(function, prompts, responses, record))
-        return said
+            scores = call(function, prompts, responses, record)
+            said = said + weight * said.new_tensor([0.0 if score is None else score for score in scores])
+            scored |= scored.new_tensor([score is not None for score in scores])
+        return said.masked_fill(~scored, math.nan)
 
     def observe(self, raw: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
         """Take a rollout's ``raw`` scores (N,) into the running statistics; ``reduce`` sums over processes."""
-        x = raw.double()
+        x = raw[~raw.isnan()].double()
         sums = reduce(torch.stack([x.new_tensor(float(len(x))), x.sum(), (x**2).sum()]))
         for known, new in zip((self.count, self.total, self.squares), sums):
             known.add_(new)
 
     def shape(self, raw: Tensor, lengths: Tensor, finished: Tensor) -> Tensor:
-        """Scores (N,) from the ``raw`` ones, for answers of ``lengths`` (N,) tokens, ``finished`` (N,) or cut off."""
+        """Scores (N,) from the ``raw`` ones, for answers of ``lengths`` (N,) tokens, ``finished`` (N,) or cut off.
+
+        NaN stays NaN: penalties alone are no score."""
         settings, scores = self.scoring, raw
         if settings.scale == "running":
             mean, square = (x / self.count.clamp(min=1) for x in (self.total, self.squares))
@@ -100,11 +108,13 @@ class Scorer(nn.Module):
 
 def call(
     function: RewardFunction, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
-) -> list[float]:
-    """The scores of a reward function. Raises ``UserError`` where it fails: on which prompt, on which answer."""
+) -> list[float | None]:
+    """The scores of a reward function, None where it says nothing.
+
+    Raises ``UserError`` where it fails: on which prompt, on which answer."""
     name = getattr(function, "__name__", type(function).__name__)
     try:
-        scores = [float(score) for score in function(prompts, responses, **record)]
+        scores = _numbers(function(prompts, responses, **record))
     except Exception as error:
         i = _culprit(function, prompts, responses, record)
         raise UserError(
@@ -112,14 +122,20 @@ def call(
         ) from error
     if len(scores) != len(responses):
         raise UserError(
-            f"reward function {name} returned {len(scores)} scores for {len(responses)} answers; one each was expected"
+            f"reward function {name} returned {len(scores)} scores for {len(responses)} answers; one each was "
+            "expected, a number or None"
         )
     for i, score in enumerate(scores):
-        if not math.isfinite(score):
+        if score is not None and not math.isfinite(score):
             raise UserError(
-                f"reward function {name} returned {score}, not a finite number, for {_place(prompts, responses, i)}"
+                f"reward function {name} returned {score}, not a finite number, for {_place(prompts, responses, i)}; "
+                "where it has nothing to say, None"
             )
     return scores
+
+
+def _numbers(scores: Iterable[Any]) -> list[float | None]:
+    return [None if score is None else float(score) for score in scores]
 
 
 def _culprit(
@@ -128,7 +144,7 @@ def _culprit(
     """The first answer on which the function fails alone too; 0 where it only fails on all together."""
     for i in range(len(responses)):
         try:
-            [float(s) for s in function(prompts[i : i + 1], responses[i : i + 1], **_row(record, i))]
+            _numbers(function(prompts[i : i + 1], responses[i : i + 1], **_row(record, i)))
         except Exception:  # whatever a user's function may raise
             return i
     return 0
