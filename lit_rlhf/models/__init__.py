@@ -2,6 +2,7 @@
 
 from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
+from lit_rlhf.models.chunked import by_row, by_token, token_logprobs_of
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.generation import Engine, Growing, Responses, Sampling, VLLMEngine, answer, generate, stream
 from lit_rlhf.models.heads import (
@@ -11,7 +12,7 @@ from lit_rlhf.models.heads import (
     critic_from_reward_model,
     critic_on_policy,
     load_reward_model,
-    output_embedding,
+    output_head,
     packed_scores,
     reward_model_from_config,
     score_answers,
@@ -54,6 +55,8 @@ __all__ = [
     "adapters_off",
     "add_lora",
     "answer",
+    "by_row",
+    "by_token",
     "context_length",
     "critic_from_policy",
     "critic_from_reward_model",
@@ -69,7 +72,7 @@ __all__ = [
     "lora_layers",
     "merged",
     "next_token_logits",
-    "output_embedding",
+    "output_head",
     "packed_hidden",
     "packed_scores",
     "policy_from_config",
@@ -85,6 +88,7 @@ __all__ = [
     "sees_any_mask",
     "sequence_classifier",
     "stream",
+    "token_logprobs_of",
     "use_onednn",
     "use_own_attention",
 ]

@@ -36,6 +36,7 @@ from lit_rlhf.models.reward_head import (
     ScoreHead,
     check_head,
     saved_head,
+    tied_head,
 )
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
@@ -138,13 +139,11 @@ def scores_and_hidden(
     return score_head(model)(last).squeeze(-1), others
 
 
-def output_embedding(model: PreTrainedModel | RewardTransformer) -> Tensor | None:
-    """(V, D): what turns hidden states into logits of tokens; None where a reward model kept none."""
-    lm_head = getattr(score_head(model), "lm_head", None)
-    if lm_head is not None:
-        return lm_head.weight
+def output_head(model: PreTrainedModel | RewardTransformer) -> nn.Linear | None:
+    """What turns hidden states (..., D) into logits of tokens (..., V); None where a reward model kept none."""
+    lm_head: nn.Linear | None = getattr(score_head(model), "lm_head", None)
     tied = getattr(model.config, "tie_word_embeddings", False)
-    return model.get_input_embeddings().weight if tied else None
+    return tied_head(model.get_input_embeddings().weight) if lm_head is None and tied else lm_head
 
 
 @torch.no_grad()

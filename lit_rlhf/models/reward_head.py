@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.chunked import by_row
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.packing import Packed, pack
 
@@ -109,9 +110,9 @@ class ScoreHead(nn.Module):
         positions, mask = response_positions(batch, _answer_lengths(batch))
         flat = positions[mask]
         before = hidden[predicting_positions(batch, _answer_lengths(batch))[0][mask]]
-        logits = (before @ embedding.T if self.lm_head is None else self.lm_head(before)).float()
-        chosen = logits.gather(1, batch.tokens[flat, None]).squeeze(1)
-        gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * (chosen - logits.amax(1))
+        head = tied_head(embedding) if self.lm_head is None else self.lm_head
+        below_best = by_row(head, head, _below_best, before, batch.tokens[flat])
+        gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * below_best
         return flat, gated.new_zeros(mask.shape).masked_scatter(mask, gated)
 
 
@@ -253,6 +254,19 @@ def check_head(found: RewardHead, wanted: RewardHead, path: str | Path) -> None:
             f"{wanted.kind} (pooling {wanted.pooling}); set reward/head={found.kind} "
             f"reward.head.pooling={found.pooling}, or begin from a language model"
         )
+
+
+def tied_head(embedding: Tensor) -> nn.Linear:
+    """What turns hidden states (..., D) into logits (..., V) by the input ``embedding`` (V, D)."""
+    head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
+    head.weight = embedding
+    return head
+
+
+def _below_best(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p(token) - max log p (m,), from logits (m, V)."""
+    logits = logits.float()
+    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.amax(1)
 
 
 def _answer_lengths(batch: Packed) -> Tensor:

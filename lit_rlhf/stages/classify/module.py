@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import added, classification_loss, side_by_side, token_logprobs, wilson_interval
-from lit_rlhf.models import next_token_logits, packed_hidden, save_model, sequence_classifier
+from lit_rlhf.functional import added, classification_loss, side_by_side, wilson_interval
+from lit_rlhf.models import packed_hidden, save_model, sequence_classifier, token_logprobs_of
 from lit_rlhf.stages.classify.data import ClassifyBatch
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
@@ -70,8 +70,7 @@ class ClassifyModule(StepLog):
 
     def lm_loss(self, before: Tensor, batch: ClassifyBatch) -> Tensor:
         """L1: mean loss in nats a token, over the whole optimizer step's tokens, negated log-likelihood."""
-        logits = next_token_logits(self.policy, before)
-        return -token_logprobs(logits, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
+        return -token_logprobs_of(self.policy, before, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
 
     def training_step(self, batch: ClassifyBatch, batch_idx: int) -> Tensor:
         last, before = self.hidden(batch)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import ratio, token_logprobs
-from lit_rlhf.models import context_length, next_token_logits
+from lit_rlhf.functional import ratio
+from lit_rlhf.models import context_length, token_logprobs_of
 from lit_rlhf.text.packing import stream
 
 
@@ -29,7 +29,7 @@ def text_nats(
     nats = []
     for batch in _batches(rows):
         hidden = policy.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-        nats.append(-token_logprobs(next_token_logits(policy, hidden), batch[:, 1:]).sum(-1).cpu())
+        nats.append(-token_logprobs_of(policy, hidden, batch[:, 1:]).sum(-1).cpu())
     return torch.cat(nats).double(), torch.tensor([len(row) - 1.0 for row in rows], dtype=torch.float64)
 
 

@@ -10,8 +10,14 @@ import torch
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
-from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import Responses, next_token_logits, packed_hidden, predicting_positions, response_positions
+from lit_rlhf.models import (
+    Responses,
+    next_token_logits,
+    packed_hidden,
+    predicting_positions,
+    response_positions,
+    token_logprobs_of,
+)
 from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.packing import Packed
 
@@ -80,8 +86,8 @@ def response_logits(policy: PreTrainedModel, hidden: Tensor, temperature: float)
 def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
     """Log-probs (N, T) of the response tokens, in nats; 0 elsewhere."""
     response = Responding.of(packed, lengths)
-    logits = response_logits(policy, packed_hidden(policy, packed, at=response.before), temperature)
-    return scatter(token_logprobs(logits, response.tokens), response.mask)
+    hidden = packed_hidden(policy, packed, at=response.before)
+    return scatter(token_logprobs_of(policy, hidden, response.tokens, temperature), response.mask)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import lm_loss
-from lit_rlhf.models import Sampling, answer, next_token_logits, save_model
+from lit_rlhf.models import Sampling, answer, save_model, token_logprobs_of
 from lit_rlhf.stages.pretrain.data import TextRows
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
@@ -82,4 +81,4 @@ class PretrainModule(StepLog):
 def text_loss(policy: PreTrainedModel, rows: TextRows) -> Tensor:
     """Mean next-token loss on rows of text, in nats a token (GPT-1, eq. 1)."""
     hidden = policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
-    return lm_loss(next_token_logits(policy, hidden), rows.labels)
+    return -token_logprobs_of(policy, hidden, rows.labels).mean()

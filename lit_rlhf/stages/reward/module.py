@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import feedback_loss, lm_loss, pair_accuracy, ranking_loss, ranking_pairs
-from lit_rlhf.models import RewardTransformer, output_embedding, packed_scores, save_model, scores_and_hidden
+from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs, token_logprobs
+from lit_rlhf.models import RewardTransformer, by_row, output_head, packed_scores, save_model, scores_and_hidden
 from lit_rlhf.models.onednn import with_rows_added
 from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.stages.rankings import RankingBatch, ranked
@@ -65,7 +65,7 @@ class RewardModule(StepLog):
         self.lm_coef, self.bag_of_words = lm_coef, bag_of_words
         self.margin, self.label_smoothing = margin, label_smoothing
         self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss
-        if lm_coef > 0 and output_embedding(reward_model) is None:
+        if lm_coef > 0 and output_head(reward_model) is None:
             rank_zero_warn(
                 "no language-modelling loss (lm_coef): this model's output embedding is not its input embedding"
             )
@@ -92,16 +92,22 @@ class RewardModule(StepLog):
             watched["reward/feedback_loss"] = rated.detach()
             loss = loss + self.feedback_coef * rated
         if len(imitated):
-            embedding = output_embedding(self.reward_model)
-            more = rows_to_add(self.reward_model.base_model, len(hidden))
-            logits = with_rows_added(lambda rows: rows @ embedding.T, hidden, more)
-            lm = lm_loss(logits, batch.packed.tokens[batch.learned])
+            lm = -self._token_logprobs(hidden, batch.packed.tokens[batch.learned]).mean()
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
         if pairs.prompts:
             watched["reward/accuracy"] = pair_accuracy(scores, pairs)
             watched["reward/margin"] = (scores[pairs.better] - scores[pairs.worse]).mean().detach()
         return loss, watched
+
+    def _token_logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probs (M,) of ``tokens`` where the hidden states (M, D) predict them, in nats."""
+        head, trunk = output_head(self.reward_model), self.reward_model.base_model
+
+        def logits(rows: Tensor) -> Tensor:
+            return with_rows_added(head, rows, rows_to_add(trunk, len(rows)))
+
+        return by_row(logits, head, token_logprobs, hidden, tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._val = []

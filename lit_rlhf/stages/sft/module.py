@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import Sampling, answer, next_token_logits, packed_hidden, save_model
+from lit_rlhf.models import Sampling, answer, packed_hidden, save_model, token_logprobs_of
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
@@ -46,7 +45,7 @@ class SFTModule(StepLog):
     def loss(self, batch: SFTBatch) -> Tensor:
         """Mean loss in nats a response token, over the whole optimizer step's tokens."""
         hidden = packed_hidden(self.policy, batch.packed, at=batch.learned - 1)  # the token before predicts
-        logprobs = token_logprobs(next_token_logits(self.policy, hidden), batch.packed.tokens[batch.learned])
+        logprobs = token_logprobs_of(self.policy, hidden, batch.packed.tokens[batch.learned])
         return -logprobs.sum() / batch.normalizer
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:

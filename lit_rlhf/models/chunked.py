@@ -1,0 +1,150 @@
+"""What is asked of next-token distributions, without the logits of all tokens at once.
+
+Tokens times vocabulary is the largest tensor of a batch, and a loss needs it some four times over. Here logits are
+computed for some tokens at a time, and a second time in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lit_rlhf.functional import token_logprobs
+from lit_rlhf.models.policy import next_token_logits
+
+LOGITS = 2**26  # bytes of float32 logits at once
+
+Measure = Callable[..., Tensor]  # (logits (m, V), *what else is known of those tokens (m, ...)) -> (m, ...)
+
+
+def by_token(
+    model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: Tensor, size: int = LOGITS
+) -> Tensor:
+    """``measure(logits, *others)`` (M, ...) of the tokens with the hidden states (M, D), each token by itself.
+
+    ``others`` (M, ...), through which no gradient flows, are cut as ``hidden`` is. No more than ``size`` bytes of
+    float32 logits are there at a time; where those of all tokens fit, ``hidden`` (..., D) is not cut at all."""
+    return by_row(partial(next_token_logits, model), model.get_output_embeddings(), measure, hidden, *others, size=size)
+
+
+def by_row(
+    logits: Callable[[Tensor], Tensor],
+    head: nn.Module,
+    measure: Measure,
+    hidden: Tensor,
+    *others: Tensor,
+    size: int = LOGITS,
+) -> Tensor:
+    """The same of ``logits(hidden)`` (M, V), which calls ``head`` once."""
+    leading = hidden.shape[:-1]
+    rows = max(1, size // (4 * head.weight.shape[0]))
+    if leading.numel() <= rows:
+        return measure(logits(hidden), *others)
+    hidden, others = hidden.flatten(0, -2), [x.flatten(0, len(leading) - 1) for x in others]
+    if torch.is_grad_enabled() and isinstance(head, nn.Linear):
+        found = _Chunked.apply(logits, head, measure, rows, hidden, head.weight, head.bias, *others)
+    else:  # nothing is kept, or the head has adapters of its own
+
+        def ask(*chunk: Tensor) -> Tensor:
+            return measure(logits(chunk[0]), *chunk[1:])
+
+        again = partial(checkpoint, ask, use_reentrant=False) if torch.is_grad_enabled() else ask
+        found = torch.cat([again(*chunk) for chunk in _chunks(rows, hidden, *others)])
+    return found.unflatten(0, leading)
+
+
+def token_logprobs_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability, in nats, of each of ``tokens`` (...) where the hidden states (..., D) predict it.
+
+    The logits are divided by the ``temperature``."""
+
+    def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+        return token_logprobs(logits if temperature == 1 else logits / temperature, tokens)
+
+    return by_token(model, logprobs, hidden, tokens)
+
+
+def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(rows) for x in tensors))
+
+
+class _Chunked(torch.autograd.Function):
+    """Keeps hidden states alone. The gradient of the head's matrix is gathered in one place, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Callable[[Tensor], Tensor],
+        head: nn.Linear,
+        measure: Measure,
+        rows: int,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *others: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, *others)
+        ctx.of = logits, head, measure, rows
+        kind = hidden.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return torch.cat([measure(logits(h), *o) for h, *o in _chunks(rows, hidden, *others)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *others = ctx.saved_tensors
+        logits, head, measure, rows = ctx.of
+        kind, dtype, mixed = ctx.autocast
+        for_weight, for_bias = ctx.needs_input_grad[5:7]
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight) if for_weight else None
+        of_bias = torch.zeros_like(bias) if for_bias else None
+        chunks = _chunks(rows, hidden, of_hidden, slope, *others)
+        with torch.autocast(kind, dtype, enabled=mixed):
+            for h, of_h, of_measured, *o in chunks:
+                h = h.detach().requires_grad_()
+                with torch.enable_grad():
+                    with _watched(head) as seen:
+                        given = logits(h)
+                    measured = measure(given, *o)
+                entered, left = seen
+                of_left, slope_of_h = torch.autograd.grad(measured, (left, h), of_measured)
+                of_h.copy_(slope_of_h)
+                with torch.autocast(kind, enabled=False):
+                    if of_weight is not None:
+                        _add_product(of_weight, of_left.flatten(0, -2).t(), entered.detach().flatten(0, -2))
+                    if of_bias is not None:
+                        of_bias += of_left.flatten(0, -2).sum(0)
+                del given, measured, left, of_left
+        return None, None, None, None, of_hidden, of_weight, of_bias, *(None for _ in others)
+
+
+@contextmanager
+def _watched(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Within it, ``head`` is frozen; gets what enters it (..., D) and what leaves it (..., V)."""
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _, entered, left: seen.extend((entered[0], left)))
+    trained = [p for p in head.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield seen
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds ``left @ right``, in the precision of ``left``."""
+    if left.dtype == right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right.to(left.dtype))
