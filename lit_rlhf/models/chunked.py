@@ -24,9 +24,7 @@ LOGITS = 2**26  # bytes of float32 logits at once
 Measure = Callable[..., Tensor]  # (logits (m, V), *what else is known of those tokens (m, ...)) -> (m, ...)
 
 
-def by_token(
-    model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: Tensor, size: int = LOGITS
-) -> Tensor:
+def by_token(model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: Tensor, size: int = LOGITS) -> Tensor:
     """``measure(logits, *others)`` (M, ...) of the tokens with the hidden states (M, D), each token by itself.
 
     ``others`` (M, ...), through which no gradient flows, are cut as ``hidden`` is. No more than ``size`` bytes of
