@@ -22,6 +22,7 @@ from lit_rlhf.models.heads import (
     scores_and_hidden,
     sequence_classifier,
 )
+from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merged
 from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
@@ -30,7 +31,6 @@ from lit_rlhf.models.policy import (
     layers,
     load_policy,
     load_policy_and_tokenizer,
-    next_token_logits,
     packed_hidden,
     policy_from_config,
     predicting_positions,

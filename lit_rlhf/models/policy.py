@@ -18,7 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.lora import LoRA, add_lora
-from lit_rlhf.models.onednn import rows_up_to, with_rows_added
+from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import load_tokenizer
@@ -217,14 +217,6 @@ def sees_any_mask(module: nn.Module) -> bool:
     return all(
         c._attn_implementation in (*SDPA, "eager") and getattr(c, "sliding_window", None) is None for c in configs
     )
-
-
-def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (..., V) from hidden states (..., D)."""
-    head: nn.Module = model.get_output_embeddings()
-    if hidden.dim() != 2:
-        return head(hidden)
-    return with_rows_added(head, hidden, rows_to_add(model.base_model, len(hidden)))
 
 
 def rows_to_add(trunk: PreTrainedModel, count: int) -> int:

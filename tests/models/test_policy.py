@@ -138,12 +138,6 @@ def test_rows_are_added_where_products_are_of_16_bit_numbers(policy, dtype, rows
     assert seen == [rows, rows]
 
 
-def test_next_token_logits_are_the_models_own(policy, tokenizer):
-    ids = torch.tensor(sequences(tokenizer, [8, 8]))
-    hidden = policy.base_model(input_ids=ids).last_hidden_state
-    assert_close(next_token_logits(policy, hidden), policy(input_ids=ids).logits)
-
-
 def test_response_positions_by_hand():
     packed = pack([[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]], 0)  # [4 5 6 7 8], [1 2 3], [9 10 0]
     positions, mask = response_positions(packed, torch.tensor([2, 3, 1]))

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lit_rlhf.functional import position_ids
 from lit_rlhf.models.attention import SDPA, Layout, attend
 from lit_rlhf.models.generation.trunk import Trunk
-from lit_rlhf.models.policy import next_token_logits
+from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.text.packing import Packed, left_pad, pack
 
 
