@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models.policy import next_token_logits
+from lit_rlhf.models.logits import next_token_logits
 
 LOGITS = 2**26  # bytes of float32 logits at once
 
@@ -29,7 +29,12 @@ def by_token(model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: 
 
     ``others`` (M, ...), through which no gradient flows, are cut as ``hidden`` is. No more than ``size`` bytes of
     float32 logits are there at a time; where those of all tokens fit, ``hidden`` (..., D) is not cut at all."""
-    return by_row(partial(next_token_logits, model), model.get_output_embeddings(), measure, hidden, *others, size=size)
+    head = model.get_output_embeddings()
+    # Some families train more than a matrix between hidden states and logits.
+    beside = [m for m in model.children() if m is not model.base_model and m is not head]
+    alone = not any(p.requires_grad for m in beside for p in m.parameters())
+    logits = partial(next_token_logits, model)
+    return by_row(logits, head, measure, hidden, *others, size=size, alone=alone)
 
 
 def by_row(
@@ -39,16 +44,17 @@ def by_row(
     hidden: Tensor,
     *others: Tensor,
     size: int = LOGITS,
+    alone: bool = True,
 ) -> Tensor:
-    """The same of ``logits(hidden)`` (M, V), which calls ``head`` once."""
+    """The same of ``logits(hidden)`` (M, V), which calls ``head`` once; ``alone``: it trains no other weights."""
     leading = hidden.shape[:-1]
     rows = max(1, size // (4 * head.weight.shape[0]))
     if leading.numel() <= rows:
         return measure(logits(hidden), *others)
     hidden, others = hidden.flatten(0, -2), [x.flatten(0, len(leading) - 1) for x in others]
-    if torch.is_grad_enabled() and isinstance(head, nn.Linear):
+    if alone and torch.is_grad_enabled() and isinstance(head, nn.Linear):
         found = _Chunked.apply(logits, head, measure, rows, hidden, head.weight, head.bias, *others)
-    else:  # nothing is kept, or the head has adapters of its own
+    else:  # nothing is kept, or adapters and other weights of the head's are trained, too
 
         def ask(*chunk: Tensor) -> Tensor:
             return measure(logits(chunk[0]), *chunk[1:])

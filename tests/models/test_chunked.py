@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, ModernBertDecoderConfig
 
 from lit_rlhf.functional import full_kl, token_entropy, token_logprobs
-from lit_rlhf.models import LoRA, add_lora, use_onednn
+from lit_rlhf.models import LoRA, add_lora, next_token_logits, use_onednn
 from lit_rlhf.models.chunked import by_row, by_token, token_logprobs_of
-from lit_rlhf.models.policy import next_token_logits
 from lit_rlhf.training.trace import Trace
 
 TOKENS, WIDTH = 37, 8
@@ -49,6 +48,27 @@ def test_equal_to_all_at_once_in_float64(words, tied):
     assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients(model, hidden, chunked), gradients(model, hidden, plain)):
         assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}),
+        (Gemma2Config, {"final_logit_softcapping": 0.5}),
+        (ModernBertDecoderConfig, {"local_attention": 4}),  # its head has a matrix of its own, and a norm
+    ],
+)
+def test_all_weights_between_states_and_logits_get_their_gradients(kind, settings):
+    model = model_of(50, kind, **settings)
+    hidden, tokens = asked(model)
+    trunk = {id(p) for p in model.base_model.parameters()} - {id(model.get_output_embeddings().weight)}
+    wanted = [hidden, *(p for p in model.parameters() if id(p) not in trunk)]
+    found = []
+    for size in (10**9, 4 * 50 * 10):
+        logprobs = by_token(model, token_logprobs, hidden, tokens, size=size)
+        found.append([logprobs, *torch.autograd.grad(logprobs.square().sum(), wanted)])
+    for all_at_once, chunked in zip(*found):
+        assert_close(chunked, all_at_once, rtol=1e-10, atol=1e-12)
 
 
 def test_one_token_at_a_time_and_a_bias():
