@@ -150,17 +150,43 @@ def test_never_right_is_not_certainly_never():
 
 def test_perplexity_is_that_of_torchmetrics(policy, tokenizer, world):
     documents = world.corpus(6, 3)
-    nats, tokens = text_nats(policy, tokenizer, documents, row_length=24)
-    ids = [t for text in documents for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    nats, tokens, _ = text_nats(policy, tokenizer, documents, row_length=24)
+    end = tokenizer.eos_token_id
+    ids = [end, *(t for text in documents for t in [*tokenizer(text)["input_ids"], end])]
     metric = Perplexity()
     for i in range(0, len(ids) - 1, 24):
         row = torch.tensor([ids[i : i + 25]])
         with torch.no_grad():
             metric.update(policy(row[:, :-1]).logits, row[:, 1:])
-    assert tokens.sum() == len(ids) - 1  # every token but the first is predicted once
+    assert tokens.sum() == len(ids) - 1  # every token is predicted once, the first behind a separator
     figures = text_figures(policy, tokenizer, documents, 24)
     assert figures["perplexity"] == pytest.approx(metric.compute().item(), rel=1e-4)
     assert figures["perplexity"] == pytest.approx(math.exp(nats.sum() / tokens.sum()))
-    letters = sum(len(text.encode()) for text in documents)
-    assert figures["bits_per_byte"] == pytest.approx(nats.sum().item() / math.log(2) / letters)
     assert figures["low"] < figures["perplexity"] < figures["high"]
+
+
+def test_bits_per_byte_leave_separators_out_on_both_sides(policy, tokenizer):
+    documents = [f"Line {i}." for i in range(7)]  # of few tokens each: their separators weigh
+    ids = [tokenizer(text)["input_ids"] for text in documents]
+    nats, sequence = 0.0, [tokenizer.eos_token_id]
+    for document in ids:
+        start = len(sequence)
+        sequence += [*document, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs = policy(torch.tensor([sequence])).logits[0].double().log_softmax(-1)
+        nats -= sum(logprobs[start + i - 1, token].item() for i, token in enumerate(document))
+    figures = text_figures(policy, tokenizer, documents, 120)  # all in one row
+    assert len(sequence) < 120 and figures["tokens"] == len(sequence) - 1
+    expected = nats / math.log(2) / sum(len(text.encode()) for text in documents)
+    assert figures["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("row_length", [2, 5, 64])
+def test_bits_per_byte_of_a_model_that_knows_nothing(policy, tokenizer, row_length):
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.zero_()  # every token has the probability 1 / V
+    documents = ["Line 0.", "", "Ein Wörtchen.", "Line 2."]
+    own, size = sum(map(len, tokenizer(documents)["input_ids"])), policy.config.vocab_size
+    figures = text_figures(policy, tokenizer, documents, row_length)
+    assert figures["bits_per_byte"] == pytest.approx(own * math.log2(size) / (7 + 14 + 7))
+    assert figures["perplexity"] == pytest.approx(size) and figures["tokens"] == own + 4

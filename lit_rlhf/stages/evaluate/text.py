@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,22 +15,34 @@ from lit_rlhf.models import context_length, token_logprobs_of
 from lit_rlhf.text.packing import stream
 
 
+class TextNats(NamedTuple):
+    """Of R rows of text."""
+
+    nats: Tensor  # (R,) of all tokens, separators included
+    tokens: Tensor  # (R,)
+    of_text: float  # nats of the documents' own tokens, without the separators between them
+
+
 @torch.no_grad()
 def text_nats(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], row_length: int
-) -> tuple[Tensor, Tensor]:
-    """(nats (R,), tokens (R,)) of the rows into which ``documents`` are cut, one behind the other as in pretraining.
+) -> TextNats:
+    """The rows into which ``documents`` are cut, one behind the other as in pretraining, the first behind a separator.
 
     Rows of ``row_length`` tokens, or of the model's context where that is shorter; the last one is what is left."""
     ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = stream(ids, tokenizer.eos_token_id).long().to(policy.device)
+    tokens = stream([[], *ids], tokenizer.eos_token_id).long().to(policy.device)
+    # By place rather than by number: a document may hold the separator's token itself.
+    own = stream([[], *([1] * len(document) for document in ids)], 0).bool()
     length = min(row_length, context_length(policy))
     rows = [tokens[i : i + length + 1] for i in range(0, len(tokens) - 1, length)]
     nats = []
     for batch in _batches(rows):
         hidden = policy.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-        nats.append(-token_logprobs_of(policy, hidden, batch[:, 1:]).sum(-1).cpu())
-    return torch.cat(nats).double(), torch.tensor([len(row) - 1.0 for row in rows], dtype=torch.float64)
+        nats += list(-token_logprobs_of(policy, hidden, batch[:, 1:]).double().cpu())
+    sums = torch.stack([row.sum() for row in nats])
+    counts = torch.tensor([len(row) for row in nats], dtype=torch.float64)
+    return TextNats(sums, counts, torch.cat(nats)[own[1:]].sum().item())
 
 
 def _batches(rows: Sequence[Tensor], size: int = 64) -> list[Tensor]:
@@ -42,10 +54,11 @@ def _batches(rows: Sequence[Tensor], size: int = 64) -> list[Tensor]:
 def text_figures(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], row_length: int
 ) -> dict[str, Any]:
-    """Perplexity, ``exp(nats a token)``, with its 95% interval (rows resampled), and bits a byte.
+    """Perplexity, ``exp(nats per token)``, with its 95% interval (rows resampled), and bits per byte of the documents.
 
-    Models with different tokenizers are comparable by the latter alone."""
-    nats, tokens = text_nats(policy, tokenizer, documents, row_length)
+    Separators between documents are tokens to be predicted, and have no bytes: the perplexity counts them, the bits do
+    not. Models with different tokenizers are comparable by the latter alone."""
+    nats, tokens, of_text = text_nats(policy, tokenizer, documents, row_length)
     estimate = ratio(nats, tokens)
     return {
         "perplexity": math.exp(estimate.value),
@@ -53,5 +66,5 @@ def text_figures(
         "high": math.exp(estimate.high),
         "rows": estimate.n,
         "tokens": int(tokens.sum()),
-        "bits_per_byte": nats.sum().item() / math.log(2) / sum(len(text.encode()) for text in documents),
+        "bits_per_byte": of_text / math.log(2) / sum(len(text.encode()) for text in documents),
     }
