@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from hydra.utils import get_class
@@ -28,11 +30,72 @@ def is_main_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
+class Origin(NamedTuple):
+    """What a run began with, as its stages have written it down."""
+
+    seeds: dict[str, int]  # of world and split
+    runs: list[str]  # names of the runs that its stages started from
+    checkpoint: str | None  # a folder or Hub name that took the place of pretraining
+
+
+def origin_of(run: Path) -> Origin:
+    """What the stages of a run have written down beside their settings; nothing where there is no such run."""
+    files = [*sorted(run.glob("*/config.yaml")), *sorted(run.glob("rounds/*/*/config.yaml"))]
+    written = [_origin(file, file.stat().st_mtime_ns) for file in files]
+    seeds = {part: o.seeds[part] for o in reversed(written) for part in o.seeds}
+    runs = list(dict.fromkeys(name for o in written for name in o.runs))
+    return Origin(seeds, runs, next((o.checkpoint for o in written if o.checkpoint), None))
+
+
+@cache
+def _origin(file: Path, changed: int) -> Origin:
+    """Of one stage; read once, for many settings ask."""
+    settings = read_yaml(file)
+    seeds = {part: settings[part]["seed"] for part in ("world", "split") if part in settings}
+    known = settings.get("origin") or {}
+    return Origin(seeds, [known["from_run"]] if known.get("from_run") else [], known.get("checkpoint"))
+
+
+def lineage(cfg: DictConfig) -> Iterator[Path]:
+    """The folders of this run, of the run that it starts from, of those that these started from, and so on."""
+    runs = Path(cfg.paths.runs)
+    todo, seen = [Path(cfg.paths.run_dir), runs / cfg.from_run], set[Path]()
+    while todo:
+        run = todo.pop(0)
+        if run not in seen:
+            seen.add(run)
+            yield run
+            todo += [runs / name for name in origin_of(run).runs]
+
+
+def check_lineage(cfg: DictConfig) -> list[str]:
+    """Names of runs that are not there any more. Raises ``UserError`` where this run would come from itself."""
+    runs = Path(cfg.paths.runs)
+    if cfg.from_run != cfg.run:
+        from_there = OmegaConf.merge(cfg, {"run": cfg.from_run, "paths": {"run_dir": str(runs / cfg.from_run)}})
+        if runs / cfg.run in lineage(from_there):
+            raise UserError(
+                f"from_run={cfg.from_run}: that run itself started from {cfg.run}; choose another run= for what is to "
+                "start from both"
+            )
+    begun = (Path(cfg.paths.run_dir), runs / cfg.from_run)
+    return [os.path.relpath(run, runs) for run in lineage(cfg) if run not in begun and not run.is_dir()]
+
+
 def upstream_model(stage: str, *, _root_: DictConfig) -> str:
-    """``${upstream:sft}``: the model folder of a stage that this one starts from."""
+    """``${upstream:sft}``: the model folder of a stage that this one starts from.
+
+    That of pretraining may be a checkpoint: the one that is named now, or that a run began with."""
     if stage == "pretrain" and _root_.model.path is not None:
         return str(_root_.model.path)
-    return str(upstream(_root_, stage, f"{stage}/model"))
+    found = upstream(_root_, stage, f"{stage}/model")
+    if stage == "pretrain" and stage not in stages_of(_root_):
+        for run in lineage(_root_):
+            if found.is_relative_to(run) and found.exists():
+                break
+            if checkpoint := origin_of(run).checkpoint:
+                return checkpoint
+    return str(found)
 
 
 def upstream_data(name: str, *, _root_: DictConfig) -> str:
@@ -58,13 +121,15 @@ def round_data(number: int, *, _root_: DictConfig) -> str:
 
 
 def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
-    """This run's own result where it has one or is about to make one, else ``from_run``'s."""
+    """This run's own result where it has one or is about to make one, else that of ``from_run``, or of the nearest run
+    behind it that has one."""
     from lit_rlhf.apps.reading import newest  # here, as all that imports torch: a mistyped setting is found before
 
     own = newest(Path(cfg.paths.run_dir), inside)
     if own.exists() or stage in stages_of(cfg):
         return own
-    return newest(Path(cfg.paths.runs) / cfg.from_run, inside)
+    found = (newest(run, inside) for run in lineage(cfg))
+    return next((path for path in found if path.exists()), newest(Path(cfg.paths.runs) / cfg.from_run, inside))
 
 
 def sampling_precision(precision: str) -> str:
@@ -83,10 +148,8 @@ def remember_world(cfg: DictConfig) -> None:
     """Fill in ``world.seed`` and ``split.seed``: what the run was begun with, inherited through ``from_run``.
 
     A sweep over ``seed`` then varies the training, not the questions."""
-    known: dict[str, Any] = {}
-    for run in (Path(cfg.paths.run_dir), Path(cfg.paths.runs) / cfg.run, Path(cfg.paths.runs) / cfg.from_run):
-        for file in [*sorted(run.glob("*/config.yaml")), *sorted(run.glob("rounds/*/*/config.yaml"))]:
-            known = known or {k: v["seed"] for k, v in read_yaml(file).items() if k in ("world", "split")}
+    runs = (Path(cfg.paths.run_dir), Path(cfg.paths.runs) / cfg.run, *lineage(cfg))
+    known = next((seeds for run in runs if (seeds := origin_of(run).seeds)), {})
     for part in ("world", "split"):
         if cfg[part].seed is None:
             cfg[part].seed = known.get(part, cfg.seed)
@@ -104,6 +167,10 @@ class StageFolder:
             stage: resolved(cfg, stage),
             "world": {"seed": cfg.world.seed},
             "split": {"seed": cfg.split.seed},
+            "origin": {
+                "from_run": None if Path(cfg.paths.runs) / cfg.from_run == self.run else cfg.from_run,
+                "checkpoint": _absolute(cfg.model.path) if OmegaConf.select(cfg, "model.path") else None,
+            },
         }
 
     @property
@@ -189,15 +256,20 @@ class StageFolder:
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
         flat = dict(_flat(settings))
-        skip = tuple(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING))
+        skip = ("origin.", *(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING)))
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:
         if isinstance(value, list):
             return [self._relative(v) for v in value]
-        if isinstance(value, str) and os.sep in value and Path(value).exists():
+        if isinstance(value, str) and value and os.path.exists(value):
             return os.path.relpath(value, self.run)
         return value
+
+
+def _absolute(path: str) -> str:
+    """A folder's whole path, for later commands may be given elsewhere; a Hub name as it is."""
+    return os.path.abspath(path) if os.path.isdir(path) else str(path)
 
 
 def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -239,7 +311,7 @@ def fingerprint_of(path: Path) -> str | None:
 
 def check_inputs(cfg: DictConfig) -> None:
     """Raise ``UserError`` where a stage would start from something that is not there and will not be made."""
-    names = stages_of(cfg)
+    names, gone = stages_of(cfg), check_lineage(cfg)
     for name in names:
         coming = [str(Path(cfg.paths.run_dir) / earlier / "model") for earlier in names[: names.index(name)]]
         coming += [str(Path(cfg.paths.run_dir) / "data")] * ("preference" in names)
@@ -251,16 +323,24 @@ def check_inputs(cfg: DictConfig) -> None:
             if not any(path.startswith(start) for start in coming)
         ]
         if name == "evaluate":  # stages that were not run are left out, but someone must answer
-            own = [str(upstream(cfg, stage, f"{stage}/model")) for stage in STAGES]
-            missing = [m for m in missing if m[0] == "evaluate.policies.sft.path" or m[1] not in own]
+            own = [upstream_model(stage, _root_=cfg) for stage in STAGES if stage != "pretrain" or not cfg.model.path]
+            left_out = [m for m in missing if m[0] != "evaluate.policies.sft.path" and m[1] in own]
+            missing = [m for m in missing if m not in left_out]
+            for address, path in left_out if not missing else []:
+                if gone or not path.startswith(str(cfg.paths.runs)):
+                    print(f"evaluate: {address.split('.')[-2]} is left out, for {path} is not there{_lost(gone)}")
         for address, path in missing:
             if not path.startswith(str(cfg.paths.runs)):
                 raise UserError(f"{address}={path}: there is no such file or folder")
             made_by = next((s for s in STAGES if f"/{s}/" in f"{path}/"), "preference")
             raise UserError(
                 f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it "
-                f"by from_run=, or set {address}="
+                f"by from_run=, or set {address}={_lost(gone)}"
             )
+
+
+def _lost(gone: list[str]) -> str:
+    return f"; this run goes back to {', '.join(gone)}, which is not there any more" if gone else ""
 
 
 def check_records(cfg: DictConfig) -> None:
