@@ -31,15 +31,20 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> Pairs:
     return Pairs(better, worse, 1.0 / counts[inverse].float(), int(counts.numel()), ranks[worse] - ranks[better])
 
 
-def ranking_loss(scores: Tensor, pairs: Pairs, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+def ranking_loss(
+    scores: Tensor, pairs: Pairs, margin: float = 0.0, label_smoothing: float = 0.0, margins: Tensor | None = None
+) -> Tensor:
     """Bradley-Terry loss ``-1/C(K,2) E[log sigmoid(r_w - r_l)]`` (InstructGPT, eq. 1); a scalar.
 
     ``scores`` (N,), one an answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied.
     ``margin`` is what ``r_w - r_l`` must exceed for each rank between the two (arXiv:2307.09288, eq. 2, with the rank
-    distance as ``m``); ``label_smoothing`` is how often the annotator is thought to have erred."""
+    distance as ``m``); ``margins`` (M,) is what it must exceed beside that in each pair, ``m(r)`` itself;
+    ``label_smoothing`` is how often the annotator is thought to have erred."""
     gaps = scores[pairs.better] - scores[pairs.worse]
     if margin:
         gaps = gaps - margin * pairs.distance
+    if margins is not None:
+        gaps = gaps - margins
     right = (1 - label_smoothing) * F.logsigmoid(gaps) + label_smoothing * F.logsigmoid(-gaps)
     return -(right * pairs.weight).sum() / max(pairs.prompts, 1)
 

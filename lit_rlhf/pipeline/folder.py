@@ -292,8 +292,9 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """(address, path) of the user's own files: what is missing should be said before earlier stages have run."""
-    paths = settings["data"].get("path")
-    return [(f"{stage}.data.path", path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+    from lit_rlhf.text.records import files_of
+
+    return [(f"{stage}.data.path", path) for path in files_of(settings["data"].get("path") or [])]
 
 
 def fingerprint_of(path: Path) -> str | None:
@@ -345,14 +346,14 @@ def _lost(gone: list[str]) -> str:
 
 def check_records(cfg: DictConfig) -> None:
     """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
-    from lit_rlhf.text import load_records
+    from lit_rlhf.text.records import files_of, load_records
 
     for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
         data = resolved(cfg, name)["data"]
-        paths = [data["path"]] if isinstance(data.get("path"), str) else data.get("path") or []
-        for path in paths:
+        how = data.get("on_bad_record", "fail"), data.get("fields")
+        for path in files_of(data.get("path") or []):
             if Path(path).is_file() and not Path(path).is_relative_to(cfg.paths.runs):
-                load_records(path, get_class(data["_target_"]).parse_record, data.get("on_bad_record", "fail"))
+                load_records(path, get_class(data["_target_"]).parse_record, *how)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,9 @@ import lit_rlhf
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.pipeline.folder import StageFolder, is_main_process
+from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
+from lit_rlhf.text.records import Moved
 from lit_rlhf.training import (
     BestCheckpoint,
     LastCheckpoint,
@@ -44,7 +46,9 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         folder.begin()
     settings = OmegaConf.create(folder.settings[name])
     seed_everything(settings.seed, verbose=False)
-    data = make_data(settings.data, name)
+    data = make_data(settings.data, name, remembered_split(cfg))
+    if is_main_process():
+        remember_split(cfg, data.moved)
     asks = hasattr(data, "evaluated_prompts") and is_main_process()
     trained_on = check_trained(name, settings, data) if asks else {}
     module = make_module(settings, data)
@@ -78,12 +82,15 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     return figures
 
 
-def make_data(settings: DictConfig, name: str) -> LightningDataModule:
-    """The data, read and checked before a model is loaded."""
+def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> LightningDataModule:
+    """The data, read and checked before a model is loaded; ``moved``: what the run remembers of its split."""
     data = instantiate(settings, _convert_="all")
+    data.moved = moved or Moved()
     data.prepare_data()
     data.setup()
     if is_main_process():
+        for line in getattr(data, "notes", []):
+            print(f"{name}: {line}")
         for what, count in data_notes(data).items():
             if what in ("skipped", "long") and count:
                 reason = (

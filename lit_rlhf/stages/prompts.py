@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
-from lightning import LightningDataModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts
-from lit_rlhf.text.records import (
-    Messages,
-    OnBadRecord,
-    PromptRecord,
-    load_records,
-    parse_prompt_record,
-    split_by_prompt,
-)
+from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
 
@@ -59,11 +51,11 @@ class Prompt(NamedTuple):
     record: dict[str, Any]
 
 
-class PromptDataModule(LightningDataModule):
+class PromptDataModule(RecordDataModule):
     """Prompts from a file of records with ``prompt`` or ``messages``.
 
     Args:
-        path: a file or a Hub name.
+        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: of the policy, with its chat template.
         batch_size: prompts a process and batch.
         max_length: tokens; longer prompts are handled as ``on_long`` says, and counted.
@@ -74,14 +66,16 @@ class PromptDataModule(LightningDataModule):
         seed: order of the prompts.
         limit: train on at most so many prompts, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     judge: Judge | None = None  # files come without one; the world brings its own
     parse_record = staticmethod(parse_prompt_record)
+    reads = ("kind",)
 
     def __init__(
         self,
-        path: str | Path,
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 128,
@@ -93,23 +87,19 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
+        fields: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.limit = limit
-        self.path, self.tokenizer = path, tokenizer
+        super().__init__(
+            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
+        )  # fmt: skip
+        self.limit, self.tokenizer = limit, tokenizer
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
-        self.held_out, self.limit_held_out = held_out, limit_held_out
-        self.split_seed, self.seed = split_seed, seed
-        self.on_bad_record: OnBadRecord = on_bad_record
-        self.skipped: list[str] = []
-        self.long = 0  # prompts that were too long
+        self.limit_held_out, self.seed = limit_held_out, seed
         self.train_prompts: list[Prompt] = []
 
     def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
         """(train, held out)"""
-        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
-        self.skipped = loaded.skipped
-        return split_by_prompt(loaded.records, lambda record: record.messages, self.held_out, self.split_seed)
+        return self.split(self.load(self.path, self.parse_record), lambda record: record.messages)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_prompts:
@@ -119,7 +109,7 @@ class PromptDataModule(LightningDataModule):
         self.held_out_prompts = self._encode(spread(held_out, self.limit_held_out), True)
         if not self.train_prompts or not self.held_out_prompts:
             raise UserError(
-                f"{self.path}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise "
+                f"{self.source}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise "
                 "it, or set on_long=cut"
             )
 

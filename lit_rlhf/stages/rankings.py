@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -17,9 +16,10 @@ from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import predicting_positions, response_positions
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.prompts import Judge
+from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, load_records, parse_ranking, split_by_prompt
+from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, parse_ranking, text_of
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 
@@ -36,6 +36,7 @@ class RankingBatch(NamedTuple):
     gold: Tensor | None  # (N,) float, grades by the gold judge, where there is one
     ratings: Tensor  # (N,) float, 0 to 1, of answers whose prompt has no pair but feedback; NaN: none
     rated_share: float  # rated answers of this micro-batch, over the average of the step's micro-batches
+    margins: Tensor | None = None  # (N,) float, the scores of two answers are to differ by the difference of theirs
 
 
 class EncodedRanking(NamedTuple):
@@ -48,13 +49,15 @@ class EncodedRanking(NamedTuple):
     ratings: list[float]  # NaN where an answer is not learned from alone
     kind: str  # of prompt, "" where nobody says
     annotator: str
+    margins: list[float] | None = None
 
 
-class RankingDataModule(ExampleDataModule):
+class RankingDataModule(RecordDataModule, ExampleDataModule):
     """Rankings or pairs from a file.
 
     Args:
-        path: a file or a Hub name, or several: rankings, or pairs ``chosen`` / ``rejected`` (whole transcripts, too).
+        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: rankings, or pairs
+            ``chosen`` / ``rejected`` (whole transcripts, too).
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: prompts a process and step.
         max_length: tokens of prompt and answer; longer ones are handled as ``on_long`` says, and counted.
@@ -67,6 +70,7 @@ class RankingDataModule(ExampleDataModule):
         seed: order of the prompts.
         limit: train on at most so many rankings, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     judge: Judge | None = None
@@ -74,7 +78,7 @@ class RankingDataModule(ExampleDataModule):
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 8,
@@ -88,33 +92,28 @@ class RankingDataModule(ExampleDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
+        fields: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.limit = limit
-        self.paths = [path] if isinstance(path, str | Path) else list(path)
-        self._tokenizer = tokenizer
+        super().__init__(
+            path, fields=fields, held_out=held_out, split_seed=split_seed, fold=fold, on_bad_record=on_bad_record
+        )  # fmt: skip
+        self.limit, self._tokenizer = limit, tokenizer
         self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
-        self.share_prompts = share_prompts
-        self.held_out, self.split_seed, self.fold, self.seed = held_out, split_seed, fold, seed
-        self.on_bad_record: OnBadRecord = on_bad_record
-        self.skipped: list[str] = []
-        self.long = 0  # answers whose dialogue was too long
+        self.share_prompts, self.seed = share_prompts, seed
         self.train_set: list[EncodedRanking] = []
 
     def records(self) -> list[Ranking]:
         """All rankings."""
-        loaded = [load_records(path, self.parse_record, self.on_bad_record) for path in self.paths]
-        self.skipped = [line for source in loaded for line in source.skipped]
-        return [ranking for source in loaded for ranking in source.records]
+        return self.load(self.path, self.parse_record)
 
-    def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+    def sides(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         """(train, held out)."""
-        return split_by_prompt(rankings, lambda r: r.prompt, self.held_out, self.split_seed, self.fold)
+        return self.split(rankings, lambda r: r.prompt)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
-        self.train_rankings, self.val_rankings = self.split(self.records())
+        self.train_rankings, self.val_rankings = self.sides(self.records())
         self.tokenizer = (
             self._tokenizer
             if isinstance(self._tokenizer, PreTrainedTokenizerBase)
@@ -125,7 +124,7 @@ class RankingDataModule(ExampleDataModule):
         self.val_set = self._encode(self.val_rankings, graded=True)
         if not self.train_set or not self.val_set:
             raise UserError(
-                f"{', '.join(map(str, self.paths))}: {self.long} answers are longer than max_length={self.max_length} "
+                f"{self.source}: {self.long} answers are longer than max_length={self.max_length} "
                 "tokens; raise it, or set on_long=cut"
             )
 
@@ -154,7 +153,9 @@ class RankingDataModule(ExampleDataModule):
             alone = ranking.ratings if ranking.ratings and len(set(ranking.ranks)) == 1 else [math.nan] * len(answered)
             kind = str(ranking.lineage.get("kind", ""))
             cut = [s[-self.max_length :] for s in sequences]
-            encoded.append(EncodedRanking(cut, lengths, ranking.ranks, gold, alone, kind, ranking.annotator))
+            encoded.append(
+                EncodedRanking(cut, lengths, ranking.ranks, gold, alone, kind, ranking.annotator, ranking.margins)
+            )
         return encoded
 
     def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
@@ -183,6 +184,7 @@ class RankingDataModule(ExampleDataModule):
             torch.tensor([g for item in chosen for g in item.gold]) if chosen[0].gold is not None else None,
             torch.tensor(ratings),
             _rated(chosen) / max(rated, 1e-9),
+            _margins(chosen),
         )
 
     @property
@@ -196,7 +198,7 @@ class WorldRankingDataModule(RankingDataModule):
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase,
         world: World,
         *,
@@ -220,13 +222,13 @@ class WorldRankingDataModule(RankingDataModule):
         self.world = world
         self.judge = world
 
-    def split(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+    def sides(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         held = {p.text for p in self.world.prompts("held_out", self.split_seed)}
         try:
             texts = [self.world.question(r.prompt).text for r in rankings]
         except ValueError as error:  # people talk with a model about anything
-            where = ", ".join(map(str, self.paths))
-            raise UserError(f"{where}: {error} Rankings of any prompts are read by reward/data=collected") from None
+            said = f"{self.source}: {error} Rankings of any prompts are read by reward/data=collected"
+            raise UserError(said) from None
         return (
             [r for r, text in zip(rankings, texts) if text not in held],
             [r for r, text in zip(rankings, texts) if text in held],
@@ -253,6 +255,13 @@ def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
     return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold)
 
 
+def _margins(items: list[EncodedRanking]) -> Tensor | None:
+    """(N,) of all answers, 0 where a ranking says nothing; None where none does."""
+    if all(item.margins is None for item in items):
+        return None
+    return torch.tensor([m for item in items for m in item.margins or [0.0] * len(item.ranks)])
+
+
 def _rated(items: Iterable[EncodedRanking]) -> int:
     """Answers that are learned from alone."""
     return sum(not math.isnan(rating) for item in items for rating in item.ratings)
@@ -260,6 +269,6 @@ def _rated(items: Iterable[EncodedRanking]) -> int:
 
 def _texts(rankings: list[Ranking]) -> list[str]:
     return [
-        *(m["content"] for r in rankings for m in r.prompt),
+        *(text_of(m) for r in rankings for m in r.prompt),
         *(text for r in rankings for text in r.responses),
     ]

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning import LightningDataModule
+from lit_rlhf.stages.records import RecordDataModule
+from lit_rlhf.text.records import task_prompt
 
-from lit_rlhf.text.records import load_records, split_by_prompt, task_prompt
 
-
-class TaskDataModule(LightningDataModule):
+class TaskDataModule(RecordDataModule):
     """The tasks of ``path``, read by ``parse_record``; what is held out is decided by their (first) text."""
 
     parse_record: Callable[[dict[str, Any]], Any]
 
     def records(self) -> tuple[list[Any], list[Any]]:
         """(train, held out)."""
-        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
-        self.skipped = loaded.skipped
-        return split_by_prompt(loaded.records, task_prompt, self.held_out, self.split_seed)
+        return self.split(self.load(self.path, self.parse_record), task_prompt)
 
 
 class WorldTasks:

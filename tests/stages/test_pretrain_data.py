@@ -166,7 +166,7 @@ batches = iter(data.train_dataloader())
 print(sum(int(next(batches).tokens.sum()) for _ in range(200)))
 """
 TOKENIZE = """
-lit_rlhf.text.records.PIECE = lit_rlhf.text.token_file.BATCH = 2**14
+lit_rlhf.text.records.files.PIECE = lit_rlhf.text.token_file.BATCH = 2**14
 limit(24)
 for path in sys.argv[1:]:
     data = PretrainDataModule(path, tokenizer, block_size=128)

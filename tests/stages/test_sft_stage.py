@@ -80,7 +80,7 @@ def test_long_dialogues_are_counted_and_skipped_or_cut(tmp_path, tokenizer):
 
 def test_too_few_records_is_said(tmp_path, tokenizer):
     write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}])
-    with pytest.raises(UserError, match="too few to hold out"):
+    with pytest.raises(UserError, match=r"d.jsonl: there is one distinct prompt"):
         SFTDataModule(tmp_path / "d.jsonl", tokenizer).setup()
 
 

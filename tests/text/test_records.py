@@ -75,7 +75,7 @@ def test_prompt(row, messages):
         ({"prompt": DIALOGUE, "response": "a2"}, [*DIALOGUE, assistant("a2")], 4),
         ({"prompt": PROMPT, "completion": [assistant("a")]}, [*PROMPT, assistant("a")], 1),  # conversational, as in TRL
         ({"messages": [*DIALOGUE, assistant("a2")]}, [*DIALOGUE, assistant("a2")], 0),
-        ({"messages": [{**user("q"), "name": "x"}, assistant("a")]}, [*PROMPT, assistant("a")], 0),
+        ({"messages": [{**user("q"), "name": "x"}, assistant("a")]}, [{**user("q"), "name": "x"}, assistant("a")], 0),
     ],
 )
 def test_demonstration(row, messages, context):
@@ -258,16 +258,17 @@ def error(path, parse, on_bad_record="fail"):
         (parse_prompt, {"prompt": []}, "'prompt' is []; a non-empty list of messages was expected"),
         (parse_prompt, {"prompt": [*PROMPT, assistant("a")]}, "'prompt' ends with a turn of the assistant"),
         (parse_prompt, {"prompt": "Human: q\n\nAssistant: a"}, "'prompt' ends with a turn of the assistant"),
-        (parse_prompt, {"prompt": "Assistant:"}, "'prompt' ends with a turn of the assistant"),
-        (parse_prompt, {"messages": [assistant("a")]}, "'messages' is []; a non-empty list of messages was expected"),
+        (parse_prompt, {"prompt": "Assistant:"}, "'prompt' has no turn of the user"),
+        (parse_prompt, {"messages": [assistant("a")]}, "'messages' has no turn of the user; a prompt ends with one"),
+        (parse_prompt, {"prompt": DIALOGUE[:1]}, "'prompt' has no turn of the user"),
         (parse_prompt, {"messages": ["q"]}, "'messages' holds 'q'; each message needs 'role' and 'content'"),
         (parse_prompt, {"messages": [{"role": "user"}]}, "each message needs 'role' and 'content'"),
         (
             parse_prompt,
             {"messages": [{"role": "bot", "content": "q"}]},
-            "has the role 'bot'; system, user or assistant was",
+            "has the role 'bot'; system, developer, user, assistant or tool was expected",
         ),
-        (parse_prompt, {"messages": [{"content": "q"}]}, "has the role None; system, user or assistant was expected"),
+        (parse_prompt, {"messages": [{"content": "q"}]}, "each message needs 'role' and 'content'"),
         (parse_prompt, {"instruction": ""}, "'instruction' is ''; a non-empty string was expected"),
         (parse_prompt, {"instruction": "i", "input": 5}, "'input' is 5; a string was expected"),
         (parse_demonstration, {"prompt": "q"}, "no 'response', 'completion' or 'output' among its fields (prompt)"),
@@ -332,7 +333,7 @@ def error(path, parse, on_bad_record="fail"):
             {"chosen": "Assistant:", "rejected": "Assistant:"},
             "do not begin with the same turn of the user",
         ),
-        (parse_ranking, {"chosen": [*PROMPT, user("x")], "rejected": [*PROMPT, user("y")]}, "and an answer to it"),
+        (parse_ranking, {"chosen": [*PROMPT, user("x")], "rejected": [*PROMPT, user("y")]}, "'chosen' ends with a turn of the user"),
         (
             parse_ranking,
             {"prompt": "q", "chosen": [*PROMPT], "rejected": [assistant("y")]},
@@ -513,7 +514,7 @@ def test_folds_part_the_prompts_once():
 
 
 def test_too_few_records_to_split():
-    with pytest.raises(UserError, match=r"1 records are too few to hold out 10% of their prompts: "):
+    with pytest.raises(UserError, match=r"there is one distinct prompt, and to hold one out takes two"):
         split_by_prompt(prompts(1), lambda p: p, 0.1, seed=0)
     assert split_by_prompt(prompts(3), lambda p: p, 0.0, seed=0) == (prompts(3), [])
 

@@ -8,7 +8,7 @@ import torch
 from lit_rlhf.errors import UserError
 from lit_rlhf.text import token_file, train_bpe, train_characters
 from lit_rlhf.text.packing import stream
-from lit_rlhf.text.records import PIECE, read_pieces
+from lit_rlhf.text.records.files import PIECE, read_pieces
 from lit_rlhf.text.token_file import Span, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.world import World
 
@@ -72,7 +72,7 @@ def test_a_single_document_is_split_by_its_characters(tmp_path, texts, bpe):
 
 @pytest.mark.parametrize("kind", ["bpe", "characters"])
 def test_pieces_of_a_long_text_are_tokenized_as_the_whole(tmp_path, texts, bpe, kind, monkeypatch):
-    monkeypatch.setattr("lit_rlhf.text.records.PIECE", 500)
+    monkeypatch.setattr("lit_rlhf.text.records.files.PIECE", 500)
     text = "\ufeff" + "\n\n".join(texts) + "\r\nÄ line…  \n\n  with spaces\t. 5 years, 12\n3 " + "x" * 2000 + "\n"
     file = tmp_path / "book.txt"
     file.write_text(text, encoding="utf-8", newline="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
+from lit_rlhf.stages.records import Paths
 from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.readings import add_reading_tokens, encode_readings, readings
@@ -49,8 +49,9 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
     """Labelled records of one kind from a file.
 
     Args:
-        path: a file or a Hub name: ``text`` + ``label``; ``premise`` + ``hypothesis`` + ``label``; ``text_a`` +
-            ``text_b`` + ``label``; or ``context`` (or ``prompt``) + ``choices`` + ``label``.
+        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: ``text`` + ``label``; ``premise`` +
+            ``hypothesis`` + ``label``; ``text_a`` + ``text_b`` + ``label``; or ``context`` (or ``prompt``) +
+            ``choices`` + ``label``.
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: examples a process and step.
         max_length: tokens of a reading; longer ones are handled as ``on_long`` says, and counted.
@@ -61,13 +62,14 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         seed: order of the examples.
         limit: train on at most so many examples, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     parse_record = staticmethod(parse_labelled)
 
     def __init__(
         self,
-        path: str | Path,
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 16,
@@ -79,15 +81,14 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
+        fields: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.limit = limit
-        self.path, self._tokenizer = path, tokenizer
+        super().__init__(
+            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
+        )  # fmt: skip
+        self.limit, self._tokenizer = limit, tokenizer
         self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
-        self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
-        self.on_bad_record: OnBadRecord = on_bad_record
-        self.skipped: list[str] = []
-        self.long = 0  # readings that were too long
+        self.seed = seed
         self.train_set: list[EncodedExample] = []
 
     def setup(self, stage: str | None = None) -> None:
@@ -98,7 +99,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         # Of a multiple choice only the right one is named; which place it stands at means nothing.
         self.labels = [] if self.task == "choice" else sorted({record.label for record in (*train, *held_out)})
         if len(self.labels) == 1:
-            raise UserError(f"{self.path}: all records have the label {self.labels[0]!r}; two or more were expected")
+            raise UserError(f"{self.source}: all records have the label {self.labels[0]!r}; two or more were expected")
         self.tokenizer = (
             self._tokenizer
             if isinstance(self._tokenizer, PreTrainedTokenizerBase)
@@ -108,15 +109,15 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out)
         if not self.train_set or not self.val_set:
             raise UserError(
-                f"{self.path}: {self.long} readings are longer than max_length={self.max_length} tokens; raise it, or "
-                "set on_long=cut"
+                f"{self.source}: {self.long} readings are longer than max_length={self.max_length} tokens; raise it, "
+                "or set on_long=cut"
             )
 
     def _kind(self, records: list[Labelled]) -> TaskKind:
         kinds: dict[type, TaskKind] = {MultipleChoice: "choice", Similarity: "similarity"}
         found = sorted({kinds.get(type(record), "classification") for record in records})
         if len(found) > 1:
-            raise UserError(f"{self.path}: holds records of several kinds ({', '.join(found)}); give a file of each")
+            raise UserError(f"{self.source}: holds records of several kinds ({', '.join(found)}); give a file of each")
         return found[0]
 
     def _encode(self, records: list[Labelled]) -> list[EncodedExample]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.chat import Transcript
-from lit_rlhf.text.records import Messages, OnBadRecord, load_records, parse_text
+from lit_rlhf.text.records import Messages, OnBadRecord, parse_text
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
 
@@ -20,7 +20,7 @@ class EvaluateDataModule(PromptDataModule):
     """The held-out prompts of a file.
 
     Args:
-        text: a file of text that no model was trained on (.txt, or records with a field ``text``), for the perplexity;
+        text: files of text that no model was trained on (.txt, or records with a field ``text``), for the perplexity;
             None: it is not measured.
 
     The others are those of :class:`PromptDataModule`."""
@@ -29,7 +29,7 @@ class EvaluateDataModule(PromptDataModule):
 
     def __init__(
         self,
-        path: str | Path,
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 128,
@@ -41,11 +41,13 @@ class EvaluateDataModule(PromptDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
-        text: str | None = None,
+        fields: dict[str, str] | None = None,
+        text: Paths | None = None,
     ) -> None:
         super().__init__(
             path, tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, held_out=held_out,
             limit_held_out=limit_held_out, split_seed=split_seed, seed=seed, limit=limit, on_bad_record=on_bad_record,
+            fields=fields,
         )  # fmt: skip
         self.text = text
 
@@ -55,7 +57,7 @@ class EvaluateDataModule(PromptDataModule):
 
     def documents(self) -> Sequence[str]:
         """The held-out text; empty where there is none."""
-        return [] if self.text is None else load_records(self.text, parse_text, self.on_bad_record).records
+        return [] if self.text is None else self.load(self.text, parse_text)
 
     def test_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader(self.held_out_prompts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.prompts import spread
+from lit_rlhf.stages.records import Paths
 from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
 from lit_rlhf.text.records import (
     LabelledText,
@@ -54,7 +54,8 @@ class FewShotDataModule(TaskDataModule):
     """Tasks of one kind from a file; the held-out ones are asked, the others serve as examples.
 
     Args:
-        path: a file or a Hub name: records as for ``stage=classify``, or ``prompt`` + ``answers`` (or ``response``).
+        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: records as for
+            ``stage=classify``, or ``prompt`` + ``answers`` (or ``response``).
         tokenizer: of the model that is asked.
         shots: numbers of examples before a task.
         template: how a task is written; ``{question}`` and, last, ``{answer}``.
@@ -67,13 +68,14 @@ class FewShotDataModule(TaskDataModule):
         split_seed: which ones are held out; the same in every stage.
         seed: which examples stand before which task; those of k are among those of more.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     parse_record = staticmethod(parse_task)
 
     def __init__(
         self,
-        path: str | Path,
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase,
         *,
         shots: Sequence[Annotated[int, Field(ge=0)]] = (0, 1, 4, 8, 16, 32),
@@ -87,14 +89,14 @@ class FewShotDataModule(TaskDataModule):
         split_seed: int = 0,
         seed: int = 0,
         on_bad_record: OnBadRecord = "fail",
+        fields: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.path, self.tokenizer, self.shots = path, tokenizer, sorted(set(shots))
+        super().__init__(
+            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
+        )  # fmt: skip
+        self.tokenizer, self.shots = tokenizer, sorted(set(shots))
         self.template, self.separator, self.instruction = template, separator, instruction
-        self.batch_size, self.held_out, self.limit_held_out = batch_size, held_out, limit_held_out
-        self.limit, self.split_seed, self.seed = limit, split_seed, seed
-        self.on_bad_record: OnBadRecord = on_bad_record
-        self.skipped: list[str] = []
+        self.batch_size, self.limit, self.limit_held_out, self.seed = batch_size, limit, limit_held_out, seed
         self.train_set: list[Shot] = []
         if template.count("{question}") != 1 or template.count("{answer}") != 1 or not template.endswith("{answer}"):
             raise UserError(
@@ -109,7 +111,7 @@ class FewShotDataModule(TaskDataModule):
         train, held_out = self.records()
         open_ended = [isinstance(task, OpenQuestion) for task in (*train, *held_out)]
         if any(open_ended) and not all(open_ended):
-            raise UserError(f"{self.path}: holds open questions and others; give a file of each")
+            raise UserError(f"{self.source}: holds open questions and others; give a file of each")
         self.task = "exact match" if open_ended[0] else "choice"
         labels = tuple(sorted({t.label for t in (*train, *held_out) if isinstance(t, LabelledText | Similarity)}))
         self.train_set = [as_shot(task, labels) for task in train[: self.limit]]

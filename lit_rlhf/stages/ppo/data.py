@@ -12,6 +12,9 @@ from lit_rlhf.training import BatchLoader
 class PPODataModule(PromptDataModule):
     """Prompts of a file, as many batches as the trainer takes (``trainer.limit_train_batches``, PPO's iterations)."""
 
+    def unread(self, names: str) -> str:
+        return f"{names}: for reward functions alone"
+
     def train_dataloader(self) -> BatchLoader[PromptBatch]:
         iterations = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         batch = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)

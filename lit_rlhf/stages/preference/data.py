@@ -9,6 +9,8 @@ from lit_rlhf.training import BatchLoader
 class PreferenceDataModule(PromptDataModule):
     """Every prompt of a file once, the held-out ones too: they test the reward model."""
 
+    reads = ("kind", "responses", "models", "temperatures", "finished")  # answers that are given, not drawn
+
     def predict_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader([*self.train_prompts, *self.held_out_prompts])
 

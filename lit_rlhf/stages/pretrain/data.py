@@ -15,15 +15,15 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from pydantic import Field
 from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import __version__ as version
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.records import FileDataModule
 from lit_rlhf.text.chat import BASE_TEMPLATE
-from lit_rlhf.text.records import OnBadRecord, parse_text, read_pieces, read_records
+from lit_rlhf.text.records import OnBadRecord, Seen, files_of, parse_text, read_pieces, read_records
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
@@ -60,21 +60,23 @@ class Source(NamedTuple):
     identity: Any = None  # plain values that change when the documents do; None: nobody can tell
 
 
-class PretrainDataModule(LightningDataModule):
+class PretrainDataModule(FileDataModule):
     """Text from files: .txt (one document), or records with a field ``text``; or tokens that the user has made.
 
     Text is tokenized once and read where it lies on disk: it may be larger than memory.
 
     Args:
-        path: a file, a Hub name, or a list of them; None: there is no text. A .npy or .bin file holds tokens.
+        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them; None: there is no text. A
+            .npy or .bin file holds tokens.
         tokenizer: one that is ready, or a function that trains one on the texts.
-        weights: share of each source in what is read, of any sum; None reads each in proportion to its size.
+        weights: share of each file in what is read, of any sum; None reads each in proportion to its size.
         block_size: tokens a row (T); documents follow each other with end-of-text between them.
         batch_size: rows a process and step (B).
         held_out: fraction of each source's end that is kept for validation (documents; of a single one, text).
         seed: order and offsets of the rows.
         limit: at most so many documents of each source, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
         cache: the folder that keeps the tokens, which may be deleted at any time; None: they last as long as this.
     """
 
@@ -93,16 +95,15 @@ class PretrainDataModule(LightningDataModule):
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
         cache: str | Path | None = None,
+        fields: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(fields=fields, on_bad_record=on_bad_record)
         self.limit = limit
-        self.paths = [path] if isinstance(path, str) else list(path or [])
+        self.paths = files_of(path or [])
         self._tokenizer = tokenizer
         self.weights = weights
         self.block_size, self.batch_size, self.held_out, self.seed = block_size, batch_size, held_out, seed
-        self.on_bad_record = on_bad_record
         self.cache = cache
-        self.skipped: list[str] = []
         self.train_streams: list[Tokens] = []  # a source each
         if weights is not None and len(weights) != len(self.paths):
             raise UserError(f"pretrain.data.weights has {len(weights)} entries for {len(self.paths)} sources")
@@ -115,14 +116,19 @@ class PretrainDataModule(LightningDataModule):
         if Path(path).suffix.lower() == ".txt" and Path(path).expanduser().is_file():
             yield read_pieces(path)
         else:
-            yield from ((text,) for text in read_records(path, self.parse_record, skipped, self.on_bad_record))
+            seen = Seen(skipped)
+            try:
+                texts = read_records(path, self.parse_record, seen, self.on_bad_record, self.fields)
+                yield from ((text,) for text in texts)
+            finally:  # those who read may stop before the end
+                self.note_fields(path, seen.unread)
 
     def _identity(self, path: Path) -> Any:
         path = path.expanduser()
         if not path.is_file():
             return None
         known = path.stat()
-        return [str(path.resolve()), known.st_size, known.st_mtime_ns, self.on_bad_record, version]
+        return [str(path.resolve()), known.st_size, known.st_mtime_ns, self.on_bad_record, self.fields, version]
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_streams:

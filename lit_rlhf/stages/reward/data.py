@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -12,15 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
+from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import (
     Messages,
     OnBadRecord,
     Ranking,
-    load_records,
     parse_demonstration,
     parse_feedback,
+    parse_ranking,
     rankings_of_feedback,
+    text_of,
 )
 from lit_rlhf.text.world import World
 
@@ -32,15 +33,20 @@ class RewardDataModule(RankingDataModule):
         demonstrations: file of demonstrations whose mean score becomes 0; None: the best-ranked training answers.
         feedback: file of answers with ``rating`` (thumbs, or numbers), beside the rankings or, where ``path`` is None,
             alone. Answers to one prompt that are rated differently are pairs; the others are learned from one by one.
+        score_margin: by how much the scores of two answers are to differ for each point between those that they have in
+            the file (``score_chosen`` and ``score_rejected``, ``scores``, ``preference_strength``); 0: these are not
+            used. A pair's ``margin`` is used always.
     """
+
+    parse_record = staticmethod(partial(parse_ranking, margin=True))
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path] | None,
+        path: Paths | None,
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
-        demonstrations: str | Path | None = None,
-        feedback: str | Path | None = None,
+        demonstrations: Paths | None = None,
+        feedback: Paths | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         max_length: Annotated[int, Field(ge=2)] = 512,
         on_long: Literal["skip", "cut"] = "cut",
@@ -52,32 +58,33 @@ class RewardDataModule(RankingDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
+        fields: dict[str, str] | None = None,
+        score_margin: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
         if path is None and feedback is None:
             raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
         super().__init__(
             path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, packing=packing,
             share_prompts=share_prompts, held_out=held_out, split_seed=split_seed, fold=fold, seed=seed, limit=limit,
-            on_bad_record=on_bad_record,
+            on_bad_record=on_bad_record, fields=fields,
         )  # fmt: skip
         self.demonstrations, self.feedback = demonstrations, feedback
+        if score_margin:
+            self.parse_record = partial(parse_ranking, margin=True, score_margin=score_margin)
 
     def records(self) -> list[Ranking]:
         """All rankings, those that follow from feedback last."""
         rankings = super().records()
         if self.feedback is None:
             return rankings
-        rated = load_records(self.feedback, parse_feedback, self.on_bad_record)
-        self.skipped = [*self.skipped, *rated.skipped]
-        return [*rankings, *rankings_of_feedback(rated.records)]
+        return [*rankings, *rankings_of_feedback(self.load(self.feedback, parse_feedback))]
 
     def demonstration_answers(self, train: list[Ranking]) -> list[tuple[Messages, str]]:
         """(prompt, answer) of the demonstrations that are to score 0 on average."""
         if self.demonstrations is None:
             return [(r.prompt, r.responses[r.ranks.index(min(r.ranks))]) for r in train]
-        loaded = load_records(self.demonstrations, parse_demonstration, self.on_bad_record)
-        self.skipped += loaded.skipped
-        return [(d.messages[:-1], d.messages[-1]["content"]) for d in loaded.records]
+        demonstrations = self.load(self.demonstrations, parse_demonstration)
+        return [(d.messages[:-1], text_of(d.messages[-1])) for d in demonstrations]
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
@@ -96,11 +103,11 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
 
     def __init__(
         self,
-        path: str | Path | Sequence[str | Path],
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase,
         world: World,
         *,
-        feedback: str | Path | None = None,
+        feedback: Paths | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         packing: bool = True,
         share_prompts: bool = True,

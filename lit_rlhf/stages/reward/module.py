@@ -85,7 +85,8 @@ class RewardModule(StepLog):
         imitated = batch.predicting if self.lm_coef > 0 else batch.predicting[:0]
         scores, hidden = scores_and_hidden(self.reward_model, batch.packed, imitated)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
-        loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing) * batch.share
+        margins = None if batch.margins is None else batch.margins[pairs.better] - batch.margins[pairs.worse]
+        loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing, margins) * batch.share
         watched = {"reward/loss": loss.detach()}
         if batch.rated_share > 0:
             rated = feedback_loss(scores, batch.ratings, self.feedback_loss) * batch.rated_share

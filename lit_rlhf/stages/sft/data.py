@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -13,16 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
+from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import (
-    Demonstration,
-    Messages,
-    OnBadRecord,
-    load_records,
-    parse_demonstration,
-    split_by_prompt,
-)
+from lit_rlhf.text.records import Demonstration, Messages, OnBadRecord, parse_demonstration, text_of
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 
@@ -35,11 +28,11 @@ class SFTBatch(NamedTuple):
     normalizer: float  # tokens learned in the whole optimizer step, divided by its number of micro-batches
 
 
-class SFTDataModule(ExampleDataModule):
+class SFTDataModule(RecordDataModule, ExampleDataModule):
     """Demonstrations from a file: prompt and response, instruction fields, or messages of several turns.
 
     Args:
-        path: a file or a Hub name.
+        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: one that is ready, or a function that trains one on the demonstrations.
         batch_size: dialogues a process and step.
         max_length: tokens; longer dialogues are handled as ``on_long`` says, and counted.
@@ -50,13 +43,14 @@ class SFTDataModule(ExampleDataModule):
         seed: order of the dialogues.
         limit: train on at most so many dialogues, to try things out; None: all.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     parse_record = staticmethod(parse_demonstration)
 
     def __init__(
         self,
-        path: str | Path,
+        path: Paths,
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 16,
@@ -68,23 +62,19 @@ class SFTDataModule(ExampleDataModule):
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
+        fields: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.limit = limit
-        self.path, self._tokenizer = path, tokenizer
+        super().__init__(
+            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
+        )  # fmt: skip
+        self.limit, self._tokenizer = limit, tokenizer
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
-        self.packing = packing
-        self.held_out, self.split_seed, self.seed = held_out, split_seed, seed
-        self.on_bad_record: OnBadRecord = on_bad_record
-        self.skipped: list[str] = []
-        self.long = 0  # dialogues that were too long
+        self.packing, self.seed = packing, seed
         self.train_set: list[Encoded] = []
 
     def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
         """(train, held out)."""
-        loaded = load_records(self.path, self.parse_record, self.on_bad_record)
-        self.skipped = loaded.skipped
-        return split_by_prompt(loaded.records, first_prompt, self.held_out, self.split_seed)
+        return self.split(self.load(self.path, self.parse_record), first_prompt)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
@@ -93,14 +83,15 @@ class SFTDataModule(ExampleDataModule):
         self.tokenizer = (
             self._tokenizer
             if isinstance(self._tokenizer, PreTrainedTokenizerBase)
-            else self._tokenizer(m["content"] for record in train for m in record.messages)
+            else self._tokenizer(text_of(m) for record in train for m in record.messages)
         )
         ensure_chat_template(self.tokenizer)
         self.sample_prompts = [record.messages[:-1] for record in held_out[:4]]
         self._learned = train[: self.limit]
         self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out[: self.limit])
         if not self.train_set or not self.val_set:
-            raise UserError(f"{self.path}: {self.long} dialogues are longer than sft.data.max_length={self.max_length}")
+            long = f"{self.long} dialogues are longer than sft.data.max_length={self.max_length}"
+            raise UserError(f"{self.source}: {long}; raise it, or set on_long=cut")
 
     def trained_prompts(self) -> Iterator[Messages]:
         """What stands before each answer that is learned."""

@@ -1,0 +1,49 @@
+"""What a run remembers of its split: which prompts changed sides, and which were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from lit_rlhf.pipeline.folder import read_json, write_text
+from lit_rlhf.pipeline.trained import FILE as TRAINED
+from lit_rlhf.pipeline.trained import trained_stages
+from lit_rlhf.text.records import Moved
+
+FILE = "split.json"
+
+
+def remembered_split(cfg: DictConfig) -> Moved:
+    """The prompts that changed sides in this run or in one that it starts from, by fingerprint, and all that were
+    trained on there."""
+    moved = Moved()
+    for run in _runs(cfg):
+        known = read_json(run / FILE) or {}
+        # What this run says comes first: it took over what it knew of the others.
+        moved.held_out |= set(known.get("held_out", ())) - moved.train
+        moved.train |= set(known.get("train", ())) - moved.held_out
+        models = [file.parent / "model" for file in [*run.glob(f"*/{TRAINED}"), *run.glob(f"rounds/*/*/{TRAINED}")]]
+        for folder in trained_stages(models):
+            if (folder / TRAINED).is_file():
+                moved.trained |= set((folder / TRAINED).read_text(encoding="utf-8").split())
+    return moved
+
+
+def remember_split(cfg: DictConfig, moved: Moved) -> None:
+    """Write down which prompts changed sides, for the stages to come and the runs that start from this one."""
+    if moved.held_out or moved.train:
+        said = {"held_out": sorted(moved.held_out), "train": sorted(moved.train)}
+        write_text(_home(Path(cfg.paths.run_dir)) / FILE, json.dumps(said, indent=1) + "\n")
+
+
+def _runs(cfg: DictConfig) -> Iterator[Path]:
+    runs = [Path(cfg.paths.run_dir), Path(cfg.paths.runs) / cfg.run, Path(cfg.paths.runs) / cfg.from_run]
+    yield from dict.fromkeys(map(_home, runs))
+
+
+def _home(run: Path) -> Path:
+    """The folder of a run; of one of its rounds, that of them all."""
+    return run.parent.parent if run.parent.name == "rounds" else run

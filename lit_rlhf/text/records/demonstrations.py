@@ -1,0 +1,55 @@
+"""Demonstrations: dialogues to imitate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lit_rlhf.text.records.fields import short
+from lit_rlhf.text.records.messages import Messages, dialogue, dialogue_name, messages_of, text_of, tools_of
+from lit_rlhf.text.records.prompts import parse_prompt
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A dialogue to imitate; the assistant's turns from message ``context`` on are learned."""
+
+    messages: Messages
+    context: int
+    tools: list[dict[str, Any]] | None = None  # functions that the assistant may call, for the chat template
+
+
+def parse_demonstration(row: dict[str, Any]) -> Demonstration:
+    """``prompt`` + ``response`` (or ``completion``), ``instruction`` [+ ``input``] + ``output``, or ``messages``
+    (or ``conversations``); with ``tools`` where the assistant calls some.
+
+    All assistant turns of ``messages`` are learned; of the others, the response."""
+    prompt, answer = answered(row)
+    return Demonstration([*prompt, *answer], len(prompt), tools_of(row))
+
+
+def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:
+    """(prompt, what follows it): of a dialogue all is the latter."""
+    name = dialogue_name(row)
+    if name is not None:
+        return [], _ended(dialogue(row, name), name)
+    prompt = parse_prompt(row)
+    for name in ("response", "completion", "output"):
+        if name in row:
+            response = row[name]
+            if isinstance(response, list):  # conversational completion, as in TRL
+                return prompt, _ended(messages_of(response, name), name)
+            if not isinstance(response, str) or not response.strip():
+                raise ValueError(f"'{name}' is {short(response)}; a non-empty string was expected")
+            return prompt, [{"role": "assistant", "content": response}]
+    raise ValueError(f"no 'response', 'completion' or 'output' among its fields ({', '.join(row)})")
+
+
+def _ended(messages: Messages, name: str) -> Messages:
+    last = messages[-1]["role"]
+    if last != "assistant":
+        raise ValueError(f"'{name}' ends with a turn of the {last}; a demonstration ends with the assistant's")
+    for place, message in enumerate(messages, start=1):
+        if message["role"] in ("user", "assistant") and not text_of(message).strip():
+            raise ValueError(f"'{name}' has an empty turn of the {message['role']} (message {place})")
+    return messages

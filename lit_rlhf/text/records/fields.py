@@ -1,0 +1,135 @@
+"""Fields of a record: how they are asked for, under which names they stand in a file, and which nobody asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+# What messages have for a chat template; of other fields of theirs it is said that only the template gets them.
+MESSAGE_FIELDS = {
+    "role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "reasoning_content",
+    "reasoning", "thinking",
+}  # fmt: skip
+
+# What our own stages write beside a record is not news to anyone: answers that were drawn, judgements of people.
+_OURS = {
+    frozenset({"sampling", "round"}): {"split", "equal"},
+    frozenset({"item", "turn", "shown"}): {"item", "turn", "time", "seconds", "note", "shown", "aside", "again"},
+}
+
+
+class Row(dict[str, Any]):
+    """A record as it stands in a file; it knows which of its fields were asked for.
+
+    Args:
+        values: the record.
+        fields: our name of a field -> its name in the file; "a.b" is the field ``b`` inside of ``a``.
+    """
+
+    def __init__(self, values: Mapping[str, Any], fields: Mapping[str, str] | None = None) -> None:
+        self.names = dict(fields or {})
+        taken = set(self.names.values())
+        left = dict(_left(values, taken)) if taken else values
+        found = {name: inside(values, address) for name, address in self.names.items()}
+        ours = {name: value for name, value in found.items() if value is not None}
+        hidden = {f"{name} (the file's own)": value for name, value in left.items() if name in ours}
+        super().__init__({**left, **hidden, **ours})
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> Iterator[str]:
+        """Names, as in the file, of the fields with a value that nobody has asked for."""
+        ours = {name for mark, names in _OURS.items() if mark <= self.keys() for name in names}
+        for name, value in self.items():
+            if name not in self.asked and name not in ours and value is not None:
+                yield self.names.get(name, str(name))
+
+    def passed_on(self) -> Iterator[str]:
+        """Names of the fields of this record's messages that only a chat template can make something of."""
+        for name, value in self.items():
+            if name in self.asked and isinstance(value, list):
+                for message in value:
+                    if isinstance(message, dict) and ("role" in message or "from" in message):
+                        yield from (k for k, v in message.items() if k not in MESSAGE_FIELDS and v is not None)
+
+
+def inside(values: Mapping[str, Any], address: str) -> Any:
+    """The value at an address, "a.b"; None where there is none."""
+    if address in values:
+        return values[address]
+    first, _, rest = address.partition(".")
+    within = values.get(first)
+    return inside(within, rest) if rest and isinstance(within, dict) else None
+
+
+def _left(values: Mapping[str, Any], taken: set[str], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(address, value) of what is left of a record without the addresses that were taken."""
+    for name, value in values.items():
+        address = f"{before}{name}"
+        if address in taken:
+            continue
+        if isinstance(value, dict) and any(other.startswith(f"{address}.") for other in taken):
+            yield from _left(value, taken, f"{address}.")
+        else:
+            yield address, value
+
+
+def require(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a field; ``ValueError`` where it is missing or null."""
+    value = row.get(name)
+    if value is None:
+        known = getattr(row, "names", {})
+        looked = f", looked for as {known[name]!r}" if name in known else ""
+        raise ValueError(f"no field '{name}'{looked} (it has {', '.join(map(str, row)) or 'none'})")
+    return value
+
+
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """A field that holds a text; ``ValueError`` where it does not, or is empty."""
+    value = require(row, name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"'{name}' is {short(value)}; a non-empty string was expected")
+    return value
+
+
+def number(value: Any, name: str, what: str = "a number") -> float:
+    """A finite number, which a CSV file gives as a text; ``ValueError`` says what was expected."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):  # the last of whole numbers with more than 308 digits
+        found = math.nan
+    if isinstance(value, bool) or not math.isfinite(found):
+        raise ValueError(f"'{name}' is {short(value)}; {what} was expected")
+    return found
+
+
+def json_value(text: str) -> Any:
+    """What a JSON text says; ``ValueError`` says why it says nothing."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (lists or objects in each other, thousands deep)") from None
+    except ValueError:  # Python's limit to what it makes a number of
+        raise ValueError("not JSON that can be read (a whole number of thousands of digits)") from None
+
+
+def short(value: Any) -> str:
+    """A value for a message of one line."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested deeply, or a number of thousands of digits
+        text = f"a {type(value).__name__}, too large to be shown"
+    return text if len(text) <= 60 else text[:57] + "..."

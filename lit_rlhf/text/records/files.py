@@ -1,0 +1,347 @@
+"""Files of records: JSONL, JSON, CSV, Parquet, plain text, or a Hub name. Bad records are named by file and line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
+from lit_rlhf.text.records.fields import Row, json_value, short
+
+OnBadRecord = Literal["fail", "skip"]
+Record = TypeVar("Record")
+
+
+@dataclass
+class Seen:
+    """What was seen while a file was read."""
+
+    skipped: list[str] = field(default_factory=list)  # a line for each bad record
+    unread: dict[str, None] = field(default_factory=dict)  # fields that nobody asked for, in their order
+    passed_on: dict[str, None] = field(default_factory=dict)  # fields of messages that only a chat template may read
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Record]):
+    """The good records of a source, a line for each one that was skipped, and the fields that nobody reads."""
+
+    records: list[Record]
+    skipped: list[str]
+    unread: list[str] = field(default_factory=list)
+    passed_on: list[str] = field(default_factory=list)  # of messages, to the chat template
+
+
+def files_of(path: str | Path | Sequence[str | Path]) -> list[str]:
+    """The files that a path, a list of them, or a pattern (``*``, ``?``, ``**``) names; Hub names are kept as they are.
+
+    Raises ``UserError`` where no file matches a pattern."""
+    if isinstance(path, str | Path):
+        found = sorted(glob.glob(str(Path(path).expanduser()), recursive=True)) if _is_pattern(path) else [str(path)]
+        if not found:
+            raise UserError(f"{path}: no file matches (the current folder is {Path.cwd()})")
+        return found
+    return [file for one in path for file in files_of(one)]
+
+
+def _is_pattern(path: str | Path) -> bool:
+    return glob.has_magic(str(path)) and not Path(path).expanduser().exists()
+
+
+def load_records(
+    path: str | Path,
+    parse: Callable[[dict[str, Any]], Record],
+    on_bad_record: OnBadRecord = "fail",
+    fields: Mapping[str, str] | None = None,
+) -> Loaded[Record]:
+    """Read every record of ``path``: a .jsonl, .json, .csv, .parquet or .txt file, or a Hub data set's name.
+
+    ``fields`` says which names the file has for ours, see :class:`Row`. The text formats are read here rather than
+    through ``datasets``, which cannot say on which line a record is bad; Parquet and the Hub go through it. Raises
+    ``UserError`` naming file, line and reason, unless ``on_bad_record`` is "skip"; also when nothing valid is left."""
+    seen = Seen()
+    records = list(read_records(path, parse, seen, on_bad_record, fields))
+    return Loaded(records, seen.skipped, list(seen.unread), list(seen.passed_on))
+
+
+def read_records(
+    path: str | Path,
+    parse: Callable[[dict[str, Any]], Record],
+    seen: Seen,
+    on_bad_record: OnBadRecord = "fail",
+    fields: Mapping[str, str] | None = None,
+) -> Iterator[Record]:
+    """The records of :func:`load_records` one by one; ``seen`` takes what is to be known of the others.
+
+    Lines of .jsonl and rows of .parquet are read as they are asked for: the file may be larger than memory."""
+    valid = False
+    for place, values in _rows(str(path)):
+        try:
+            if isinstance(values, Exception):
+                raise values
+            if not isinstance(values, dict):
+                raise ValueError(f"{short(values)} is not a record; an object with named fields was expected")
+            row = Row(values, fields)
+            record = parse(row)
+        except ValueError as error:
+            if on_bad_record == "fail":
+                raise UserError(f"{place}: {error}. Mend it, or set on_bad_record=skip.") from None
+            seen.skipped.append(f"{place}: {error}")
+        else:
+            valid = True
+            seen.unread.update(dict.fromkeys(row.unread()))
+            seen.passed_on.update(dict.fromkeys(row.passed_on()))
+            yield record
+    if not valid:
+        why = f"; the first of {len(seen.skipped)} bad ones is {seen.skipped[0]}" if seen.skipped else ": it is empty"
+        raise UserError(f"{path}: no valid record{why}")
+
+
+PIECE = 2**16  # characters
+
+
+def read_pieces(path: str | Path) -> Iterator[str]:
+    """A .txt file in pieces of ``PIECE`` characters or some more; a shorter one is one piece.
+
+    A piece ends behind a line break, or before a space, that stands between a visible character and a letter or digit:
+    a tokenizer that splits at words (any byte-level BPE, characters) makes of the pieces what it makes of the whole."""
+    file = Path(path).expanduser()
+    decode = codecs.getincrementaldecoder("utf-8-sig")()
+    text, lines, blank = "", 1, True
+    with file.open("rb") as source:
+        while block := source.read(PIECE):
+            try:
+                text += decode.decode(block)
+            except UnicodeDecodeError as error:
+                raise _not_unicode(file, lines + error.object.count(b"\n", 0, error.start), error) from None
+            lines += block.count(b"\n")
+            if len(text) > PIECE and (cut := _between_words(text)):
+                blank = blank and not text[:cut].strip()
+                yield text[:cut]
+                text = text[cut:]
+    try:
+        decode.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _not_unicode(file, lines, error) from None
+    if blank and not text.strip():
+        raise UserError(f"{path}: no valid record: it is empty")
+    if text:
+        yield text
+
+
+def _between_words(text: str) -> int:
+    """The last such place in the last piece of ``text``; 0 where there is none."""
+    for mark in ("\n", " "):
+        at = len(text)
+        while (at := text.rfind(mark, len(text) - PIECE, at)) > 0:
+            if not text[at - 1].isspace() and text[at + 1 : at + 2].isalnum():
+                return at + (mark == "\n")
+    return 0
+
+
+def regular_file(path: str | Path) -> Path:
+    """The file at ``path``; ``UserError`` where there is none that can be read."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise UserError(f"{path}: is a folder; a file was expected ({', '.join(_READERS)})")
+    if not file.is_file():
+        raise UserError(f"{path}: is a pipe or a device; a file was expected ({', '.join(_READERS)})")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return file
+
+
+def _rows(path: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row; a row that cannot be decoded comes as the ``ValueError`` that says why."""
+    file = Path(path).expanduser()
+    if not _exists(file):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and file.suffix.lower() not in _READERS:
+            yield from _hub_rows(path)
+            return
+        raise UserError(f"{path}: no such file (the current folder is {Path.cwd()})")
+    file = regular_file(path)
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: cannot tell its format from {file.suffix!r}; use one of {', '.join(_READERS)}")
+    yield from reader(file)
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero
+        return False
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_unicode(file, data.count(b"\n", 0, error.start) + 1, error) from None
+
+
+def _not_unicode(file: Path, line: int, error: UnicodeDecodeError) -> UserError:
+    byte = error.object[error.start]
+    with file.open("rb") as begin:
+        was = "utf-16" if begin.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+    return UserError(f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8 (iconv -f {was} -t utf-8)")
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, data in enumerate(lines, start=1):
+            try:
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_unicode(file, number, error) from None
+            if line.strip():
+                try:
+                    yield f"{file}:{number}", _writable(json_value(line), line)
+                except ValueError as error:
+                    yield f"{file}:{number}", error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    text = _read_text(file)
+    if not text.strip():
+        return
+    try:
+        rows = json_value(text)
+    except ValueError as error:
+        raise UserError(f"{file}:{_bad_line(text)}: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: holds {short(rows)}; a list of records was expected")
+    if rows and all(map(is_task, rows)):
+        yield from _label_studio_rows(file, rows)
+        return
+    if rows and all(map(is_other_format, rows)):
+        raise UserError(f"{file}: tasks of Label Studio, or an export of another format; export the project as JSON")
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}: record {number}", _writable(row, text)
+
+
+def _bad_line(text: str) -> int:
+    """The line of what :func:`json_value` does not take: where it is wrong, a number too long, the deepest place."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.lineno
+    except RecursionError:
+        depth, deepest, at = 0, 0, 0
+        for place, character in enumerate(text):
+            depth += (character in "[{") - (character in "]}")
+            if depth > deepest:
+                deepest, at = depth, place
+    except ValueError:
+        at = max(re.finditer(r"\d+", text), key=lambda match: len(match[0])).start()
+    return text.count("\n", 0, at) + 1
+
+
+def _label_studio_rows(file: Path, tasks: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """A ranking for each person who judged a task of a Label Studio export."""
+    judged = False
+    for number, task in enumerate(tasks, start=1):
+        place = f"{file}: task {task.get('id', number)}"
+        try:
+            for row in rankings_of_task(task):
+                judged = True
+                yield place, _writable(row, "\\u")
+        except ValueError as error:
+            judged = True
+            yield place, error
+    if not judged:
+        what = f"{len(tasks)} tasks, and none is judged (all open or skipped)"
+        raise UserError(f"{file}: {what}; label some, then export again")
+
+
+def _writable(row: Any, source: str) -> Any:
+    """The row, or the ``ValueError`` that its text is not Unicode: half of a pair of surrogates."""
+    if "\\u" in source:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except RecursionError:
+            return ValueError("lists or objects in each other, hundreds deep")
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            return ValueError(f"holds half a character ({half}), as a text that was cut inside an emoji does")
+    return row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # characters; texts may be longer than its 131,072
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:  # a quote that is never closed, say
+            yield f"{file}:{first}", ValueError(f"not CSV ({error})")
+            continue
+        if row is None:
+            return
+        if None in row or None in row.values():
+            yield f"{file}:{reader.line_num}", ValueError(f"not as many fields as the header ({reader.fieldnames})")
+        else:
+            yield f"{file}:{reader.line_num}", row
+
+
+def _txt_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    text = _read_text(file)
+    if text.strip():
+        yield f"{file}:1", {"text": text}
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    from datasets import Dataset  # imported here: it takes longer than everything else together
+
+    try:
+        rows = Dataset.from_parquet(str(file))
+    except Exception as error:  # pyarrow has many kinds
+        raise UserError(f"{file}: not a Parquet file ({error})".splitlines()[0]) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}: record {number}", row
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # network, name, configuration: the library has many kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no such file here, and as a Hub data set it could not be loaded ({reason}). Offline: download it "
+            "elsewhere and give the path of the file."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: record {number}", row
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _txt_rows,
+}
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines under a temporary name, then rename: a killed run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)

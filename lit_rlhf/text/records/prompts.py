@@ -1,0 +1,80 @@
+"""Plain texts, and prompts: what a model is asked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lit_rlhf.text.records.fields import Row, require, short, text_field
+from lit_rlhf.text.records.messages import (
+    TURN,
+    Messages,
+    dialogue,
+    dialogue_name,
+    messages_of,
+    parse_transcript,
+    with_system,
+)
+
+
+def parse_text(row: dict[str, Any]) -> str:
+    """``text``."""
+    return text_field(row, "text")
+
+
+def parse_prompt(row: dict[str, Any]) -> Messages:
+    """``prompt`` (a string or messages), ``instruction`` [+ ``input``], or ``messages`` (or ``conversations``).
+
+    A final assistant turn of ``messages`` is dropped; ``system`` becomes the system message."""
+    name = dialogue_name(row)
+    if name is not None:
+        messages = dialogue(row, name)
+        return _checked(messages[:-1] if messages[-1]["role"] == "assistant" else messages, name)
+    return parse_prompt_apart(row)
+
+
+def parse_prompt_apart(row: dict[str, Any]) -> Messages:
+    """:func:`parse_prompt` of a record whose answers stand in other fields: ``prompt`` or ``instruction``."""
+    if "instruction" in row:
+        return with_system(row, instruction_of(row))
+    return with_system(row, _prompt(require(row, "prompt"), "prompt"))
+
+
+class PromptRecord(NamedTuple):
+    """A prompt, and the other fields of its record, which reward functions get to see."""
+
+    messages: Messages
+    others: dict[str, Any]
+
+
+def parse_prompt_record(row: dict[str, Any]) -> PromptRecord:
+    """:func:`parse_prompt`, with the fields that are not part of the prompt."""
+    row = row if isinstance(row, Row) else Row(row)
+    prompt = parse_prompt(row)
+    return PromptRecord(prompt, {name: v for name, v in row.items() if name not in {*row.asked, "prompt", "messages"}})
+
+
+def _prompt(value: Any, name: str) -> Messages:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"'{name}' is empty")
+        messages = parse_transcript(value) if TURN.match(value) else [{"role": "user", "content": value}]
+    else:
+        messages = messages_of(value, name)
+    return _checked(messages, name)
+
+
+def _checked(messages: Messages, name: str) -> Messages:
+    if messages and messages[-1]["role"] == "assistant":
+        raise ValueError(f"'{name}' ends with a turn of the assistant; a prompt ends with the user's")
+    if all(message["role"] in ("system", "developer") for message in messages):
+        raise ValueError(f"'{name}' has no turn of the user; a prompt ends with one")
+    return messages
+
+
+def instruction_of(row: dict[str, Any]) -> Messages:
+    """The prompt of ``instruction`` and, below it, ``input``."""
+    instruction = text_field(row, "instruction")
+    context = row.get("input") or ""
+    if not isinstance(context, str):
+        raise ValueError(f"'input' is {short(context)}; a string was expected")
+    return [{"role": "user", "content": f"{instruction}\n\n{context}" if context.strip() else instruction}]
