@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lit_rlhf.pipeline.folder import read_json, write_text
+from lit_rlhf.pipeline.folder import lineage, read_json, write_text
 from lit_rlhf.pipeline.trained import FILE as TRAINED
 from lit_rlhf.pipeline.trained import trained_stages
 from lit_rlhf.text.records import Moved
@@ -40,8 +40,8 @@ def remember_split(cfg: DictConfig, moved: Moved) -> None:
 
 
 def _runs(cfg: DictConfig) -> Iterator[Path]:
-    runs = [Path(cfg.paths.run_dir), Path(cfg.paths.runs) / cfg.run, Path(cfg.paths.runs) / cfg.from_run]
-    yield from dict.fromkeys(map(_home, runs))
+    first, *behind = lineage(cfg)
+    yield from dict.fromkeys(map(_home, [first, Path(cfg.paths.runs) / cfg.run, *behind]))
 
 
 def _home(run: Path) -> Path:

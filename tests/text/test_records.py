@@ -333,7 +333,11 @@ def error(path, parse, on_bad_record="fail"):
             {"chosen": "Assistant:", "rejected": "Assistant:"},
             "do not begin with the same turn of the user",
         ),
-        (parse_ranking, {"chosen": [*PROMPT, user("x")], "rejected": [*PROMPT, user("y")]}, "'chosen' ends with a turn of the user"),
+        (
+            parse_ranking,
+            {"chosen": [*PROMPT, user("x")], "rejected": [*PROMPT, user("y")]},
+            "'chosen' ends with a turn of the user",
+        ),
         (
             parse_ranking,
             {"prompt": "q", "chosen": [*PROMPT], "rejected": [assistant("y")]},
