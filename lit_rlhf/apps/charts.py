@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import GRADES, model_name, number, tone
+from lit_rlhf.apps.wording import GRADES, SFT_STD, model_name, number, tone
 from lit_rlhf.functional import best_of_n_kl
 
 POINTS_DRAWN = 300  # of a line; more are averaged
@@ -53,7 +53,7 @@ PANELS = {
     "ppo": [
         Panel(
             "Score",
-            "SFT std",
+            SFT_STD,
             {"ppo/score": "rollouts", "val/ppo/score": "held out", "ppo/reward": "rollouts, less the KL penalty"},
         ),
         Panel("KL to SFT", "nats an answer", {"ppo/kl": "rollouts", "val/ppo/kl": "held out"}),
@@ -62,7 +62,7 @@ PANELS = {
         Panel("Correctness", GRADES, {"val/ppo/correct": "held out"}),
         Panel("Entropy", "nats a token", {"ppo/entropy": "rollouts"}),
         Panel("Policy loss", "", {"ppo/policy_loss": "clipped surrogate"}),
-        Panel("Value loss", "SFT std²", {"ppo/value_loss": "critic"}),
+        Panel("Value loss", f"{SFT_STD}²", {"ppo/value_loss": "critic"}),
         Panel("Explained variance", "", {"ppo/explained_variance": "critic"}, (0.0, "a constant does as well")),
     ],
     "dpo": [
@@ -84,8 +84,8 @@ MORE_PPO_PANELS = [
     Panel("Step KL", "nats a token", {"ppo/approx_kl": "to the rollout's policy"}),
     Panel("Answer length", "tokens", {"ppo/response_length": "rollouts"}),
     Panel("Answers that ended", "%", {"ppo/finished": "rollouts"}),
-    Panel("Value", "SFT std", {"ppo/value": "critic's mean"}),
-    Panel("Spread, standard deviation", "SFT std", {"ppo/score_std": "scores", "ppo/advantage_std": "advantages"}),
+    Panel("Value", SFT_STD, {"ppo/value": "critic's mean"}),
+    Panel("Spread, standard deviation", SFT_STD, {"ppo/score_std": "scores", "ppo/advantage_std": "advantages"}),
     Panel("Gradient norm", "before clipping", {"ppo/grad_norm": "policy", "ppo/critic_grad_norm": "critic"}),
     Panel("Learning rate", "", {"ppo/lr": "policy"}),
 ]
@@ -130,25 +130,29 @@ def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[
                 lines.append(Line(label, tone, points))
         if any(len(line.points) > 1 for line in lines):
             reference = panel.reference and (scale * panel.reference[0], panel.reference[1])
-            yield Chart(panel.title, panel.unit, "episodes" if stage == "ppo" else "optimizer steps", lines, reference)
+            unit = panel.unit.replace(SFT_STD, run.score_unit)
+            yield Chart(panel.title, unit, "episodes" if stage == "ppo" else "optimizer steps", lines, reference)
 
 
 def frontier(run: Run) -> Iterator[Chart]:
     """What was gained against how far the policy has moved from the SFT model (arXiv:2009.01325), step by step.
 
-    Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n."""
+    Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n, where they were scored
+    alike."""
     rows = run.metrics.get("ppo", {})
     evaluation = run.figures.get("evaluate", {})
     best = evaluation.get("best_of_n") or {}
-    for key, title, unit in (("score", "Score against KL", "SFT std"), ("gold", "Gold grade against KL", "points")):
+    scores = run.score_unit if rows else SFT_STD
+    alike = scores == SFT_STD  # as in evaluation, which has the reward model's scores
+    for key, title, unit in (("score", "Score against KL", scores), ("gold", "Gold grade against KL", "points")):
         lines = [
             Line("PPO's rollouts", "train", _against_kl(rows, f"ppo/{key}", "ppo/kl"), "dots"),
             Line("held out", "val", _against_kl(rows, f"val/ppo/{key}", "val/ppo/kl")),
         ]
         for name, figures in (evaluation.get("models") or {}).items():
-            if figures.get("kl") is not None and figures.get(key) is not None:
+            if figures.get("kl") is not None and figures.get(key) is not None and (alike or key != "score"):
                 lines.append(Line(model_name(name), tone(name), [(figures["kl"], figures[key])]))
-        if best.get(key) is not None:
+        if best.get(key) is not None and (alike or key != "score"):
             point = (best_of_n_kl(best["n"]), best[key])
             lines.append(Line(model_name("best_of_n", best["n"]), "best_of_n", [point]))
         lines = [line for line in lines if line.points]

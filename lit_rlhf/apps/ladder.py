@@ -13,11 +13,12 @@ from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, episodes, t
 from lit_rlhf.apps.jobs import Job, load_jobs, varied
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
-from lit_rlhf.apps.results import judge_of
+from lit_rlhf.apps.results import judge_of, scorer_of
+from lit_rlhf.apps.wording import SFT_STD
 from lit_rlhf.errors import UserError
 
 CURVES = {  # metric: what it is called, its unit
-    "ppo/score": ("Score", "SFT std"),
+    "ppo/score": ("Score", SFT_STD),
     "ppo/gold": ("Gold grade", "points"),
     "ppo/kl": ("KL to SFT", "nats an answer"),
 }
@@ -75,7 +76,7 @@ def write_ladder(sweep: Path) -> Path:
         outcomes=outcomes,
         others=other_models(rungs),
         best=best(list(outcomes.values())),
-        proxy=any("proxy" in judge_of(run) for rung in rungs for run in rung.runs),
+        proxy=next(filter(None, (scorer_of(judge_of(run)) for rung in rungs for run in rung.runs)), ""),
         seeds=sorted({str(run.seed) for rung in rungs for run in rung.runs}),
         curves={part: charts(rungs, part) for part in dict.fromkeys(rung.part for rung in rungs)},
         noise=noise,
@@ -168,7 +169,8 @@ def charts(rungs: list[Rung], part: str) -> list[Drawing]:
         if shown:
             room = [point for points in curves.values() for point in points]
             lines = [Line(rung.title, rung.tone, curves[rung.title]) for rung in shown]
-            drawings.append(draw(Chart(title, unit, "episodes", lines, room=room)))
+            own = shown[0].runs[0].score_unit if unit == SFT_STD else unit
+            drawings.append(draw(Chart(title, own, "episodes", lines, room=room)))
     return drawings
 
 

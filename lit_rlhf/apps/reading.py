@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.apps.wording import STAGES
+from lit_rlhf.apps.wording import SFT_STD, STAGES
 from lit_rlhf.errors import UserError
 from lit_rlhf.training import read_metrics
 
@@ -29,6 +29,16 @@ class Run:
     samples: dict[str, list[dict[str, Any]]]
     health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
     rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
+
+    @property
+    def scored_by(self) -> str:
+        """What PPO's scores came from; "" where it is not finished."""
+        return self.figures["ppo"].get("scored_by", "reward model") if "ppo" in self.figures else ""
+
+    @property
+    def score_unit(self) -> str:
+        """In what PPO's scores are measured."""
+        return self.figures["ppo"].get("score_unit", SFT_STD) if "ppo" in self.figures else "reward units"
 
     @property
     def total_seconds(self) -> float:

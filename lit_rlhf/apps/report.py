@@ -14,7 +14,19 @@ from lit_rlhf.apps.charts import MORE_PPO_PANELS, draw, frontier, panels
 from lit_rlhf.apps.labels import by_shots, confusion
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
-from lit_rlhf.apps.results import by_kind, cards, changes, compared, headline, judge_of, ladder, rounds, win_rates
+from lit_rlhf.apps.results import (
+    by_kind,
+    cards,
+    changes,
+    compared,
+    has_gold,
+    headline,
+    judge_of,
+    ladder,
+    rounds,
+    scorer_of,
+    win_rates,
+)
 from lit_rlhf.apps.road import data_table, road, stage_figures
 from lit_rlhf.apps.samples import answers, timelines
 from lit_rlhf.apps.trust import calibration_chart, groups
@@ -35,6 +47,8 @@ def page_of(run: Run) -> str:
         stages=STAGES,
         begun={*run.figures, *run.metrics},
         judge=judge_of(run),
+        scorer=scorer_of(judge_of(run)),
+        gold=has_gold(run),
         headline=headline(run),
         cards=cards(run),
         road=road(run),

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import tick_step, ticks
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import GRADES, MEASURES, STAGES, figure, from_to, model_name, number, percent
+from lit_rlhf.apps.wording import GRADES, MEASURES, SFT_STD, STAGES, figure, from_to, model_name, number, percent
+
+PROXY = " (proxy)"  # behind the name of what scores where there is no judge
 
 
 class Headline(NamedTuple):
@@ -28,10 +30,16 @@ class Card(NamedTuple):
 
 
 def judge_of(run: Run) -> str:
-    """Who graded: "gold", "reward model (proxy)", or "" where nothing was compared."""
+    """Who graded: "gold", "reward model (proxy)", an annotator's name, or "" where nothing was compared."""
     evaluation = run.figures.get("evaluate", {})
     in_training = run.figures.get("ppo", {}).get("win_rate") or {}
     return evaluation.get("judge") or in_training.get("judge") or ""
+
+
+def has_gold(run: Run) -> bool:
+    """Whether a judge that knows the right answer has graded anything."""
+    graded = [run.figures.get("ppo", {}), *(run.figures.get("evaluate", {}).get("models") or {}).values()]
+    return judge_of(run) == "gold" or any(figures.get("gold") is not None for figures in graded)
 
 
 def compared(run: Run) -> tuple[str, str]:
@@ -51,7 +59,7 @@ def headline(run: Run) -> Headline | None:
     wins = {(win.ours, win.theirs): win for win in win_rates(run)}
     for pair in (compared(run), ("ppo", "sft"), ("sft", "base"), *wins):
         if pair in wins:
-            return _win_headline(wins[pair], wins, judge_of(run))
+            return _win_headline(wins[pair], wins, judge_of(run), run.scored_by)
     reward = run.figures.get("reward", {})
     if reward.get("val_accuracy") is not None:
         bag = reward.get("bag_of_words_accuracy")
@@ -73,11 +81,16 @@ def headline(run: Run) -> Headline | None:
     return None
 
 
-def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str) -> Headline:
+def scorer_of(judge: str) -> str:
+    """What scores in a judge's place; "" where there is one."""
+    return judge.removesuffix(PROXY) if judge.endswith(PROXY) else ""
+
+
+def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str, scored_by: str) -> Headline:
     """Who is preferred, how often, how sure that is, and by whom."""
     ours, theirs = win.ours_name, win.theirs_name
-    proxy = "proxy" in judge
-    by = "The reward model scores" if proxy else "The judge prefers"
+    proxy = scorer_of(judge)
+    by = f"The {proxy} scores" if proxy else "The judge prefers" if judge in ("", "gold") else f"{judge} prefers"
     than = "above" if proxy else "to"
     before = f"{by} {ours}'s answers {than} {theirs}'s in "
     verdict = ""
@@ -92,8 +105,8 @@ def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str) -> Hea
         picked = f"{best.ours_name} {theirs} samples, picked by the reward model"
         notes.append(f"{picked}: {percent(best.mean)} ({interval(best)}).")
     if proxy:
-        trained = " that PPO was trained to raise" if win.ours == "ppo" else ""
-        notes.append(f"There is no gold judge here: the reward model's score is a proxy{trained}.")
+        trained = " that PPO was trained to raise" if win.ours == "ppo" and scored_by in ("", proxy) else ""
+        notes.append(f"There is no gold judge here: the {proxy}'s score is a proxy{trained}.")
     return Headline(before, percent(win.mean), after, " ".join(notes))
 
 
@@ -123,7 +136,7 @@ def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
         yield Card("KL to SFT", number(kl), "nats an answer, after PPO")
     if ppo.get("score_last") is not None and "evaluate" not in figures:
         score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"
-        yield Card("Score", score, "in PPO's rollouts, SFT std")
+        yield Card("Score", score, f"in PPO's rollouts, {ppo.get('score_unit', SFT_STD)}")
     for stage, name in (("reward", "Reward model"), ("dpo", "DPO's implicit reward")):
         ranked = figures.get(stage, {})
         if ranked.get("gold_accuracy") is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import DATA, FIGURES, GRADES, OFF_ROAD, STAGES, figure, from_to, number, percent
+from lit_rlhf.apps.wording import DATA, FIGURES, GRADES, OFF_ROAD, SFT_STD, STAGES, figure, from_to, number, percent
 
 
 class Stop(NamedTuple):
@@ -58,6 +58,7 @@ def stage_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     for key, value in figures.items():
         name, unit = FIGURES.get(key, (key, ""))
+        unit = figures.get("score_unit", SFT_STD) if unit == SFT_STD else unit
         if isinstance(value, int | float | str):
             found.append((name, figure(value, unit) + ("" if unit in ("", "%", GRADES) else f" {unit}")))
     return found

@@ -24,13 +24,14 @@ STAGES = {
 OFF_ROAD = ("classify", "dpo", "few_shot")  # shown where they were taken
 MODELS = {"base": "Base", "prompted": "Prompted base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 GRADES = "−1 to 1"
+SFT_STD = "SFT std"  # of the reward model's scores; PPO says in which unit its own are
 MEASURES = {  # of a model in evaluation: what it is called, its unit
     "gold": ("Gold grade", "points"),
     "correct": ("Correctness", GRADES),
     "right": ("Fully right", "%"),
     "greedy_right": ("Fully right, greedy", "%"),
     "polite": ("Politeness", GRADES),
-    "score": ("Reward model's score", "SFT std"),
+    "score": ("Reward model's score", SFT_STD),
     "kl": ("KL to SFT", "nats an answer"),
     "entropy": ("Entropy", "nats a token"),
     "words": ("Length", "words"),
@@ -69,9 +70,12 @@ FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "length_correlation": ("correlation of score and length", ""),
     "annotator_length_correlation": ("annotator's: of rank and length", ""),
     "bag_of_words_accuracy": ("bag of words", "%"),
-    "score_first": ("score at first", "SFT std"),
-    "score_last": ("score at the end", "SFT std"),
-    "val_score": ("held-out score", "SFT std"),
+    "score_first": ("score at first", SFT_STD),
+    "score_last": ("score at the end", SFT_STD),
+    "val_score": ("held-out score", SFT_STD),
+    "scored_by": ("scored by", ""),
+    "score_unit": ("unit of scores", ""),
+    "unscored": ("answers that nobody scored", ""),
     "kl": ("KL to SFT", "nats an answer"),
     "entropy": ("entropy", "nats a token"),
     "episodes": ("episodes", ""),

@@ -96,6 +96,8 @@ def headline(name: str, figures: dict[str, Any], seconds: float) -> str:
     """One line that says how a stage went."""
     shown = {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     text = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in list(shown.items())[:6])
+    judge = figures.get("judge") or (figures.get("win_rate") or {}).get("judge")
+    text += f", by {judge}" if judge else ""
     for versus, rate in win_rates(figures).items():
         text += f"{', ' if text else ''}{versus} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
     return f"{name}: {text} ({seconds:.0f} s)"

@@ -9,6 +9,11 @@ from typing import Any
 from lit_rlhf.errors import UserError
 
 
+def name_of(function: Any) -> str:
+    """What a callable is called in figures and messages."""
+    return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
+
+
 def resolve(function: Any, address: str) -> Callable[..., Any]:
     """The callable, or the one of that name; ``address`` is the setting that names it.
 

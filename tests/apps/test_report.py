@@ -287,6 +287,29 @@ def test_without_a_gold_judge_the_proxy_is_named(tmp_path):
     assert "74.3% of held-out pairs ranked right" in page.text
 
 
+def test_a_reward_function_is_called_by_its_name(tmp_path):
+    write_ppo(tmp_path, "reward function brevity (proxy)")
+    done = json.loads((tmp_path / "ppo/done.json").read_text(encoding="utf-8"))
+    done["figures"] |= {"scored_by": "reward function brevity", "score_unit": "reward units"}
+    write_json(tmp_path / "ppo/done.json", done)
+    text = report(tmp_path).text
+    assert "The reward function brevity scores PPO's answers above SFT's in 74.1%" in text
+    assert "the reward function brevity's score is a proxy that PPO was trained to raise" in text
+    assert "compared by the reward function brevity" in text and "in PPO's rollouts, reward units" in text
+    assert "reward model" not in text.lower().split("what the numbers mean")[0] and "SFT std" not in text
+    assert "Gold grade" not in text and "knows the right answer" not in text
+
+
+def test_a_judge_of_its_own_is_called_by_its_name(tmp_path):
+    write_whole(tmp_path, gold=False)
+    done = json.loads((tmp_path / "evaluate/done.json").read_text(encoding="utf-8"))
+    done["figures"]["judge"] = "llm_judge:qwen"
+    write_json(tmp_path / "evaluate/done.json", done)
+    text = report(tmp_path).text
+    assert "llm_judge:qwen prefers PPO's answers to SFT's in 74.1%" in text and "proxy" not in text.lower()
+    assert "knows the right answer" not in text
+
+
 @pytest.mark.parametrize(
     ("mean", "low", "high", "words"),
     [(0.52, 0.48, 0.56, "which is no clear difference"), (0.31, 0.27, 0.35, "PPO is worse than SFT")],

@@ -127,7 +127,7 @@ def test_without_anyone_to_judge_nothing_is_compared(tmp_path, tokenizer, models
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Say {i}."} for i in range(40)])
     data = EvaluateDataModule(tmp_path / "p.jsonl", tokenizer, held_out=0.3)
     figures = evaluated(data, models).figures()
-    assert figures["win_rate"] == {} and "ratings" not in figures
+    assert figures["win_rate"] == {} and "ratings" not in figures and figures["judge"] is None
     assert figures["models"]["sft"]["gold"] is None and "perplexity" not in figures["models"]["sft"]
     assert figures["models"]["sft"]["interval"]["self_similarity"]["prompts"] == figures["prompts"]
 

@@ -76,6 +76,20 @@ def test_functions_stand_next_to_the_reward_model_or_in_its_place(raw, logits):
     assert_close(raw(Scoring(**both), model=None), 0.5 * said - 2 * counted)
 
 
+def test_the_scorer_says_who_it_is_and_in_what_it_scores(reward_model):
+    def named(model, **settings):
+        scorer = Scorer(model, Scoring(**settings))
+        return scorer.name, scorer.unit
+
+    assert named(reward_model) == ("reward model", "SFT std")
+    assert named(reward_model, scale="none") == ("reward model", "reward units")
+    assert named(reward_model, functions=[letters]) == ("reward model and reward function letters", "reward units")
+    both = "reward function letters and reward function spaces"
+    assert named(None, functions=[letters, spaces]) == (both, "reward units")
+    assert named(reward_model, functions=letters, reward_model_weight=0) == ("reward function letters", "reward units")
+    assert named(None, functions=letters, scale="running")[1] == "std of all scores"
+
+
 def test_a_reward_model_without_weight_is_not_asked(reward_model, raw, monkeypatch):
     monkeypatch.setattr(reward_model.model, "forward", lambda **_: pytest.fail("asked"))
     raw(Scoring(functions=[letters], reward_model_weight=0.0))
@@ -238,7 +252,7 @@ def test_validation_scores_policy_and_sft_model_alike_though_the_scale_runs(scal
             mine.copy_(start)
     module.trainer.validate(module, datamodule=data, verbose=False)
     assert module.figures()["win_rate"]["mean"] == pytest.approx(0.5)
-    assert module.figures()["win_rate"]["judge"] == "reward model (proxy)"
+    assert module.figures()["win_rate"]["judge"] == "reward model and reward function letters (proxy)"
 
 
 # --------------------------------------------------------------- nothing to say

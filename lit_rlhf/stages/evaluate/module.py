@@ -29,6 +29,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
+from lit_rlhf.stages.functions import name_of
 from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
 from lit_rlhf.stages.prompts import PromptBatch
@@ -260,10 +261,12 @@ class EvaluateModule(LightningModule):
             result["changes"] = changes
         return result
 
-    def _judge_name(self) -> str:
+    def _judge_name(self) -> str | None:
         if self.decides == "annotator":
-            return str(getattr(self.annotator, "name", type(self.annotator).__name__))
-        return "gold" if self.decides == "gold" else "reward model (proxy)"
+            return name_of(self.annotator)
+        if self.decides == "reward_model":
+            return None if self.reward_model is None else "reward model (proxy)"
+        return "gold"
 
     def _ratings(self, worths: Mapping[str, Tensor]) -> dict[str, Any]:
         """Bradley-Terry ratings on Elo's scale of all contestants, each having met each on every prompt."""

@@ -536,6 +536,7 @@ class PPOModule(LightningModule):
         """Headline figures; ``kl`` in nats an answer and the win rate against SFT, both on held-out prompts."""
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         gold, wins = getattr(self.trainer.datamodule, "judge", None) is not None, self.held_out.wins
+        scorer = self.scorer.name
         figures: dict[str, Any] = {
             "score_first": self.score_first.item(),
             "score_last": self.score_last.item(),
@@ -546,7 +547,9 @@ class PPOModule(LightningModule):
             "gold": metrics.get("val/ppo/gold"),
             "correct": metrics.get("val/ppo/correct"),
             "kl_coef": self.kl_coef.item(),
-            "win_rate": {**wins._asdict(), "judge": "gold" if gold else "reward model (proxy)"} if wins.n else None,
+            "win_rate": {**wins._asdict(), "judge": "gold" if gold else f"{scorer} (proxy)"} if wins.n else None,
+            "scored_by": scorer,
+            "score_unit": self.scorer.unit,
         }
         if self.unscored:
             figures["unscored"] = int(self.unscored)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, packed_scores, score_mean, score_shift, score_std
-from lit_rlhf.stages.functions import resolve
+from lit_rlhf.stages.functions import name_of, resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
 
@@ -63,6 +63,24 @@ class Scorer(nn.Module):
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
         self.register_buffer("squares", torch.zeros((), dtype=torch.float64))
 
+    @property
+    def _asks_model(self) -> bool:
+        return self.reward_model is not None and self.scoring.reward_model_weight > 0
+
+    @property
+    def name(self) -> str:
+        """Who scores: "reward model", "reward function brevity", or all of them."""
+        functions = [f"reward function {name_of(f)}" for f in self.scoring.functions]
+        return " and ".join([*(["reward model"] if self._asks_model else []), *functions])
+
+    @property
+    def unit(self) -> str:
+        """Of the scores."""
+        if self.scoring.scale == "running":
+            return "std of all scores"
+        alone = self._asks_model and not self.scoring.functions and self.scoring.reward_model_weight == 1
+        return "SFT std" if alone and self.scoring.scale == "reference" else "reward units"
+
     def raw(
         self, packed: Packed, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
     ) -> Tensor:
@@ -72,7 +90,7 @@ class Scorer(nn.Module):
         settings = self.scoring
         said = torch.zeros(len(responses), device=packed.tokens.device)
         scored = torch.zeros_like(said, dtype=torch.bool)
-        if self.reward_model is not None and settings.reward_model_weight > 0:
+        if self._asks_model:
             logits = packed_scores(self.reward_model, packed).float() + score_shift(self.reward_model)
             if settings.scale == "reference":
                 mean = score_mean(self.reward_model) if settings.center else 0.0
@@ -112,7 +130,7 @@ def call(
     """The scores of a reward function, None where it says nothing.
 
     Raises ``UserError`` where it fails: on which prompt, on which answer."""
-    name = getattr(function, "__name__", type(function).__name__)
+    name = name_of(function)
     try:
         scores = _numbers(function(prompts, responses, **record))
     except Exception as error:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, load_reward_model, score_answers
-from lit_rlhf.stages.functions import resolve
+from lit_rlhf.stages.functions import name_of, resolve
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.text.tokenizer import load_tokenizer
 
@@ -30,11 +30,6 @@ class Annotator(Protocol):
     def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
         """The answers to each prompt in, as many as there are; a rank for each out, 1 = best, ties allowed."""
         ...
-
-
-def name_of(annotator: Any) -> str:
-    """What an annotator is called in the records."""
-    return str(getattr(annotator, "name", None) or getattr(annotator, "__name__", type(annotator).__name__))
 
 
 def annotate(annotator: Annotator, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
