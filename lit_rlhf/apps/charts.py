@@ -137,8 +137,8 @@ def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[
 def frontier(run: Run) -> Iterator[Chart]:
     """What was gained against how far the policy has moved from the SFT model (arXiv:2009.01325), step by step.
 
-    Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n, where they were scored
-    alike."""
+    Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n, in so far as they
+    were scored alike."""
     rows = run.metrics.get("ppo", {})
     evaluation = run.figures.get("evaluate", {})
     best = evaluation.get("best_of_n") or {}
