@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,10 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
 def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> LightningDataModule:
     """The data, read and checked before a model is loaded; ``moved``: what the run remembers of its split."""
     data = instantiate(settings, _convert_="all")
-    data.moved = moved or Moved()
+    data.moved, data.tell = moved or Moved(), partial(_say, name)
     data.prepare_data()
     data.setup()
     if is_main_process():
-        for line in getattr(data, "notes", []):
-            print(f"{name}: {line}")
         for what, count in data_notes(data).items():
             if what in ("skipped", "long") and count:
                 reason = (
@@ -99,6 +98,11 @@ def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> Li
                 first = f", the first: {data.skipped[0]}" if what == "skipped" else f" (on_long={data.on_long})"
                 print(f"{name}: {count} {reason}{first}")
     return data
+
+
+def _say(name: str, line: str) -> None:
+    if is_main_process():
+        print(f"{name}: {line}")
 
 
 def make_module(settings: DictConfig, data: LightningDataModule) -> LightningModule:

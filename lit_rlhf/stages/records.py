@@ -32,12 +32,13 @@ class FileDataModule(LightningDataModule):
         self.on_bad_record: OnBadRecord = on_bad_record
         self.skipped: list[str] = []  # a line for each bad record
         self.notes: list[str] = []  # what a person should know
+        self.tell: Callable[[str], None] = rank_zero_info  # how it is said
 
     def note(self, line: str) -> None:
         """Say something once: here, and wherever the notes are shown."""
         if line not in self.notes:
             self.notes.append(line)
-            rank_zero_info(line)
+            self.tell(line)
 
     def note_fields(self, file: str, unread: Iterable[str], passed_on: Iterable[str] = ()) -> None:
         """Name the fields of a file that nobody asked for, and those of messages that only a template may read."""
@@ -94,10 +95,10 @@ class RecordDataModule(FileDataModule):
             sides = split_by_prompt(records, prompt, self.held_out, self.split_seed, self.fold, self.moved)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
-        if new := len((self.moved.held_out | self.moved.train) - before):
-            side = "held out" if self.moved.held_out - before else "trained on"
+        if new := (self.moved.held_out | self.moved.train) - before:
+            side = "held out" if self.moved.held_out & new else "trained on"
             self.note(
-                f"{self.source}: by the split's seed no prompt would be {side}; the nearest {new} are, here and in all "
-                "later stages"
+                f"{self.source}: none of its prompts would be {side} by split_seed={self.split_seed}; {len(new)} of "
+                "them changed sides, for all stages to come"
             )
         return sides

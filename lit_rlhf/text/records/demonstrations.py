@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_rlhf.text.records.fields import short
@@ -17,6 +17,7 @@ class Demonstration:
     messages: Messages
     context: int
     tools: list[dict[str, Any]] | None = None  # functions that the assistant may call, for the chat template
+    place: str = field(default="", compare=False)  # file and line
 
 
 def parse_demonstration(row: dict[str, Any]) -> Demonstration:

@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -92,17 +92,29 @@ def read_records(
             row = Row(values, fields)
             record = parse(row)
         except ValueError as error:
-            if on_bad_record == "fail":
-                raise UserError(f"{place}: {error}. Mend it, or set on_bad_record=skip.") from None
-            seen.skipped.append(f"{place}: {error}")
+            bad_record(place, str(error), seen.skipped, on_bad_record)
         else:
             valid = True
             seen.unread.update(dict.fromkeys(row.unread()))
             seen.passed_on.update(dict.fromkeys(row.passed_on()))
-            yield record
+            yield _placed(record, place)
     if not valid:
         why = f"; the first of {len(seen.skipped)} bad ones is {seen.skipped[0]}" if seen.skipped else ": it is empty"
         raise UserError(f"{path}: no valid record{why}")
+
+
+def bad_record(place: str, reason: str, skipped: list[str], on_bad_record: OnBadRecord) -> None:
+    """Raise ``UserError``, or where ``on_bad_record`` is "skip" note a line down."""
+    if on_bad_record == "fail":
+        raise UserError(f"{place}: {reason}. Mend it, or set on_bad_record=skip.") from None
+    skipped.append(f"{place}: {reason}")
+
+
+def _placed(record: Any, place: str) -> Any:
+    """The record with file and line, where it is of a kind that keeps them."""
+    if not hasattr(record, "place"):
+        return record
+    return record._replace(place=place) if isinstance(record, tuple) else replace(record, place=place)
 
 
 PIECE = 2**16  # characters

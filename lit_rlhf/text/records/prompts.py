@@ -44,6 +44,7 @@ class PromptRecord(NamedTuple):
 
     messages: Messages
     others: dict[str, Any]
+    place: str = ""  # file and line
 
 
 def parse_prompt_record(row: dict[str, Any]) -> PromptRecord:

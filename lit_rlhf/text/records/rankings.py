@@ -33,6 +33,7 @@ class Ranking:
     lineage: dict[str, Any] = field(default_factory=dict)  # which model, round and sampling settings made the responses
     ratings: list[float] | None = None  # 0 (worst) to 1 (best), where the ranks come from feedback
     margins: list[float] | None = None  # the scores of two answers are to differ by the difference of theirs
+    place: str = field(default="", compare=False)  # file and line
 
 
 def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float = 0.0) -> Ranking:
