@@ -36,7 +36,11 @@ def _accuracies(stage: str) -> Panel:
 
 
 PANELS = {
-    "pretrain": [_losses("pretrain", "nats a token"), Panel("Learning rate", "", {"pretrain/lr": "schedule"})],
+    "pretrain": [
+        _losses("pretrain", "nats a token"),
+        Panel("Loss on the old text", "nats per token", {"val/pretrain/old_loss": "watched, not trained on"}),
+        Panel("Learning rate", "", {"pretrain/lr": "schedule"}),
+    ],
     "sft": [_losses("sft", "nats a response token"), Panel("Learning rate", "", {"sft/lr": "schedule"})],
     "classify": [
         _losses("classify", "nats an example"),

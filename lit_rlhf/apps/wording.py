@@ -44,6 +44,8 @@ MEASURES = {  # of a model in evaluation: what it is called, its unit
 FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "val_loss_first": ("held-out loss at first", ""),
     "val_loss": ("held-out loss at the end", ""),
+    "old_loss_first": ("loss on the old text at first", ""),
+    "old_loss": ("loss on the old text at the end", ""),
     "tokens": ("tokens read", ""),
     "rankings": ("rankings", ""),
     "answers": ("answers", ""),

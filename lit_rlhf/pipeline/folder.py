@@ -85,17 +85,27 @@ def check_lineage(cfg: DictConfig) -> list[str]:
 def upstream_model(stage: str, *, _root_: DictConfig) -> str:
     """``${upstream:sft}``: the model folder of a stage that this one starts from.
 
-    That of pretraining may be a checkpoint: the one that is named now, or that a run began with."""
+    That of pretraining may be a checkpoint: the one that is named now, or that a run began with; but where pretraining
+    went on from it in this run, its result. Where nothing was fine-tuned here, a checkpoint counts as fine-tuned."""
+    found = upstream(_root_, stage, f"{stage}/model")
+    if stage in stages_of(_root_) or (found.exists() and found.is_relative_to(_root_.paths.run_dir)):
+        return str(found)
+    if stage == "sft" and not found.exists() and checkpoint_of(_root_):
+        return upstream_model("pretrain", _root_=_root_)
     if stage == "pretrain" and _root_.model.path is not None:
         return str(_root_.model.path)
-    found = upstream(_root_, stage, f"{stage}/model")
-    if stage == "pretrain" and stage not in stages_of(_root_):
+    if stage == "pretrain":
         for run in lineage(_root_):
             if found.is_relative_to(run) and found.exists():
                 break
             if checkpoint := origin_of(run).checkpoint:
                 return checkpoint
     return str(found)
+
+
+def checkpoint_of(cfg: DictConfig) -> str | None:
+    """The folder or Hub name that takes the place of pretraining, named now or when a run of the lineage began."""
+    return cfg.model.path or next(filter(None, (origin_of(run).checkpoint for run in lineage(cfg))), None)
 
 
 def upstream_data(name: str, *, _root_: DictConfig) -> str:

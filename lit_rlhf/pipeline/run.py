@@ -216,8 +216,11 @@ def close(loggers: list[Logger]) -> None:
 def figures_of(settings: DictConfig, module: LightningModule, name: str, folder: StageFolder) -> dict[str, Any]:
     """The module's own figures, and where validation began."""
     figures = module.figures()
-    first = read_metrics(folder.path / "metrics.csv").get(0, {}).get(f"val/{name}/loss")
-    return {"val_loss_first": first, **figures} if settings.get("validate_first") else figures
+    if not settings.get("validate_first"):
+        return figures
+    before = read_metrics(folder.path / "metrics.csv").get(0, {})
+    first = {f"{key}_first": before.get(f"val/{name}/{key.removeprefix('val_')}") for key in ("val_loss", "old_loss")}
+    return {"val_loss_first": first["val_loss_first"], **{k: v for k, v in first.items() if v is not None}, **figures}
 
 
 def earlier_seconds(callbacks: list[Any]) -> float:

@@ -70,6 +70,8 @@ class PretrainDataModule(FileDataModule):
             .npy or .bin file holds tokens.
         tokenizer: one that is ready, or a function that trains one on the texts.
         weights: share of each file in what is read, of any sum; None reads each in proportion to its size.
+        old_path: one or several files of the kind of text that a checkpoint was trained on. Nothing is learned from
+            them: validation computes their loss too, which shows what is forgotten. None: there are none.
         block_size: tokens a row (T); documents follow each other with end-of-text between them.
         batch_size: rows a process and step (B).
         held_out: fraction of each source's end that is kept for validation (documents; of a single one, text).
@@ -88,6 +90,7 @@ class PretrainDataModule(FileDataModule):
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         weights: list[Annotated[float, Field(gt=0)]] | None = None,
+        old_path: str | list[str] | None = None,
         block_size: Annotated[int, Field(ge=2)] = 128,
         batch_size: Annotated[int, Field(ge=1)] = 16,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
@@ -99,7 +102,7 @@ class PretrainDataModule(FileDataModule):
     ) -> None:
         super().__init__(fields=fields, on_bad_record=on_bad_record)
         self.limit = limit
-        self.paths = files_of(path or [])
+        self.paths, self.old_paths = files_of(path or []), files_of(old_path or [])
         self._tokenizer = tokenizer
         self.weights = weights
         self.block_size, self.batch_size, self.held_out, self.seed = block_size, batch_size, held_out, seed
@@ -110,7 +113,10 @@ class PretrainDataModule(FileDataModule):
 
     def sources(self) -> list[Source]:
         """Where the documents come from."""
-        return [Source(path, partial(self._documents, path), self._identity(Path(path))) for path in self.paths]
+        return self._files(self.paths)
+
+    def _files(self, paths: list[str]) -> list[Source]:
+        return [Source(path, partial(self._documents, path), self._identity(Path(path))) for path in paths]
 
     def _documents(self, path: str, skipped: list[str]) -> Iterator[Document]:
         if Path(path).suffix.lower() == ".txt" and Path(path).expanduser().is_file():
@@ -140,12 +146,16 @@ class PretrainDataModule(FileDataModule):
         )
         self.tokenizer.chat_template = self.tokenizer.chat_template or BASE_TEMPLATE
         parts = [self._stored(source) for source in sources]
-        self.skipped = [line for part in parts for line in part.skipped]
+        old = [self._stored(source) for source in self._files(self.old_paths)]
+        self.skipped = [line for part in [*parts, *old] for line in part.skipped]
+        self.old_stream = Tokens([tokens for part in old for tokens in (part.train, part.held_out)]) if old else None
         self.train_streams = [Tokens([part.train]) for part in parts]
         self.val_stream = Tokens([part.held_out for part in parts])
         for source, tokens in zip(sources, self.train_streams):
             self._check_length(source.name, tokens)
         self._check_length("the validation text", self.val_stream)
+        if self.old_stream is not None:
+            self._check_length(", ".join(self.old_paths), self.old_stream)
         self._starts = torch.tensor([0, *map(len, self.train_streams)]).cumsum(0)
         self._tokens_of_all = Tokens([part.train for part in parts])
 
@@ -239,12 +249,17 @@ class PretrainDataModule(FileDataModule):
             **sharding(self.trainer),
         )
 
-    def val_dataloader(self) -> BatchLoader[TextRows]:
-        rows = (len(self.val_stream) - 1) // self.block_size
+    def val_dataloader(self) -> BatchLoader[TextRows] | list[BatchLoader[TextRows]]:
+        """The held-out text; behind it, where there is any, that of ``old_path``."""
+        held_out = self._in_order(self.val_stream)
+        return held_out if self.old_stream is None else [held_out, self._in_order(self.old_stream)]
+
+    def _in_order(self, tokens: Tokens) -> BatchLoader[TextRows]:
+        rows = (len(tokens) - 1) // self.block_size
         return BatchLoader(
             in_order(rows),
             max(1, min(4 * self.batch_size, rows)),
-            lambda mine, _: self._collate(self.val_stream, [i * self.block_size for i in mine]),
+            lambda mine, _: self._collate(tokens, [i * self.block_size for i in mine]),
             keep_rest=True,
         )
 

@@ -19,7 +19,7 @@ class PretrainModule(StepLog):
     """Trains a language model on rows of text.
 
     Args:
-        policy: the model, freshly initialized.
+        policy: the model, freshly initialized or a checkpoint to go on from.
         tokenizer: the one that made the rows; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
@@ -51,9 +51,10 @@ class PretrainModule(StepLog):
         self.log("pretrain/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def validation_step(self, batch: TextRows, batch_idx: int) -> None:
-        loss = text_loss(self.policy, batch)
-        self.log("val/pretrain/loss", loss, batch_size=batch.labels.numel(), prog_bar=True, sync_dist=True)
+    def validation_step(self, batch: TextRows, batch_idx: int, dataloader_idx: int = 0) -> None:
+        name = ("val/pretrain/loss", "val/pretrain/old_loss")[dataloader_idx]
+        settings = {"batch_size": batch.labels.numel(), "prog_bar": True, "sync_dist": True}
+        self.log(name, text_loss(self.policy, batch), add_dataloader_idx=False, **settings)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
@@ -70,8 +71,9 @@ class PretrainModule(StepLog):
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
-        loss = self.trainer.callback_metrics["val/pretrain/loss"].item()
-        return {"val_loss": loss, "tokens": int(self.tokens_seen)}
+        metrics = self.trainer.callback_metrics
+        old = {"old_loss": metrics["val/pretrain/old_loss"].item()} if "val/pretrain/old_loss" in metrics else {}
+        return {"val_loss": metrics["val/pretrain/loss"].item(), **old, "tokens": int(self.tokens_seen)}
 
     def export(self, folder: Path) -> None:
         """Write ``model/``: a causal language model that transformers loads."""
