@@ -20,7 +20,7 @@ if __name__ == "__main__":
     enter(NEWEST_TRL)
 
 from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
-from users import CONSTANT, OPTIMIZER, fit
+from users import BF16, CONSTANT, FLOAT32, OPTIMIZER, fit
 from workload import SHAPES, chat_tokenizer, make_models, write_answers
 
 from lit_rlhf.models import load_reward_model
@@ -37,6 +37,7 @@ class Case:
     laps: int  # steps
     longest_answer: int = 64  # tokens
     activation: str = "gelu_new"  # of the checkpoint
+    precision: str = FLOAT32
 
     @property
     def comparisons(self) -> int:
@@ -47,7 +48,10 @@ class Case:
 CASES = {
     "S, pairs": Case("S", answers=2, prompts=32, laps=20),
     "S, rankings of 6": Case("S", answers=6, prompts=4, laps=12),
+    "135M, pairs": Case("135M", answers=2, prompts=8, laps=6),
+    "135M, pairs, bfloat16": Case("135M", answers=2, prompts=8, laps=6, precision=BF16),
 }
+SLOW = tuple(name for name in CASES if name.startswith("135M"))
 
 
 def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
@@ -77,7 +81,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         def ours(end_lap: EndLap) -> None:
             model = load_reward_model(reward_model, tokenizer)
             module = RewardModule(model, tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
-            fit(module, data(), steps, end_lap, lambda _, batch: {"amount": case.comparisons})
+            fit(module, data(), steps, end_lap, lambda _, batch: {"amount": case.comparisons}, precision=case.precision)
 
         def theirs(end_lap: EndLap) -> None:
             def amount(inputs: dict[str, Any]) -> dict[str, float]:
@@ -86,17 +90,17 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             model = AutoModelForSequenceClassification.from_pretrained(reward_model)
             train(
                 RewardTrainer, RewardConfig, model, tokenizer, pairs, end_lap, amount,
-                per_device_train_batch_size=case.comparisons, max_steps=steps,
+                per_device_train_batch_size=case.comparisons, max_steps=steps, bf16=case.precision == BF16,
             )  # fmt: skip
 
         found = interleave({OURS: ours, "TRL": theirs}, laps, WARMUP, threads)
-    return found, alike(found, loss=1e-3)
+    return found, alike(found, loss=1e-3 if case.precision == FLOAT32 else 0.02)
 
 
 GROWTH = vary(CASES["S, pairs"], 5, prompts=(8, 32, 64), longest_answer=(32, 64, 256), shape=("S", "M", "L")) | vary(
     CASES["S, rankings of 6"], 4, answers=(2, 4, 6, 9)
 )
-WORK = Work("reward", "comparisons/s", CASES, measure, growth=GROWTH)
+WORK = Work("reward", "comparisons/s", CASES, measure, SLOW, GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

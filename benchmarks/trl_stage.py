@@ -20,12 +20,13 @@ def train(
     examples: list[dict[str, Any]],
     end_lap: EndLap,
     amount: Callable[[dict[str, Any]], dict[str, float]],
+    bf16: bool = False,
     **settings: Any,
 ) -> None:
     """Train on ``examples`` in their order; ``amount(inputs)`` of a step gives its work and what is watched.
 
-    Logging every 10 steps is TRL's default, as it is ours. Checkpointing of activations and bfloat16, which TRL sets by
-    default, are off, as they are on our side."""
+    Logging every 10 steps is TRL's default, as it is ours. Checkpointing of activations and bfloat16 (autocast), which
+    TRL sets by default, are off unless asked for, as they are on our side."""
     disable_progress_bars()
     step: dict[str, float] = {}
 
@@ -42,7 +43,7 @@ def train(
 
     with tempfile.TemporaryDirectory() as folder:
         config = config_class(
-            output_dir=folder, report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+            output_dir=folder, report_to="none", save_strategy="no", use_cpu=True, bf16=bf16, disable_tqdm=True,
             gradient_checkpointing=False, optim="adamw_torch_fused", learning_rate=LR, lr_scheduler_type="constant",
             weight_decay=0.0, max_grad_norm=CLIP, train_sampling_strategy="sequential", dataloader_pin_memory=False,
             **settings,

@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
-    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -49,8 +52,39 @@ class Shape(NamedTuple):
         matrices = 2 * 12 * self.layers * self.width**2 * tokens
         return matrices + 4 * self.width * self.layers * seen + 2 * self.width * VOCABULARY * logits
 
+    def config(self, context: int, activation: str, **tokens: int | None) -> PretrainedConfig:
+        """For texts of ``context`` tokens; ``activation`` is GPT-2's own, ``tokens`` are the special ones."""
+        return GPT2Config(
+            vocab_size=VOCABULARY, n_positions=context, n_layer=self.layers, n_embd=self.width, n_head=self.heads,
+            activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, num_labels=1, **tokens,
+        )  # fmt: skip
 
-SHAPES = {"S": Shape(4, 128, 4), "M": Shape(5, 224, 4), "L": Shape(6, 384, 6)}
+
+class LlamaShape(NamedTuple):
+    """Of a Llama with tied embeddings, as many a checkpoint that people start from."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int  # width of the gated MLP
+    vocabulary: int  # tokens; the texts use VOCABULARY of them
+
+    def config(self, context: int, activation: str, **tokens: int | None) -> PretrainedConfig:
+        """For texts of ``context`` tokens; the ``activation`` is Llama's, whatever is said."""
+        return LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.width, intermediate_size=self.inner, num_labels=1,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            max_position_embeddings=context, tie_word_embeddings=True, **tokens,
+        )  # fmt: skip
+
+
+SHAPES: dict[str, Shape | LlamaShape] = {
+    "S": Shape(4, 128, 4),
+    "M": Shape(5, 224, 4),
+    "L": Shape(6, 384, 6),
+    "135M": LlamaShape(30, 576, 9, 3, 1536, 49152),  # SmolLM2-135M's
+}
 
 
 def word_tokenizer(words: int, roles: Sequence[str] = ()) -> PreTrainedTokenizerBase:
@@ -72,35 +106,42 @@ def chat_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def make_models(
-    shape: Shape, folder: Path, end_chance: float = NEVER, activation: str = "gelu_new", context: int = 512
+    shape: Shape | LlamaShape,
+    folder: Path,
+    end_chance: float = NEVER,
+    activation: str = "gelu_new",
+    context: int = 512,
 ) -> tuple[Path, Path]:
     """Folders of a policy and of a reward model with the same trunk, as anybody's checkpoints: each side loads them.
 
-    ``end_chance`` is the policy's chance of ending at any token; ``activation`` is GPT-2's own."""
+    ``end_chance`` is the policy's chance of ending at any token, which is 1 in its vocabulary for a Llama, whatever is
+    said; ``activation`` is GPT-2's own."""
     torch.manual_seed(0)
     tokenizer = chat_tokenizer()
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=context, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads,
-        activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, num_labels=1,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    policy = GPT2LMHeadModel(config)
-    reward_model = GPT2ForSequenceClassification(config)
-    reward_model.transformer.load_state_dict(policy.transformer.state_dict())
+    end = tokenizer.eos_token_id
+    config = shape.config(context, activation, bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    policy = AutoModelForCausalLM.from_config(config)
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    reward_model.base_model.load_state_dict(policy.base_model.state_dict())
     with torch.no_grad():
         reward_model.score.weight.normal_(0.0, shape.width**-0.5)  # scores of about 1
-        direction = torch.nn.functional.normalize(torch.randn(shape.width), dim=0)
-        # What the last norm adds along this direction only end-of-text's embedding reads, all others being orthogonal.
-        embedding = policy.transformer.wte.weight
-        embedding -= (embedding @ direction)[:, None] * direction
-        log_odds = math.log(end_chance / (1 - end_chance)) + math.log(VOCABULARY - 1)
-        policy.transformer.ln_f.bias += 4 * log_odds * direction  # far above what hidden states vary by
-        embedding[tokenizer.eos_token_id] = direction / 4
+        if isinstance(shape, Shape):
+            _set_end_chance(policy, end, end_chance)
     paths = folder / "policy", folder / "reward_model"
     for path, model in zip(paths, (policy, reward_model)):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     return paths
+
+
+def _set_end_chance(policy: GPT2LMHeadModel, end: int, chance: float) -> None:
+    direction = torch.nn.functional.normalize(torch.randn(policy.config.n_embd), dim=0)
+    # What the last norm adds along this direction only end-of-text's embedding reads, all others being orthogonal.
+    embedding = policy.transformer.wte.weight
+    embedding -= (embedding @ direction)[:, None] * direction
+    log_odds = math.log(chance / (1 - chance)) + math.log(VOCABULARY - 1)
+    policy.transformer.ln_f.bias += 4 * log_odds * direction  # far above what hidden states vary by
+    embedding[end] = direction / 4
 
 
 def end_chance(longest: int) -> float:

@@ -3,13 +3,26 @@
 import pretrain
 import pytest
 import rollout
+import sft
 import torch
 from torch.testing import assert_close
-from workload import NEVER, VOCABULARY, Lengths, Shape, chance, chat_tokenizer, end_chance, make_models, prompts
+from workload import (
+    NEVER,
+    VOCABULARY,
+    Lengths,
+    LlamaShape,
+    Shape,
+    chance,
+    chat_tokenizer,
+    end_chance,
+    make_models,
+    prompts,
+)
 
 from lit_rlhf.models import load_policy, load_reward_model
 
 TINY = Shape(layers=2, width=64, heads=2)
+TINY_LLAMA = LlamaShape(layers=2, width=64, heads=4, kv_heads=2, inner=96, vocabulary=VOCABULARY + 60)
 
 
 def test_useful_flops_by_hand():
@@ -69,3 +82,22 @@ def test_pretraining_is_compared_loss_by_loss(monkeypatch):
     ours, theirs = ([lap.watched["loss"] for lap in side] for side in found.values())
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rollout_of_a_llama_is_compared(monkeypatch, dtype):
+    monkeypatch.setitem(rollout.SHAPES, "135M", TINY_LLAMA)
+    case = rollout.Case("135M", early=False, laps=1, batch=16, new_tokens=8, dtype=dtype)
+    found, checks = rollout.measure(case, threads=1, laps=1)
+    assert [lap.amount for side in found.values() for lap in side] == [128, 128]
+    assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("precision", [sft.FLOAT32, sft.BF16])
+def test_fine_tuning_is_compared_with_a_padded_loop(monkeypatch, precision):
+    monkeypatch.setitem(sft.SHAPES, "135M", TINY_LLAMA)
+    case = sft.Case("135M", packed=False, batch=4, laps=3, peer=sft.LOOP, warmup=1, precision=precision)
+    found, checks = sft.measure(case, threads=1, laps=3)
+    ours, theirs = ([lap.watched["loss"] for lap in side] for side in found.values())
+    assert ours == pytest.approx(theirs, rel=1e-5 if precision == sft.FLOAT32 else 0.01)
+    assert ours[-1] < ours[0] and all(check.passed for check in checks)
