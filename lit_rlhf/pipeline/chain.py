@@ -17,9 +17,11 @@ from lit_rlhf.pipeline.folder import (
     StageFolder,
     check_inputs,
     check_records,
+    checkpoint_of,
     is_main_process,
     read_json,
     read_yaml,
+    start_of,
     write_text,
 )
 from lit_rlhf.pipeline.run import run_stage
@@ -40,6 +42,8 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         if finished[name]:
             print(f"{name}: finished already, in {run / name}")
             continue
+        if (found := start_of(cfg, name)) and found == checkpoint_of(cfg):
+            print(f"{name}: starts from the checkpoint {found}")
         if is_distributed(cfg, name) and len(names) > 1:
             run_alone(name, overrides)  # which says itself how it went
             continue

@@ -282,6 +282,13 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else str(path)
 
 
+def start_of(cfg: DictConfig, stage: str) -> str | None:
+    """The model that a stage goes on from; None where it makes one, or only looks at models."""
+    settings = resolved(cfg, stage)
+    node = settings.get("policy") or settings.get("reward_model") or {}
+    return node.get("path") if "policies" not in settings else None
+
+
 def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """(address, path) of the models and collected data that a stage starts from."""
     found = []

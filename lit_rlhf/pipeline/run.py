@@ -120,12 +120,20 @@ def make_module(settings: DictConfig, data: LightningDataModule) -> LightningMod
             key: load_policy_and_tokenizer(path, fused=fused) for key, path in settings.models.items() if path
         }
     if "policies" in settings:
-        models["policies"] = {
-            key: instantiate(node, _convert_="all") for key, node in settings.policies.items() if _there(node)
-        }
+        models["policies"] = {key: instantiate(node, _convert_="all") for key, node in _policies(settings).items()}
     else:
         models["tokenizer"] = data.tokenizer
     return instantiate(settings.module, **models, _convert_="all")
+
+
+def _policies(settings: DictConfig) -> dict[str, DictConfig]:
+    """The models to evaluate; of two names for one folder the later one, and a line says so."""
+    there = {key: node for key, node in settings.policies.items() if _there(node)}
+    last = {str(node.path): key for key, node in there.items()}
+    for key, node in there.items():
+        if (name := last[str(node.path)]) != key and is_main_process():
+            print(f"evaluate: {key} and {name} are one model, {node.path}; it is called {name}")
+    return {key: node for key, node in there.items() if last[str(node.path)] == key}
 
 
 def _there(node: DictConfig | None) -> bool:

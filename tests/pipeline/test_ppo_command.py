@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.run import _policies
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 
 register_resolvers()
@@ -111,3 +113,26 @@ def test_adapters_text_and_a_running_scale(lit_rlhf, after_reward):
     assert changed and all("_proj." in name for name in changed)
     tokens = torch.tensor([AutoTokenizer.from_pretrained(folders[1])("What?")["input_ids"]])
     assert model(tokens).logits.shape[-1] == start.config.vocab_size
+
+
+def test_a_tuned_checkpoint_is_improved_by_a_reward_function(lit_rlhf, finished_run, tmp_path):
+    """Nothing is fine-tuned in such a run: the checkpoint stands in the place of the SFT model."""
+    checkpoint = finished_run / "runs/quickstart/sft/model"
+    rows = [
+        {"prompt": f"What colour is the {name}?"} for name in ("rof", "mul", "tek", "sib", "lon", "gar", "pim", "dov")
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = lit_rlhf(
+        "experiment=sentiment", "model=hf", f"model.path={checkpoint}", "ppo.data.path=prompts.jsonl",
+        "ppo.data.held_out=0.3", "ppo.data.batch_size=4", "ppo.module.minibatch_size=8",
+    )  # fmt: skip
+    assert f"ppo: starts from the checkpoint {checkpoint}" in done.stdout
+    summary = json.loads((tmp_path / "runs/sentiment/summary.json").read_text())
+    assert -1 <= summary["ppo"]["val_score"] <= 1
+
+
+def test_of_two_names_for_one_model_the_later_one_is_evaluated(finished_run, capsys):
+    path = str(finished_run / "runs/quickstart/sft/model")
+    settings = OmegaConf.create({"policies": {"base": {"path": path}, "sft": {"path": path}, "ppo": None}})
+    assert list(_policies(settings)) == ["sft"]
+    assert f"evaluate: base and sft are one model, {path}; it is called sft" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages import PPODataModule
 from lit_rlhf.stages.ppo import GAE, MonteCarlo, Scoring
+from lit_rlhf.stages.ppo.reward_functions import sentiment
 from lit_rlhf.stages.ppo.scoring import Scorer
 from lit_rlhf.text import pack, write_jsonl
 
@@ -411,3 +412,10 @@ def test_policy_and_sft_model_tie_where_they_write_the_same(ppo, prompts, fit):
         module, datamodule=data, verbose=False
     )
     assert module.held_out.wins.mean == 0.5 and module.held_out.wins.n == 6 * 2
+
+
+def test_sentiment_scores_words_of_praise_above_none_above_words_of_blame():
+    pytest.importorskip("vaderSentiment", reason="the sentiment reward is an extra: pip install -e '.[sentiment]'")
+    texts = ["What a wonderful day, I love it!", "The table is in the room.", "This is a terrible, ugly mess."]
+    good, none, bad = sentiment([[]] * 3, texts)
+    assert 1 >= good > 0.5 and none == 0 and -1 <= bad < -0.5
