@@ -115,7 +115,8 @@ class PromptDataModule(RecordDataModule):
 
     def _encode(self, records: Sequence[PromptRecord], held_out: bool) -> list[Prompt]:
         prompts = []
-        for (messages, others), tokens in zip(records, encode_prompts(self.tokenizer, [r.messages for r in records])):
+        encoded = encode_prompts(self.tokenizer, [record.messages for record in records])
+        for (messages, others, _), tokens in zip(records, encoded):
             if len(tokens) > self.max_length:
                 self.long += 1
                 if self.on_long == "skip":

@@ -13,7 +13,7 @@ class PPODataModule(PromptDataModule):
     """Prompts of a file, as many batches as the trainer takes (``trainer.limit_train_batches``, PPO's iterations)."""
 
     def unread(self, names: str) -> str:
-        return f"{names}: for reward functions alone"
+        return f"only reward functions read the field{'s' if ', ' in names else ''} {names}"
 
     def train_dataloader(self) -> BatchLoader[PromptBatch]:
         iterations = self.trainer.limit_train_batches if self.trainer is not None else 1.0
