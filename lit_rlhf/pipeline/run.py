@@ -36,6 +36,7 @@ from lit_rlhf.training import (
     StopOnNonFinite,
     TextSamples,
     read_metrics,
+    said_when_slow,
 )
 
 
@@ -47,12 +48,14 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         folder.begin()
     settings = OmegaConf.create(folder.settings[name])
     seed_everything(settings.seed, verbose=False)
-    data = make_data(settings.data, name, remembered_split(cfg))
+    with said_when_slow(f"{name}: reading the data"):
+        data = make_data(settings.data, name, remembered_split(cfg))
     if is_main_process():
         remember_split(cfg, data.moved)
     asks = hasattr(data, "evaluated_prompts") and is_main_process()
     trained_on = check_trained(name, settings, data) if asks else {}
-    module = make_module(settings, data)
+    with said_when_slow(f"{name}: loading the models"):
+        module = make_module(settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
     trainer: Trainer = instantiate(
@@ -66,7 +69,8 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         execute(settings, trainer, module, data, folder)
         if not trainer.is_global_zero:
             return {}
-        module.export(folder.path)
+        with said_when_slow(f"{name}: writing what came out"):
+            module.export(folder.path)
         figures = figures_of(settings, module, name, folder) | ({"trained_on": trained_on} if trained_on else {})
         write_trained_prompts(folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
@@ -202,6 +206,7 @@ def _wandb_logger(cfg: DictConfig, name: str, folder: StageFolder) -> Logger:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    wandb.setup()  # now: until then nothing is silent, and Lightning passes a setting that W&B will drop
     logger = instantiate(cfg.logger.wandb)(save_dir=str(folder.path), name=f"{cfg.run}/{name}", group=cfg.run)
     try:
         logger.experiment.config.update(folder.settings, allow_val_change=True)
@@ -263,6 +268,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)  # hardware tables and tips, repeated for every stage
     transformers.logging.set_verbosity_error()  # "newly initialized" heads, which are meant
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # kernels of 4-bit weights, sought as peft is imported
+    for notice in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=notice)  # of libraries to those who call them: to us, not to a user
     warnings.filterwarnings(
         "ignore", message=".*does not have many workers.*"
     )  # batches are made faster than workers start

@@ -10,6 +10,8 @@ from lit_rlhf.training.callbacks import (
     StopOnNonFinite,
     TextSamples,
     append_rows,
+    inner_bar,
+    said_when_slow,
 )
 from lit_rlhf.training.memory import Peak, resident_bytes
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
@@ -37,10 +39,12 @@ __all__ = [
     "append_rows",
     "decay_groups",
     "in_order",
+    "inner_bar",
     "keep_freed_memory",
     "make_trainer",
     "read_metrics",
     "resident_bytes",
+    "said_when_slow",
     "seeded",
     "sharding",
     "shuffled",

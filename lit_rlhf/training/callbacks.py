@@ -6,12 +6,13 @@ import json
 import math
 import random
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ from lightning.pytorch.loggers import WandbLogger
 from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
 from lit_rlhf.training.metrics_file import MetricsFile
+
+Item = TypeVar("Item")
+SLOW_STEP = 1.0  # seconds after which a bar is brought up to date at the next step
 
 
 class RandomState(Callback):
@@ -133,7 +138,7 @@ class LastCheckpoint(Callback):
         self._restore_handler()
 
     def _save(self, trainer: Trainer) -> None:
-        with self._disk():
+        with self._disk(), said_when_slow(f"writing {self.path}"):
             trainer.save_checkpoint(self.path.with_suffix(".tmp"))
         self._unkept = True
 
@@ -278,25 +283,20 @@ def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
 
 
 class StageProgressBar(TQDMProgressBar):
-    """Lightning's bar with the stage's name in front. Plain text: it works in notebooks, logs and CI alike."""
+    """Lightning's bar with the stage's name in front. Plain text: it works in notebooks, logs and CI alike.
+
+    It shows the first step, every ``refresh_rate``-th, the last, and where steps are slow each of them."""
 
     def __init__(self, stage: str, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.stage = stage
+        self._shown = 0.0  # when a bar was last brought up to date
 
-    def init_test_tqdm(self) -> Tqdm:
-        bar = super().init_test_tqdm()
-        bar.set_description(self.stage)
-        return bar
-
-    def init_predict_tqdm(self) -> Tqdm:
-        bar = super().init_predict_tqdm()
-        bar.set_description(self.stage)
-        return bar
-
-    @property
-    def train_description(self) -> str:
-        return self.stage
+    def _bar(self, description: str, leave: bool = True, position: int = 0) -> Tqdm:
+        return _Named(
+            desc=description, leave=leave, position=2 * self.process_position + position, disable=self.is_disabled,
+            dynamic_ncols=True, file=sys.stdout, smoothing=0, bar_format=self.BAR_FORMAT,
+        )  # fmt: skip
 
     @property
     def validation_description(self) -> str:
@@ -306,14 +306,67 @@ class StageProgressBar(TQDMProgressBar):
     def test_description(self) -> str:
         return self.stage
 
+    predict_description = test_description
+
+    def init_train_tqdm(self) -> Tqdm:
+        return self._bar(self.stage)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        inside = self.trainer.state.fn != "validate"  # of training
+        return self._bar(self.validation_description, leave=not inside, position=int(inside))
+
+    def init_test_tqdm(self) -> Tqdm:
+        return self._bar(self.stage)
+
+    def init_predict_tqdm(self) -> Tqdm:
+        return self._bar(self.stage)
+
     @property
-    def predict_description(self) -> str:
-        return self.stage
+    def total_train_batches(self) -> int | float:
+        """Of this epoch: fewer where ``max_steps`` ends it."""
+        trainer, batches = self.trainer, self.trainer.num_training_batches
+        if trainer.max_steps <= 0 or not trainer.lightning_module.automatic_optimization:
+            return batches
+        return min(batches, trainer.max_steps * trainer.accumulate_grad_batches - trainer.current_epoch * batches)
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(self.stage)
+        total = self.total_train_batches
+        self.train_progress_bar.reset(None if math.isinf(total) else total)
+        epoch = f", epoch {trainer.current_epoch + 1}" if trainer.current_epoch else ""
+        self.train_progress_bar.set_description(f"{self.stage}{epoch}")
+
+    def _should_update(self, current: int, total: int) -> bool:
+        now = time.perf_counter()
+        due = super()._should_update(current, total) or current == 1 or now - self._shown > SLOW_STEP
+        if due:
+            self._shown = now
+        return due and self.is_enabled
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         return {name.split("/", 1)[-1]: value for name, value in metrics.items() if name != "v_num"}
+
+
+class _Named(Tqdm):
+    """A bar that keeps to its name: which of its loaders Lightning reads interests nobody."""
+
+    def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
+        super().set_description(None if desc is None else desc.partition(" DataLoader ")[0], refresh)
+
+
+def inner_bar(trainer: Trainer | None, steps: Sequence[Item], description: str) -> Iterable[Item]:
+    """``steps`` with a bar of their own, which goes when they are done, where the stage has one."""
+    quiet = trainer is None or trainer.progress_bar_callback is None or not trainer.is_global_zero
+    return tqdm(steps, desc=description, leave=False, file=sys.stdout, disable=quiet or len(steps) < 2)
+
+
+@contextmanager
+def said_when_slow(what: str, after: float = 3.0) -> Iterator[None]:
+    """Say on the terminal ``what`` is being done inside, if that takes more than ``after`` seconds."""
+    timer = threading.Timer(after, lambda: tqdm.write(f"  {what} ..."))  # which leaves bars as they are
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -29,7 +29,7 @@ def test_checkpoint_takes_the_place_of_pretraining(lit_rlhf, tmp_path):
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "checkpoint")
     tokenizer.save_pretrained(tmp_path / "checkpoint")
-    lit_rlhf("model=hf", "model.path=checkpoint")
+    assert lit_rlhf("model=hf", "model.path=checkpoint", fresh=True).stderr == ""  # no notice of any library
     run = tmp_path / "runs" / "quickstart"
     assert not (run / "pretrain").exists()
     summary = json.loads((run / "summary.json").read_text())

@@ -226,7 +226,8 @@ def test_diverged_training_keeps_the_last_good_checkpoint(lit_rlhf, run_copy):
 
 def test_wandb_writes_an_offline_run(lit_rlhf, run_copy):
     settings = ["debug=fast", "callbacks.progress_bar=false", "threads=1", "logger=wandb"]
-    lit_rlhf("stage=sft", "run=logged", "from_run=quickstart", *settings, fast=False)
+    done = lit_rlhf("stage=sft", "run=logged", "from_run=quickstart", *settings, fast=False)
+    assert done.stderr == ""
     assert list((run_copy.parent / "logged" / "sft" / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -3,6 +3,7 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from lit_rlhf.training import (
     in_order,
     make_trainer,
     read_metrics,
+    said_when_slow,
     sharding,
     shuffled,
     warmup_decay,
@@ -432,3 +434,31 @@ def test_the_progress_bar_names_the_stage(capsys):
     make_trainer("cpu", max_steps=6, logger=False, callbacks=[StageProgressBar("sft", 1)]).fit(module)
     shown = "".join(capsys.readouterr())
     assert "sft: 100%" in shown and ", loss=" in shown and "sft/loss" not in shown
+
+
+def test_progress_bar_counts_from_the_first_step_to_the_last_that_will_be(capsys):
+    bar = StageProgressBar("sft", 100)
+    trainer = make_trainer("cpu", max_steps=15, max_epochs=9, logger=False, callbacks=[bar])
+    trainer.fit(Noisy())
+    trainer.validate(Noisy(), verbose=False)
+    shown = "".join(capsys.readouterr())
+    assert "sft:   8%" in shown and " 1/13 [" in shown  # the first step, though every 100th is shown
+    assert "sft, epoch 2: 100%" in shown and " 2/2 [" in shown  # max_steps ends it
+    assert "Epoch" not in shown and "DataLoader" not in shown and "sft: validation: 100%" in shown
+
+
+def test_slow_steps_are_shown_each(monkeypatch):
+    monkeypatch.setattr("lit_rlhf.training.callbacks.SLOW_STEP", 0.0)
+    bar = StageProgressBar("sft", 100)
+    assert all(bar._should_update(n, 50) for n in range(2, 9))
+    monkeypatch.setattr("lit_rlhf.training.callbacks.SLOW_STEP", 60.0)
+    assert not any(bar._should_update(n, 50) for n in range(2, 9)) and bar._should_update(50, 50)
+
+
+def test_what_takes_long_is_said_and_what_does_not_is_not(capsys):
+    with said_when_slow("writing", after=0.05):
+        time.sleep(0.3)
+    with said_when_slow("reading", after=5.0):
+        pass
+    shown = "".join(capsys.readouterr())
+    assert "  writing ...\n" in shown and "reading" not in shown

@@ -36,7 +36,7 @@ from lit_rlhf.stages.prompts import PromptBatch
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import write_jsonl
-from lit_rlhf.training import seeded
+from lit_rlhf.training import inner_bar, seeded
 
 JudgeName = Literal["gold", "reward_model", "annotator"]
 PROMPTED = "prompted"  # the base model behind a transcript
@@ -135,7 +135,7 @@ class EvaluateModule(LightningModule):
         self.prompts += [{"prompt": m, "kind": k} for m, k in zip(batch.messages, batch.kinds)]
         # Places are those of the policies as they were given: one more does not change what the others draw.
         places = {name: place for place, name in enumerate(self.policies)}
-        for name in self.answers:
+        for name in inner_bar(self.trainer, list(self.answers), "evaluate: models"):
             place = (batch_idx, places[name]) if name in places else (batch_idx, places["base"], 2)
             self._answer(name, batch, self.samples, self.sampling, place, self.answers[name])
             self._answer(name, batch, 1, self.sampling.greedy(), (*place, 1), self.greedy[name])
@@ -220,7 +220,7 @@ class EvaluateModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Held-out text is read; win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
         if documents := getattr(self.trainer.datamodule, "documents", list)():
-            for name, policy in self.policies.items():
+            for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: text"):
                 self.texts[name] = text_figures(policy, self.tokenizers[name], documents, self.text_row_length)
         self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self._win_rates().items()})
 

@@ -10,7 +10,6 @@ import torch
 from lightning import LightningModule
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import (
@@ -65,7 +64,7 @@ from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages, shown
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, inner_bar, seeded, warmup_decay
 
 
 class PPOModule(LightningModule):
@@ -334,7 +333,7 @@ class PPOModule(LightningModule):
 
         A minibatch in which no process has a scored answer takes no step."""
         updates: list[dict[str, Tensor]] = []
-        for _ in self._bar(range(self.ppo_epochs), "optimization epochs"):
+        for _ in inner_bar(self.trainer, range(self.ppo_epochs), "optimization epochs"):
             for minibatch in rollout.shuffled(self.minibatch_size, order):
                 if not self.trainer.strategy.reduce_boolean_decision(bool(minibatch.mask.any()), all=False):
                     continue
@@ -493,10 +492,6 @@ class PPOModule(LightningModule):
         """Of the ``values`` (N,) that are ``counted`` (N,), over all processes; NaN without any."""
         total, count = self._reduce(torch.stack([masked_sum(values, counted), counted.sum().to(values)]), "sum")
         return total / count
-
-    def _bar(self, steps: Any, name: str) -> Any:
-        quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
-        return tqdm(steps, desc=name, leave=False, disable=quiet or len(steps) < 2)
 
     def grades(self, prompts: list[Messages], texts: list[str], finished: Tensor) -> dict[str, Tensor] | None:
         """``gold`` and ``correct`` (N,) by the gold judge; None where there is none."""

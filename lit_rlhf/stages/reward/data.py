@@ -90,7 +90,7 @@ class RewardDataModule(RankingDataModule):
         if self.train_set:
             return
         super().setup(stage)
-        answers = self.demonstration_answers(self.train_rankings)[:1000]
+        answers = self.demonstration_answers(self.train_rankings[: self.limit])[:1000]
         prompts, texts = [list(column) for column in zip(*answers)]
         before = encode_prompts(self.tokenizer, prompts)
         behind = encode_responses(self.tokenizer, prompts, texts)

@@ -19,7 +19,7 @@ from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -146,7 +146,7 @@ class RewardModule(StepLog):
                     response_lengths=None if lengths is None else lengths[i : i + batch_size],
                 ).to(self.device),
             )
-            for i in range(0, len(sequences), batch_size)
+            for i in inner_bar(self._trainer, range(0, len(sequences), batch_size), "reward: calibration")
         ]
         self.reward_model.train(training)
         return torch.cat(scores).float()
