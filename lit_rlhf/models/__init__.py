@@ -24,6 +24,7 @@ from lit_rlhf.models.heads import (
 )
 from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merged
+from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
     context_length,
@@ -89,6 +90,7 @@ __all__ = [
     "sequence_classifier",
     "stream",
     "token_logprobs_of",
+    "tokens_at_once",
     "use_onednn",
     "use_own_attention",
 ]

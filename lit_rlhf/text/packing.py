@@ -178,6 +178,17 @@ def _sharing(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]
         yield group
 
 
+def runs(lengths: Sequence[int], tokens: int) -> list[slice]:
+    """Cuts sequences of these ``lengths`` into runs of at most so many ``tokens``; a longer one stands alone."""
+    begins, held = [0], 0
+    for i, length in enumerate(lengths):
+        if held and held + length > tokens:
+            begins.append(i)
+            held = 0
+        held += length
+    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(lengths)])]
+
+
 def _flat(sequences: Sequence[Sequence[int]], count: int) -> np.ndarray:
     """All tokens one after the other, (count,) int64."""
     return np.fromiter(chain.from_iterable(sequences), np.int64, count)

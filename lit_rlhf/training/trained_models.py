@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed._composable import checkpoint
-from transformers import PreTrainedModel
 
 from lit_rlhf.models import layers, use_onednn, use_own_attention
+from lit_rlhf.models.micro_batches import trunks
 from lit_rlhf.models.onednn import uses_onednn
 
 
@@ -64,8 +62,3 @@ class ModelSettings(Callback):
                     checkpoint(layer)
                 if self.compile and layer._compiled_call_impl is None:
                     layer.compile()  # in place: names in a checkpoint stay, and layers that are alike compile once
-
-
-def trunks(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The models inside ``module``, each without its head."""
-    return (m for m in module.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)

@@ -40,7 +40,7 @@ def packed(tokenizer):
 @pytest.fixture
 def raw(reward_model, packed):
     def score(scoring, model=reward_model):
-        return Scorer(model, scoring).raw(packed[0], PROMPTS, RESPONSES, RECORD).detach()
+        return Scorer(model, scoring).raw([packed[0]], PROMPTS, RESPONSES, RECORD).detach()
 
     return score
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.functional import WinRate, sequence_kl, win_rate
 from lit_rlhf.models import Responses
-from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of, response_logprobs
+from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of, response_logprobs, stacked
 from lit_rlhf.stages.prompts import PromptBatch, repeated
 from lit_rlhf.text.packing import Packed
 
@@ -29,7 +29,7 @@ class Answered(NamedTuple):
     """N answers to held-out prompts, K to each of P."""
 
     answers: Responses
-    packed: Packed
+    packed: list[Packed]
     scores: Tensor  # (N,) reward units
     correct: Tensor | None  # (N,) by the gold judge
     compared: Compared
@@ -63,7 +63,10 @@ class HeldOut:
         answered = self._answer(module, module.policy, batch, place)
         answers = answered.answers
         with module.reference.as_it_began(module.policy) as sft:
-            ref_logprobs = response_logprobs(sft, answered.packed, answers.lengths, module.sampling.temperature)
+            temperature = module.sampling.temperature
+            ref_logprobs = stacked(
+                [response_logprobs(sft, p, p.response_lengths, temperature) for p in answered.packed]
+            )
             if place not in self._reference or module.scorer.scoring.scale == "running":  # which goes on
                 self._reference[place] = self._answer(module, sft, batch, place).compared
         self._answered.append(answered)
@@ -72,7 +75,7 @@ class HeldOut:
 
     def _answer(self, module: PPOModule, policy: PreTrainedModel, batch: PromptBatch, place: int) -> Answered:
         answers = module.sample(policy, batch.tokens, place, purpose=VALIDATION)
-        packed = module.packed([p + r for p, r in zip(batch.tokens, answers.token_lists())], answers.lengths)
+        packed = module.in_batches([p + r for p, r in zip(batch.tokens, answers.token_lists())], answers.lengths)
         texts = answers.texts(module.tokenizer)
         raw = module.scorer.raw(packed, batch.messages, texts, record_of(batch, answers))
         scores = module.scorer.shape(raw, answers.lengths, answers.finished)

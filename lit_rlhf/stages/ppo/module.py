@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,11 +35,15 @@ from lit_rlhf.models import (
     Responses,
     Sampling,
     answer,
+    by_token,
     critic_from_reward_model,
     lora_layers,
+    next_token_logits,
     packed_hidden,
     save_model,
     sees_any_mask,
+    token_logprobs_of,
+    tokens_at_once,
 )
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary
@@ -55,14 +60,14 @@ from lit_rlhf.stages.ppo.rollout import (
     Responding,
     Rollout,
     record_of,
-    response_logits,
     scatter,
+    stacked,
 )
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
-from lit_rlhf.stages.pretrain.data import PretrainDataModule
+from lit_rlhf.stages.pretrain.data import PretrainDataModule, TextRows
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
-from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, inner_bar, seeded, warmup_decay
 
@@ -76,7 +81,7 @@ class PPOModule(LightningModule):
         tokenizer: of the policy.
         critic: makes the critic from policy and reward model; not asked where ``advantage`` needs none.
         advantage: ``(rewards, values, mask, answers_per_prompt) -> (advantages, returns)``.
-        loss: ``(logprobs, old_logprobs, advantages, mask) -> loss`` of the policy.
+        loss: ``(logprobs, old_logprobs, advantages, mask) -> loss`` of the policy, a mean over the actions.
         scoring: what an answer scores.
         kl: how the divergence from the reference is measured, held and paid for.
         kl_coef: reward units a nat; the price of that divergence, or the first one where it is adaptive.
@@ -95,6 +100,8 @@ class PPOModule(LightningModule):
         ptx_ratio: rows of that text an answer.
         ppo_epochs: optimization epochs a rollout.
         minibatch_size: answers an optimizer step and process.
+        micro_batch_size: answers in a pass through a model, with gradients (which add up to the minibatch's) or
+            without; None: by :func:`lit_rlhf.models.tokens_at_once`.
         max_grad_norm: the gradients of policy and critic are clipped to it, each for itself.
         probe_rollouts: rollouts on which the gradient's noise is measured, before the policy's first step; 0: not done.
         packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
@@ -132,6 +139,7 @@ class PPOModule(LightningModule):
         ptx_ratio: Annotated[float, Field(gt=0)] = 0.25,
         ppo_epochs: Annotated[int, Field(ge=1)] = 1,
         minibatch_size: Annotated[int, Field(ge=1)] = 32,
+        micro_batch_size: Annotated[int, Field(ge=1)] | None = None,
         max_grad_norm: Annotated[float, Field(gt=0)] = 1.0,
         probe_rollouts: Annotated[int, Field(ge=0)] = 0,
         packing: bool = True,
@@ -163,6 +171,7 @@ class PPOModule(LightningModule):
         self.ptx_coef, self.ptx_ratio = ptx_coef, ptx_ratio
         self.ptx = pretraining_text(ptx, tokenizer) if ptx_coef > 0 else None
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
+        self.micro_batch_size = micro_batch_size
         self.probe_rollouts = probe_rollouts
         self.sampling, self.engine, self.seed = sampling or Sampling(), engine, seed
         check_sampling(self.sampling)
@@ -190,20 +199,19 @@ class PPOModule(LightningModule):
         answers = self.sample(self.policy, prompts.tokens, *place_of_draw, shard=self._shard, **kept)
         sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
         lengths, mask = answers.lengths, answers.mask
-        packed = self.packed(sequences, lengths)
+        packed = self.in_batches(sequences, lengths)
         texts = answers.texts(self.tokenizer)
         raw = self.scorer.raw(packed, prompts.messages, texts, record_of(prompts, answers))
         if not place:
             self.scorer.observe(raw, lambda x: self._reduce(x, "sum"))
         scores = self.scorer.shape(raw, lengths, answers.finished)
-        response = Responding.of(packed, lengths)
-        hidden = packed_hidden(self.policy, packed, at=response.before) if self._reads_policy else None
-        values = torch.zeros_like(answers.logprobs)
+        said = self.said(packed)
         if answers.states is not None:
-            values = torch.where(mask, self.critic.head(answers.states).squeeze(-1).float(), 0.0)
-        elif self.critic is not None:
-            values = scatter(self.critic(packed, response.before, hidden), mask)
-        answers, ref_logprobs, kl = self._divergence(packed, response, hidden, answers)
+            said["values"] = torch.where(mask, self.critic.head(answers.states).squeeze(-1).float(), 0.0)
+        values, ref_logprobs = said.get("values", torch.zeros_like(answers.logprobs)), said["ref_logprobs"]
+        if not self._exact:  # then the figures are those of a training pass
+            answers = answers._replace(logprobs=said["logprobs"], entropy=said["entropy"])
+        kl = said["kl"] if "kl" in said else self._sampled_kl(answers.logprobs, ref_logprobs)
         penalties = torch.zeros_like(kl) if self.kl.in_loss else self.kl_coef * kl
         rewards = token_rewards(scores.nan_to_num(), penalties, mask)
         token_mask, ref_tokens, old_logprobs = mask, ref_logprobs, answers.logprobs
@@ -233,6 +241,23 @@ class PPOModule(LightningModule):
         packed = pack(sequences, pad_id, lengths.tolist(), shared, padded=not self.packing)
         return packed.to(self.device)
 
+    def in_batches(self, sequences: list[list[int]], lengths: Tensor) -> list[Packed]:
+        """The same, no more in one than a pass without gradients may take."""
+        return [self.packed(sequences[run], lengths[run]) for run in self._runs(sequences, learning=False)]
+
+    def micro_batches(self, minibatch: Rollout) -> list[tuple[Rollout, float]]:
+        """(a part that a backward pass may take, its share of the actions): gradients of the parts, weighted so, add up
+        to those of the whole."""
+        actions = max(1, int(minibatch.mask.sum()))
+        places = torch.arange(len(minibatch), device=minibatch.lengths.device)
+        parts = [minibatch.select(places[run]) for run in self._runs(minibatch.sequences, learning=True)]
+        return [(part, int(part.mask.sum()) / actions) for part in parts]
+
+    def _runs(self, sequences: list[list[int]], learning: bool) -> list[slice]:
+        if self.micro_batch_size is not None:
+            return [slice(i, i + self.micro_batch_size) for i in range(0, len(sequences), self.micro_batch_size)]
+        return runs([len(s) for s in sequences], tokens_at_once(self, learning))
+
     def _learned(self, scores: Tensor) -> Tensor:
         """Which answers (N,) are learned from: the scored ones, where they are compared with others two or more."""
         scored = ~scores.isnan()
@@ -255,23 +280,52 @@ class PPOModule(LightningModule):
     def _critic_on_policy(self) -> bool:
         return self.critic is not None and self.critic.trunk is None
 
-    def _divergence(
-        self, packed: Packed, response: Responding, hidden: Tensor | None, answers: Responses
-    ) -> tuple[Responses, Tensor, Tensor]:
-        """(the answers, with log-probs of a training pass; the reference's; estimated divergence), (N, T), nats."""
-        temperature, (tokens, before, mask) = self.sampling.temperature, response
+    @torch.no_grad()
+    def said(self, batches: list[Packed]) -> dict[str, Tensor]:
+        """What the models say of N answers of up to T tokens, which end the sequences of the batches, (N, T) each.
+
+        ``ref_logprobs`` of the reference; ``values`` of a critic that must read the answers; ``logprobs`` and
+        ``entropy`` of a training pass, where those of the engine are others; ``kl``, where it is over all tokens."""
+        found = [self._said_of(packed, Responding.of(packed, packed.response_lengths)) for packed in batches]
+        return {name: stacked([said[name] for said in found]) for name in found[0]}
+
+    def _said_of(self, packed: Packed, response: Responding) -> dict[str, Tensor]:
+        before, tokens = response.before, response.tokens
+        said = {}
+        hidden = packed_hidden(self.policy, packed, at=before) if self._reads_policy else None
+        if self.critic is not None and (hidden is not None or not self._critic_on_policy):
+            said["values"] = self.critic(packed, before, hidden)
         with self.reference.for_penalty(self.policy) as reference:
-            ref_logits = response_logits(reference, packed_hidden(reference, packed, at=before), temperature)
-        ref_logprobs = scatter(token_logprobs(ref_logits, tokens), mask)
-        if hidden is not None:
-            logits = response_logits(self.policy, hidden, temperature)
-            if not self._exact:
-                figures = {"logprobs": token_logprobs(logits, tokens), "entropy": token_entropy(logits)}
-                answers = answers._replace(**{name: scatter(x, mask) for name, x in figures.items()})
-            if self.kl.estimator == "full":
-                return answers, ref_logprobs, scatter(full_kl(logits.float(), ref_logits.float()), mask)
-        estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator  # full, in the loss: not needed here
-        return answers, ref_logprobs, kl_estimate(answers.logprobs, ref_logprobs, estimator)
+            ref_hidden = packed_hidden(reference, packed, at=before)
+            said["ref_logprobs"] = token_logprobs_of(reference, ref_hidden, tokens, self.sampling.temperature)
+        if hidden is not None and not self._exact:
+            figures = by_token(self.policy, self._logprob_and_entropy, hidden, tokens)
+            said["logprobs"], said["entropy"] = figures.unbind(-1)
+        if hidden is not None and self.kl.estimator == "full" and not self.kl.in_loss:
+            said["kl"] = by_token(self.policy, self._logprob_and_kl, hidden, tokens, ref_hidden)[:, 1]
+        return {name: scatter(x, response.mask) for name, x in said.items()}
+
+    def _logprob_and_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """(M, 2) from the policy's logits (M, V)."""
+        logits = self._tempered(logits)
+        return torch.stack([token_logprobs(logits, tokens), token_entropy(logits)], dim=-1)
+
+    def _logprob_and_kl(self, logits: Tensor, tokens: Tensor, ref_hidden: Tensor) -> Tensor:
+        """(M, 2) from the policy's logits (M, V) and the reference's hidden states (M, D); the divergence is over all
+        tokens."""
+        with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
+            ref_logits = self._tempered(next_token_logits(reference, ref_hidden)).float()
+        logits = self._tempered(logits)
+        return torch.stack([token_logprobs(logits, tokens), full_kl(logits.float(), ref_logits)], dim=-1)
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        """Divided by the temperature that was sampled with, in the reference too: both are then distributions over what
+        could have been drawn."""
+        return logits if self.sampling.temperature == 1 else logits / self.sampling.temperature
+
+    def _sampled_kl(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        # Full, in the loss: a rollout needs none.
+        return kl_estimate(logprobs, ref_logprobs, "k1" if self.kl.estimator == "full" else self.kl.estimator)
 
     @property
     def _shard(self) -> tuple[int, int]:
@@ -347,19 +401,10 @@ class PPOModule(LightningModule):
     def update(self, minibatch: Rollout, number: int = 0) -> dict[str, Tensor]:
         """Optimizer step ``number`` of a rollout, on a minibatch; returns what is to be watched."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        policy_loss, value_loss, watched = self.losses(minibatch)
-        # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
-        loss = (policy_loss + self.value_coef * value_loss) * self._action_share(minibatch.mask)
-        watched["loss"] = loss.detach()
-        if self.ptx is not None:
-            ptx = self._ptx_loss(self.ptx, number)
-            watched["ptx_loss"] = ptx.detach()
-            if number == 0:
-                parts = {"rl_grad_norm": loss, "ptx_grad_norm": self.ptx_coef * ptx}
-                watched |= {name: gradient_norm(part, self.policy) for name, part in parts.items()}
-            loss = loss + self.ptx_coef * ptx
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        # The text comes first: the last backward pass is of all that is trained, as DDP wants the one that it averages.
+        watched = {} if self.ptx is None else self._learn_text(minibatch, number)
+        watched |= self._backward(minibatch)
         if self.iteration < self.critic_warmup:
             for parameter in self.policy.parameters():
                 parameter.grad = None  # the optimizer leaves it alone
@@ -368,15 +413,52 @@ class PPOModule(LightningModule):
             watched["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
         optimizer.step()
         schedule.step()
+        optimizer.zero_grad()  # a rollout needs their memory
         return watched
+
+    def _backward(self, minibatch: Rollout, synced: bool = True) -> dict[str, Tensor]:
+        """Adds the gradients of a minibatch to those there are; returns what is to be watched.
+
+        ``synced``: the last micro-batch averages them over all processes."""
+        parts, share = self.micro_batches(minibatch), self._action_share(minibatch.mask)
+        watched: dict[str, Tensor] = {}
+        for i, (part, weight) in enumerate(parts):
+            policy_loss, value_loss, seen = self.losses(part)
+            # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
+            loss = (policy_loss + self.value_coef * value_loss) * share * weight
+            ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
+            for name, value in seen.items():
+                watched[name] = watched.get(name, 0.0) + value * weight
+            watched |= {"loss": watched.get("loss", 0.0) + loss.detach(), "ratio": ratio}
+            self._add_gradients(loss, synced and i == len(parts) - 1)
+        return watched
+
+    def _add_gradients(self, loss: Tensor, synced: bool) -> None:
+        strategy = self.trainer.strategy
+        with nullcontext() if synced or self.trainer.world_size == 1 else strategy.block_backward_sync():
+            self.manual_backward(loss)
+
+    def _learn_text(self, minibatch: Rollout, number: int) -> dict[str, Tensor]:
+        """Adds the gradients of pretraining text; before the first step of a rollout, the norms of both parts too."""
+        watched = {}
+        if number == 0:
+            self._backward(minibatch, synced=False)
+            watched["rl_grad_norm"] = gradient_norm(self.policy)
+            self.zero_grad()
+        rows, losses = self._text_rows(number), []
+        for part in rows.tokens.split(max(1, tokens_at_once(self, learning=True) // rows.inputs.shape[1])):
+            losses.append(text_loss(self.policy, TextRows(part)) * (len(part) / len(rows.tokens)))
+            self._add_gradients(self.ptx_coef * losses[-1], synced=False)
+        watched["ptx_loss"] = torch.stack(losses).detach().sum()
+        return watched | ({"ptx_grad_norm": gradient_norm(self.policy)} if number == 0 else {})
 
     def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(policy's loss, critic's, what is to be watched) of a minibatch."""
         packed = self.packed(minibatch.sequences, minibatch.lengths)
         response = Responding.of(packed, minibatch.lengths)
         hidden = packed_hidden(self.policy, packed, at=response.before)
-        logits = response_logits(self.policy, hidden, self.sampling.temperature)
-        logprobs = self._actions(scatter(token_logprobs(logits, response.tokens), response.mask), response.mask)
+        logprobs, kl = self._logprobs_and_kl(packed, response, hidden)
+        logprobs = self._actions(scatter(logprobs, response.mask), response.mask)
         actions, old = minibatch.mask, minibatch.old_logprobs
         policy_loss = self.loss(logprobs, old, minibatch.advantages, actions)
         detached = logprobs.detach()
@@ -387,7 +469,11 @@ class PPOModule(LightningModule):
             "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
         }
         if self.kl.in_loss:
-            kl = self._kl_in_loss(minibatch, packed, response, logprobs, logits)
+            if kl is None:
+                kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
+            else:
+                kl = self._actions(scatter(kl, response.mask), response.mask)
+            kl = masked_mean(kl, actions)  # from the reference, in nats an action; its gradient is the penalty
             watched["kl_loss"] = kl.detach()
             policy_loss = policy_loss + self.kl_coef * kl
         if self.critic is None:
@@ -401,25 +487,23 @@ class PPOModule(LightningModule):
         """Per action from per token: (N, A) from (N, T)."""
         return whole_answer(x, mask) if self.action == "answer" else x
 
-    def _kl_in_loss(
-        self, minibatch: Rollout, packed: Packed, response: Responding, logprobs: Tensor, logits: Tensor
-    ) -> Tensor:
-        """Mean divergence from the reference an action, in nats, whose gradient is the penalty."""
-        if self.kl.estimator == "full":
-            with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
-                hidden = packed_hidden(reference, packed, at=response.before)
-                ref_logits = response_logits(reference, hidden, self.sampling.temperature)
-            kl = scatter(full_kl(logits.float(), ref_logits.float()), response.mask)
-            kl = self._actions(kl, response.mask)
-        else:
-            kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
-        return masked_mean(kl, minibatch.mask)
+    def _logprobs_and_kl(
+        self, packed: Packed, response: Responding, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (M,) of the responses' tokens from the policy's hidden states (M, D) before them; and, where the
+        loss has it, the divergence (M,) from the reference over all tokens."""
+        if not (self.kl.in_loss and self.kl.estimator == "full"):
+            return token_logprobs_of(self.policy, hidden, response.tokens, self.sampling.temperature), None
+        with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
+            ref_hidden = packed_hidden(reference, packed, at=response.before)
+        both = by_token(self.policy, self._logprob_and_kl, hidden, response.tokens, ref_hidden)
+        return both[:, 0], both[:, 1]
 
-    def _ptx_loss(self, text: PretrainDataModule, number: int) -> Tensor:
-        """Mean loss on pretraining text, in nats a token; which text depends on iteration, step and process alone."""
+    def _text_rows(self, number: int) -> TextRows:
+        """Pretraining text; which depends on iteration, step and process alone."""
         count = max(1, round(self.ptx_ratio * self.minibatch_size))
         generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
-        return text_loss(self.policy, text.rows(count, generator).to(self.device))
+        return self.ptx.rows(count, generator).to(self.device)
 
     def _action_share(self, mask: Tensor) -> Tensor | float:
         """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""

@@ -27,11 +27,15 @@ def gradient_noise(module: PPOModule, prompts: PromptBatch, rollouts: int) -> di
     for i in range(rollouts):
         rollout = module.collect(prompts, i, PROBE)
         for minibatch in rollout.shuffled(module.minibatch_size, seeded(module.seed, i, PROBE)):
-            gradients = torch.autograd.grad(module.losses(minibatch)[0], parameters, allow_unused=True)
+            gradients = [torch.zeros_like(p) for p in parameters]
+            for part, share in module.micro_batches(minibatch):
+                found = torch.autograd.grad(module.losses(part)[0] * share, parameters, allow_unused=True)
+                for known, new in zip(gradients, found):
+                    if new is not None:
+                        known += new
             for known, new in zip(total, gradients):
-                if new is not None:
-                    known += new
-                    squares += new.double().square().sum().item()
+                known += new
+                squares += new.double().square().sum().item()
             count += 1
     mean_square = sum(g.square().sum().item() for g in total) / count**2
     variance = (squares / count - mean_square) * count / max(count - 1, 1)

@@ -35,8 +35,6 @@ def held_out_text_loss(policy: PreTrainedModel, text: PretrainDataModule, device
     return losses.sum() / sum(rows.labels.numel() for rows in batches)
 
 
-def gradient_norm(loss: Tensor, policy: PreTrainedModel) -> Tensor:
-    """Norm of the policy's gradient of one part of the loss, before the parts are added."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+def gradient_norm(model: PreTrainedModel) -> Tensor:
+    """Norm of the gradients that were gathered so far."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

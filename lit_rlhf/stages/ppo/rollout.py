@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.models import (
     Responses,
-    next_token_logits,
     packed_hidden,
     predicting_positions,
     response_positions,
@@ -74,17 +74,8 @@ class Responding(NamedTuple):
         return cls(packed.tokens[positions[mask]], before[mask], mask)
 
 
-def response_logits(policy: PreTrainedModel, hidden: Tensor, temperature: float) -> Tensor:
-    """Logits (M, V) of the response tokens; ``hidden`` (M, D) are the states of those before them.
-
-    Logits are divided by the temperature that was sampled with, in the reference too: both are then distributions over
-    what could have been drawn."""
-    logits = next_token_logits(policy, hidden)
-    return logits if temperature == 1 else logits / temperature
-
-
 def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
-    """Log-probs (N, T) of the response tokens, in nats; 0 elsewhere."""
+    """Log-probs (N, T) of the response tokens, in nats, of logits divided by the ``temperature``; 0 elsewhere."""
     response = Responding.of(packed, lengths)
     hidden = packed_hidden(policy, packed, at=response.before)
     return scatter(token_logprobs_of(policy, hidden, response.tokens, temperature), response.mask)
@@ -93,6 +84,12 @@ def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
     """(N, T) with ``values`` (M,) where ``mask`` is True, in order, and 0 elsewhere; gradients pass through."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def stacked(tables: Sequence[Tensor]) -> Tensor:
+    """(n, T) of several batches as one (N, T), filled up by 0 to the widest."""
+    width = max(table.shape[1] for table in tables)
+    return torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables])
 
 
 def record_of(prompts: PromptBatch, answers: Responses) -> dict[str, list[Any]]:

@@ -82,16 +82,17 @@ class Scorer(nn.Module):
         return "SFT std" if alone and self.scoring.scale == "reference" else "reward units"
 
     def raw(
-        self, packed: Packed, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
+        self, packed: Sequence[Packed], prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
     ) -> Tensor:
-        """What is said of N answers, which end the ``packed`` sequences: (N,), before it is shaped.
+        """What is said of N answers, which end the sequences of the ``packed`` batches: (N,), before it is shaped.
 
         NaN: nobody says anything of this one."""
         settings = self.scoring
-        said = torch.zeros(len(responses), device=packed.tokens.device)
+        said = torch.zeros(len(responses), device=packed[0].tokens.device)
         scored = torch.zeros_like(said, dtype=torch.bool)
         if self._asks_model:
-            logits = packed_scores(self.reward_model, packed).float() + score_shift(self.reward_model)
+            logits = torch.cat([packed_scores(self.reward_model, batch).float() for batch in packed])
+            logits = logits + score_shift(self.reward_model)
             if settings.scale == "reference":
                 mean = score_mean(self.reward_model) if settings.center else 0.0
                 logits = (logits - mean) / score_std(self.reward_model)

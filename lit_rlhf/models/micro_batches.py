@@ -1,0 +1,45 @@
+"""How much a model may be given at once, so that memory does not follow from how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_rlhf.models.policy import layers
+
+LEARNING = 2**29  # bytes that forward passes may keep for their backward pass, logits apart
+LOOKING = 2**28  # bytes of one layer, where there is no backward pass
+
+
+def tokens_at_once(module: nn.Module, learning: bool) -> int:
+    """Tokens that the models inside ``module`` may be given in a pass: ``learning``, those that are trained, all in one
+    backward pass; else one after another, without gradients.
+
+    What a token takes is estimated by what enters and leaves the matrices."""
+    models = list(trunks(module))
+    if learning:
+        sizes = [_bytes_of_token(m) for m in models if any(p.requires_grad for p in m.parameters())]
+        return max(1, LEARNING // max(1, sum(sizes)))
+    sizes = [_bytes_of_token(m) // max(1, len(layers(m))) for m in models]
+    return max(1, LOOKING // max(1, *sizes))
+
+
+def trunks(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The models inside ``module``, each without its head."""
+    return (m for m in module.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)
+
+
+def _bytes_of_token(trunk: PreTrainedModel) -> int:
+    experts = getattr(trunk.config, "num_experts_per_tok", None) or 1  # those of a layer lie in one tensor
+    numbers = 0
+    for part in trunk.modules():
+        if isinstance(part, nn.Linear):
+            numbers += part.in_features + part.out_features
+        elif isinstance(part, Conv1D):
+            numbers += sum(part.weight.shape)
+        else:
+            numbers += sum(experts * sum(p.shape[1:]) for p in part.parameters(recurse=False) if p.dim() == 3)
+    return numbers * trunk.dtype.itemsize
