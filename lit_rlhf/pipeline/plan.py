@@ -18,7 +18,8 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -35,19 +36,19 @@ from lit_rlhf.models import (
     Sampling,
     context_length,
     next_token_logits,
-    packed_hidden,
     packed_scores,
+    tokens_at_once,
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
-from lit_rlhf.models.generation import LeanDecoder, Trunk
+from lit_rlhf.models.generation import LeanDecoder, Trunk, rows_that_fit
 from lit_rlhf.models.generation.trunk import ROWS
 from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.pipeline.run import make_data, quiet
 from lit_rlhf.pipeline.settings import planned_stages, resolved
-from lit_rlhf.stages.ppo.rollout import Responding, Rollout, response_logprobs
+from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
-from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.training import ModelSettings, resident_bytes
 from lit_rlhf.training.trace import KEPT, PREPARED, Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
 from lit_rlhf.training.trainer import precision_of
@@ -173,6 +174,13 @@ def _architecture(cfg: DictConfig, path: str | None) -> Architecture:
     return architecture_of(cfg.model.path)
 
 
+class Written(NamedTuple):
+    """N answers."""
+
+    sequences: list[list[int]]  # N token lists, prompts and answers
+    lengths: Tensor  # (N,) int64, of the answers
+
+
 class Book:
     """The books of one stage: a method a stage, which runs what the stage runs."""
 
@@ -255,8 +263,8 @@ class Book:
                 for each in answered:
                     alike = sum(p.numel() for p in policy.parameters()), each
                     if alike not in seconds:
-                        packed, sampled = self._rollout(policy, prompts, each, sampling)
-                        seconds[alike] = sampled + self._look(lambda p=packed: packed_scores(reward_model, p))
+                        written, sampled = self._rollout(policy, prompts, each, sampling)
+                        seconds[alike] = sampled + self._look(partial(self._read, reward_model, written))
                     self.step_seconds += seconds[alike]
         self.steps = len(self.data.test_dataloader())
         self.seconds = self.steps * self.step_seconds
@@ -265,6 +273,8 @@ class Book:
         self.unit = "iteration"
         reward_model = None if self.settings.reward_model is None else self._reward_model(self.settings.reward_model)
         module = self._module(policy=self._policy(self.settings.policy), reward_model=reward_model)
+        precision = precision_of(self.settings.trainer.precision, _device(self.cfg))
+        module.trainer = SimpleNamespace(precision=precision, global_rank=0, world_size=1)  # all that it is asked
         self._begin(module)
         prompts = self._sample(self.data.train_prompts, self.data.batch_size)
         answers = len(prompts) * module.answers_per_prompt
@@ -274,27 +284,27 @@ class Book:
         iterations = limit if isinstance(limit, int) else int(len(self.data.train_dataloader()) * limit)
         self.steps = iterations * (trainer.max_epochs or 1)
 
-        def rollout() -> tuple[Packed, float]:
+        def rollout() -> tuple[Written, float]:
             return self._rollout(module.policy, prompts, module.answers_per_prompt, module.sampling)
 
         def iteration() -> None:
-            packed, _ = rollout()
-            self._scored(module, packed)
-            self._update(module, self._experience(module, packed))  # its gradients stay while the next answers come
+            written, _ = rollout()
+            self._scored(module, written)
+            self._update(module, self._experience(module, written))
 
         with self.trace:
             self._prepare(self._met([iteration] * MET_IN_PPO), self.steps)
-            packed, sampling = rollout()
-            scoring = self._scored(module, packed)
+            written, sampling = rollout()
+            scoring = self._scored(module, written)
             before = self.trace.flops
-            update = self._update(module, self._experience(module, packed))
+            update = self._update(module, self._experience(module, written))
             self.step_flops = self.trace.flops - before
             self.step_seconds = sampling + scoring + updates * update
             with self.trace.holding(self._checkpoint(module)):
                 pass
             held_out = self._sample(self.data.held_out_prompts, self.data.batch_size)
-            packed, validation = self._rollout(module.policy, held_out, module.held_out.samples, module.sampling)
-            validation = 2 * validation + self._scored(module, packed)
+            written, validation = self._rollout(module.policy, held_out, module.held_out.samples, module.sampling)
+            validation = 2 * validation + self._scored(module, written)
         validations = 1 + (self.steps // trainer.val_check_interval if trainer.val_check_interval else 0)
         batches = self._batches(self.data.val_dataloader(), trainer.limit_val_batches)
         self.seconds = self.steps * self.step_seconds + validations * batches * validation
@@ -412,14 +422,18 @@ class Book:
     def _batches(self, loader: Any, limit: int | float) -> int:
         return min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
 
-    def _step(self, module: nn.Module, loss: Callable[[], Tensor]) -> float:
-        """Seconds of a forward and a backward pass and the optimizer's step, in the trainer's order."""
-        before, static = self.trace.seconds, self.trace.live
-        value = loss()
-        self.activations = max(self.activations, self.trace.live - static)
-        module.zero_grad()
-        value.backward()
-        del value
+    def _step(self, module: nn.Module, *losses: Callable[[], Tensor]) -> float:
+        """Seconds of forward and backward passes, one behind the other, and the optimizer's step, in the trainer's
+        order."""
+        before = self.trace.seconds
+        for number, loss in enumerate(losses):
+            static = self.trace.live
+            value = loss()
+            self.activations = max(self.activations, self.trace.live - static)
+            if number == 0:
+                module.zero_grad()
+            value.backward()
+            del value
         trained = [p for p in module.parameters() if p.requires_grad]
         for _ in range(2):  # the guard against NaN, and clipping
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -453,8 +467,8 @@ class Book:
     @torch.no_grad()
     def _rollout(
         self, policy: PreTrainedModel, prompts: Iterable[Any], each: int, sampling: Sampling
-    ) -> tuple[Packed, float]:
-        """(prompts with answers, packed; seconds) of sampling ``each`` answers to each prompt."""
+    ) -> tuple[Written, float]:
+        """(answers; seconds) of sampling ``each`` answers to each prompt."""
         begun = self.trace.seconds
         tokens = [p.tokens for p in prompts for _ in range(each)]
         limit = sampling.max_new_tokens
@@ -463,31 +477,37 @@ class Book:
         width, room = min(width, context_length(policy) - limit), context_length(policy)
         steps = range(1, max(lengths))
         chosen = sorted({steps[i * (len(steps) - 1) // (DECODED - 1)] for i in range(DECODED)}) if steps else []
-        trunk = Trunk.of(policy, width + limit)
+        trunk, engine = Trunk.of(policy, width + limit), self.cfg.engine
+        rows = engine.get("rows") or rows_that_fit(policy, width + limit, engine.get("cache_gib", 1.0))
+        turns = max(1.0, len(tokens) / rows)  # others begin as these end
+        rows = min(rows, len(tokens))
         if trunk is None:
-            decode = self._growing(policy, len(tokens), width)
+            decode = self._growing(policy, rows, width)
         else:
-            decode = self._in_place(policy, LeanDecoder(trunk, len(tokens), width + limit), tokens, width)
+            decode = self._in_place(policy, LeanDecoder(trunk, rows, width + limit), tokens, rows, width)
         before = self.trace.seconds
-        met = self._met(partial(decode, sum(n > step for n in lengths), step) for step in chosen)
+        alive = {step: min(rows, sum(n > step for n in lengths)) for step in chosen}
+        met = self._met(partial(decode, alive[step], step) for step in chosen)
         decoding = self.trace.seconds - before
         if not self._decoded:
             self._decoded = True
-            numbers = {n + rows_up_to(1 if trunk is None else ROWS, n) for n in range(1, len(tokens) + 1)}
+            numbers = {n + rows_up_to(1 if trunk is None else ROWS, n) for n in range(1, rows + 1)}
             self._make_room(len(numbers) * max(map(len, met), default=0))
         prefill_and_chosen = self.trace.seconds - begun
-        seconds = prefill_and_chosen - decoding + decoding / max(len(chosen), 1) * len(steps)
+        seconds = prefill_and_chosen - decoding + decoding / max(len(chosen), 1) * len(steps) * turns
         pad = self.tokenizer.pad_token_id
         sequences = [t[-(room - n) :] + [pad] * n for t, n in zip(tokens, lengths)]
-        return pack(sequences, pad, response_lengths=lengths), seconds
+        return Written(sequences, torch.tensor(lengths)), seconds
 
     def _in_place(
-        self, policy: PreTrainedModel, decoder: LeanDecoder, prompts: list[list[int]], width: int
+        self, policy: PreTrainedModel, decoder: LeanDecoder, prompts: list[list[int]], rows: int, width: int
     ) -> Callable[[int, int], None]:
         """The prompts read; what takes a step of ``(rows, number of the step)`` in the own engine."""
         self.cache = max(self.cache, bytes_of([decoder.cache]))
-        rows = pack(list(dict.fromkeys(map(tuple, prompts))), 0).to(torch.device("meta"))
-        self._draw(policy, decoder.read(rows, lambda layer, kv: None))
+        for begin in range(0, len(prompts), rows):
+            unique = dict.fromkeys(map(tuple, prompts[begin : begin + rows]))
+            packed = pack(list(unique), 0).to(torch.device("meta"))
+            self._draw(policy, decoder.read(packed, lambda layer, kv: None))
         decoder.padded = True
 
         def step(alive: int, number: int) -> None:
@@ -531,39 +551,42 @@ class Book:
         probs = logits.softmax(-1)
         (probs * logits).sum(-1)
 
-    def _scored(self, module: LightningModule, packed: Packed) -> float:
+    def _scored(self, module: LightningModule, written: Written) -> float:
         """Seconds in which a rollout is scored: by reward model, critic and reference."""
 
         def score() -> None:
+            batches = module.in_batches(*written)
             if module.scorer.reward_model is not None:
-                packed_scores(module.scorer.reward_model, packed)
-            if module.critic is not None:
-                before = Responding.of(packed, packed.response_lengths).before
-                shared = module.critic.trunk is None
-                module.critic(packed, before, packed_hidden(module.policy, packed, at=before) if shared else None)
-            with module.reference.for_penalty(module.policy) as reference:
-                response_logprobs(reference, packed, packed.response_lengths, module.sampling.temperature)
+                for packed in batches:
+                    packed_scores(module.scorer.reward_model, packed)
+            module.said(batches)
 
         return self._look(score)
 
-    def _experience(self, module: LightningModule, packed: Packed) -> Rollout:
+    def _read(self, reward_model: nn.Module, written: Written) -> None:
+        """Scores, as many answers at once as :func:`score_answers` takes."""
+        sizes, lengths = [len(s) for s in written.sequences], written.lengths.tolist()
+        for run in runs(sizes, tokens_at_once(reward_model, learning=False)):
+            pad = self.tokenizer.pad_token_id
+            packed_scores(reward_model, pack(written.sequences[run], pad, response_lengths=lengths[run]))
+
+    def _experience(self, module: LightningModule, written: Written) -> Rollout:
         """A minibatch of a rollout, of answers without content."""
-        flat = packed.tokens.tolist()
-        bounds = list(zip(packed.starts.tolist(), packed.lengths.tolist()))
-        sequences = [flat[start : start + n] for start, n in bounds]
-        lengths = packed.response_lengths
+        sequences, lengths = written
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         mask = mask[:, :1] if module.action == "answer" else mask
         minibatch = Rollout(sequences, lengths, mask, *(torch.zeros(mask.shape) for _ in range(6)))
         return next(minibatch.shuffled(module.minibatch_size, torch.Generator().manual_seed(0)))
 
     def _update(self, module: LightningModule, minibatch: Rollout) -> float:
-        def loss() -> Tensor:
-            policy_loss, value_loss, _ = module.losses(minibatch)
-            total = policy_loss + module.value_coef * value_loss
-            return total if module.ptx is None else total + module.ptx_coef * module._ptx_loss(module.ptx, 0)
+        def loss(part: Rollout, share: float) -> Tensor:
+            policy_loss, value_loss, _ = module.losses(part)
+            return (policy_loss + module.value_coef * value_loss) * share
 
-        return self._step(module, loss)
+        texts = [] if module.ptx is None else [partial(text_loss, module.policy, rows) for rows in module.text_parts(0)]
+        seconds = self._step(module, *texts, *(partial(loss, *part) for part in module.micro_batches(minibatch)))
+        module.zero_grad()
+        return seconds
 
     def need(self) -> Need:
         """All of it together."""

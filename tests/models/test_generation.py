@@ -404,6 +404,20 @@ def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, lean):
         assert torch.equal(few.finished, whole.finished)
 
 
+def test_as_many_answers_at_a_time_as_fit_into_memory(policy, prompts, monkeypatch):
+    prompts, begun, policy = [*prompts, *prompts[::-1]], [], policy.double()
+    real = engine._decoder
+    monkeypatch.setattr(engine, "_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
+    whole = by_both(policy, prompts, Sampling(20))[0]
+    # Keys and values in float64, for prompts of 11 tokens and 20 new ones; float32 logits, and three as large.
+    trunk = Trunk.of(policy, 31)
+    row = 8 * 2 * len(trunk.layers) * trunk.kv_heads * trunk.head_size * 31 + 4 * 4 * policy.config.vocab_size
+    for result in by_both(policy, prompts, Sampling(20), cache_gib=5.5 * row / 2**30):
+        close(result, whole, atol=exactness(policy))
+    by_both(policy, prompts, Sampling(20), cache_gib=1e-9)
+    assert begun == [12, 12, 5, 5, 1, 1]
+
+
 def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
     seen = []
     real = Trunk.__call__

@@ -76,7 +76,7 @@ def test_rows_depend_on_iteration_step_and_process_alone(ppo, alone, text, kept_
         torch.rand(3)  # whatever else was drawn
         module.iteration.fill_(iteration)
         module.trainer.global_rank = rank
-        module._text_rows(number)
+        module.text_parts(number)
         return rows[-1].tokens
 
     module.trainer.world_size = 2
@@ -90,7 +90,7 @@ def test_rows_depend_on_iteration_step_and_process_alone(ppo, alone, text, kept_
 def test_rows_an_answer(ratio, count, ppo, alone, text, kept_rows):
     module, _ = alone(ppo(ptx=text, ptx_coef=1.0, ptx_ratio=ratio))
     rows = kept_rows(module)
-    module._text_rows(0)
+    module.text_parts(0)
     assert len(rows[0].tokens) == count
 
 

@@ -139,7 +139,8 @@ class LeanDecoder:
         """Move all that is held to the right, or, where that is negative, to the left."""
         to = slice(max(0, columns), self.end + columns)
         source = slice(max(0, -columns), self.end)
-        self.cache[:, :, : self.alive, :, to] = self.cache[:, :, : self.alive, :, source].clone()
+        for held in self.cache[:, :, : self.alive]:  # layer by layer: what is moved is there twice meanwhile
+            held[..., to, :] = held[..., source, :].clone()
         self.starts[: self.alive] += columns
         self.end += columns
         self._mask(torch.arange(self.alive, device=self.starts.device))

@@ -37,6 +37,7 @@ def answer(
     states: bool = False,
     lean: bool = True,
     rows: Annotated[int, Field(ge=1)] | None = None,
+    cache_gib: Annotated[float, Field(gt=0)] = 1.0,
     cuda_graphs: bool = False,
 ) -> Responses:
     """:func:`generate` with the tokenizer's end-of-text and padding, and with ``sampling.stop``."""
@@ -51,7 +52,7 @@ def answer(
 
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "ended": ended}
     settings = {"generator": generator, "shard": shard, "states": states}
-    engine = {"lean": lean, "rows": rows, "cuda_graphs": cuda_graphs}
+    engine = {"lean": lean, "rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
     return generate(policy, prompts, sampling, **ends, **settings, **engine)._replace(stop=sampling.stop)
 
 
@@ -69,6 +70,7 @@ def generate(
     states: bool = False,
     lean: bool = True,
     rows: int | None = None,
+    cache_gib: float = 1.0,
     cuda_graphs: bool = False,
 ) -> Responses:
     """Sample one answer to each of ``prompts`` (B token lists of any lengths).
@@ -77,14 +79,16 @@ def generate(
     alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
     With ``states`` the hidden states are kept: a head on them needs no other pass over the answers.
     ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
-    At most ``rows`` answers are written at a time (None: all); others take the places of those that end. ``lean`` runs
-    a forward pass of our own where there is one for the model (:class:`Trunk`), else transformers'; on a GPU its steps
-    can be replayed as ``cuda_graphs``. No dropout.
+    At most ``rows`` answers are written at a time (None: :func:`rows_that_fit` into ``cache_gib``); others take the
+    places of those that end. ``lean`` runs a forward pass of our own where there is one for the model (:class:`Trunk`),
+    else transformers'; on a GPU its steps can be replayed as ``cuda_graphs``. No dropout.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
     device = model.device
     uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
     places, tokens, logprobs, entropies, ended_there, hidden = [], [], [], [], [], []
+    width = max(map(len, prompts)) + sampling.max_new_tokens
+    rows = rows or rows_that_fit(model, width, cache_gib)
     for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
@@ -217,6 +221,16 @@ def _draw(
         if not parts:
             return
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
+    """Texts of ``width`` tokens, prompts included, that so much memory holds: keys and values of each, its logits, and
+    three tensors as large that are made of them."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cached = width * config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
+    return max(1, int(gib * 2**30) // (cached * compute_dtype(model).itemsize + 4 * 4 * config.vocab_size))
 
 
 def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -445,9 +445,10 @@ class PPOModule(LightningModule):
             self._backward(minibatch, synced=False)
             watched["rl_grad_norm"] = gradient_norm(self.policy)
             self.zero_grad()
-        rows, losses = self._text_rows(number), []
-        for part in rows.tokens.split(max(1, tokens_at_once(self, learning=True) // rows.inputs.shape[1])):
-            losses.append(text_loss(self.policy, TextRows(part)) * (len(part) / len(rows.tokens)))
+        parts, losses = self.text_parts(number), []
+        for part in parts:
+            share = part.labels.numel() / sum(p.labels.numel() for p in parts)
+            losses.append(text_loss(self.policy, part) * share)
             self._add_gradients(self.ptx_coef * losses[-1], synced=False)
         watched["ptx_loss"] = torch.stack(losses).detach().sum()
         return watched | ({"ptx_grad_norm": gradient_norm(self.policy)} if number == 0 else {})
@@ -499,11 +500,14 @@ class PPOModule(LightningModule):
         both = by_token(self.policy, self._logprob_and_kl, hidden, response.tokens, ref_hidden)
         return both[:, 0], both[:, 1]
 
-    def _text_rows(self, number: int) -> TextRows:
-        """Pretraining text; which depends on iteration, step and process alone."""
+    def text_parts(self, number: int) -> list[TextRows]:
+        """Pretraining text for optimizer step ``number``, in micro-batches; which text depends on iteration, step and
+        process alone."""
         count = max(1, round(self.ptx_ratio * self.minibatch_size))
         generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
-        return self.ptx.rows(count, generator).to(self.device)
+        rows = self.ptx.rows(count, generator).to(self.device)
+        size = self.micro_batch_size or max(1, tokens_at_once(self, learning=True) // rows.labels.shape[1])
+        return [TextRows(part) for part in rows.tokens.split(size)]
 
     def _action_share(self, mask: Tensor) -> Tensor | float:
         """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""
