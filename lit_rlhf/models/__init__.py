@@ -28,6 +28,7 @@ from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
     context_length,
+    end_tokens,
     freeze,
     layers,
     load_policy,
@@ -62,6 +63,7 @@ __all__ = [
     "critic_from_policy",
     "critic_from_reward_model",
     "critic_on_policy",
+    "end_tokens",
     "fingerprint",
     "freeze",
     "fuse",

@@ -19,7 +19,7 @@ from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_atte
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.models.onednn import rows_up_to
-from lit_rlhf.text.chat import BASE_TEMPLATE
+from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import load_tokenizer
 
@@ -77,7 +77,7 @@ def load_policy_and_tokenizer(
     ``fused``: see :func:`fuse`."""
     tokenizer = load_tokenizer(path)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = BASE_TEMPLATE
+        tokenizer.chat_template = behind_start(tokenizer, BASE_TEMPLATE)
     return load_policy(path, tokenizer, dtype, fused=fused), tokenizer
 
 
@@ -112,6 +112,14 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         if config is not None:
             config.eos_token_id = tokenizer.eos_token_id
             config.pad_token_id = tokenizer.pad_token_id
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All tokens with which an answer of the model ends: those of its generation settings, the tokenizer's end-of-text,
+    and the one that the chat template writes behind an assistant's turn."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    of_model = known if isinstance(known, list | tuple) else [known]
+    return turn_end(tokenizer) | {token for token in (*of_model, tokenizer.eos_token_id) if token is not None}
 
 
 def context_length(model: PreTrainedModel) -> int:

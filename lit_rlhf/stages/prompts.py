@@ -12,6 +12,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
 
@@ -63,9 +64,11 @@ class PromptDataModule(RecordDataModule):
         held_out: fraction of the prompts kept for evaluation.
         limit_held_out: at most so many of them; None keeps all.
         split_seed: which prompts are held out; the same in every stage.
+        special_tokens: what their names mean in prompts: "plain" text; "refuse": a bad record; "rendered": tokens, as a
+            prompt is one text that a chat template has written already.
         seed: order of the prompts.
         limit: train on at most so many prompts, to try things out; None: all.
-        on_bad_record: "fail" names the first bad record, "skip" counts them.
+        on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
@@ -84,6 +87,7 @@ class PromptDataModule(RecordDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,
+        special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -92,7 +96,7 @@ class PromptDataModule(RecordDataModule):
         super().__init__(
             path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
         )  # fmt: skip
-        self.limit, self.tokenizer = limit, tokenizer
+        self.limit, self.tokenizer, self.special_tokens = limit, tokenizer, special_tokens
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
         self.limit_held_out, self.seed = limit_held_out, seed
         self.train_prompts: list[Prompt] = []
@@ -115,14 +119,19 @@ class PromptDataModule(RecordDataModule):
 
     def _encode(self, records: Sequence[PromptRecord], held_out: bool) -> list[Prompt]:
         prompts = []
-        encoded = encode_prompts(self.tokenizer, [record.messages for record in records])
+        settings = {
+            "special_tokens": self.special_tokens,
+            "refuse": lambda i, reason: self.refuse(records[i], reason),
+        }
+        encoded = encode_prompts(self.tokenizer, [record.messages for record in records], **settings)
         for (messages, others, _), tokens in zip(records, encoded):
             if len(tokens) > self.max_length:
                 self.long += 1
                 if self.on_long == "skip":
                     continue
-            kind = str(others.get("kind", ""))
-            prompts.append(Prompt(messages, tokens[-self.max_length :], kind, held_out, others))
+            if tokens:  # else it was refused
+                kind = str(others.get("kind", ""))
+                prompts.append(Prompt(messages, tokens[-self.max_length :], kind, held_out, others))
         return prompts
 
     def loader(self, prompts: Sequence[Prompt], shuffle_to: int | None = None) -> BatchLoader[PromptBatch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, parse_ranking, text_of
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 
@@ -67,9 +68,11 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
         fold: which fraction of them, for cross-validation: with ``held_out=0.2`` 0 to 4.
+        special_tokens: what their names mean in the records: "plain" text; "refuse": a bad record; "rendered": tokens,
+            as prompt and answers were written by a chat template already, and none is applied.
         seed: order of the prompts.
         limit: train on at most so many rankings, to try things out; None: all.
-        on_bad_record: "fail" names the first bad record, "skip" counts them.
+        on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
@@ -89,6 +92,7 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         fold: Annotated[int, Field(ge=0)] = 0,
+        special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -97,7 +101,7 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         super().__init__(
             path, fields=fields, held_out=held_out, split_seed=split_seed, fold=fold, on_bad_record=on_bad_record
         )  # fmt: skip
-        self.limit, self._tokenizer = limit, tokenizer
+        self.limit, self._tokenizer, self.special_tokens = limit, tokenizer, special_tokens
         self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
         self.share_prompts, self.seed = share_prompts, seed
         self.train_set: list[EncodedRanking] = []
@@ -133,13 +137,24 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         yield from (ranking.prompt for ranking in self.train_rankings[: self.limit])
 
     def _encode(self, rankings: list[Ranking], graded: bool = False) -> list[EncodedRanking]:
-        answers = [text for r in rankings for text in r.responses]
-        prompts = [r.prompt for r in rankings]
-        before = encode_prompts(self.tokenizer, prompts)
-        responses = iter(encode_responses(self.tokenizer, [r.prompt for r in rankings for _ in r.responses], answers))
+        refused: dict[int, str] = {}
+        owners = [i for i, r in enumerate(rankings) for _ in r.responses]
+        before = encode_prompts(
+            self.tokenizer, [r.prompt for r in rankings],
+            special_tokens=self.special_tokens, refuse=refused.setdefault,
+        )  # fmt: skip
+        responses = iter(
+            encode_responses(
+                self.tokenizer, [rankings[i].prompt for i in owners], [text for r in rankings for text in r.responses],
+                special_tokens=self.special_tokens, refuse=lambda i, reason: refused.setdefault(owners[i], reason),
+            )
+        )  # fmt: skip
         encoded = []
-        for ranking, prompt in zip(rankings, before):
+        for i, (ranking, prompt) in enumerate(zip(rankings, before)):
             answered = [next(responses) for _ in ranking.responses]
+            if reason := refused.get(i) or _same_tokens(ranking, answered):
+                self.refuse(ranking, reason)
+                continue
             sequences = [[*prompt, *answer] for answer in answered]
             too_long = sum(len(s) > self.max_length for s in sequences)
             self.long += too_long
@@ -265,6 +280,17 @@ def _margins(items: list[EncodedRanking]) -> Tensor | None:
 def _rated(items: Iterable[EncodedRanking]) -> int:
     """Answers that are learned from alone."""
     return sum(not math.isnan(rating) for item in items for rating in item.ratings)
+
+
+def _same_tokens(ranking: Ranking, answered: Sequence[Sequence[int]]) -> str | None:
+    """Why nothing can be learned of a ranking: answers that are ranked differently are the same to a model."""
+    seen: dict[tuple[int, ...], int] = {}
+    for i, tokens in enumerate(answered):
+        first = seen.setdefault(tuple(tokens), i)
+        one, other = ranking.responses[first], ranking.responses[i]
+        if one != other and ranking.ranks[first] != ranking.ranks[i]:
+            return f"the answers {one[:60]!r} and {other[:60]!r} become the same tokens, and are ranked differently"
+    return None
 
 
 def _texts(rankings: list[Ranking]) -> list[str]:

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text.records import Messages, Moved, OnBadRecord, files_of, load_records, split_by_prompt
+from lit_rlhf.text.records import Messages, Moved, OnBadRecord, bad_record, files_of, load_records, split_by_prompt
 
 Record = TypeVar("Record")
 Paths = str | Path | Sequence[str | Path]
@@ -85,6 +85,10 @@ class RecordDataModule(FileDataModule):
             self.skipped += loaded.skipped
             self.note_fields(file, loaded.unread, loaded.passed_on)
         return records
+
+    def refuse(self, record: Any, reason: str) -> None:
+        """A record that is bad for a reason that shows when it is encoded: an error, or counted."""
+        bad_record(record.place or self.source, reason, self.skipped, self.on_bad_record)
 
     def split(
         self, records: list[Record], prompt: Callable[[Record], Messages]

@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records import Messages
+from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
+from lit_rlhf.text.template import Template, Tools, Written, content_of
 from lit_rlhf.text.tokenizer import ROLES
+
+Item = TypeVar("Item")
 
 # A model that has only seen text has no roles: it goes on where the text stops.
 BASE_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
@@ -43,7 +46,13 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a base model's tokenizer a chat template; one that already has one of its own keeps it."""
     if is_base(tokenizer):
         has_roles = all(role in tokenizer.get_vocab() for role in ROLES)
-        tokenizer.chat_template = ROLE_TEMPLATE if has_roles else TRANSCRIPT_TEMPLATE
+        tokenizer.chat_template = behind_start(tokenizer, ROLE_TEMPLATE if has_roles else TRANSCRIPT_TEMPLATE)
+
+
+def behind_start(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """A template of ours behind what the tokenizer puts in front of a text, which it leaves out of templates."""
+    start = json.dumps("".join(tokenizer.convert_ids_to_tokens(text_start(tokenizer))), ensure_ascii=False)
+    return template if start == '""' else f"{{{{ {start} }}}}{template}"
 
 
 @dataclass(frozen=True)
@@ -93,99 +102,133 @@ class Transcript:
     def prompting(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy of ``tokenizer`` that writes dialogues like this."""
         prompting = copy.deepcopy(tokenizer)
-        prompting.chat_template = self.template
+        prompting.chat_template = behind_start(tokenizer, self.template)
         return prompting
 
 
 def is_base(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model has learned no dialogues: its tokenizer has no chat template of its own."""
-    return tokenizer.chat_template in (None, BASE_TEMPLATE)
+    template = tokenizer.chat_template
+    return template is None or (isinstance(template, str) and template.endswith(BASE_TEMPLATE))
 
 
 class Encoded(NamedTuple):
     """A dialogue as tokens, with the tokens that the model is to learn."""
 
     tokens: list[int]
-    mask: list[bool]  # True = a token of a response, its end-of-text included
+    mask: list[bool]  # True = a token of a response, the end of the assistant's turn included
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
-    """Tokens of each prompt, up to where the assistant's answer begins."""
-    return _tokenize(tokenizer, _render(tokenizer, prompts, generation_prompt=True))
+# What is done about a dialogue that cannot be encoded, (its place among those given, the reason): it has no tokens then
+Refuse = Callable[[int, str], None]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The token with which the chat template ends the assistant's turn; empty where it writes none, or there is none.
+
+    Raises ``UserError`` where the template cannot write a question and an answer, or leaves out what they say."""
+    end = Template(tokenizer).end if tokenizer.chat_template is not None else None
+    return frozenset() if end is None else frozenset([tokenizer.convert_tokens_to_ids(end)])
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    tools: Sequence[Tools] | None = None,
+    *,
+    special_tokens: SpecialTokens = "plain",
+    refuse: Refuse | None = None,
+) -> list[list[int]]:
+    """Tokens of each prompt up to where the assistant answers: ``apply_chat_template(add_generation_prompt=True)``.
+
+    ``tools`` are those of each prompt. ``special_tokens``: what their names mean in what people wrote. Raises
+    ``UserError`` where the template refuses a prompt or leaves out what it says, or calls ``refuse`` instead."""
+    if not prompts:
+        return []
+    template = Template(tokenizer, special_tokens)
+    written = _each(zip(prompts, tools or [None] * len(prompts)), template.prompt, refuse)
+    tokens = iter(template.encode_prompts([w for w in written if w is not None]))
+    return [[] if w is None else next(tokens) for w in written]
 
 
 def encode_responses(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], responses: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    tools: Sequence[Tools] | None = None,
+    *,
+    special_tokens: SpecialTokens = "plain",
+    refuse: Refuse | None = None,
 ) -> list[list[int]]:
-    """Tokens of each response as the template writes it after its prompt, with end-of-text as the last one."""
-    return _end(tokenizer, _tokenize(tokenizer, [text for _, text in _answers(tokenizer, prompts, responses)]))
+    """Tokens of each response as the template writes it behind its prompt, up to the end of the assistant's turn.
+
+    The other arguments are those of :func:`encode_prompts`."""
+    if not prompts:
+        return []
+    template = Template(tokenizer, special_tokens)
+    answers = [{"role": "assistant", "content": text} for text in responses]
+    turns = _each(zip(prompts, answers, tools or [None] * len(prompts)), template.turn, refuse)
+    tokens = iter(template.encode_responses([turn for turn in turns if turn is not None]))
+    return [[] if turn is None else next(tokens).tokens for turn in turns]
 
 
 def encode_dialogues(
-    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Messages], contexts: Sequence[int]
-) -> list[Encoded]:
-    """Tokens of whole dialogues; the assistant's turns from message ``contexts[i]`` on are the ones to learn.
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: Sequence[Messages],
+    contexts: Sequence[int],
+    tools: Sequence[Tools] | None = None,
+    *,
+    special_tokens: SpecialTokens = "plain",
+    refuse: Refuse | None = None,
+) -> list[list[Encoded]]:
+    """Examples to learn from: the assistant's turns of each dialogue, from message ``contexts[i]`` on.
 
-    Each turn is tokenized as it will be at generation time: the prompt alone, then the response."""
-    turns = [
-        (i, j)
-        for i, messages in enumerate(dialogues)
-        for j, message in enumerate(messages)
-        if message["role"] == "assistant" and j >= contexts[i]
-    ]
-    answers = _answers(tokenizer, [dialogues[i][:j] for i, j in turns], [dialogues[i][j]["content"] for i, j in turns])
-    written = [""] * len(dialogues)
-    between = []  # what stands before each answer since the one before it
-    for (i, _), (prompt, answer) in zip(turns, answers):
-        between.append(_after(written[i], prompt))
-        written[i] = prompt + answer
-    encoded = [Encoded([], []) for _ in dialogues]
-    responses = _end(tokenizer, _tokenize(tokenizer, [answer for _, answer in answers]))
-    for (i, _), before, response in zip(turns, _tokenize(tokenizer, between), responses):
-        encoded[i].tokens.extend(before + response)
-        encoded[i].mask.extend([False] * len(before) + [True] * len(response))
-    return encoded
+    A turn is learned behind the very prompt that would be asked for it: the tokens of :func:`encode_prompts`, then the
+    response's. A dialogue is one example as long as each prompt goes on from the turn before; where the template writes
+    earlier turns anew when one is added (Qwen3 and others leave out what was thought), another example begins.
 
-
-def _answers(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], responses: Sequence[str]
-) -> list[tuple[str, str]]:
-    """(prompt, answer) as the template writes them; the answer up to its end-of-text, which may be missing."""
-    before = _render(tokenizer, prompts, generation_prompt=True)
-    dialogues = [[*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, responses)]
-    answers = []
-    for start, whole in zip(before, _render(tokenizer, dialogues, generation_prompt=False)):
-        # What a template writes after end-of-text (a newline, say) belongs to the next turn.
-        text, eos, _ = _after(start, whole).partition(tokenizer.eos_token)
-        answers.append((start, text + eos))
-    return answers
-
-
-def _after(start: str, whole: str) -> str:
-    if not whole.startswith(start):
-        raise UserError(
-            "this tokenizer's chat template rewrites earlier turns when a turn is added, so prompt and response cannot "
-            f"be told apart; set another template. It began {start[-60:]!r} and became {whole[-60:]!r}."
-        )
-    return whole[len(start) :]
-
-
-def _end(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list[list[int]]:
-    eos = tokenizer.eos_token_id
-    return [tokens if tokens[-1:] == [eos] else [*tokens, eos] for tokens in responses]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Messages], generation_prompt: bool) -> list[str]:
+    The other arguments are those of :func:`encode_prompts`."""
     if not dialogues:
         return []
-    try:
-        return tokenizer.apply_chat_template(
-            [list(messages) for messages in dialogues], tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except TemplateError as error:  # raised by templates that want turns to alternate, or know no system turn
-        raise UserError(f"this tokenizer's chat template refuses a dialogue of the data: {error}") from None
+    template = Template(tokenizer, special_tokens)
+
+    def turns(messages: Messages, context: int, tools: Tools) -> list[Written]:
+        mine = [j for j, m in enumerate(messages) if m["role"] == "assistant" and j >= context]
+        if any(not content_of(messages[j]).strip() and not messages[j].get("tool_calls") for j in mine):
+            raise UserError("a turn of the assistant is empty")
+        return [template.turn(messages[:j], messages[j], tools) for j in mine]
+
+    written = _each(zip(dialogues, contexts, tools or [None] * len(dialogues)), turns, refuse)
+    every = [turn for found in written for turn in found or ()]
+    tokens = zip(every, template.encode_prompts(every), template.encode_responses(every))
+    return [_joined([next(tokens) for _ in found or ()]) for found in written]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # Special tokens come from the template, never from the tokenizer's own post-processing.
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+def _joined(turns: Sequence[tuple[Written, list[int], Pieces]]) -> list[Encoded]:
+    examples: list[Encoded] = []
+    for turn, prompt, response in turns:
+        done = examples[-1] if examples else None
+        if done is None or prompt[: len(done.tokens)] != done.tokens:
+            done = Encoded([], [])
+            examples.append(done)
+        learned = [True] * len(response.tokens)
+        if turn.learned is not None:
+            learned = [any(a < end and begin < b for a, b in turn.learned) for begin, end in response.spans]
+        before = prompt[len(done.tokens) :]
+        done.tokens.extend([*before, *response.tokens])
+        done.mask.extend([False] * len(before) + learned)
+    return examples
+
+
+def _each(items: Iterable[Any], write: Callable[..., Item], refuse: Refuse | None) -> list[Item | None]:
+    """What comes of each item; None where it is refused."""
+    found: list[Item | None] = []
+    for i, item in enumerate(items):
+        try:
+            found.append(write(*item))
+        except UserError as error:
+            if refuse is None:
+                raise
+            refuse(i, str(error))
+            found.append(None)
+    return found

@@ -13,6 +13,7 @@ from lit_rlhf.models import (
     Sampling,
     adapters_off,
     add_lora,
+    end_tokens,
     generate,
     lora_layers,
     next_token_logits,
@@ -437,6 +438,50 @@ def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
 def by_both_seed_zero(policy, prompts, sampling):
     generator = Generator().manual_seed(0)
     return generate(policy, prompts, sampling, eos_id=NO_END, pad_id=1, generator=generator, lean=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lean": False}, {"rows": 2}], ids=str)
+def test_an_answer_ends_with_any_of_several_tokens(policy, prompts, settings):
+    drawn = Generator().manual_seed(0)
+    endless = generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, generator=drawn)
+    rows = endless.tokens.tolist()
+    ends = {rows[0][5], rows[1][3]}
+    drawn = Generator().manual_seed(0)
+    found = generate(policy, prompts, Sampling(20), eos_id=ends, pad_id=1, generator=drawn, **settings)
+    for row, answered, finished in zip(rows, found.token_lists(), found.finished.tolist()):
+        first = next((i for i, token in enumerate(row) if token in ends), None)
+        assert answered == (row if first is None else row[: first + 1])  # the token that came is kept
+        assert finished == (first is not None)
+
+
+CHATML = "{% for m in messages %}{{ m['content'] + '<|pad|>\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+def test_end_tokens_come_from_model_tokenizer_and_template(policy, tokenizer):
+    eos, other, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|pad|>"])
+    tokenizer.chat_template = CHATML
+    for known, expected in ((None, {eos, turn}), (other, {eos, turn, other}), ([other, 7], {eos, turn, other, 7})):
+        policy.generation_config.eos_token_id = known
+        assert end_tokens(policy, tokenizer) == expected
+    prompts = encode_prompts(tokenizer, [QUESTION] * 64)
+    drawn = whole_answer(policy, tokenizer, prompts, Sampling(40), Generator().manual_seed(0))
+    lasts = {row[-1] for row, ended in zip(drawn.token_lists(), drawn.finished.tolist()) if ended}
+    assert len(lasts) > 1 and lasts <= expected == drawn.ends
+    assert not any(expected & {*row[:-1]} for row in drawn.token_lists())
+    for i, row in enumerate(drawn.token_lists()):  # 7 is no special token, and yet no part of what is said
+        said = row[:-1] if row[-1] in expected else row
+        assert drawn.texts(tokenizer)[i] == tokenizer.decode(said, skip_special_tokens=True).strip()
+    for seed in range(8):
+        alone = whole_answer(policy, tokenizer, prompts[:1], Sampling(40), Generator().manual_seed(seed))
+        *_, last = stream(policy, tokenizer, QUESTION, Sampling(40), Generator().manual_seed(seed))
+        assert ([last.text], [last.finished]) == (alone.texts(tokenizer), alone.finished.tolist())
+
+
+def test_all_ends_wait_for_the_least_length(policy, prompts):
+    ends = set(range(10, 250))
+    found = generate(policy, prompts * 20, Sampling(6, min_new_tokens=3), eos_id=ends, pad_id=1)
+    assert found.lengths.min() == 4 and not torch.isin(found.tokens[:, :3], tensor(sorted(ends))).any()
 
 
 def test_end_of_text_waits_for_the_least_length(policy, prompts):

@@ -18,9 +18,10 @@ THERE = importlib.util.find_spec("vllm") is not None
 
 def test_what_vllm_is_asked_for():
     sampling = Sampling(7, temperature=0.5, top_k=3, top_p=0.9, min_new_tokens=2, stop=["\n"])
-    assert request(sampling, 5) == {
+    assert request(sampling, 5, {9, 3}) == {
         "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_tokens": 2, "max_tokens": 7, "stop": ["\n"],
         "include_stop_str_in_output": True, "detokenize": True, "seed": 5, "logprobs": 0,
+        "stop_token_ids": [3, 9],
     }  # fmt: skip
     assert request(Sampling(), 5)["stop"] is None and not request(Sampling(), 5)["detokenize"]
 

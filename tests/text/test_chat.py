@@ -1,5 +1,9 @@
+import warnings
+
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages import WorldEvaluateDataModule
@@ -11,7 +15,8 @@ from lit_rlhf.text import (
     ensure_chat_template,
     is_base,
 )
-from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE
+from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, behind_start, turn_end
+from lit_rlhf.text.special_tokens import text_start
 from lit_rlhf.text.tokenizer import load_tokenizer
 
 CHATML = (
@@ -59,14 +64,14 @@ def test_one_turn_by_hand(tokenizer):
     tokenizer.chat_template = ROLE_TEMPLATE
     eos, user_id, assistant_id = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|assistant|>"])
     question, answer = (tokenizer(" " + m["content"])["input_ids"] for m in SINGLE)
-    (encoded,) = encode_dialogues(tokenizer, [SINGLE], [1])
+    [[encoded]] = encode_dialogues(tokenizer, [SINGLE], [1])
     assert encoded.tokens == [user_id, *question, assistant_id, *answer, eos]
     assert encoded.mask == [False] * (len(question) + 2) + [True] * (len(answer) + 1)  # end-of-text is learned
 
 
 def test_every_answer_of_several_turns_is_learned(tokenizer):
     tokenizer.chat_template = ROLE_TEMPLATE
-    (encoded,) = encode_dialogues(tokenizer, [SEVERAL], [0])
+    [[encoded]] = encode_dialogues(tokenizer, [SEVERAL], [0])
     assert learned(tokenizer, encoded) == [" the cat<|endoftext|>", "  42 <|endoftext|>", " 👍🏽<|endoftext|>"]
     assert tokenizer.decode(encoded.tokens) == (
         "<|system|> You are the cat.<|user|> Who are you?<|assistant|> the cat<|endoftext|><|user|> What is it?"
@@ -77,7 +82,7 @@ def test_every_answer_of_several_turns_is_learned(tokenizer):
 @pytest.mark.parametrize(("context", "expected"), [(0, 3), (2, 3), (3, 2), (5, 1), (6, 1)])
 def test_only_answers_from_the_context_on_are_learned(tokenizer, context, expected):
     tokenizer.chat_template = ROLE_TEMPLATE
-    whole, part = encode_dialogues(tokenizer, [SEVERAL, SEVERAL], [0, context])
+    [[whole], [part]] = encode_dialogues(tokenizer, [SEVERAL, SEVERAL], [0, context])
     assert part.tokens == whole.tokens
     assert learned(tokenizer, part) == learned(tokenizer, whole)[-expected:]
 
@@ -90,7 +95,7 @@ def test_training_sees_what_generation_will_see(tokenizer, template):
     before, after = encode_prompts(tokenizer, prompts), encode_responses(tokenizer, prompts, answers)
     dialogues = [[*prompt, assistant(answer)] for prompt, answer in zip(prompts, answers)]
     encoded = encode_dialogues(tokenizer, dialogues, [len(prompt) for prompt in prompts])
-    for prompt, response, item in zip(before, after, encoded):
+    for prompt, response, [item] in zip(before, after, encoded):
         assert item.tokens == prompt + response
         assert item.mask == [False] * len(prompt) + [True] * len(response)
         assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
@@ -98,30 +103,44 @@ def test_training_sees_what_generation_will_see(tokenizer, template):
 
 def test_what_a_template_writes_after_end_of_text_belongs_to_the_next_turn(tokenizer):
     tokenizer.chat_template = CHATML
-    (encoded,) = encode_dialogues(tokenizer, [SEVERAL[1:]], [0])
+    [[encoded]] = encode_dialogues(tokenizer, [SEVERAL[1:]], [0])
     assert learned(tokenizer, encoded) == ["the cat<|endoftext|>", " 42 <|endoftext|>", "👍🏽<|endoftext|>"]
     whole = tokenizer.apply_chat_template(SEVERAL[1:], tokenize=False)
     assert tokenizer.decode(encoded.tokens) == whole.removesuffix("\n")
 
 
-def test_a_template_without_end_of_text_gets_one(tokenizer):
+def test_a_template_without_an_end_gets_end_of_text_and_earlier_turns_stay_as_it_writes_them(tokenizer):
     tokenizer.chat_template = TURNS.replace("CONTENT", "m['content']")
-    (encoded,) = encode_dialogues(tokenizer, [SINGLE * 2], [0])
-    assert learned(tokenizer, encoded) == ["It is  42,\nI am!<|endoftext|>"] * 2
+    [[first, second]] = encode_dialogues(tokenizer, [SINGLE * 2], [0])
+    assert learned(tokenizer, first) == learned(tokenizer, second) == ["It is  42,\nI am!<|endoftext|>"]
+    asked = "[user]What is 12?[assistant]"
+    assert tokenizer.decode(second.tokens) == f"{asked}It is  42,\nI am!{asked}It is  42,\nI am!<|endoftext|>"
+
+
+THINKING = [user("q"), assistant("<think>x</think>y"), user("q"), assistant("<think>x</think>y")]
 
 
 @pytest.mark.parametrize(
-    ("content", "dialogue"),
+    ("content", "dialogue", "prompts"),
     [
-        ("(m['content'] if loop.last else '…')", SINGLE),  # the question is hidden once it is answered
-        ("m['content'].split('</think>')[-1 if not loop.last else 0]", [user("q"), assistant("x</think>y")] * 2),
+        # The question is hidden once it is answered.
+        ("(m['content'] if loop.last else '…')", SINGLE, ["[user]What is 12?[assistant]"]),
+        # What was thought is left out of earlier turns.
+        (
+            "(m['content'] if loop.last else m['content'].split('</think>')[-1])",
+            THINKING,
+            ["[user]q[assistant]", "[user]q[assistant]y[user]q[assistant]"],
+        ),
     ],
     ids=["prompt", "earlier answer"],
-)
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content, dialogue):
+)  # fmt: skip
+def test_a_template_that_rewrites_earlier_turns_is_learned_turn_by_turn(tokenizer, content, dialogue, prompts):
     tokenizer.chat_template = TURNS.replace("CONTENT", content)
-    with pytest.raises(UserError, match="chat template rewrites earlier turns"):
-        encode_dialogues(tokenizer, [dialogue], [0])
+    [examples] = encode_dialogues(tokenizer, [dialogue], [0])
+    asked = [tokenizer.decode([t for t, m in zip(e.tokens, e.mask) if not m]) for e in examples]
+    assert asked == prompts
+    for example in examples:
+        assert learned(tokenizer, example) == [dialogue[1]["content"] + "<|endoftext|>"]
 
 
 def test_an_empty_answer_is_end_of_text(tokenizer):
@@ -157,7 +176,7 @@ def test_a_tokenizer_without_roles_gets_the_transcript_template(test_data):
     size = len(tokenizer)
     ensure_chat_template(tokenizer)
     assert tokenizer.chat_template == TRANSCRIPT_TEMPLATE and len(tokenizer) == size
-    (encoded,) = encode_dialogues(tokenizer, [SEVERAL[:5]], [0])
+    [[encoded]] = encode_dialogues(tokenizer, [SEVERAL[:5]], [0])
     assert tokenizer.decode(encoded.tokens) == (
         "\n\nSystem: You are the cat.\n\nHuman: Who are you?\n\nAssistant: the cat<|endoftext|>"
         "\n\nHuman: What is it?\n\nAssistant:  42 <|endoftext|>"
@@ -175,9 +194,210 @@ def test_no_special_tokens_but_those_of_the_template(tokenizer):
 
 
 def test_a_template_that_refuses_a_dialogue_says_so_in_one_line(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
-    with pytest.raises(UserError, match="chat template refuses a dialogue of the data: roles must alternate"):
+    turns = "{% for m in messages %}{% if loop.index0 % 2 and m.role != 'assistant' %}"
+    tokenizer.chat_template = (
+        turns + "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="chat template refuses the dialogue: roles must alternate"):
         encode_prompts(tokenizer, [[user("Hi"), user("Hi")]])
+    refused = {}
+    prompts = [[user("Hi")], [user("Hi"), user("Hi")], [user("Ho")]]
+    found = encode_prompts(tokenizer, prompts, refuse=refused.__setitem__)
+    assert [*map(tokenizer.decode, found)] == ["Hi", "", "Ho"]
+    assert refused == {1: "this tokenizer's chat template refuses the dialogue: roles must alternate"}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ bos_token }}", "cannot write a question and an answer: it leaves out what is said"),
+        ("{% for m in messages %}{{ m.content.no.such }}{% endfor %}", "question and an answer: .* has no attribute"),
+        ("{% for m in messages %}{% if %}", "question and an answer: .*refuses the dialogue: Expected an expression"),
+    ],
+)
+def test_a_template_that_cannot_write_a_dialogue_is_refused(tokenizer, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message) as refused:
+        encode_prompts(tokenizer, [[user("Hi")]])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "reason"),
+    [
+        ([assistant("Hi")], "nothing stands before the assistant's turn"),
+        ([{"role": "system", "content": "Be."}, assistant("Hi")], "only a system message stands before the assistant"),
+        ([user(" "), assistant("Hi")], "a turn of the user is empty"),
+        ([user("Hi"), assistant("\n")], "a turn of the assistant is empty"),
+    ],
+)
+def test_dialogues_that_are_none(tokenizer, dialogue, reason):
+    tokenizer.chat_template = CHATML
+    with pytest.raises(UserError, match=reason):
+        encode_dialogues(tokenizer, [dialogue], [0])
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_both_learned(tokenizer):
+    tokenizer.chat_template = CHATML
+    [[encoded]] = encode_dialogues(tokenizer, [[user("q"), assistant("a"), assistant("b")]], [0])
+    assert learned(tokenizer, encoded) == ["a<|endoftext|>", "b<|endoftext|>"]
+
+
+def test_what_a_template_leaves_out_is_refused(tokenizer):
+    tokenizer.chat_template = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'system'")
+    with pytest.raises(UserError, match=r"leaves out 'content' of a message of the system .'You are the cat.'"):
+        encode_prompts(tokenizer, [SEVERAL[:2]])
+    tokenizer.chat_template = CHATML.replace("+ m['content']", "+ m['content'].split('#')[0]")
+    with pytest.raises(UserError, match=r"leaves out 'content' of a message of the assistant .'one # two'"):
+        encode_responses(tokenizer, [SINGLE[:1]], ["one # two"])
+    thought = {**assistant("a"), "reasoning_content": "hm"}
+    with pytest.raises(UserError, match=r"leaves out 'reasoning_content'"):
+        encode_dialogues(tokenizer, [[user("q"), thought]], [0])
+
+
+PARTS = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, CHATML], ids=["parts", "text"])
+def test_content_is_written_as_the_template_wants_it(tokenizer, template):
+    tokenizer.chat_template = template
+    as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in SEVERAL]
+    one, other = encode_dialogues(tokenizer, [SEVERAL, as_parts], [0, 0])
+    assert one == other
+    assert learned(tokenizer, one[0]) == ["the cat<|endoftext|>", " 42 <|endoftext|>", "👍🏽<|endoftext|>"]
+    given = as_parts if template == PARTS else SEVERAL
+    assert encode_prompts(tokenizer, [SEVERAL[:4]]) == [
+        tokenizer.apply_chat_template(given[:4], add_generation_prompt=True)["input_ids"]
+    ]
+    image = [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}]
+    if template == CHATML:
+        with pytest.raises(UserError, match="holds a part that is no text"):
+            encode_prompts(tokenizer, [image])
+
+
+GENERATION = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}[assistant]{% generation %}SAID{% endgeneration %}"
+    "{% else %}{{ '[user]' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_template_says_itself_what_is_learned(tokenizer):
+    two = [user("q"), assistant("one"), user("q"), assistant("two")]
+    tokenizer.chat_template = GENERATION.replace("SAID", "{{ m['content'] + eos_token }}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [[encoded]] = encode_dialogues(tokenizer, [two], [0])
+    assert learned(tokenizer, encoded) == ["one<|endoftext|>", "two<|endoftext|>"]
+    for said, expected in (
+        ("{{ m['content'] }}{{ eos_token }} ", ["one<|endoftext|> ", "two<|endoftext|> "]),  # more
+        ("{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% generation %}", ["one", "two"]),  # less
+    ):
+        tokenizer.chat_template = GENERATION.replace("SAID", said)
+        with pytest.warns(UserWarning, match="marks other text as the assistant's .* what it marks is learned"):
+            [[encoded]] = encode_dialogues(tokenizer, [two], [0])
+        assert learned(tokenizer, encoded) == expected
+
+
+def test_tools_are_written_and_calls_are_learned(tokenizer):
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for m in messages %}"
+        "{{ '[' + m.role + ']' + (m.content or '') }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}"
+        "{% endfor %}{% if m.role == 'assistant' %}{{ eos_token + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 2}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    turns = [user("2?"), calls, {"role": "tool", "content": "4"}, assistant("It is 4.")]
+    [[encoded]] = encode_dialogues(tokenizer, [turns], [0], [[call]])
+    called = '{"name": "multiply", "arguments": {"a": 2}}<|endoftext|>'
+    assert learned(tokenizer, encoded) == [called, "It is 4.<|endoftext|>"]
+    whole = f"multiply [user]2?[assistant]{called}\n[tool]4[assistant]It is 4.<|endoftext|>"
+    assert tokenizer.decode(encoded.tokens) == whole
+    tokenizer.chat_template = CHATML
+    with pytest.raises(UserError, match=r"leaves out 'tool_calls.0.'"):
+        encode_dialogues(tokenizer, [[user("2?"), {**calls, "content": ""}]], [0])
+
+
+def two_ends(tokenizer):
+    """As SmolLM2, Qwen and others: <|im_end|> ends a turn, <|endoftext|> a text."""
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML.replace("eos_token", "'<|im_end|>'")
+    return tokenizer
+
+
+def test_a_turn_ends_as_the_template_ends_it_and_nothing_is_added(tokenizer):
+    two_ends(tokenizer)
+    assert turn_end(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    [[encoded]] = encode_dialogues(tokenizer, [SEVERAL], [0])
+    assert learned(tokenizer, encoded) == ["the cat<|im_end|>", " 42 <|im_end|>", "👍🏽<|im_end|>"]
+    assert tokenizer.eos_token_id not in encoded.tokens
+    whole = tokenizer.apply_chat_template(SEVERAL)["input_ids"]
+    assert encoded.tokens == whole[: len(encoded.tokens)]
+    assert encode_responses(tokenizer, [SINGLE[:1]], ["a"])[0][-1:] == [*turn_end(tokenizer)]
+
+
+def test_the_end_of_a_turn(tokenizer):
+    for template, end in (
+        (ROLE_TEMPLATE, "<|endoftext|>"),
+        (BASE_TEMPLATE, None),
+        (TURNS.replace("CONTENT", "m['content']"), None),
+        (CHATML.replace("eos_token", "'<|pad|><|user|>'"), "<|user|>"),  # a run of them: the last
+        (
+            CHATML.replace("eos_token", "eos_token + '<|user|>'"),
+            "<|endoftext|>",
+        ),  # the tokenizer's
+        (CHATML.replace("eos_token", "'<|user|>\n' + eos_token"), "<|user|>"),  # Phi-3: the first
+    ):
+        tokenizer.chat_template = template
+        assert turn_end(tokenizer) == ({tokenizer.convert_tokens_to_ids(end)} if end else set())
+    tokenizer.chat_template = None
+    assert turn_end(tokenizer) == set()
+
+
+def test_a_text_begins_as_the_tokenizer_begins_one(tokenizer):
+    for own in (None, BASE_TEMPLATE):
+        assert text_start(tokenizer) == []
+        tokenizer.chat_template = own
+        ensure_chat_template(tokenizer)
+        assert tokenizer.chat_template == ROLE_TEMPLATE
+    [bare] = encode_prompts(tokenizer, [SINGLE[:1]])
+    bos = tokenizer.convert_tokens_to_ids("<|system|>")
+    begun = TemplateProcessing(single="<|system|> $A <|pad|>", special_tokens=[("<|system|>", bos), ("<|pad|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begun
+    assert text_start(tokenizer) == [bos]  # what stands in front, and nothing of what stands behind
+    tokenizer.chat_template = None
+    ensure_chat_template(tokenizer)
+    assert encode_prompts(tokenizer, [SINGLE[:1]]) == [[bos, *bare]]
+    assert tokenizer.apply_chat_template(SINGLE[:1], add_generation_prompt=True)["input_ids"] == [bos, *bare]
+    shown = Transcript().prompting(tokenizer)
+    assert encode_prompts(shown, [SINGLE[:1]])[0][:2] == [bos, *shown("Human")["input_ids"][1:-1]][:2]
+    tokenizer.chat_template = behind_start(tokenizer, BASE_TEMPLATE)
+    assert is_base(tokenizer)
+    tokenizer.chat_template = CHATML  # a template of its own says itself how a text begins
+    assert bos not in encode_prompts(tokenizer, [SINGLE[:1]])[0]
+
+
+def sentencepiece():
+    """Llama 2's kind: a space is put before a text, wherever it stands."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", *"abcdefgh:?.<>/s", "<0x0A>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_response_gets_no_space_that_only_a_text_of_its_own_would(tokenizer):
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'assistant' else ': ') }}{% endfor %}"
+    )
+    [response] = encode_responses(tokenizer, [[user("abc?")]], ["def"])
+    assert tokenizer.convert_ids_to_tokens(response) == ["d", "e", "f", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("def")["input_ids"]) == ["▁", "d", "e", "f"]
 
 
 def test_a_base_model_is_shown_a_transcript(tokenizer):

@@ -5,7 +5,7 @@ drawn: nothing is decoded and tokenized again, and no second forward pass is nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
 from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, StaticDecoder, TransformersDecoder
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
-from lit_rlhf.models.policy import compute_dtype, context_length
+from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 
@@ -40,7 +40,7 @@ def answer(
     cache_gib: Annotated[float, Field(gt=0)] = 1.0,
     cuda_graphs: bool = False,
 ) -> Responses:
-    """:func:`generate` with the tokenizer's end-of-text and padding, and with ``sampling.stop``."""
+    """:func:`generate` with all :func:`end_tokens`, the tokenizer's padding, and ``sampling.stop``."""
     ended = None
     if sampling.stop:
         longest = max(map(len, sampling.stop))
@@ -50,10 +50,11 @@ def answer(
             tail = tokenizer.decode(tokens[-4 * longest - 4 :], skip_special_tokens=True)
             return any(s in tail for s in sampling.stop)
 
-    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "ended": ended}
-    settings = {"generator": generator, "shard": shard, "states": states}
+    ends = end_tokens(policy, tokenizer)
+    settings = {"generator": generator, "shard": shard, "states": states, "ended": ended}
     engine = {"lean": lean, "rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
-    return generate(policy, prompts, sampling, **ends, **settings, **engine)._replace(stop=sampling.stop)
+    drawn = generate(policy, prompts, sampling, eos_id=ends, pad_id=tokenizer.pad_token_id, **settings, **engine)
+    return drawn._replace(stop=sampling.stop, ends=ends)
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    eos_id: int,
+    eos_id: int | Collection[int],
     pad_id: int,
     generator: Generator | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -77,6 +78,7 @@ def generate(
 
     Each answer has random numbers of its own, which depend on the generator and on the answer's place in the batch
     alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
+    It ends with ``eos_id``, or with any of several.
     With ``states`` the hidden states are kept: a head on them needs no other pass over the answers.
     ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
     At most ``rows`` answers are written at a time (None: :func:`rows_that_fit` into ``cache_gib``); others take the
@@ -87,9 +89,10 @@ def generate(
     device = model.device
     uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
     places, tokens, logprobs, entropies, ended_there, hidden = [], [], [], [], [], []
+    ends = [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
     width = max(map(len, prompts)) + sampling.max_new_tokens
     rows = rows or rows_that_fit(model, width, cache_gib)
-    for drawn in _draw(model, prompts, sampling, uniforms, eos_id, pad_id, ended, lean, rows, cuda_graphs):
+    for drawn in _draw(model, prompts, sampling, uniforms, ends, pad_id, ended, lean, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
         for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
@@ -129,19 +132,20 @@ def stream(
 
     No part of a text in ``sampling.stop`` is shown. A character of which some bytes are still to come is held back."""
     [prompt] = encode_prompts(tokenizer, [messages])
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends, pad_id = sorted(end_tokens(policy, tokenizer)), tokenizer.pad_token_id
     tokens: list[int] = []
     text = ""
     uniforms = _uniforms(1, sampling, generator, (0, 1), policy.device)
-    for drawn in _draw(policy, [prompt], sampling, uniforms, eos_id, pad_id):
+    for drawn in _draw(policy, [prompt], sampling, uniforms, ends, pad_id):
         tokens.append(int(drawn.tokens))
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        finished = tokens[-1] in ends
+        text = tokenizer.decode(tokens[: len(tokens) - finished], skip_special_tokens=True)
         if (before := before_stop(text, sampling.stop)) != text:
             yield Growing(before.strip(), True)
             return
-        if tokens[-1] != eos_id and len(tokens) < sampling.max_new_tokens:
+        if not finished and len(tokens) < sampling.max_new_tokens:
             yield Growing(_without_begun(text.rstrip("\ufffd"), sampling.stop).strip(), False)
-    yield Growing(_without_begun(text, sampling.stop).strip(), tokens[-1] == eos_id)
+    yield Growing(_without_begun(text, sampling.stop).strip(), finished)
 
 
 def _without_begun(text: str, stop: Sequence[str]) -> str:
@@ -177,7 +181,7 @@ def _draw(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     uniforms: Tensor,
-    eos_id: int,
+    ends: list[int],
     pad_id: int,
     ended: Ended | None = None,
     lean: bool = True,
@@ -189,17 +193,18 @@ def _draw(
     longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
     rows = min(rows or len(prompts), len(prompts))
     decoder = _decoder(model, rows, longest + limit, pad_id, lean, cuda_graphs and device.type == "cuda")
+    ends_there = torch.tensor(ends, device=device)
     begun = rows
     answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
     written: list[list[int]] = [[] for _ in prompts]  # kept where `ended` wants them
     hidden = decoder.begin(prompts[:rows])
     while True:
         logits = decoder.logits(hidden)
-        logits = _shape_logits(logits if logits.dtype == torch.float64 else logits.float(), sampling, steps, eos_id)
+        logits = _shape_logits(logits if logits.dtype == torch.float64 else logits.float(), sampling, steps, ends)
         probs = logits.softmax(-1)
         greedy = sampling.temperature == 0
         drawn = logits.argmax(-1) if greedy else sample_index(probs, uniform=uniforms[answers, steps])
-        stops = drawn == eos_id
+        stops = torch.isin(drawn, ends_there)
         if ended is not None:
             for row, (i, token) in enumerate(zip(answers.tolist(), drawn.tolist())):
                 written[i].append(token)
@@ -258,10 +263,12 @@ def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: b
     return (StaticDecoder if graphs else LeanDecoder)(trunk, rows, width)
 
 
-def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, eos_id: int) -> Tensor:
+def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, ends: list[int]) -> Tensor:
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
-    if sampling.min_new_tokens and 0 <= eos_id < logits.shape[-1]:
+    if sampling.min_new_tokens:
+        early = (steps < sampling.min_new_tokens)[:, None]
+        forbidden = [token for token in ends if 0 <= token < logits.shape[-1]]
         logits = logits.clone()
-        logits[steps < sampling.min_new_tokens, eos_id] = float("-inf")
+        logits[:, forbidden] = logits[:, forbidden].masked_fill(early, float("-inf"))
     return filter_logits(logits, sampling.top_k, sampling.top_p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, Protocol
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 class Sampling:
     """How answers are drawn. All tokens are possible by default: what is learned from must be what was sampled."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] = 48  # tokens, end-of-text included
+    max_new_tokens: Annotated[int, Field(ge=1)] = 48  # tokens, the one that ends the answer included
     temperature: Annotated[float, Field(ge=0)] = 1.0  # divides the logits; 0 takes the most likely token
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: all tokens
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0  # tokens before end-of-text is possible
-    stop: Sequence[str] = ()  # texts before which an answer ends, besides end-of-text
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0  # tokens before an answer can end
+    stop: Sequence[str] = ()  # texts before which an answer ends, besides the end tokens
 
     def greedy(self) -> Sampling:
         """The same limits, always taking the most likely token."""
@@ -30,13 +30,14 @@ class Sampling:
 class Responses(NamedTuple):
     """B sampled answers of up to T tokens."""
 
-    tokens: Tensor  # (B, T) int64, end-of-text included, padding after it
+    tokens: Tensor  # (B, T) int64, the one that ended the answer included, padding after it
     mask: Tensor  # (B, T) bool, True = token of the answer
     logprobs: Tensor  # (B, T) float32, nats, under the distribution that was sampled from; 0 at masked positions
     entropy: Tensor  # (B, T) float32, nats, of that distribution, NaN where unknown; 0 at masked positions
     finished: Tensor  # (B,) bool, False = cut off at max_new_tokens
     stop: Sequence[str] = ()  # texts before which an answer ends
     states: Tensor | None = None  # (B, T, E) hidden states that the tokens were drawn from, where asked for
+    ends: Collection[int] = ()  # tokens with which an answer ends; special ones are no part of its text anyway
 
     @property
     def lengths(self) -> Tensor:
@@ -48,8 +49,9 @@ class Responses(NamedTuple):
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Each answer as a person reads it: without special tokens, stop texts and space around it."""
-        texts = tokenizer.batch_decode(self.token_lists(), skip_special_tokens=True)
+        """Each answer as a person reads it: without special and end tokens, stop texts and space around it."""
+        said = [tokens[:-1] if tokens[-1:] and tokens[-1] in self.ends else tokens for tokens in self.token_lists()]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         return [before_stop(text, self.stop).strip() for text in texts]
 
 

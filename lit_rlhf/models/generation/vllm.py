@@ -9,7 +9,7 @@ import copy
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.generation.engine import check_room
 from lit_rlhf.models.generation.sampling import Responses, Sampling
 from lit_rlhf.models.lora import plain_weights
-from lit_rlhf.models.policy import compute_dtype, context_length
+from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
 
 
 class VLLMEngine:
@@ -62,10 +62,11 @@ class VLLMEngine:
         model = self._model(policy, tokenizer)
         model.collective_rpc("reload_weights", kwargs={"weights_iterator": plain_weights(policy)})
         model.reset_prefix_cache()  # what it remembers of prompts comes from the weights before
-        params = [SamplingParams(**request(sampling, seed)) for seed in seeds(len(prompts), generator, shard)]
+        ends = end_tokens(policy, tokenizer)
+        params = [SamplingParams(**request(sampling, seed, ends)) for seed in seeds(len(prompts), generator, shard)]
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         drawn = [drawn_of(output.outputs[0]) for output in model.generate(asked, params, use_tqdm=False)]
-        return responses(drawn, tokenizer.pad_token_id, sampling, policy.device)
+        return responses(drawn, tokenizer.pad_token_id, sampling, policy.device)._replace(ends=ends)
 
     def _model(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         config = copy.deepcopy(policy.config)
@@ -108,8 +109,8 @@ class Drawn(NamedTuple):
     finished: bool
 
 
-def request(sampling: Sampling, seed: int) -> dict[str, Any]:
-    """vLLM's ``SamplingParams`` of one answer."""
+def request(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:
+    """vLLM's ``SamplingParams`` of one answer, which ends with any of ``ends`` besides the config's end-of-text."""
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -117,6 +118,7 @@ def request(sampling: Sampling, seed: int) -> dict[str, Any]:
         "min_tokens": sampling.min_new_tokens,
         "max_tokens": sampling.max_new_tokens,
         "stop": list(sampling.stop) or None,
+        "stop_token_ids": sorted(ends),
         "include_stop_str_in_output": True,  # ids of the tokens that write it stay in the answer
         "detokenize": bool(sampling.stop),
         "seed": seed,
@@ -132,7 +134,7 @@ def seeds(answers: int, generator: Generator | None, shard: tuple[int, int]) -> 
 
 
 def drawn_of(completion: Any) -> Drawn:
-    """What vLLM's ``CompletionOutput`` says; it is finished where end-of-text or a stop text ended it."""
+    """What vLLM's ``CompletionOutput`` says; it is finished where an end token or a stop text ended it."""
     tokens = list(completion.token_ids)
     logprobs = [position[token].logprob for token, position in zip(tokens, completion.logprobs)]
     return Drawn(tokens, logprobs, completion.finish_reason == "stop")

@@ -12,6 +12,7 @@ from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDa
 from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.chat import Transcript
 from lit_rlhf.text.records import Messages, OnBadRecord, parse_text
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
 
@@ -38,6 +39,7 @@ class EvaluateDataModule(PromptDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,
+        special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -46,8 +48,8 @@ class EvaluateDataModule(PromptDataModule):
     ) -> None:
         super().__init__(
             path, tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, held_out=held_out,
-            limit_held_out=limit_held_out, split_seed=split_seed, seed=seed, limit=limit, on_bad_record=on_bad_record,
-            fields=fields,
+            limit_held_out=limit_held_out, split_seed=split_seed, special_tokens=special_tokens, seed=seed,
+            limit=limit, on_bad_record=on_bad_record, fields=fields,
         )  # fmt: skip
         self.text = text
 

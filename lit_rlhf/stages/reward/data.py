@@ -23,6 +23,7 @@ from lit_rlhf.text.records import (
     rankings_of_feedback,
     text_of,
 )
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
 
 
@@ -55,6 +56,7 @@ class RewardDataModule(RankingDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
         fold: Annotated[int, Field(ge=0)] = 0,
+        special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -65,8 +67,8 @@ class RewardDataModule(RankingDataModule):
             raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
         super().__init__(
             path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, packing=packing,
-            share_prompts=share_prompts, held_out=held_out, split_seed=split_seed, fold=fold, seed=seed, limit=limit,
-            on_bad_record=on_bad_record, fields=fields,
+            share_prompts=share_prompts, held_out=held_out, split_seed=split_seed, fold=fold,
+            special_tokens=special_tokens, seed=seed, limit=limit, on_bad_record=on_bad_record, fields=fields,
         )  # fmt: skip
         self.demonstrations, self.feedback = demonstrations, feedback
         if score_margin:
@@ -92,8 +94,8 @@ class RewardDataModule(RankingDataModule):
         super().setup(stage)
         answers = self.demonstration_answers(self.train_rankings[: self.limit])[:1000]
         prompts, texts = [list(column) for column in zip(*answers)]
-        before = encode_prompts(self.tokenizer, prompts)
-        behind = encode_responses(self.tokenizer, prompts, texts)
+        before = encode_prompts(self.tokenizer, prompts, special_tokens=self.special_tokens)
+        behind = encode_responses(self.tokenizer, prompts, texts, special_tokens=self.special_tokens)
         self.demonstration_sequences = [[*p, *r][-self.max_length :] for p, r in zip(before, behind)]
         self.demonstration_lengths = [min(len(r), self.max_length - 1) for r in behind]
 

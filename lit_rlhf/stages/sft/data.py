@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Demonstration, Messages, OnBadRecord, parse_demonstration, text_of
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 
@@ -34,15 +36,17 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
     Args:
         path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: one that is ready, or a function that trains one on the demonstrations.
-        batch_size: dialogues a process and step.
+        batch_size: dialogues a process and step; one whose template rewrites earlier turns counts once per turn.
         max_length: tokens; longer dialogues are handled as ``on_long`` says, and counted.
         on_long: "skip" leaves them out, "cut" keeps their first ``max_length`` tokens.
         packing: lay dialogues one after another (they do not see each other); False: pad all of a batch to its longest.
         held_out: fraction of the prompts kept for validation.
         split_seed: which ones; the same in every stage.
+        special_tokens: what their names mean in the records: "plain" text; "refuse": a bad record; "rendered": tokens,
+            as prompt and response were written by a chat template already, and none is applied.
         seed: order of the dialogues.
         limit: train on at most so many dialogues, to try things out; None: all.
-        on_bad_record: "fail" names the first bad record, "skip" counts them.
+        on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
@@ -59,6 +63,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         packing: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: int = 0,
+        special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         on_bad_record: OnBadRecord = "fail",
@@ -67,7 +72,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         super().__init__(
             path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
         )  # fmt: skip
-        self.limit, self._tokenizer = limit, tokenizer
+        self.limit, self._tokenizer, self.special_tokens = limit, tokenizer, special_tokens
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
         self.packing, self.seed = packing, seed
         self.train_set: list[Encoded] = []
@@ -102,7 +107,12 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
 
     def _encode(self, records: list[Demonstration]) -> list[Encoded]:
         kept = []
-        for item in encode_dialogues(self.tokenizer, [r.messages for r in records], [r.context for r in records]):
+        messages, contexts, tools = zip(*((r.messages, r.context, r.tools) for r in records)) if records else [()] * 3
+        settings = {
+            "special_tokens": self.special_tokens,
+            "refuse": lambda i, reason: self.refuse(records[i], reason),
+        }
+        for item in chain(*encode_dialogues(self.tokenizer, messages, contexts, tools, **settings)):
             if len(item.tokens) > self.max_length:
                 self.long += 1
                 item = Encoded(item.tokens[: self.max_length], item.mask[: self.max_length])

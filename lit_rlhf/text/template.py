@@ -1,0 +1,307 @@
+"""How a tokenizer's chat template writes a dialogue: where an answer begins, and where it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text.special_tokens import (
+    Pieces,
+    SpecialTokens,
+    any_of,
+    check,
+    encode_marked,
+    encode_texts,
+    marked,
+    text_start,
+)
+
+Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates want it
+Message = dict[str, Any]
+
+QUESTION, ANSWER = "(question)", "(answer)"  # what is written to see what a template does with it
+REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
+
+
+class Written(NamedTuple):
+    """A prompt, and the answer to it where there is one, as the template writes them."""
+
+    prompt: str
+    response: str = ""  # up to the end of the assistant's turn
+    learned: list[tuple[int, int]] | None = None  # characters of the response; None: all
+    mark: str = ""  # see lit_rlhf.text.special_tokens.marked
+
+
+class Template:
+    """A tokenizer's chat template, after a look at how it writes a question and an answer.
+
+    Nothing is assumed of it but that a prompt is what it writes with ``add_generation_prompt``, and an answer what it
+    writes behind that when the answer is the last message. Raises ``UserError`` where it leaves out what is said.
+
+    Args:
+        tokenizer: with the template.
+        special_tokens: what their names mean in people's text. "rendered": a prompt is one text, and none is applied.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain") -> None:
+        self.tokenizer, self.special_tokens = tokenizer, special_tokens
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        self._added = any_of(token.content for token in added)
+        self._run = re.compile(f"(?:{self._added.pattern})+")
+        self._tail = re.compile(rf"(?:{self._added.pattern}|\s)+\Z")
+        self._in_parts = False  # whether it wants content as a list of parts
+        self._after: str | None = None  # what it writes after an answer
+        self._names = any_of([])
+        if special_tokens != "rendered":
+            self._after = self._probe()
+            special = {token.content for token in added if token.special}
+            self._names = any_of(special | self._marking_turns())
+
+    @property
+    def end(self) -> str | None:
+        """The token with which it ends the assistant's turn; None where it writes none."""
+        ends = self._added.findall(self._up_to_end(self._after or "") or "")
+        return ends[-1] if ends else None
+
+    # ------------------------------------------------------------------ writing
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Written:
+        """The dialogue up to where the assistant answers."""
+        (messages, tools), mark = self._shielded([*messages], tools)
+        return Written(self._prompt(messages, tools), mark=mark)
+
+    def turn(self, messages: Sequence[Message], answer: Message, tools: Tools = None) -> Written:
+        """The dialogue up to where the assistant answers, and the answer."""
+        ([*before, answer], tools), mark = self._shielded([*messages, answer], tools)
+        prompt, whole = self._prompt(before, tools), self._write([*before, answer], tools)
+        reply, start = self._reply(prompt, whole, before, answer, tools)
+        self._check_said(answer, reply)
+        response = self._ended(reply)
+        if start is None or not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self._source(tools)):
+            return Written(prompt, response, mark=mark)
+        # The template itself says what is learned: between {% generation %} and {% endgeneration %}.
+        learned = self._generated([*before, answer], tools, start)
+        if learned[-1][1] > len(response) or not whole.startswith(response, start):
+            response = whole[start : start + learned[-1][1]]
+        if learned != [(0, len(self._ended(reply)))]:
+            warnings.warn(
+                "this tokenizer's chat template marks other text as the assistant's ({% generation %}) than an answer "
+                "and the end of its turn, up to a line break behind it say; what it marks is learned",
+                stacklevel=2,
+            )
+        return Written(prompt, response, learned, mark)
+
+    def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
+        if self.special_tokens == "refuse":
+            check(self._names, messages)
+        return marked(self.tokenizer, self._names, ([self._as_wanted(m) for m in messages], tools))
+
+    def _prompt(self, messages: list[Message], tools: Tools) -> str:
+        if not any(message["role"] in ("user", "tool") for message in messages):
+            raise UserError(f"{'only a system message' if messages else 'nothing'} stands before the assistant's turn")
+        for message in messages:
+            if message["role"] == "user" and not content_of(message).strip():
+                raise UserError("a turn of the user is empty")
+        prompt = self._write(messages, tools, generation_prompt=True)
+        for message in messages:
+            if message["role"] != "assistant":  # of those a template may leave out what was thought
+                self._check_said(message, prompt)
+        return prompt
+
+    def _write(self, messages: list[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
+        if self.special_tokens == "rendered":
+            return self._as_it_stands(messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"this tokenizer's chat template refuses the dialogue: {reason}") from None
+
+    def _as_it_stands(self, messages: list[Message]) -> str:
+        asked = [message for message in messages if message["role"] != "assistant"]
+        if [message["role"] for message in asked] != ["user"] or messages[0]["role"] != "user" or len(messages) > 2:
+            raise UserError(
+                f"special_tokens=rendered is for a prompt that is one text; this one has {len(messages)} messages"
+            )
+        return "".join(map(content_of, messages))
+
+    def _as_wanted(self, message: Message) -> Message:
+        """Content as a text, or as a list of parts."""
+        content = message.get("content")
+        if isinstance(content, str) and self._in_parts:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list) and not self._in_parts:
+            if other := [part for part in content if not isinstance(part, str) and "text" not in part]:
+                raise UserError(f"a message holds a part that is no text ({str(other[0])[:60]})")
+            return {**message, "content": content_of(message)}
+        return message
+
+    # ------------------------------------------------------------------ reading what was written
+
+    def _reply(
+        self, prompt: str, whole: str, before: list[Message], answer: Message, tools: Tools
+    ) -> tuple[str, int | None]:
+        """What ``whole`` writes behind the prompt, and where that begins in it.
+
+        Some templates end a prompt in another way than a dialogue with its answer goes on, with an opened <think> say:
+        then the answer is what comes after the part that they have in common. Where the template leaves out a part of
+        the answer there, or writes the prompt itself anew, the answer stands as it is given (and nowhere in it)."""
+        if whole.startswith(prompt):
+            return whole[len(prompt) :], len(prompt)
+        blank = self._write([*before, {**answer, "content": self._as_wanted({"content": ANSWER})["content"]}], tools)
+        start = _in_common(prompt, blank)
+        asked = _in_common(prompt, self._write(before, tools))
+        said = content_of(answer)
+        if asked <= start and whole.startswith(blank[:start]) and _squeezed(said) in _squeezed(whole[start:]):
+            return whole[start:], start
+        opened = prompt[max(start, asked) :].strip()
+        said = said.lstrip().removeprefix(opened).lstrip("\n") if said.lstrip().startswith(opened) else said
+        return said + (self._after or ""), None
+
+    def _ended(self, reply: str) -> str:
+        """The reply up to the end of the turn; where the template writes none, the tokenizer's own is put behind it."""
+        tail = self._tail.search(reply)
+        after = tail[0] if tail else ""
+        if self._after is not None and reply.endswith(self._after):
+            after = self._after
+        said, end = reply[: len(reply) - len(after)], self._up_to_end(after)
+        return said + (after.rstrip() + str(self.tokenizer.eos_token) if end is None else end)
+
+    def _up_to_end(self, after: str) -> str | None:
+        """Of what stands behind an answer, the part that ends with the first special tokens."""
+        run = self._run.search(after)
+        if run is None:
+            return None
+        ends = self._added.findall(run[0])
+        if self.tokenizer.eos_token in ends:
+            ends = ends[: ends.index(self.tokenizer.eos_token) + 1]
+        return after[: run.start()] + "".join(ends)
+
+    def _generated(self, messages: list[Message], tools: Tools, start: int) -> list[tuple[int, int]]:
+        """Characters, counted from ``start``, that the template marks as the assistant's."""
+        found = self.tokenizer.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )  # fmt: skip
+        spans: list[tuple[int, int]] = []
+        for (begin, end), mine in zip(found["offset_mapping"], found["assistant_masks"]):
+            if mine and end > start:
+                begin, end = max(begin, start) - start, end - start
+                if spans and spans[-1][1] >= begin:
+                    begin = spans.pop()[0]
+                spans.append((begin, end))
+        if not spans:
+            raise UserError("this tokenizer's chat template marks nothing of an answer as the assistant's")
+        return spans
+
+    def _check_said(self, message: Message, written: str) -> None:
+        """Whether what a message says is there."""
+        said = {"content": content_of(message), **{key: message.get(key) for key in REASONING}}
+        if message["role"] == "assistant":
+            calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+            said |= {f"tool_calls[{i}]": call.get("name") for i, call in enumerate(calls)}
+        shown = _squeezed(written)
+        for key, text in said.items():
+            quoted = json.dumps(text, ensure_ascii=False)[1:-1] if isinstance(text, str) else ""
+            if isinstance(text, str) and not any(_squeezed(form) in shown for form in (text, quoted)):
+                raise UserError(
+                    f"this tokenizer's chat template leaves out '{key}' of a message of the {message['role']} "
+                    f"({text[:60]!r}); take it out of the data, or set another template"
+                )
+
+    # ------------------------------------------------------------------ a first look
+
+    def _probe(self) -> str:
+        """What the template writes after an answer, in the form of content that it shows."""
+        refused = []
+        for self._in_parts in (False, True):
+            asked, answer = (
+                self._as_wanted({"role": role, "content": text})
+                for role, text in (("user", QUESTION), ("assistant", ANSWER))
+            )
+            try:
+                prompt, whole = self._write([asked], generation_prompt=True), self._write([asked, answer])
+            except UserError as error:
+                refused.append(str(error))
+                continue
+            if QUESTION in prompt and ANSWER in whole:
+                return whole[whole.rindex(ANSWER) + len(ANSWER) :]
+        reason = refused[0] if refused else "it leaves out what is said, whether as a text or as a list of parts"
+        raise UserError(f"this tokenizer's chat template cannot write a question and an answer: {reason}")
+
+    def _marking_turns(self) -> set[str]:
+        """Added tokens that open or close a turn, though they are not flagged as special.
+
+        Others, <think> say, are left to those who write them: in an assistant's turn they mean what they say."""
+        asked = [self._as_wanted({"role": "user", "content": QUESTION})]
+        user, prompt = self._write(asked), self._write(asked, generation_prompt=True)
+        opening = self._added.search(prompt, _in_common(user, prompt))
+        closing = self._up_to_end(self._after or "") or ""
+        return {*self._added.findall(user), *self._added.findall(closing), *([opening[0]] if opening else [])}
+
+    def _source(self, tools: Tools) -> str:
+        return self.tokenizer.get_chat_template(None, tools) if self.special_tokens != "rendered" else ""
+
+    # ------------------------------------------------------------------ tokens
+
+    def encode_prompts(self, written: Sequence[Written]) -> list[list[int]]:
+        """Tokens of each prompt."""
+        prompts = self._encode([w.prompt for w in written], [w.mark for w in written])
+        start = text_start(self.tokenizer) if self.special_tokens == "rendered" else []
+        return [tokens if tokens[: len(start)] == start else [*start, *tokens] for tokens in prompts]
+
+    def encode_responses(self, written: Sequence[Written]) -> list[Pieces]:
+        """Tokens of each response behind its prompt."""
+        if self._cuts_anywhere and all(w.learned is None for w in written):
+            found = self._encode([w.response for w in written], [w.mark for w in written])
+            return [Pieces(tokens, []) for tokens in found]
+        return [self._behind(w) for w in written]
+
+    def _encode(self, texts: Sequence[str], marks: Sequence[str]) -> list[list[int]]:
+        plain = iter(encode_texts(self.tokenizer, [t for t, mark in zip(texts, marks) if not mark], "rendered"))
+        return [encode_marked(self.tokenizer, t, mark).tokens if mark else next(plain) for t, mark in zip(texts, marks)]
+
+    @cached_property
+    def _cuts_anywhere(self) -> bool:
+        """Whether a text has the same tokens alone as behind another: SentencePiece puts a space before the first."""
+        one, two, both = encode_texts(self.tokenizer, ["\n", "a", "\na"])
+        return one + two == both
+
+    def _behind(self, written: Written) -> Pieces:
+        """Tokens of a response as they follow the prompt's, or, where the two share a token, a line break's."""
+        if self._cuts_anywhere:
+            return encode_marked(self.tokenizer, written.response, written.mark)
+        for before in (written.prompt, "\n"):
+            first = encode_marked(self.tokenizer, before, written.mark).tokens
+            both = encode_marked(self.tokenizer, before + written.response, written.mark)
+            if both.tokens[: len(first)] == first:
+                spans = [(begin - len(before), end - len(before)) for begin, end in both.spans[len(first) :]]
+                return Pieces(both.tokens[len(first) :], spans)
+        return encode_marked(self.tokenizer, written.response, written.mark)
+
+
+def content_of(message: Message) -> str:
+    """What a message says: its content, or the texts of its parts."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+
+
+def _in_common(one: str, two: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
+
+
+def _squeezed(text: str) -> str:
+    """Without spaces and line breaks, of which templates take some away."""
+    return "".join(text.split())
