@@ -243,7 +243,9 @@ class StopOnNonFinite(Callback):
 
 
 class TextSamples(Callback):
-    """Shows what the model writes, every N steps: on the terminal, in ``samples.jsonl`` and as a table in W&B.
+    """Shows what the model writes: on the terminal, in ``samples.jsonl`` and as a table in W&B.
+
+    Before the first step, every N steps, and after the last one.
 
     The module's ``write_samples()`` gives (prompt, text) pairs."""
 
@@ -251,14 +253,22 @@ class TextSamples(Callback):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if trainer.is_global_zero and step % self.every_n_steps == 0:
-            self.show(trainer, step, pl_module.write_samples())
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _steps_done(trainer) == 0:
+            self.show(trainer, pl_module)
 
-    def show(self, trainer: Trainer, step: int, samples: list[tuple[str, str]]) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if _steps_done(trainer) % self.every_n_steps == 0:
+            self.show(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _steps_done(trainer) % self.every_n_steps:
+            self.show(trainer, pl_module)
+
+    def show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        step, samples = _steps_done(trainer), pl_module.write_samples()
         rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
         append_rows(self.path, step, rows)
         bar = trainer.progress_bar_callback
@@ -269,6 +279,11 @@ class TextSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)
+
+
+def _steps_done(trainer: Trainer) -> int:
+    """Batches that training has taken so far; of PPO iterations."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
 def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:

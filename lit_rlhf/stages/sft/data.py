@@ -46,6 +46,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             as prompt and response were written by a chat template already, and none is applied.
         seed: order of the dialogues.
         limit: train on at most so many dialogues, to try things out; None: all.
+        samples: held-out prompts that the model answers before, during and after training, for people to read.
         on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
@@ -66,6 +67,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
+        samples: Annotated[int, Field(ge=1)] = 4,
         on_bad_record: OnBadRecord = "fail",
         fields: dict[str, str] | None = None,
     ) -> None:
@@ -73,6 +75,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
         )  # fmt: skip
         self.limit, self._tokenizer, self.special_tokens = limit, tokenizer, special_tokens
+        self.samples = samples
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
         self.packing, self.seed = packing, seed
         self.train_set: list[Encoded] = []
@@ -91,7 +94,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             else self._tokenizer(text_of(m) for record in train for m in record.messages)
         )
         ensure_chat_template(self.tokenizer)
-        self.sample_prompts = [record.messages[:-1] for record in held_out[:4]]
+        self.sample_prompts = [record.messages[:-1] for record in held_out[: self.samples]]
         self._learned = train[: self.limit]
         self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out[: self.limit])
         if not self.train_set or not self.val_set:
@@ -151,10 +154,11 @@ class WorldSFTDataModule(SFTDataModule):
         split_seed: int = 0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
+        samples: Annotated[int, Field(ge=1)] = 4,
     ) -> None:
         super().__init__(
             "world", tokenizer, batch_size=batch_size, packing=packing, split_seed=split_seed,
-            seed=seed, limit=limit,
+            seed=seed, limit=limit, samples=samples,
         )  # fmt: skip
         self.world, self.demonstrations = world, demonstrations
 
