@@ -420,7 +420,8 @@ def test_text_samples_are_written_and_shown(tmp_path, capsys):
     trainer = make_trainer("cpu", max_steps=9, logger=False, enable_progress_bar=False, callbacks=[samples])
     trainer.fit(module)
     rows = [json.loads(line) for line in samples.path.read_text(encoding="utf-8").splitlines()]
-    assert [(row["step"], row["text"]) for row in rows] == [(s, f" because  {s}") for s in (0, 4, 8, 9) for _ in range(3)]
+    expected = [(s, f" because  {s}") for s in (0, 4, 8, 9) for _ in range(3)]
+    assert [(row["step"], row["text"]) for row in rows] == expected
     assert rows[1]["prompt"] == "Why\n1?"
     out = capsys.readouterr().out
     assert "step 4: Why 0? → because 4\n" in out and "step 8: Why 1? → because 8\n" in out and "Why 2?" not in out
