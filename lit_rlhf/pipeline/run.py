@@ -99,7 +99,7 @@ def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> Li
                 reason = (
                     "records were skipped as invalid" if what == "skipped" else "records were longer than max_length"
                 )
-                first = f", the first: {data.skipped[0]}" if what == "skipped" else f" (on_long={data.on_long})"
+                first = f", the first: {data.skipped[0]}" if what == "skipped" else f" ({data.how_long})"
                 print(f"{name}: {count} {reason}{first}")
     return data
 

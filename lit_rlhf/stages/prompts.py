@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record
@@ -109,13 +108,16 @@ class PromptDataModule(RecordDataModule):
         if self.train_prompts:
             return
         train, held_out = self.records()
-        self.train_prompts = self._encode(train[: self.limit], False)
-        self.held_out_prompts = self._encode(spread(held_out, self.limit_held_out), True)
-        if not self.train_prompts or not self.held_out_prompts:
-            raise UserError(
-                f"{self.source}: all prompts ({self.long}) are longer than max_length={self.max_length} tokens; raise "
-                "it, or set on_long=cut"
-            )
+        self._train, self._held_out = train[: self.limit], spread(held_out, self.limit_held_out)
+        self.encode()
+
+    def encode(self) -> None:
+        self.long = 0
+        self.train_prompts, self.held_out_prompts = self._encode(self._train, False), self._encode(self._held_out, True)
+        self.check_left("prompts", self.train_prompts, self.held_out_prompts)
+
+    def longest(self) -> int:
+        return max(len(prompt.tokens) for prompt in [*self.train_prompts, *self.held_out_prompts])
 
     def _encode(self, records: Sequence[PromptRecord], held_out: bool) -> list[Prompt]:
         prompts = []
@@ -173,6 +175,13 @@ class WorldPromptDataModule(PromptDataModule):
         train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)
         held_out = self.world.prompts("held_out", self.split_seed)
         return tuple([PromptRecord(list(p.messages), {"kind": p.kind}) for p in side] for side in (train, held_out))
+
+
+def last_tokens(data: Any, name: str, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
+    """The last ``room`` tokens of each prompt as the model ``name`` is asked; the ``data`` note that some are cut."""
+    if any(len(prompt) > room for prompt in prompts) and isinstance(data, RecordDataModule):
+        data.note(f"as {name} writes them, some prompts have more than {room} tokens; it reads the last {room}")
+    return [prompt[-room:] for prompt in prompts]
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:

@@ -124,13 +124,16 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
             else self._tokenizer(_texts(self.train_rankings))
         )
         ensure_chat_template(self.tokenizer)
+        self.encode()
+
+    def encode(self) -> None:
+        self.long = 0
         self.train_set = self._encode(self.train_rankings[: self.limit])
         self.val_set = self._encode(self.val_rankings, graded=True)
-        if not self.train_set or not self.val_set:
-            raise UserError(
-                f"{self.source}: {self.long} answers are longer than max_length={self.max_length} "
-                "tokens; raise it, or set on_long=cut"
-            )
+        self.check_left("answers", self.train_set, self.val_set)
+
+    def longest(self) -> int:
+        return max(len(sequence) for item in [*self.train_set, *self.val_set] for sequence in item.sequences)
 
     def trained_prompts(self) -> Iterator[Messages]:
         """The prompts whose answers are learned from."""

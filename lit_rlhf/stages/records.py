@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models import context_length
 from lit_rlhf.text.records import Messages, Moved, OnBadRecord, bad_record, files_of, load_records, split_by_prompt
 
 Record = TypeVar("Record")
@@ -52,6 +54,21 @@ class FileDataModule(LightningDataModule):
         return f"nobody reads the field{'s' if ', ' in names else ''} {names}"
 
 
+def fit_context(module: LightningModule, new_tokens: int = 0) -> None:
+    """Let the data of a module's trainer fit into the context of all its models, ``new_tokens`` of an answer included.
+
+    Raises ``UserError`` where these leave no room for a prompt."""
+    data = module.trainer.datamodule
+    context = min(context_length(model) for model in module.modules() if isinstance(model, PreTrainedModel))
+    if context <= new_tokens:
+        raise UserError(
+            f"{new_tokens} new tokens (sampling.max_new_tokens) leave no room for a prompt in the model's context of "
+            f"{context}; allow fewer"
+        )
+    if isinstance(data, RecordDataModule):
+        data.fit_context(context - new_tokens)
+
+
 class RecordDataModule(FileDataModule):
     """Reads files of records and parts them by prompt; arguments as in :class:`FileDataModule`, and
 
@@ -69,12 +86,50 @@ class RecordDataModule(FileDataModule):
         self.path = path
         self.held_out, self.split_seed, self.fold = held_out, split_seed, fold
         self.moved = Moved()  # prompts that are not where their hash puts them; a run hands on its own
+        self.max_length, self.on_long = 2**31, "skip"  # tokens, and what happens to records that have more
         self.long = 0  # records that were too long
+        self.left_out = 0  # of them, those of which cutting would leave nothing to learn from
 
     @property
     def source(self) -> str:
         """The files' names, for a message."""
         return str(self.path) if isinstance(self.path, str | Path) else ", ".join(map(str, self.path))
+
+    def encode(self) -> None:
+        """Make tokens of what was read, none longer than ``max_length``. Raises ``UserError`` where nothing is left."""
+        raise NotImplementedError
+
+    def longest(self) -> int:
+        """Tokens of the longest of what was encoded."""
+        raise NotImplementedError
+
+    def fit_context(self, room: int) -> None:
+        """Let nothing be longer than the ``room`` tokens that a model has for it: as if that were ``max_length``."""
+        asked = self.max_length
+        if room >= asked or room >= self.longest():
+            return
+        self.max_length = room
+        self.encode()
+        self.note(
+            f"the model's context has room for {room} tokens, fewer than max_length={asked}: {self.long} records were "
+            f"longer ({self.how_long})"
+        )
+
+    @property
+    def how_long(self) -> str:
+        """What became of the records that were too long."""
+        if self.on_long == "skip" or not self.left_out:
+            return f"on_long={self.on_long}"
+        return f"on_long=cut, which left nothing to learn from in {self.left_out} of them"
+
+    def check_left(self, what: str, *sides: Sequence[Any]) -> None:
+        """Raise ``UserError`` where all of a side (train, held out) was left out for its length."""
+        if not all(sides):
+            short = "train on" if not sides[0] else "test on"
+            raise UserError(
+                f"{self.source}: {self.long} {what} are longer than max_length={self.max_length} tokens, and none is "
+                f"left to {short}; raise it (up to the model's context), or set on_long=cut"
+            )
 
     def load(self, path: Paths, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
         """All records of the files at ``path``; what nobody reads of them is noted, a line for each file."""

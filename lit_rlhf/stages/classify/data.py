@@ -106,12 +106,16 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
             else self._tokenizer(text for record in train for reading in readings(record) for text in reading)
         )
         add_reading_tokens(self.tokenizer)
-        self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out)
-        if not self.train_set or not self.val_set:
-            raise UserError(
-                f"{self.source}: {self.long} readings are longer than max_length={self.max_length} tokens; raise it, "
-                "or set on_long=cut"
-            )
+        self._learned, self._held_out = train[: self.limit], held_out
+        self.encode()
+
+    def encode(self) -> None:
+        self.long = 0
+        self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
+        self.check_left("readings", self.train_set, self.val_set)
+
+    def longest(self) -> int:
+        return max(len(reading) for item in [*self.train_set, *self.val_set] for reading in item.readings)
 
     def _kind(self, records: list[Labelled]) -> TaskKind:
         kinds: dict[type, TaskKind] = {MultipleChoice: "choice", Similarity: "similarity"}

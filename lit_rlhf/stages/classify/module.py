@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.functional import added, classification_loss, side_by_side, wilson_interval
 from lit_rlhf.models import packed_hidden, save_model, sequence_classifier, token_logprobs_of
 from lit_rlhf.stages.classify.data import ClassifyBatch
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -48,6 +49,9 @@ class ClassifyModule(StepLog):
         self.optimizer, self.schedule, self.lm_coef = optimizer, schedule, lm_coef
         self.head: nn.Linear | None = None
         self._val: list[tuple[Tensor, ClassifyBatch]] = []
+
+    def setup(self, stage: str) -> None:
+        fit_context(self)
 
     def configure_model(self) -> None:
         """Make the head: the data know how many labels there are."""

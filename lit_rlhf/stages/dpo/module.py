@@ -16,6 +16,7 @@ from lit_rlhf.stages.ppo.reference import Reference, ReferenceUpdate
 from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.prompts import spread
 from lit_rlhf.stages.rankings import RankingBatch, ranked
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
@@ -54,6 +55,9 @@ class DPOModule(StepLog):
         self.beta, self.sampling = beta, sampling or Sampling()
         self._val: list[tuple[Tensor, RankingBatch]] = []
         self.eval()  # see train(): models made from a config come in training mode
+
+    def setup(self, stage: str) -> None:
+        fit_context(self)
 
     def logprobs(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
         """Log-probs (N,) of whole answers in nats, end-of-text included, under the policy and under the reference."""
@@ -96,7 +100,7 @@ class DPOModule(StepLog):
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""
         prompts = [ranking.prompt for ranking in spread(self.trainer.datamodule.val_rankings, 4)]
-        room = context_length(self.policy) - self.sampling.max_new_tokens
+        room = max(1, context_length(self.policy) - self.sampling.max_new_tokens)
         tokens = [t[-room:] for t in encode_prompts(self.tokenizer, prompts)]
         generator = seeded(self.trainer.global_step, device=self.device)
         answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)

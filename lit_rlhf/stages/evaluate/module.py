@@ -32,7 +32,8 @@ from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.functions import name_of
 from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
-from lit_rlhf.stages.prompts import PromptBatch
+from lit_rlhf.stages.prompts import PromptBatch, last_tokens
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import write_jsonl
@@ -98,6 +99,9 @@ class EvaluateModule(LightningModule):
         self._knows_tokens: set[str] = set()  # models whose tokens are those of the prompts
         self._talks_like_sft: set[str] = set()  # and with SFT's tokens and turns: both know how likely an answer is
 
+    def setup(self, stage: str) -> None:
+        fit_context(self, self.sampling.max_new_tokens)
+
     def on_test_start(self) -> None:
         there = {"gold": self._gold is not None, "reward_model": self.reward_model, "annotator": self.annotator}
         if self.judge is not None and not there[self.judge]:
@@ -151,7 +155,8 @@ class EvaluateModule(LightningModule):
         policy, tokenizer = self.policies["base" if name == PROMPTED else name], self.tokenizers[name]
         room = context_length(policy) - sampling.max_new_tokens
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
-        repeated = [tokens[-room:] for tokens in encode_prompts(tokenizer, batch.messages) for _ in range(n)]
+        prompts = last_tokens(self.trainer.datamodule, name, encode_prompts(tokenizer, batch.messages), room)
+        repeated = [tokens for tokens in prompts for _ in range(n)]
         answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends

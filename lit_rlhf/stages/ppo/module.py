@@ -65,8 +65,9 @@ from lit_rlhf.stages.ppo.rollout import (
 )
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.pretrain.data import PretrainDataModule, TextRows
-from lit_rlhf.stages.pretrain.module import text_loss
+from lit_rlhf.stages.pretrain.module import check_rows, text_loss
 from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, inner_bar, seeded, warmup_decay
@@ -170,6 +171,8 @@ class PPOModule(LightningModule):
         self.value_clip_range, self.value_coef, self.whiten_advantages = value_clip_range, value_coef, whiten
         self.ptx_coef, self.ptx_ratio = ptx_coef, ptx_ratio
         self.ptx = pretraining_text(ptx, tokenizer) if ptx_coef > 0 else None
+        if self.ptx is not None:
+            check_rows(policy, self.ptx.block_size, "ppo.ptx.block_size")
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
         self.micro_batch_size = micro_batch_size
         self.probe_rollouts = probe_rollouts
@@ -186,6 +189,9 @@ class PPOModule(LightningModule):
         self.packing = packing
         self.share_prompts = share_prompts and answers_per_prompt > 1 and sees_any_mask(self)
         self.eval()  # see train(): models made from a config come in training mode
+
+    def setup(self, stage: str) -> None:
+        fit_context(self, self.sampling.max_new_tokens)
 
     # ---------------------------------------------------------------- rollout
 

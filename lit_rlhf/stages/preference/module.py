@@ -20,7 +20,8 @@ from lit_rlhf.stages.preference.agreement import agreement
 from lit_rlhf.stages.preference.annotators import Annotator, annotate, name_of, place
 from lit_rlhf.stages.preference.journal import Journal
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
-from lit_rlhf.stages.prompts import PromptBatch
+from lit_rlhf.stages.prompts import PromptBatch, last_tokens
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.training import seeded
@@ -94,6 +95,10 @@ class PreferenceModule(LightningModule):
         self.ranked = Journal(None if path is None else path.with_suffix(".ranks.jsonl"))
         self._judged: list[dict[str, Any]] = []  # by people
 
+    def setup(self, stage: str) -> None:
+        if self.how == "draw":
+            fit_context(self, self.sampling.max_new_tokens)
+
     # ---------------------------------------------------------------- answers
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -148,7 +153,8 @@ class PreferenceModule(LightningModule):
             tokens = encode_prompts(tokenizer, batch.messages)
         room = context_length(policy) - self.sampling.max_new_tokens
         sampling = replace(self.sampling, temperature=turn.temperature)
-        answers = self.engine(policy, tokenizer, [tokens[i][-room:] for i in prompts], sampling, generator)
+        tokens = last_tokens(self.trainer.datamodule, turn.model, [tokens[i] for i in prompts], room)
+        answers = self.engine(policy, tokenizer, tokens, sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
 
     def _given(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, answer, save_model, token_logprobs_of
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import Sampling, answer, context_length, save_model, token_logprobs_of
 from lit_rlhf.stages.pretrain.data import TextRows
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
+
+
+def check_rows(policy: PreTrainedModel, block_size: int, address: str) -> None:
+    """Raise ``UserError`` where rows of ``block_size`` tokens do not fit into the model's context."""
+    if block_size > context_length(policy):
+        raise UserError(
+            f"{address}={block_size} is more than the model's context of {context_length(policy)} tokens; give that or "
+            "fewer"
+        )
 
 
 class PretrainModule(StepLog):
@@ -43,6 +53,9 @@ class PretrainModule(StepLog):
         self.optimizer, self.schedule = optimizer, schedule
         self.sample_prompt, self.sampling = sample_prompt, sampling or Sampling()
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
+
+    def setup(self, stage: str) -> None:
+        check_rows(self.policy, getattr(self.trainer.datamodule, "block_size", 0), "pretrain.data.block_size")
 
     def training_step(self, batch: TextRows, batch_idx: int) -> Tensor:
         loss = text_loss(self.policy, batch)

@@ -99,6 +99,11 @@ class RewardDataModule(RankingDataModule):
         self.demonstration_sequences = [[*p, *r][-self.max_length :] for p, r in zip(before, behind)]
         self.demonstration_lengths = [min(len(r), self.max_length - 1) for r in behind]
 
+    def fit_context(self, room: int) -> None:
+        super().fit_context(room)
+        self.demonstration_sequences = [sequence[-room:] for sequence in self.demonstration_sequences]
+        self.demonstration_lengths = [min(length, room - 1) for length in self.demonstration_lengths]
+
 
 class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
     """Rankings of the built-in world's prompts; its demonstrations are to score 0 on average."""

@@ -17,6 +17,7 @@ from lit_rlhf.models import RewardTransformer, by_row, output_head, packed_score
 from lit_rlhf.models.onednn import with_rows_added
 from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.stages.rankings import RankingBatch, ranked
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
@@ -72,6 +73,9 @@ class RewardModule(StepLog):
             self.lm_coef = 0.0
         self._diagnosis: dict[str, Any] = {}
         self._val: list[tuple[Tensor, RankingBatch]] = []
+
+    def setup(self, stage: str) -> None:
+        fit_context(self)
 
     def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
         loss, watched = self.losses(batch)

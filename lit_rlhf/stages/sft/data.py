@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
@@ -95,11 +94,16 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         )
         ensure_chat_template(self.tokenizer)
         self.sample_prompts = [record.messages[:-1] for record in held_out[: self.samples]]
-        self._learned = train[: self.limit]
-        self.train_set, self.val_set = self._encode(train[: self.limit]), self._encode(held_out[: self.limit])
-        if not self.train_set or not self.val_set:
-            long = f"{self.long} dialogues are longer than sft.data.max_length={self.max_length}"
-            raise UserError(f"{self.source}: {long}; raise it, or set on_long=cut")
+        self._learned, self._held_out = train[: self.limit], held_out[: self.limit]
+        self.encode()
+
+    def encode(self) -> None:
+        self.long = self.left_out = 0
+        self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
+        self.check_left("dialogues", self.train_set, self.val_set)
+
+    def longest(self) -> int:
+        return max(len(item.tokens) for item in [*self.train_set, *self.val_set])
 
     def trained_prompts(self) -> Iterator[Messages]:
         """What stands before each answer that is learned."""
@@ -120,6 +124,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
                 self.long += 1
                 item = Encoded(item.tokens[: self.max_length], item.mask[: self.max_length])
                 if self.on_long == "skip" or not any(item.mask[1:]):
+                    self.left_out += 1
                     continue
             kept.append(item)
         return kept

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, answer, packed_hidden, save_model, token_logprobs_of
+from lit_rlhf.models import Sampling, answer, context_length, packed_hidden, save_model, token_logprobs_of
+from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
@@ -42,6 +43,9 @@ class SFTModule(StepLog):
         self.optimizer, self.schedule = optimizer, schedule
         self.sampling = sampling or Sampling()
 
+    def setup(self, stage: str) -> None:
+        fit_context(self)
+
     def loss(self, batch: SFTBatch) -> Tensor:
         """Mean loss in nats a response token, over the whole optimizer step's tokens."""
         hidden = packed_hidden(self.policy, batch.packed, at=batch.learned - 1)  # the token before predicts
@@ -65,7 +69,9 @@ class SFTModule(StepLog):
         prompts = self.trainer.datamodule.sample_prompts
         self.policy.eval()
         generator = seeded(self.trainer.global_step, device=self.device)
-        answers = answer(self.policy, self.tokenizer, encode_prompts(self.tokenizer, prompts), self.sampling, generator)
+        room = max(1, context_length(self.policy) - self.sampling.max_new_tokens)
+        tokens = [tokens[-room:] for tokens in encode_prompts(self.tokenizer, prompts)]
+        answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)
         self.policy.train()
         return [(shown(prompt), text) for prompt, text in zip(prompts, answers.texts(self.tokenizer))]
 

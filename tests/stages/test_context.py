@@ -1,0 +1,133 @@
+"""Records that are longer than the model's context: cut or left out as ``on_long`` says, counted, in every stage."""
+
+import copy
+
+import pytest
+import torch
+from lightning import seed_everything
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.stages import (
+    ClassifyDataModule,
+    ClassifyModule,
+    DPODataModule,
+    DPOModule,
+    EvaluateDataModule,
+    EvaluateModule,
+    PPODataModule,
+    PPOModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PretrainDataModule,
+    PretrainModule,
+    RewardDataModule,
+    RewardModule,
+    SFTDataModule,
+    SFTModule,
+)
+from lit_rlhf.text.records import write_jsonl
+
+CONTEXT = 64
+SHORT = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture
+def gpt2(tokenizer):
+    """A model that cannot read on behind its context: it has no positions there."""
+    seed_everything(0, verbose=False)
+    config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": CONTEXT}
+    return policy_from_config(config, tokenizer)
+
+
+@pytest.fixture
+def long(tmp_path):
+    """40 records, of which every fourth is far longer than the context."""
+    rows = []
+    for i in range(40):
+        text = f"What is {i}? " + "and so on " * (40 if i % 4 == 0 else 1)
+        answers = {"response": "It is a number.", "chosen": "It is a number.", "rejected": "No."}
+        rows.append({"prompt": text, "text": text, "label": f"l{i % 2}", **answers})
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    return tmp_path / "long.jsonl"
+
+
+def stages(policy, reward_model, tokenizer):
+    """name -> (data module, module, trainer method)"""
+    copied = lambda: copy.deepcopy(policy)  # noqa: E731
+    return {
+        "sft": (SFTDataModule, lambda: SFTModule(copied(), tokenizer), "fit"),
+        "reward": (RewardDataModule, lambda: RewardModule(copy.deepcopy(reward_model), tokenizer), "fit"),
+        "dpo": (DPODataModule, lambda: DPOModule(copied(), tokenizer), "fit"),
+        "classify": (ClassifyDataModule, lambda: ClassifyModule(copied(), tokenizer), "fit"),
+        "ppo": (
+            PPODataModule,
+            lambda: PPOModule(copied(), copy.deepcopy(reward_model), tokenizer, sampling=SHORT, minibatch_size=4),
+            "fit",
+        ),
+        "preference": (
+            PreferenceDataModule, lambda: PreferenceModule(copied(), tokenizer, None, sampling=SHORT), "predict",
+        ),
+        "evaluate": (
+            EvaluateDataModule,
+            lambda: EvaluateModule(
+                {"sft": (copied(), tokenizer)}, copy.deepcopy(reward_model), sampling=SHORT
+            ),
+            "test",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "classify", "ppo", "preference", "evaluate"])
+@pytest.mark.parametrize("on_long", ["skip", "cut"])
+def test_what_does_not_fit_is_cut_or_left_out_and_said(
+    name, on_long, gpt2, reward_model_of, tokenizer, long, tmp_path, make_trainer
+):
+    tokenizer = copy.deepcopy(tokenizer)  # classification adds tokens to it
+    kind, make, method = stages(gpt2, reward_model_of(gpt2), tokenizer)[name]
+    data = kind(long, tokenizer, batch_size=4, max_length=512, on_long=on_long, held_out=0.3)
+    data.setup()
+    module = make()
+    if name == "classify":
+        module.policy.resize_token_embeddings(len(data.tokenizer))
+    trainer = make_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
+    settings = {"return_predictions": False} if method == "predict" else {"verbose": False} if method == "test" else {}
+    getattr(trainer, method)(module, datamodule=data, **settings)
+    room = CONTEXT - (6 if name in ("ppo", "preference", "evaluate") else 0)
+    assert data.longest() <= room
+    said = [note for note in data.notes if "context" in note]
+    assert len(said) == 1 and f"room for {room} tokens, fewer than max_length=512" in said[0]
+    assert f": {data.long} records were longer (on_long={on_long}" in said[0] and data.long >= 10
+    sizes = [len(getattr(data, n)) for n in ("train_set", "val_set", "train_prompts", "held_out_prompts")
+             if hasattr(data, n)]  # fmt: skip
+    # Of a prompt without its answer nothing can be learned.
+    assert sum(sizes) == (40 if on_long == "cut" and name != "sft" else 30)
+    assert ("nothing to learn from in 10 of them" in said[0]) == (name == "sft" and on_long == "cut")
+
+
+def test_an_answer_that_leaves_no_room_is_refused(gpt2, tokenizer, long, make_trainer):
+    data = PreferenceDataModule(long, tokenizer, on_long="cut")
+    data.setup()
+    module = PreferenceModule(gpt2, tokenizer, None, sampling=Sampling(max_new_tokens=CONTEXT))
+    with pytest.raises(UserError, match=r"64 new tokens \(sampling.max_new_tokens\) leave no room for a prompt in the"):
+        make_trainer().predict(module, datamodule=data, return_predictions=False)
+
+
+def test_rows_longer_than_the_context_are_refused(gpt2, tokenizer, tmp_path, make_trainer):
+    (tmp_path / "book.txt").write_text("and so on, said the cat. " * 400, encoding="utf-8")
+    data = PretrainDataModule(str(tmp_path / "book.txt"), tokenizer, block_size=CONTEXT + 1, batch_size=2)
+    with pytest.raises(UserError, match=r"pretrain.data.block_size=65 is more than the model's context of 64 tokens"):
+        make_trainer(max_steps=1).fit(PretrainModule(gpt2, tokenizer), datamodule=data)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    from lit_rlhf.training import make_trainer
+
+    def make(**settings):
+        return make_trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, **settings
+        )
+
+    torch.manual_seed(0)
+    return make
