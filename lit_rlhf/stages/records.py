@@ -108,8 +108,9 @@ class RecordDataModule(FileDataModule):
         asked = self.max_length
         if room >= asked or room >= self.longest():
             return
-        self.max_length = room
+        known, self.max_length = list(self.skipped), room
         self.encode()
+        self.skipped = known  # the same records are refused once more
         self.note(
             f"the model's context has room for {room} tokens, fewer than max_length={asked}: {self.long} records were "
             f"longer ({self.how_long})"
