@@ -32,8 +32,11 @@ from lit_rlhf.text.records import (
     write_jsonl,
 )
 from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
+from lit_rlhf.text.transcripts import HUMAN_TRANSCRIPT, WORLD_TRANSCRIPT, transcript_for
 
 __all__ = [
+    "HUMAN_TRANSCRIPT",
+    "WORLD_TRANSCRIPT",
     "Demonstration",
     "Feedback",
     "LabelledText",
@@ -68,5 +71,6 @@ __all__ = [
     "stream",
     "train_bpe",
     "train_characters",
+    "transcript_for",
     "write_jsonl",
 ]

@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 
 # A model that has only seen text has no roles: it goes on where the text stops.
 BASE_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+WORLD_MARK = "{# the built-in world #}"  # in front of it where that text was the built-in world's
 
 # The space before each text makes its first word the same token as inside a sentence.
 ROLE_TEMPLATE = (
@@ -69,6 +70,10 @@ class Transcript:
     assistant: str = "Assistant:"
     between: str = "\n\n"  # stands between two turns
     end: str = ""  # where an answer is over too; "": at the next turn only
+
+    def __str__(self) -> str:
+        examples = f" and {len(self.examples)} turns as examples" if self.examples else ""
+        return f'a transcript of "{self.human}" and "{self.assistant}"{examples}'
 
     @property
     def stops(self) -> tuple[str, ...]:

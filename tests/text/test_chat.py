@@ -1,24 +1,30 @@
+import copy
 import warnings
+from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages import WorldEvaluateDataModule
 from lit_rlhf.text import (
+    HUMAN_TRANSCRIPT,
+    WORLD_TRANSCRIPT,
     Transcript,
     encode_dialogues,
     encode_prompts,
     encode_responses,
     ensure_chat_template,
     is_base,
+    transcript_for,
 )
-from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, behind_start, turn_end
+from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, WORLD_MARK, behind_start, turn_end
 from lit_rlhf.text.special_tokens import text_start
 from lit_rlhf.text.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -422,9 +428,29 @@ def test_a_transcript_without_opening_and_in_other_words(tokenizer):
     prompting = Transcript(human="Anna asked:", assistant="Ben said:", between="\n").prompting(tokenizer)
     [tokens] = encode_prompts(prompting, [[{"role": "user", "content": "Hi"}]])
     assert prompting.decode(tokens) == "Anna asked: Hi\nBen said:"
-    world = WorldEvaluateDataModule.transcript
-    assert world.template == Transcript(human="Anna asked:", assistant="Ben said:", between="\n").template
+    world = WORLD_TRANSCRIPT
     assert world.answer(" It is.\nEmma asked: Why?") == "It is."
     said = " I am.\n\nand more\n\nHuman: Why?\n\nAssistant: So."
     assert Transcript().answer(said) == "I am.\n\nand more" and Transcript().answer("Human: Why?") == ""
     assert Transcript().answer(" I am") == "I am"
+
+
+def test_a_base_model_goes_on_with_a_transcript_in_the_words_that_it_has_read(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    for template, transcript in (
+        (None, HUMAN_TRANSCRIPT), (BASE_TEMPLATE, HUMAN_TRANSCRIPT), (WORLD_MARK + BASE_TEMPLATE, WORLD_TRANSCRIPT),
+    ):  # fmt: skip
+        own.chat_template = template
+        assert is_base(own) and transcript_for(own) is transcript
+    own.chat_template = WORLD_MARK + BASE_TEMPLATE
+    asked = [{"role": "user", "content": "Hi"}]
+    assert own.decode(encode_prompts(own, [asked])[0]) == "Hi\n"  # a mark is no text
+    ensure_chat_template(own)
+    assert not is_base(own)
+
+
+@pytest.mark.parametrize(("name", "transcript"), [("human", HUMAN_TRANSCRIPT), ("world", WORLD_TRANSCRIPT)])
+def test_the_settings_are_the_constants(name, transcript):
+    written = yaml.safe_load((ROOT / f"conf/chat/transcript/{name}.yaml").read_text(encoding="utf-8"))
+    del written["_target_"]
+    assert Transcript(**{**written, "examples": tuple(written["examples"])}) == transcript

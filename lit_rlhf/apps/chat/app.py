@@ -28,7 +28,7 @@ class Chat:
         sampling: how answers are drawn.
         seed: of the sampling.
         system: system prompt; "" is none.
-        transcript: what a base model is shown, so that it answers.
+        transcript: what a base model is shown, so that it answers; None: the one in the words that it has read.
         device: of torch, on which the models run.
         port: of the page; null takes the first free one from 7860 on.
         open_browser: whether to open the page at once.
@@ -53,7 +53,7 @@ class Chat:
         self.models, self.judgements, self.ui = models, judgements, ui
         self.model, self.against = model, against
         self.sampling, self.seed, self.system = sampling or Sampling(), seed, system
-        self.transcript, self.device = transcript or Transcript(), device
+        self.transcript, self.device = transcript, device
         self.port, self.open_browser = port, open_browser
 
     def launch(self) -> None:

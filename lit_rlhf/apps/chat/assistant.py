@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import Growing, Sampling, context_length, freeze, load_policy_and_tokenizer, stream
-from lit_rlhf.text import Messages, Transcript, encode_prompts, is_base
+from lit_rlhf.text import Messages, Transcript, encode_prompts, is_base, transcript_for
 from lit_rlhf.training import seeded
 
 
@@ -34,14 +34,20 @@ class Assistant:
         return len(prompt) + new_tokens <= context_length(self.policy)
 
 
-def load_assistant(name: str, path: str | Path, transcript: Transcript, device: str = "cpu") -> Assistant:
-    """The model in a folder (or of a Hub name). A base model, which knows no turns, is shown a ``transcript``."""
+def load_assistant(
+    name: str, path: str | Path, transcript: Transcript | None = None, device: str = "cpu"
+) -> Assistant:
+    """The model in a folder (or of a Hub name). A base model, which knows no turns, is shown a ``transcript``.
+
+    None: the one in the words that it has read."""
     policy, tokenizer = load_policy_and_tokenizer(path)
     try:
         freeze(policy.to(device))
     except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
         raise UserError(f"chat.device={device}: {str(error).splitlines()[0]}") from None
     if is_base(tokenizer):
+        transcript = transcript or transcript_for(tokenizer)
+        print(f"{name} is a base model: it goes on with {transcript}")
         return Assistant(name, policy, transcript.prompting(tokenizer), transcript.stops)
     return Assistant(name, policy, tokenizer)
 

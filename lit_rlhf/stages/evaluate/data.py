@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
 from lit_rlhf.stages.records import Paths
-from lit_rlhf.text.chat import Transcript
 from lit_rlhf.text.records import Messages, OnBadRecord, parse_text
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
@@ -25,8 +24,6 @@ class EvaluateDataModule(PromptDataModule):
             None: it is not measured.
 
     The others are those of :class:`PromptDataModule`."""
-
-    transcript = Transcript()  # that a base model goes on with
 
     def __init__(
         self,
@@ -67,9 +64,6 @@ class EvaluateDataModule(PromptDataModule):
 
 class WorldEvaluateDataModule(WorldPromptDataModule, EvaluateDataModule):
     """The held-out prompts of the built-in world, and ``text_documents`` documents newly drawn from its corpus."""
-
-    # As people talk in the corpus, a line each.
-    transcript = Transcript(human="Anna asked:", assistant="Ben said:", between="\n", end="\n")
 
     def __init__(
         self,

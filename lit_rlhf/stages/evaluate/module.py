@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,7 @@ from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import write_jsonl
+from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.training import inner_bar, seeded
 
 JudgeName = Literal["gold", "reward_model", "annotator"]
@@ -118,7 +120,10 @@ class EvaluateModule(LightningModule):
                 if vocabulary == vocabularies["sft"] and self.tokenizers[name].chat_template == template
             }
         if PROMPTED in self.answers:
-            self.tokenizers[PROMPTED] = self.trainer.datamodule.transcript.prompting(self.tokenizers["base"])
+            # Without examples: how far it comes by knowing whose turn it is.
+            self.transcript = replace(transcript_for(self.tokenizers["base"]), examples=())
+            self.tokenizers[PROMPTED] = self.transcript.prompting(self.tokenizers["base"])
+            self.print(f'evaluate: "{PROMPTED}" is the base model behind {self.transcript}')
 
     @property
     def _gold(self) -> Any:
@@ -160,7 +165,7 @@ class EvaluateModule(LightningModule):
         answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
-            cut = [self.trainer.datamodule.transcript.answer(text) for text in texts]
+            cut = [self.transcript.answer(text) for text in texts]
             finished = [f or short != text for f, short, text in zip(finished, cut, texts)]
             texts = cut
         into.texts += _grouped(texts, n)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf import __version__ as version
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.records import FileDataModule
-from lit_rlhf.text.chat import BASE_TEMPLATE
+from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK
 from lit_rlhf.text.records import OnBadRecord, Seen, files_of, parse_text, read_pieces, read_records
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
@@ -83,6 +83,7 @@ class PretrainDataModule(FileDataModule):
     """
 
     parse_record = staticmethod(parse_text)
+    base_template = BASE_TEMPLATE
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class PretrainDataModule(FileDataModule):
         self.tokenizer = (
             self._tokenizer if isinstance(self._tokenizer, PreTrainedTokenizerBase) else self._trained(sources)
         )
-        self.tokenizer.chat_template = self.tokenizer.chat_template or BASE_TEMPLATE
+        self.tokenizer.chat_template = self.tokenizer.chat_template or self.base_template
         parts = [self._stored(source) for source in sources]
         old = [self._stored(source) for source in self._files(self.old_paths)]
         self.skipped = [line for part in [*parts, *old] for line in part.skipped]
@@ -266,6 +267,8 @@ class PretrainDataModule(FileDataModule):
 
 class WorldPretrainDataModule(PretrainDataModule):
     """The corpus of the built-in world; arguments as in :class:`PretrainDataModule`."""
+
+    base_template = WORLD_MARK + BASE_TEMPLATE
 
     def __init__(
         self,
