@@ -1,6 +1,8 @@
-"""Errors that are for people."""
+"""What is said to people: errors, and lines on the terminal."""
 
 from __future__ import annotations
+
+import os
 
 
 class UserError(ValueError):
@@ -26,3 +28,14 @@ def users_mistake(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def is_main_process() -> bool:
+    """Whether this process writes: Lightning starts the others with a LOCAL_RANK above 0."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Print a line that the user should read, once, however many processes there are."""
+    if is_main_process():
+        print(line, flush=True)

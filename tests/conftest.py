@@ -42,6 +42,15 @@ def test_data():
     return folder
 
 
+@pytest.fixture
+def test_checkpoint():
+    """A real checkpoint of some hundred million parameters (LIT_RLHF_TEST_CHECKPOINT names its folder)."""
+    folder = os.environ.get("LIT_RLHF_TEST_CHECKPOINT")
+    if folder is None or not Path(folder).is_dir():
+        pytest.skip("no real checkpoint: set LIT_RLHF_TEST_CHECKPOINT to the folder of one in bfloat16")
+    return Path(folder)
+
+
 @pytest.fixture(params=FAMILIES)
 def model_config(request):
     """A small config of each family of architectures."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,20 @@ from transformers import (
 
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.heads import AnyRewardModel
+from lit_rlhf.models.loading import MODEL_TYPE, load_config, match_tokenizer, model_settings
 from lit_rlhf.models.lora import LoRA, add_lora
-from lit_rlhf.models.policy import load_pretrained, match_tokenizer, policy_from_config
-from lit_rlhf.models.reward_head import MODEL_TYPE, RewardHead, RewardTransformer
+from lit_rlhf.models.policy import policy_from_config
+from lit_rlhf.models.reward_head import RewardHead, RewardTransformer
 
 Architecture = PretrainedConfig | dict[str, Any]  # a dict as ``policy_from_config`` takes it
 
 
 def architecture_of(path: str | Path) -> PretrainedConfig:
     """The architecture of the model in a folder or on the Hub; of a reward model of ours, its trunk's."""
-    file = Path(path) / "config.json"
-    if file.is_file():
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.get("model_type") == MODEL_TYPE:
-            return AutoConfig.for_model(**settings["trunk"])
-    return load_pretrained(AutoConfig, path)
+    settings = model_settings(path)
+    if settings.get("model_type") == MODEL_TYPE:
+        return AutoConfig.for_model(**settings["trunk"])
+    return load_config(path)
 
 
 def blank_policy(

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import CheckpointFormat
 from lit_rlhf.models.lora import merged
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder (safetensors, config, tokenizer, template) under a temporary name, then rename.
 
-    Adapters are merged into the weights: what is written is a plain model."""
+    Adapters are merged into the weights: what is written is a plain model. Of one that was loaded, precision and
+    generation settings are the checkpoint's."""
     temporary, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
     for left_over in (temporary, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        merged(model).save_pretrained(temporary)
+        _write(merged(model), temporary)
         tokenizer.save_pretrained(temporary)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another paths.runs") from error
@@ -29,6 +34,45 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         folder.rename(old)  # removed only after the new one stands: removing takes a while, and may be interrupted
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    form: CheckpointFormat | None = getattr(model, "checkpoint_format", None)
+    if form is None:
+        model.save_pretrained(folder)
+        return
+    own = getattr(model, "generation_config", None)
+    try:
+        if own is not None:  # the file is copied: transformers refuses to write some of those that it reads
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, state_dict=_as_stored(model, form))
+    finally:
+        if own is not None:
+            model.generation_config = own
+    generation = folder / "generation_config.json"
+    if generation.exists() and form.generation is None:
+        generation.unlink()
+    elif generation.exists():
+        generation.write_text(form.generation, encoding="utf-8")
+    _name_dtype(folder / "config.json", str(form.dtype).removeprefix("torch."))
+
+
+def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tensor]:
+    """The weights in the precision of the checkpoint; those that are tied stay so."""
+    cast: dict[tuple[int, torch.dtype], Tensor] = {}
+    stored = {}
+    for name, weight in model.state_dict().items():
+        dtype = form.others.get(name, form.dtype) if weight.is_floating_point() else weight.dtype
+        stored[name] = cast.setdefault((weight.data_ptr(), dtype), weight.to(dtype))
+    return stored
+
+
+def _name_dtype(file: Path, dtype: str) -> None:
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for node in (settings, *settings.values()):  # a reward model with a head of its own has the config of its trunk
+        if isinstance(node, dict) and "dtype" in node:
+            node["dtype"] = dtype
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> str:

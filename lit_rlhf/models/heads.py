@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,14 +20,9 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.fused import fuse
+from lit_rlhf.models.loading import Dtype, format_of, load_classifier, load_language_model, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora, merged
-from lit_rlhf.models.policy import (
-    context_length,
-    load_pretrained,
-    match_tokenizer,
-    packed_hidden,
-    policy_from_config,
-)
+from lit_rlhf.models.policy import context_length, packed_hidden, policy_from_config
 from lit_rlhf.models.reward_head import (
     RewardEnsemble,
     RewardHead,
@@ -41,6 +35,7 @@ from lit_rlhf.models.reward_head import (
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages
+from lit_rlhf.text.tokenizer import check_vocabulary
 
 AnyRewardModel = PreTrainedModel | RewardTransformer | RewardEnsemble
 
@@ -48,14 +43,18 @@ AnyRewardModel = PreTrainedModel | RewardTransformer | RewardEnsemble
 def load_reward_model(
     path: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
     new_head: bool = False,
     head: RewardHead | None = None,
     lora: LoRA | None = None,
     combine: Literal["mean", "worst"] = "mean",
     fused: bool = True,
+    export_dtype: Dtype | None = None,
 ) -> AnyRewardModel:
     """Load a reward model, with adapters where ``lora`` asks for them; from a list of paths, an ensemble.
+
+    It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. Errors
+    are those of :func:`load_classifier` and :func:`match_tokenizer`.
 
     With ``new_head`` a language model will do, too: its trunk gets the ``head`` (linear, at the last token), fresh.
     Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing."""
@@ -67,30 +66,25 @@ def load_reward_model(
         if new_head:
             check_head(found, wanted, path)
         model = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
+        model.checkpoint_format = format_of(path, export_dtype)
     elif new_head and not wanted.plain:
-        policy = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+        policy = load_language_model(path, dtype, export_dtype)
         if tokenizer is not None:
-            match_tokenizer(policy, tokenizer, str(path))
+            match_tokenizer(policy, tokenizer, path)
         model = RewardTransformer.from_policy(policy, wanted)
     else:
-        model = _load_classifier(path, dtype, new_head)
+        model = _load_classifier(path, dtype, new_head, export_dtype)
     if tokenizer is not None:
-        match_tokenizer(model, tokenizer, str(path))
+        check_vocabulary(tokenizer, path)
+        match_tokenizer(model, tokenizer, path)
     if fused:
         fuse(model)
     return add_lora(model, lora)
 
 
-def _load_classifier(path: str | Path, dtype: str, new_head: bool) -> PreTrainedModel:
-    model, loading = load_pretrained(
-        AutoModelForSequenceClassification, path, num_labels=1, dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    if any(name.startswith("score.") for name in loading["missing_keys"]):
-        if not new_head:
-            raise UserError(
-                f"{path}: a language model, where a reward model was expected (it has no scalar head); train one "
-                "from it with stage=reward"
-            )
+def _load_classifier(path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None) -> PreTrainedModel:
+    model, fresh = load_classifier(path, dtype, new_head, export_dtype)
+    if fresh:
         nn.init.zeros_(score_head(model).weight)
     return model
 
@@ -196,6 +190,7 @@ def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequen
     model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
     model.base_model.load_state_dict(trunk.base_model.state_dict())
     score_head(model).load_state_dict(head.state_dict())
+    model.checkpoint_format = getattr(policy, "checkpoint_format", None)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
+from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora
 from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
 from lit_rlhf.text.packing import Packed
-from lit_rlhf.text.tokenizer import load_tokenizer
+from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
 
 
 def policy_from_config(
@@ -46,72 +48,43 @@ def policy_from_config(
             raise ValueError(f"{model_type} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
         model = AutoModelForCausalLM.from_config(architecture)
         return fuse(model) if fused else model
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"model.config: {str(error).strip().splitlines()[0][:900]}") from error
 
 
 def load_policy(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     lora: LoRA | None = None,
     fused: bool = True,
+    export_dtype: Dtype | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub name, with adapters where ``lora`` asks for them.
 
-    With a ``tokenizer`` the embedding grows to hold tokens that were added to it (a padding token, say), and the model
-    learns which token ends a text. ``fused``: see :func:`fuse`."""
-    model = load_pretrained(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+    It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. With a
+    ``tokenizer`` the model learns which token is padding. ``fused``: see :func:`fuse`. Errors are those of
+    :func:`load_language_model` and :func:`match_tokenizer`."""
+    model = load_language_model(path, dtype, export_dtype)
     if fused:
         fuse(model)
     if tokenizer is not None:
-        match_tokenizer(model, tokenizer, str(path))
+        check_vocabulary(tokenizer, path)
+        match_tokenizer(model, tokenizer, path)
     return add_lora(model, lora)
 
 
 def load_policy_and_tokenizer(
-    path: str | Path, dtype: str = "float32", fused: bool = True
+    path: str | Path, dtype: Dtype = "float32", fused: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model folder as it was saved: the model, and the tokenizer with its chat template.
 
     ``fused``: see :func:`fuse`."""
+    load_config(path)  # what is wrong with a model is said of the model, not of its tokenizer
     tokenizer = load_tokenizer(path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = behind_start(tokenizer, BASE_TEMPLATE)
     return load_policy(path, tokenizer, dtype, fused=fused), tokenizer
-
-
-def load_pretrained(kind: Any, path: str | Path, **settings: Any) -> Any:
-    """``kind.from_pretrained`` with an error for people."""
-    # "name" and "owner/name" may be on the Hub; what exists here, or looks like a path, is not.
-    is_local = Path(path).exists() or Path(path).is_absolute() or str(path).startswith(".") or len(Path(path).parts) > 2
-    if is_local and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: no model there (config.json and *.safetensors were expected)")
-    try:
-        return kind.from_pretrained(str(path), **settings)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        raise UserError(
-            f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors;"
-            " a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
-        ) from error
-
-
-def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Give the model as many embeddings as the tokenizer has tokens, and its special tokens.
-
-    Raises ``UserError`` where more tokens are missing than one adds: then tokenizer and model are not of one family."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows + 16:
-        raise UserError(
-            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}; they are no pair"
-        )
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.eos_token_id = tokenizer.eos_token_id
-            config.pad_token_id = tokenizer.pad_token_id
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.chunked import by_row
+from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_finite, check_tensors, model_settings
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.packing import Packed, pack
 
-MODEL_TYPE = "lit_rlhf_reward"  # in config.json: transformers knows no such model
 SCALE = {"score_shift", "score_mean", "score_std"}
 GATE_BIAS = -1.0  # a fresh gate lets 27% of the likelihood through
 
@@ -132,26 +132,33 @@ class RewardTransformer(nn.Module):
         """A language model with a fresh head in place of its own, which a likelihood head keeps for itself."""
         embedding, lm_head = policy.get_input_embeddings(), policy.get_output_embeddings()
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
-        return cls(policy.base_model, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
+        model = cls(policy.base_model, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
+        model.checkpoint_format = getattr(policy, "checkpoint_format", None)
+        return model
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> RewardTransformer:
         """Load what :meth:`save_pretrained` wrote."""
         folder = Path(folder)
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_files(folder)
+        settings = model_settings(folder)
         weights = load_file(folder / "model.safetensors")
         trunk = AutoModel.from_config(AutoConfig.for_model(**settings["trunk"]))
         spec = RewardHead(**settings["head"])
         own = weights.get("score.lm_head.weight")
         lm_head = None if own is None else nn.Linear(own.shape[1], own.shape[0], bias="score.lm_head.bias" in weights)
         model = cls(trunk, ScoreHead(spec, trunk.get_input_embeddings().embedding_dim, lm_head))
+        own = model.state_dict()
+        wrong = [(n, weights[n].shape, own[n].shape) for n in own.keys() & weights if own[n].shape != weights[n].shape]
+        check_tensors(folder, own.keys() - weights.keys(), weights.keys() - own.keys(), wrong)
         model.load_state_dict(weights)
+        check_finite(model, folder)
         for name in SCALE & settings.keys():
             setattr(model.config, name, settings[name])
         return model.to(dtype)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, which names the head, and model.safetensors."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write config.json, which names the head, and model.safetensors, of the weights or of ``state_dict``."""
         note = f"{self.score.spec.kind} head, pooling {self.score.spec.pooling}: lit_rlhf.models.load_reward_model"
         trunk = self.config.to_dict()
         settings = {
@@ -164,7 +171,7 @@ class RewardTransformer(nn.Module):
         }
         folder = Path(folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     @property
@@ -241,8 +248,7 @@ class RewardEnsemble(nn.Module):
 
 def saved_head(path: str | Path) -> RewardHead | None:
     """The head of a reward model of ours in ``path``; None where that is something else."""
-    file = Path(path) / "config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = model_settings(path)
     return RewardHead(**settings["head"]) if settings.get("model_type") == MODEL_TYPE else None
 
 

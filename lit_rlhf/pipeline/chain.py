@@ -12,13 +12,12 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.reading import newest, round_folders
 from lit_rlhf.apps.report import write_report
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, is_main_process
 from lit_rlhf.pipeline.folder import (
     StageFolder,
     check_inputs,
     check_records,
     checkpoint_of,
-    is_main_process,
     read_json,
     read_yaml,
     start_of,

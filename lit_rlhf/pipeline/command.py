@@ -22,8 +22,8 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import Interrupted, UserError, Waiting, users_mistake
-from lit_rlhf.pipeline.folder import is_main_process, register_resolvers, remember_world
+from lit_rlhf.errors import Interrupted, UserError, Waiting, is_main_process, users_mistake
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     check_settings,
     command_of,

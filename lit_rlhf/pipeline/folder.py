@@ -25,11 +25,6 @@ KEEPING = ("data.cache", "ptx.cache", "module.ptx.cache")
 REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
 
 
-def is_main_process() -> bool:
-    """Whether this process writes: Lightning starts the others with a LOCAL_RANK above 0."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
 class Origin(NamedTuple):
     """What a run began with, as its stages have written it down."""
 

@@ -18,11 +18,13 @@ from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, is_main_process
 from lit_rlhf.models import load_policy_and_tokenizer
-from lit_rlhf.pipeline.folder import StageFolder, is_main_process
+from lit_rlhf.models.loading import check_files
+from lit_rlhf.pipeline.folder import StageFolder
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
 from lit_rlhf.text.records import Moved
@@ -48,6 +50,7 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         folder.begin()
     settings = OmegaConf.create(folder.settings[name])
     seed_everything(settings.seed, verbose=False)
+    check_models(settings)
     with said_when_slow(f"{name}: reading the data"):
         data = make_data(settings.data, name, remembered_split(cfg))
     if is_main_process():
@@ -87,6 +90,16 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     return figures
 
 
+def check_models(settings: DictConfig) -> None:
+    """What is wrong with the folders of a stage's models is said before its data is read."""
+    nodes = [settings.get("policy"), settings.get("reward_model"), *(settings.get("policies") or {}).values()]
+    paths = [node.path for node in nodes if node is not None and node.get("path") is not None]
+    for path in [*paths, *filter(None, (settings.get("models") or {}).values())]:
+        for folder in map(Path, path if isinstance(path, ListConfig) else [path]):
+            if folder.exists():
+                check_files(folder)
+
+
 def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> LightningDataModule:
     """The data, read and checked before a model is loaded; ``moved``: what the run remembers of its split."""
     data = instantiate(settings, _convert_="all")
@@ -110,9 +123,17 @@ def _say(name: str, line: str) -> None:
 
 
 def make_module(settings: DictConfig, data: LightningDataModule) -> LightningModule:
-    """The models that the stage names, and the module that works with them."""
+    """The module of a stage, with its models."""
+    models = load_models(settings, data.tokenizer)
+    if "policies" not in models:
+        models["tokenizer"] = data.tokenizer
+    return instantiate(settings.module, **models, _convert_="all")
+
+
+def load_models(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The models that a stage names, by the names that its module has for them."""
     models: dict[str, Any] = {
-        key: instantiate(settings[key], tokenizer=data.tokenizer, _convert_="all") if _there(settings[key]) else None
+        key: instantiate(settings[key], tokenizer=tokenizer, _convert_="all") if _there(settings[key]) else None
         for key in ("policy", "reward_model")
         if key in settings
     }
@@ -125,9 +146,7 @@ def make_module(settings: DictConfig, data: LightningDataModule) -> LightningMod
         }
     if "policies" in settings:
         models["policies"] = {key: instantiate(node, _convert_="all") for key, node in _policies(settings).items()}
-    else:
-        models["tokenizer"] = data.tokenizer
-    return instantiate(settings.module, **models, _convert_="all")
+    return models
 
 
 def _policies(settings: DictConfig) -> dict[str, DictConfig]:

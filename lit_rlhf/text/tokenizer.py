@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -71,8 +78,8 @@ def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerBase:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder (or, with a network, of a Hub name) and give it a padding token.
 
-    Padding and end-of-text must differ, else end-of-text is never learned and pooling finds the wrong token; where
-    they are the same, or there is no padding token, ``<|pad|>`` is added (the policy loader grows the embedding)."""
+    Padding must be no token that ends or begins a text, else that is never learned and pooling finds the wrong token:
+    see :func:`spare_token`. Raises ``UserError`` for a chat template that drops what is said."""
     path = str(path)
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder, where a tokenizer was expected")
@@ -85,9 +92,113 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token is None:
         raise UserError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one in tokenizer_config.json")
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer.add_special_tokens({"pad_token": PAD})
+    rows, used = _of_model(path)
+    used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in used:
+        tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})
+    check_template(tokenizer, path)
     return tokenizer
+
+
+def _of_model(path: str) -> tuple[int | None, set[int]]:
+    """What the model's settings in ``path`` say: (rows of the embedding, tokens that end or begin a text).
+
+    None and nothing where there is a tokenizer alone."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path)
+    except (OSError, ValueError):
+        return None, set()
+    try:
+        generation = GenerationConfig.from_pretrained(path).to_dict()
+    except (OSError, ValueError):
+        generation = {}
+    config = config.get("trunk") or config.get("text_config") or config  # a reward model of ours; one that also sees
+    ids = [node.get(name) for node in (config, generation) for name in ("eos_token_id", "bos_token_id")]
+    used = {i for each in ids for i in (each if isinstance(each, list) else [each]) if i is not None}
+    return config.get("vocab_size"), used
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase, used: set[int], rows: int | None) -> str:
+    """A token for padding that nothing else needs, so that a vocabulary need not grow.
+
+    In this order: a special token named for padding; a reserved one; a new ``<|pad|>`` in a row of the embedding that
+    has no token (of ``rows``; None: the embedding is still to be made); the last special token; the unknown token where
+    it is special. Not those in ``used`` nor in the chat template. Where there is none: a new ``<|pad|>``."""
+    used = used | _of_template(tokenizer)
+    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    spare = [text for i, text in sorted(special.items()) if i not in used]
+    for name in ("pad", "reserved", "unused"):
+        if named := [text for text in spare if name in text.lower()]:
+            return named[0]
+    others = sorted(spare, key=lambda text: text == tokenizer.unk_token, reverse=True)
+    if rows is None or max(tokenizer.get_vocab().values()) + 1 < rows or not others:
+        return PAD
+    return others[-1]
+
+
+def _of_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens of the chat template: that stand in it, or that it writes (``'<|' + role + '|>'``)."""
+    texts = [str(tokenizer.chat_template or "")]
+    with suppress(Exception):  # whatever a template's own code raises: it is said elsewhere
+        texts += [_rendered(tokenizer, turns) for turns in (TURNS, [SYSTEM, *TURNS]) if tokenizer.chat_template]
+    return {i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raise ``UserError`` where a model's folder holds a tokenizer that gives the same tokens other numbers."""
+    if str(tokenizer.name_or_path) == str(path) or not (Path(path) / "tokenizer.json").is_file():
+        return
+    given = tokenizer.get_vocab()
+    for token, i in AutoTokenizer.from_pretrained(str(path)).get_vocab().items():
+        if given.get(token, i) != i:
+            raise UserError(
+                f"{path}: its tokenizer has token {i} for {token!r}, and the tokenizer that is used, of "
+                f"{tokenizer.name_or_path or 'this run'}, has {given[token]}: they are no pair. Take models of one "
+                "vocabulary"
+            )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raise ``UserError`` where a chat template fails on a plain dialogue, or leaves out what a turn says.
+
+    Where it leaves out the system message alone it says so: not every dialogue has one."""
+    if tokenizer.chat_template is None:
+        return
+    dropped, failures = set(), []
+    for turns in (TURNS, [SYSTEM, *TURNS]):  # some templates know no system message, and some want one
+        try:
+            text = _rendered(tokenizer, turns)
+            dropped |= {role for role, said in turns if said not in text}
+        except Exception as error:  # whatever a template's own code raises
+            failures.append(_first_line(error))
+    if len(failures) == 2:
+        raise UserError(f"{path}: its chat template fails on a plain dialogue ({failures[0]}); give another")
+    if turns := sorted(dropped - {"system"}):
+        raise UserError(
+            f"{path}: its chat template leaves out what the {' and the '.join(turns)} says; give another, in "
+            "chat_template.jinja"
+        )
+    if dropped:
+        say(f"{path}: its chat template leaves out system messages")
+
+
+SYSTEM = ("system", "sysmark")  # words that stand nowhere else
+TURNS = [("user", "firstmark"), ("assistant", "replymark"), ("user", "lastmark")]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
+    """A dialogue as the template writes it; of contents as text and as a list of parts, what keeps more."""
+    rendered, failure = [], None
+    for listed in (False, True):
+        messages = [{"role": role, "content": [{"type": "text", "text": t}] if listed else t} for role, t in turns]
+        try:
+            rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # whatever a template's own code raises
+            failure = failure or error
+    if not rendered:
+        raise failure
+    return max(rendered, key=lambda text: sum(said in text for _, said in turns))
 
 
 def _first_line(error: Exception) -> str:

@@ -38,10 +38,10 @@ def test_functions_are_fused_as_they_are_with_weights(model_config, tokenizer, f
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(r=2)])
-def test_a_policy_from_a_folder_with_tokens_added(policy, tokenizer, tmp_path, lora):
+def test_a_policy_from_a_folder_with_padding_added(policy, tokenizer, tmp_path, lora):
     save_model(policy, tokenizer, tmp_path / "model")
     larger = copy.deepcopy(tokenizer)
-    larger.add_tokens(["<a>", "<b>"])
+    larger.add_special_tokens({"pad_token": "<own-pad>"})
     loaded = load_policy(tmp_path / "model", larger, lora=lora)
     assert shapes(blank_policy(architecture_of(tmp_path / "model"), larger, lora)) == shapes(loaded)
 

@@ -219,8 +219,14 @@ def test_a_wrong_config(model_config, tokenizer, change, message):
         policy_from_config({**model_config, **change}, tokenizer)
 
 
-def test_heads_that_do_not_divide_the_width(tokenizer):
-    config = {"model_type": "gpt2", "n_embd": 30, "n_layer": 1, "n_head": 4}
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": 30, "n_layer": 1, "n_head": 4},
+        {"model_type": "llama", "hidden_size": 30, "num_hidden_layers": 1, "num_attention_heads": 4},
+    ],
+)
+def test_heads_that_do_not_divide_the_width(tokenizer, config):
     with pytest.raises(UserError, match=r"model\.config: "):
         policy_from_config(config, tokenizer)
 
@@ -245,9 +251,9 @@ def test_a_saved_model_loads_as_it_was(policy, tokenizer, tmp_path):
 
 def test_a_template_of_the_folder_is_kept(policy, tokenizer, tmp_path):
     policy.save_pretrained(tmp_path)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    assert load_policy_and_tokenizer(tmp_path)[1].chat_template == "{{ messages[0]['content'] }}"
+    assert load_policy_and_tokenizer(tmp_path)[1].chat_template == tokenizer.chat_template
 
 
 def test_weights_in_half_precision_are_read_as_asked(policy, tmp_path):
@@ -280,10 +286,8 @@ def test_a_tokenizer_of_another_family_is_refused(policy, tmp_path):
     policy.save_pretrained(tmp_path)
     strange = train_bpe(["some longer text, of other words. " + " ".join(map(str, range(100, 999)))], 340)
     rows = policy.get_input_embeddings().num_embeddings
-    strange.add_tokens([f"<{i}>" for i in range(rows + 17 - len(strange))])
-    with pytest.raises(
-        UserError, match=rf"the model knows {rows} tokens and the tokenizer has {rows + 17}; they are no pair"
-    ):
+    size = len(strange)
+    with pytest.raises(UserError, match=rf"knows {rows} tokens and the tokenizer has {size}, up to {size - 1}; they"):
         load_policy(tmp_path, strange)
 
 
@@ -292,8 +296,8 @@ def test_no_model_there(tmp_path):
         with pytest.raises(UserError, match=r"no model there \(config\.json and \*\.safetensors were expected\)"):
             load_policy(path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="no model could be loaded from there"):
-        load_policy(tmp_path)  # no weights
+    with pytest.raises(UserError, match=r"no weights there \(\*\.safetensors were expected\)"):
+        load_policy(tmp_path)
 
 
 def test_a_hub_name_without_a_network():

@@ -1,6 +1,8 @@
+import json
 import random
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_rlhf.errors import UserError
@@ -106,6 +108,58 @@ def test_padding_that_is_end_of_text_is_replaced(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.pad_token_id != loaded.eos_token_id and len(loaded) == size  # <|pad|> was there already
+
+
+def checkpoint(folder, special, template=None, rows=0, ends=None, **named):
+    """A folder with a tokenizer of ``special`` tokens, "<e>" first, and the settings of its model; returns len."""
+    inner = Tokenizer(models.BPE(unk_token=named.get("unk_token")))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>", **named)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    size = rows + len(tokenizer)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": size, "eos_token_id": 0}))
+    if ends is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return len(tokenizer)
+
+
+ROLES_BY_NAME = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}<x>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "padding", "added"),
+    [
+        ({"special": ["<e>", "<a>", "<my_pad_id>", "<z>"]}, "<my_pad_id>", 0),
+        ({"special": ["<e>", "<a>", "<reserved_1>", "<reserved_2>"]}, "<reserved_1>", 0),
+        ({"special": ["<e>", "<a>", "<z>"]}, "<z>", 0),
+        ({"special": ["<e>", "<a>", "<z>"], "rows": 3}, PAD, 1),  # in a row of the embedding that has no token
+        ({"special": ["<e>", "<u>"], "unk_token": "<u>"}, "<u>", 0),
+        ({"special": ["<e>", "<a>", "<u>"], "unk_token": "<u>"}, "<a>", 0),
+        ({"special": ["<e>", "<a>", "<z>"], "ends": [0, 2]}, "<a>", 0),  # an end token is none
+        ({"special": ["<e>", "<a>", "<z>"], "bos_token": "<z>"}, "<a>", 0),
+        ({"special": ["<e>", "<a>", "<x>", "<|user|>", "<|system|>"], "template": ROLES_BY_NAME}, "<a>", 0),
+        ({"special": ["<e>", "<a>", "<z>"], "pad_token": "<e>"}, "<z>", 0),
+        ({"special": ["<e>", "<a>", "<z>"], "pad_token": "<a>"}, "<a>", 0),  # a good one stays
+        ({"special": ["<e>", "<a>", "<z>"], "pad_token": "<a>", "ends": [0, 1]}, "<z>", 0),
+        ({"special": ["<e>"]}, PAD, 1),  # there is nothing else: the embedding will grow
+    ],
+)
+def test_a_spare_token_serves_as_padding(tmp_path, settings, padding, added):
+    size = checkpoint(tmp_path, **settings)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.pad_token, len(loaded)) == (padding, size + added)
+    loaded.save_pretrained(tmp_path)  # the next stage finds the same
+    assert (load_tokenizer(tmp_path).pad_token_id, len(load_tokenizer(tmp_path))) == (loaded.pad_token_id, len(loaded))
+
+
+def test_a_real_checkpoint_keeps_its_vocabulary(test_checkpoint):
+    loaded, plain = load_tokenizer(test_checkpoint), AutoTokenizer.from_pretrained(test_checkpoint)
+    assert plain.pad_token == plain.eos_token and loaded.get_vocab() == plain.get_vocab()
+    written = plain.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert loaded.pad_token_id not in (*written["input_ids"], plain.eos_token_id, plain.bos_token_id)
 
 
 def test_a_tokenizer_that_is_fine_stays_as_it_is(tmp_path):

@@ -1,0 +1,320 @@
+"""Checkpoints: all of a folder's weights, as they stand there, or an error that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import cached_file
+
+from lit_rlhf.errors import UserError, say
+
+MODEL_TYPE = "lit_rlhf_reward"  # in the config.json of a reward model that transformers does not know
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# safetensors' names
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Constants that older releases of transformers stored with the weights; models compute them.
+CONSTANTS = re.compile(r"(\.masked_bias|\.rotary_emb\.\w+)$")
+CONVERT = 'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; {}"'
+FROM_PICKLE = "M.from_pretrained({0!r}).save_pretrained({0!r})"
+FROM_GGUF = (
+    "p, f = {0!r}, {1!r}; m = M.from_pretrained(p, gguf_file=f); m.hf_quantizer = None; del m.config."
+    "quantization_config; m.save_pretrained(p); T.from_pretrained(p, gguf_file=f).save_pretrained(p)"
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """What an export keeps of the checkpoint that a model came from."""
+
+    dtype: torch.dtype  # of the exported weights
+    others: dict[str, torch.dtype] = field(default_factory=dict)  # of those that had another
+    generation: str | None = None  # the text of generation_config.json; None: there was none
+
+
+def load_language_model(path: str | Path, dtype: Dtype, export_dtype: Dtype | None = None) -> PreTrainedModel:
+    """A causal language model from a folder or a Hub name, in ``dtype``.
+
+    Its export is written in ``export_dtype``, or in the checkpoint's own. Raises ``UserError`` where ``path`` holds
+    another kind of model, or where a tensor is missing, unexpected, of another shape than config.json gives it, or
+    holds NaN or infinity."""
+    config = load_config(path)
+    if config.architectures and _is_classifier(config):
+        raise UserError(
+            f"{path}: {_classifier(config)}, where a language model was expected (it has no head that writes text); "
+            "give the model that it was made from"
+        )
+    model, loading = _read(AutoModelForCausalLM, path, dtype)
+    return _checked(model, path, loading, export_dtype)
+
+
+def load_classifier(
+    path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None = None
+) -> tuple[PreTrainedModel, bool]:
+    """(A reward model, which is a sequence classifier with one label, whether its head is new and random).
+
+    Errors are those of :func:`load_language_model`. With ``new_head`` a language model will do: its own head is
+    dropped."""
+    config = load_config(path)
+    if config.architectures and _is_classifier(config) and config.num_labels != 1:
+        raise UserError(f"{path}: {_classifier(config)}, where a reward model was expected, which has one label")
+    model, loading = _read(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    fresh = {name for name in loading["missing_keys"] if name.startswith("score.")}
+    if fresh and not new_head:
+        raise UserError(
+            f"{path}: a language model, where a reward model was expected (it has no scalar head); train one "
+            "from it with stage=reward"
+        )
+    loading["missing_keys"] -= fresh
+    if loading["unexpected_keys"]:
+        loading["unexpected_keys"] -= _language_head(config)
+    return _checked(model, path, loading, export_dtype), bool(fresh)
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The config of a decoder-only model in a folder or on the Hub.
+
+    Raises ``UserError`` where there is none, where weights are not (all) in safetensors, and for other kinds."""
+    folder = Path(path)
+    # "name" and "owner/name" may be on the Hub; what exists here, or looks like a path, is not.
+    if folder.exists() or folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2:
+        check_files(folder)
+        if model_settings(folder).get("model_type") == MODEL_TYPE:
+            raise UserError(f"{path}: a reward model with a head of its own, where a language model was expected")
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise _unloadable(path, error) from error
+    if config.is_encoder_decoder:
+        raise UserError(f"{path}: an encoder-decoder ({_name(config)}), where a decoder-only model was expected")
+    kind = config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise UserError(
+            f"{path}: an encoder ({_name(config)}), where a decoder-only model was expected: its tokens see those "
+            "behind them"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{path}: {_name(config)}, which is no causal language model of transformers")
+    return config
+
+
+def check_files(folder: Path) -> None:
+    """Raise ``UserError`` where a folder holds no config.json, or not all of its weights in safetensors."""
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise UserError(f"{folder}: an adapter (adapter_config.json) of {base}, where a whole model was expected")
+    if not (folder / "config.json").is_file():
+        found = f"; {folder.name} is a file, and its folder is wanted" if folder.is_file() else ""
+        raise UserError(f"{folder}: no model there (config.json and *.safetensors were expected{found})" + _how(folder))
+    files = weight_files(folder)
+    if not files:
+        raise UserError(f"{folder}: no weights there (*.safetensors were expected)" + _how(folder))
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except FileNotFoundError:
+            raise UserError(f"{file}: missing, though {folder.name}/{INDEX} names it; copy the folder again") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: cut off or damaged ({error}); copy it again") from None
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads; those that an index names may be missing."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder / INDEX}: no index of weights ({error!r})") from None
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _how(folder: Path) -> str:
+    """How weights in other formats become safetensors; "" where there are none."""
+    folder = folder.parent if folder.is_file() else folder
+    if gguf := sorted(folder.glob("*.gguf")):
+        how = FROM_GGUF.format(str(folder), gguf[0].name)
+        return f"; {gguf[0].name} is a GGUF file: convert it, {CONVERT.format(how)}"
+    if pickles := sorted(f for end in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{end}")):
+        return f"; {pickles[0].name} is a pickle: convert it, {CONVERT.format(FROM_PICKLE.format(str(folder)))}"
+    return ""
+
+
+def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """``kind.from_pretrained``, which refuses nothing here: (model, what transformers says of its tensors)."""
+    settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        return kind.from_pretrained(str(path), dtype=getattr(torch, dtype), **settings)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unloadable(path, error) from error
+
+
+def _unloadable(path: str | Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0][:300]
+    return UserError(
+        f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors;"
+        " a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
+    )
+
+
+def _checked(
+    model: PreTrainedModel, path: str | Path, loading: dict[str, Any], export_dtype: Dtype | None
+) -> PreTrainedModel:
+    unexpected = {name for name in loading["unexpected_keys"] if not CONSTANTS.search(name)}
+    check_tensors(path, loading["missing_keys"], unexpected, loading["mismatched_keys"])
+    check_finite(model, path)
+    model.checkpoint_format = format_of(path, export_dtype)
+    return model
+
+
+def check_tensors(
+    path: str | Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]] = (),
+) -> None:
+    """Raise ``UserError``, with names, where the weights in ``path`` are not those that config.json describes.
+
+    ``mismatched``: (name, shape of the weights, shape of the model)."""
+    shapes = [f"{name} is {list(found)} for {list(wanted)}" for name, found, wanted in mismatched]
+    faults = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for what, names in (
+            ("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("of another shape", sorted(shapes))
+        )
+        if names
+    ]  # fmt: skip
+    if faults:
+        raise UserError(
+            f"{path}: the weights are not those that config.json describes: of the tensors, {'; '.join(faults)}. Give "
+            "the config.json that belongs to them"
+        )
+
+
+def check_finite(model: torch.nn.Module, path: str | Path) -> None:
+    """Raise ``UserError``, with its name, where a tensor holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        # Least and largest are NaN where one number is: a pass over memory that takes none.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            raise UserError(
+                f"{path}: tensor {name} holds {bad} of {tensor.numel()} numbers that are NaN or infinite"
+                f" (as {str(tensor.dtype).removeprefix('torch.')}); take a checkpoint from before it diverged"
+            )
+
+
+def format_of(path: str | Path, export_dtype: Dtype | None = None) -> CheckpointFormat:
+    """What the export of a model from ``path`` keeps: generation settings, and precision where no ``export_dtype`` is
+    given."""
+    folder = Path(cached_file(str(path), "config.json")).parent
+    file = folder / "generation_config.json"
+    generation = file.read_text(encoding="utf-8") if file.is_file() else None
+    if export_dtype is not None:
+        return CheckpointFormat(getattr(torch, export_dtype), generation=generation)
+    dtypes: dict[str, torch.dtype] = {}
+    sizes: Counter[torch.dtype] = Counter()
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no dict
+                tensor = tensors.get_slice(name)
+                if dtype := DTYPES.get(tensor.get_dtype()):
+                    dtypes[name] = dtype
+                    sizes[dtype] += prod(tensor.get_shape())
+    [(most, _)] = sizes.most_common(1) or [(torch.float32, 0)]
+    return CheckpointFormat(most, {name: dtype for name, dtype in dtypes.items() if dtype != most}, generation)
+
+
+def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
+    """Let ``model`` know the tokenizer's padding token, for which alone its embedding may grow, by one row.
+
+    Raises ``UserError`` where the tokenizer is another model's: it has tokens that the model does not know."""
+    rows, pad = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    unknown = [i for i in tokenizer.get_vocab().values() if i >= rows and i != pad]
+    if unknown:
+        raise UserError(
+            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}, up to {max(unknown)}; "
+            "they are no pair"
+        )
+    if pad >= rows:
+        say(f"{where}: no token can serve as padding, so the vocabulary grows from {rows} tokens to {pad + 1}")
+        model.resize_token_embeddings(pad + 1, mean_resizing=False)
+    embedding = model.get_input_embeddings()
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = pad  # the embedding of that token is not trained: it must not be one that is used
+    _match_special(model, tokenizer, where)
+
+
+def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
+    configs = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
+    for what in ("eos", "bos"):
+        own = getattr(tokenizer, f"{what}_token_id")
+        known = {i for config in configs for i in _listed(getattr(config, f"{what}_token_id", None))}
+        if own is not None and known and own not in known:
+            say(
+                f"{where}: {what}_token_id is {', '.join(map(str, sorted(known)))} in the model's settings and {own} "
+                f"({getattr(tokenizer, f'{what}_token')}) in the tokenizer: is it this model's?"
+            )
+    for config in configs:
+        config.pad_token_id = tokenizer.pad_token_id
+        if getattr(config, "eos_token_id", None) is None:
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def model_settings(folder: str | Path) -> dict[str, Any]:
+    """What the config.json of a folder says; nothing where there is none."""
+    file = Path(folder) / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: no JSON ({error})") from None
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _classifier(config: PretrainedConfig) -> str:
+    return "a reward model" if config.num_labels == 1 else f"a classifier of {config.num_labels} labels"
+
+
+def _name(config: PretrainedConfig) -> str:
+    return (config.architectures or [config.model_type])[0]
+
+
+def _language_head(config: PretrainedConfig) -> set[str]:
+    """Names of the tensors of a language model that its trunk lacks."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}

@@ -1,0 +1,357 @@
+"""What a checkpoint holds arrives whole, or is refused by name, whoever asks for it."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import RewardHead, load_policy, load_policy_and_tokenizer, load_reward_model, save_model
+from lit_rlhf.models.blank import architecture_of
+from lit_rlhf.models.loading import check_finite, match_tokenizer
+from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
+from lit_rlhf.text import load_tokenizer
+
+UP = "model.layers.1.mlp.up_proj.weight"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture
+def model_config():
+    """One whose weights are not tied."""
+    return {
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(policy, tokenizer, tmp_path):
+    """A language model with a chat template."""
+    tokenizer.chat_template = TEMPLATE
+    save_model(policy, tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder, change, file="model.safetensors"):
+    """Change the tensors of a folder in place."""
+    weights = load_file(folder / file)
+    change(weights)
+    save_file(weights, folder / file, metadata={"format": "pt"})
+
+
+def edit_json(folder, file="config.json", **settings):
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def replace(folder, model):
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+
+
+def classifier(folder, labels):
+    config = AutoConfig.from_pretrained(folder, num_labels=labels)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+# Whoever loads a model: a policy, with its tokenizer, as the trunk of a reward model; and a reward model
+POLICIES = {
+    "load_policy": load_policy,
+    "load_policy_and_tokenizer": load_policy_and_tokenizer,
+    "new_head": lambda folder: load_reward_model(folder, new_head=True),
+    "own_head": lambda folder: load_reward_model(folder, new_head=True, head=RewardHead("mlp")),
+}
+REWARD_MODELS = {"load_reward_model": load_reward_model, "annotator": RewardModelAnnotator.load}
+
+
+def shard(folder):
+    """The folder's weights in several files; returns the second one."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="30KB")
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def gguf(folder):
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    (folder / "config.json").unlink()
+
+
+def adapter(folder):
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+FAULTS = {
+    "missing": (lambda f: edit(f, lambda w: w.pop(UP)), rf"1 missing \({UP}\)"),
+    "unexpected": (lambda f: edit(f, lambda w: w.update(odd=torch.ones(2))), r"1 unexpected \(odd\)"),
+    "shape": (
+        lambda f: edit(f, lambda w: w.update({UP: torch.ones(3, 32)})),
+        rf"1 of another shape \({UP} is \[3, 32\] for \[64, 32\]\)",
+    ),
+    "deeper": (
+        lambda f: edit_json(f, num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        r"11 missing \(model\.layers\.2\.input_layernorm\.weight, .*, \.\.\.\)",
+    ),
+    "shallower": (
+        lambda f: edit_json(f, num_hidden_layers=1, layer_types=["full_attention"]),
+        r"11 unexpected \(model\.layers\.1\.",
+    ),
+    "nan": (
+        lambda f: edit(f, lambda w: w[UP].view(-1)[5:7].fill_(torch.nan)),
+        rf"tensor \S*{UP[6:]} holds 2 of 2048 numbers that are NaN or infinite \(as float32\)",
+    ),
+    "infinite": (lambda f: edit(f, lambda w: w[UP].view(-1)[5].fill_(-torch.inf)), f"{UP[6:]} holds 1 of 2048"),
+    "encoder": (
+        lambda f: replace(f, BertForMaskedLM(BertConfig(vocab_size=300, **SIZES))),
+        r"an encoder \(BertForMaskedLM\), where a decoder-only model was expected",
+    ),
+    "encoder-decoder": (
+        lambda f: replace(f, T5ForConditionalGeneration(T5Config(vocab_size=300, d_model=8, d_ff=8, num_layers=1))),
+        r"an encoder-decoder \(T5ForConditionalGeneration\)",
+    ),
+    "cut": (lambda f: cut(f / "model.safetensors"), r"model\.safetensors: cut off or damaged"),
+    "cut shard": (lambda f: cut(shard(f)), r"model-00002-of-\d+\.safetensors: cut off"),
+    "no shard": (lambda f: shard(f).unlink(), r"model-00002-of-\d+\.safetensors: missing, though .*json names it"),
+    "pickle": (pickled, r"no weights .*pytorch_model\.bin is a pickle: convert it, python -c .*save_pretrained"),
+    "gguf": (gguf, r"no model there .*model\.gguf is a GGUF file: convert it, python -c .*gguf_file=f"),
+    "adapter": (adapter, r"an adapter \(adapter_config\.json\) of some/base, where a whole model was expected"),
+    "wrong config": (lambda f: edit_json(f, num_attention_heads="four"), "no model could be loaded from there"),
+    "broken config": (lambda f: (f / "config.json").write_text('{"model_type'), r"config\.json: no JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_loader_of_a_language_model_refuses(folder, fault):
+    break_it, message = FAULTS[fault]
+    break_it(folder)
+    for name, load in POLICIES.items():
+        with pytest.raises(UserError, match=message) as error:
+            load(folder)
+        assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value), name
+    if fault in ("encoder", "encoder-decoder", "cut", "no shard", "pickle", "gguf", "adapter"):
+        with pytest.raises(UserError, match=message):
+            architecture_of(folder)  # of the plan
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "nan", "cut"])
+def test_every_loader_of_a_reward_model_refuses(folder, tokenizer, fault):
+    save_model(load_reward_model(folder, tokenizer, new_head=True), tokenizer, folder)
+    break_it, message = FAULTS[fault]
+    for load in REWARD_MODELS.values():
+        load(folder)
+    break_it(folder)
+    for load in REWARD_MODELS.values():
+        with pytest.raises(UserError, match=message):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("score.read.0.bias"), r"1 missing \(score\.read\.0\.bias\)"),
+        (lambda w: w.update(odd=torch.ones(1)), r"1 unexpected \(odd\)"),
+        (lambda w: w.update({"score.read.0.bias": torch.ones(2)}), r"score\.read\.0\.bias is \[2\] for \[32\]"),
+        (lambda w: w["score.read.0.bias"][0].fill_(torch.nan), r"tensor score\.read\.0\.bias holds 1 of 32"),
+    ],
+)
+def test_a_head_of_its_own_comes_whole_too(folder, tokenizer, change, message):
+    save_model(load_reward_model(folder, tokenizer, new_head=True, head=RewardHead("mlp")), tokenizer, folder)
+    load_reward_model(folder)
+    edit(folder, change)
+    with pytest.raises(UserError, match=message):
+        load_reward_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TEMPLATE.replace("%}", "if m.role == 'user' %}", 1), "its chat template leaves out what the assistant says"),
+        ("{{ messages[-1].content }}", "its chat template leaves out what the assistant and the user says"),
+        ("{% for %}", "its chat template fails on a plain dialogue"),
+        ("{{ raise_exception('not me') }}", r"its chat template fails on a plain dialogue \(not me\)"),
+    ],
+)
+def test_a_template_that_drops_or_fails_is_refused(folder, template, message):
+    (folder / "chat_template.jinja").write_text(template)
+    for load in (load_tokenizer, load_policy_and_tokenizer, RewardModelAnnotator.load):
+        with pytest.raises(UserError, match=message):
+            load(folder)
+
+
+PARTS = "{% for m in messages %}{% for p in m.content if p is mapping %}{{ p.text }}{% endfor %}{% endfor %}"
+WANTS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('system') }}{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PARTS, WANTS_SYSTEM, NO_SYSTEM])
+def test_templates_that_have_their_ways_are_not_refused(folder, template, capsys):
+    (folder / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(folder).chat_template == template
+    say_nothing(capsys)
+
+
+def test_a_template_without_system_messages_says_so(folder, capsys):
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("%}", "if m.role != 'system' %}", 1))
+    load_tokenizer(folder)
+    assert capsys.readouterr().out == f"{folder}: its chat template leaves out system messages\n"
+
+
+# Models of another kind
+
+
+def test_what_scores_is_no_policy_and_what_classifies_no_reward_model(folder, tokenizer):
+    for labels, found in ((1, "a reward model"), (3, "a classifier of 3 labels")):
+        replace(folder, classifier(folder, labels))
+        with pytest.raises(UserError, match=f"{found}, where a language model was expected"):
+            load_policy(folder)
+        with pytest.raises(UserError, match=f"{found}, where a language model was expected"):
+            load_reward_model(folder, new_head=True, head=RewardHead("mlp"))
+    for new_head in (False, True):
+        with pytest.raises(UserError, match="a classifier of 3 labels, where a reward model was expected"):
+            load_reward_model(folder, tokenizer, new_head=new_head)
+
+
+def test_a_reward_model_with_a_head_of_its_own_is_no_policy(folder, tokenizer):
+    save_model(load_reward_model(folder, tokenizer, new_head=True, head=RewardHead("mlp")), tokenizer, folder)
+    for load in (load_policy, load_policy_and_tokenizer):
+        with pytest.raises(UserError, match="a reward model with a head of its own, where a language model was"):
+            load(folder)
+
+
+def test_a_file_in_the_place_of_its_folder(folder):
+    with pytest.raises(UserError, match=r"model\.safetensors is a file, and its folder is wanted"):
+        load_policy(folder / "model.safetensors")
+
+
+# What differs and does no harm
+
+
+@pytest.mark.parametrize("constant", ["model.layers.0.self_attn.rotary_emb.inv_freq", "h.0.attn.masked_bias"])
+def test_constants_of_older_releases_are_no_fault(folder, constant):
+    before = load_policy(folder).state_dict()
+    edit(folder, lambda w: w.update({constant: torch.ones(4)}))
+    after = load_policy(folder).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_the_language_head_alone_is_dropped_for_a_scalar_one(folder, tokenizer, policy):
+    loaded = load_reward_model(folder, tokenizer, new_head=True)
+    assert torch.equal(loaded.base_model.embed_tokens.weight, policy.base_model.embed_tokens.weight)
+    edit(folder, lambda w: w.update({"v_head.weight": torch.ones(2)}))
+    with pytest.raises(UserError, match=r"1 unexpected \(v_head\.weight\)"):
+        load_reward_model(folder, tokenizer, new_head=True)
+
+
+def test_a_sharded_checkpoint_is_whole(folder, policy):
+    shard(folder)
+    assert torch.equal(load_policy(folder).lm_head.weight, policy.lm_head.weight)
+
+
+def test_a_number_that_does_not_fit_the_precision_is_named(folder):
+    edit(folder, lambda w: w[UP].view(-1)[0].fill_(1e6))
+    load_policy(folder)
+    with pytest.raises(UserError, match=r"holds 1 of 2048 numbers that are NaN or infinite \(as float16\)"):
+        load_policy(folder, dtype="float16")
+
+
+def test_integers_and_empty_tensors_are_finite():
+    module = torch.nn.Module()
+    module.register_buffer("steps", torch.arange(3))
+    module.register_buffer("none", torch.empty(0))
+    check_finite(module, "here")
+
+
+# Formats
+
+
+def test_a_pickle_is_converted_by_the_line_that_is_said(folder, policy):
+    pickled(folder)
+    with pytest.raises(UserError) as error:
+        load_policy(folder)
+    exec(re.search(r'python -c "(.*)"', str(error.value))[1])
+    assert torch.equal(load_policy(folder).lm_head.weight, policy.lm_head.weight)
+
+
+# Tokenizer and model
+
+
+def say_nothing(capsys):
+    assert not capsys.readouterr().out
+
+
+def test_the_reward_model_of_another_tokenizer_is_refused(folder, tokenizer, tmp_path):
+    """Sizes fit and every token has a meaning: only the vocabularies tell."""
+    save_model(load_reward_model(folder, tokenizer, new_head=True), tokenizer, tmp_path / "reward")
+    inner = json.loads((folder / "tokenizer.json").read_text())
+    vocab = inner["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(inner))
+    swapped = load_tokenizer(folder)
+    with pytest.raises(UserError, match=r"its tokenizer has token \d+ for '[ab]', and .* they are no pair"):
+        load_reward_model(tmp_path / "reward", swapped)
+    load_reward_model(tmp_path / "reward", load_tokenizer(tmp_path / "reward"))
+
+
+def test_special_tokens_that_contradict_are_said_once(folder, tokenizer, capsys):
+    load_policy_and_tokenizer(folder)
+    say_nothing(capsys)
+    edit_json(folder, eos_token_id=7)
+    edit_json(folder, "generation_config.json", eos_token_id=[7, 9])
+    policy, _ = load_policy_and_tokenizer(folder)
+    said = capsys.readouterr().out
+    assert said == (
+        f"{folder}: eos_token_id is 7, 9 in the model's settings and {tokenizer.eos_token_id} (<|endoftext|>) in the "
+        "tokenizer: is it this model's?\n"
+    )
+    assert policy.generation_config.eos_token_id == [7, 9]
+    edit_json(folder, "generation_config.json", eos_token_id=[7, tokenizer.eos_token_id])  # one of several ends
+    load_policy_and_tokenizer(folder)
+    say_nothing(capsys)
+
+
+def test_padding_is_no_token_that_is_trained(folder, tokenizer):
+    """Where padding was the end token, transformers drops the gradient of its embedding."""
+    edit_json(folder, pad_token_id=tokenizer.eos_token_id)
+    edit_json(folder, "tokenizer_config.json", pad_token=tokenizer.eos_token)
+    policy, loaded = load_policy_and_tokenizer(folder)
+    ids = torch.tensor([[loaded.eos_token_id, 5]])
+    policy(input_ids=ids).logits.square().sum().backward()
+    gradient = policy.get_input_embeddings().weight.grad
+    assert gradient[loaded.eos_token_id].abs().sum() > 0
+    assert policy.config.pad_token_id == policy.get_input_embeddings().padding_idx == loaded.pad_token_id
+
+
+def test_the_vocabulary_grows_for_padding_alone_and_says_so(folder, tokenizer, capsys):
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<own-pad>"})
+    policy = load_policy(folder, tokenizer)
+    assert policy.config.vocab_size == rows + 1
+    assert f"no token can serve as padding, so the vocabulary grows from {rows} tokens to {rows + 1}" in (
+        capsys.readouterr().out
+    )
+    match_tokenizer(policy, tokenizer, folder)
+    say_nothing(capsys)

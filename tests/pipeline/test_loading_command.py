@@ -1,0 +1,91 @@
+"""Whatever stage or command loads a broken model refuses it, by name and in one line."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from lit_rlhf.apps.chat.assistant import load_assistant
+from lit_rlhf.errors import UserError, users_mistake
+from lit_rlhf.models import load_reward_model, policy_from_config, save_model
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.run import check_models, load_models
+from lit_rlhf.pipeline.settings import check_settings, compose_settings, name_loaders, opened, resolved
+from lit_rlhf.text import Transcript, ensure_chat_template, load_tokenizer, train_bpe
+
+register_resolvers()
+CONFIG = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Folders of a policy and of a reward model that are whole, and of the two with NaN in a matrix."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_bpe(["What is 12 + 30? It is 42.", "Who are you? I am the cat."] * 3, 300)
+    ensure_chat_template(tokenizer)
+    for name in ("policy", "bad_policy"):
+        save_model(policy_from_config(CONFIG, tokenizer), tokenizer, tmp_path / name)
+    for name in ("reward", "bad_reward"):
+        save_model(load_reward_model(tmp_path / "policy", tokenizer, new_head=True), tokenizer, tmp_path / name)
+    for name in ("bad_policy", "bad_reward"):
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+CONSUMERS = {  # {0}: the folder of these models
+    "sft": "stage=sft model=hf model.path={0}/bad_policy",
+    "sft by its path": "stage=sft sft.policy.path={0}/bad_policy",
+    "classify": "stage=classify model=hf model.path={0}/bad_policy",
+    "few_shot": "stage=few_shot model=hf model.path={0}/bad_policy",
+    "preference": "stage=preference preference.policy.path={0}/bad_policy",
+    "another of preference": "stage=preference preference.policy.path={0}/policy "
+    "preference.models={{x:{0}/bad_policy}}",
+    "annotator": "stage=preference preference.policy.path={0}/policy preference/annotator=reward_model "
+    "preference.annotator.path={0}/bad_reward",
+    "reward": "stage=reward reward.reward_model.path={0}/bad_policy",
+    "reward with a head": "stage=reward reward/head=mlp reward.reward_model.path={0}/bad_policy",
+    "ppo": "stage=ppo ppo.policy.path={0}/bad_policy ppo.reward_model.path={0}/reward",
+    "reward model of ppo": "stage=ppo ppo.policy.path={0}/policy ppo.reward_model.path={0}/bad_reward",
+    "ensemble of ppo": "stage=ppo ppo.policy.path={0}/policy ppo.reward_model.path=[{0}/reward,{0}/bad_reward]",
+    "dpo": "stage=dpo dpo.policy.path={0}/bad_policy",
+    "evaluate": "stage=evaluate evaluate.reward_model.path={0}/reward evaluate.policies.sft.path={0}/policy "
+    "evaluate.policies.mine={0}/bad_policy",
+    "reward model of evaluate": "stage=evaluate evaluate.reward_model.path={0}/bad_reward",
+}
+
+
+def settings_of(arguments):
+    cfg = compose_settings(opened(arguments.split()))
+    name_loaders(cfg)
+    remember_world(cfg)
+    check_settings(cfg)
+    return OmegaConf.create(resolved(cfg, cfg.stage))
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_every_stage_refuses_a_broken_model(models, consumer):
+    settings = settings_of(CONSUMERS[consumer].format(models))
+    check_models(settings)
+    with pytest.raises(Exception) as error:
+        load_models(settings, load_tokenizer(models / "policy"))
+    said = users_mistake(error.value)
+    assert said is not None and "\n" not in str(said)
+    assert str(said).startswith(f"{models / 'bad_'}") and "up_proj.weight holds 1 of 256" in str(said)
+
+
+def test_chat_refuses_a_broken_model(models):
+    with pytest.raises(UserError, match=r"up_proj\.weight holds 1 of 256 numbers that are NaN"):
+        load_assistant("it", models / "bad_policy", Transcript())
+
+
+def test_a_folder_that_lacks_its_weights_is_said_in_one_line(lit_rlhf, models):
+    weights = models / "bad_policy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    for arguments in ("stage=sft model=hf model.path={}", "stage=chat chat.model={}"):
+        done = lit_rlhf(*arguments.format(models / "bad_policy").split(), check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"lit-rlhf: {weights}: cut off or damaged")
