@@ -37,6 +37,7 @@ def models(tmp_path, monkeypatch):
 
 
 CONSUMERS = {  # {0}: the folder of these models
+    "pretrain": "stage=pretrain pretrain/init=checkpoint model=hf model.path={0}/bad_policy",
     "sft": "stage=sft model=hf model.path={0}/bad_policy",
     "sft by its path": "stage=sft sft.policy.path={0}/bad_policy",
     "classify": "stage=classify model=hf model.path={0}/bad_policy",
