@@ -283,3 +283,13 @@ def test_correlation_inside_groups():
     # deviations (-1, 0, 1) and (1, -2, 1): orthogonal
     assert_close(correlation(tensor([1, 2, 3]), tensor([4, 1, 4]), tensor([5, 5, 5])).item(), 0.0)
     assert correlation(x, torch.ones(5), group).isnan()
+
+
+def test_a_margin_of_each_pair_by_hand():  # arXiv:2307.09288, eq. 2: -log sigma(r_w - r_l - m)
+    pairs = ranking_pairs(tensor([1, 2, 1, 2]), tensor([0, 0, 1, 1]))
+    scores = tensor([math.log(3) + 2, 0.0, 1.0, 1.0])
+    # The first pair differs by ln 3 + 2 and is to differ by 2: sigma(ln 3) = 3/4. The second by 0, with no margin.
+    assert_close(ranking_loss(scores, pairs, margins=tensor([2.0, 0.0])), tensor((-math.log(0.75) + math.log(2)) / 2))
+    # Beside a margin for each rank: 1 and 2 are a rank apart.
+    both = ranking_loss(scores, pairs, margin=1.0, margins=tensor([1.0, -1.0]))
+    assert_close(both, tensor((-math.log(0.75) + math.log(2)) / 2))

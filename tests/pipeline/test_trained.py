@@ -8,11 +8,12 @@ import yaml
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import input_paths
+from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained import FILE, check_trained, trained_stages, write_trained_prompts
 from lit_rlhf.stages import FewShotDataModule, PPODataModule, RewardDataModule, SFTDataModule
 from lit_rlhf.text import train_bpe
 from lit_rlhf.text.chat import ensure_chat_template
-from lit_rlhf.text.records import prompt_fingerprint, write_jsonl
+from lit_rlhf.text.records import Moved, prompt_fingerprint, write_jsonl
 
 
 def asked(text):
@@ -143,3 +144,36 @@ def test_a_dialogue_trains_on_each_turn_that_is_learned(tmp_path):
 def test_paths_of_all_models_are_looked_at():
     given = {"policies": {"a": {"path": "x"}, "b": None}, "reward_model": {"path": "y"}}
     assert [path for _, path in input_paths("evaluate", given)] == ["y", "x"]
+
+
+def run_settings(runs, run, from_run):
+    from omegaconf import OmegaConf
+
+    paths = {"runs": str(runs), "run_dir": f"{runs}/{run}"}
+    return OmegaConf.create({"run": run, "from_run": from_run, "paths": paths})
+
+
+def test_what_changed_sides_is_remembered_by_the_run_and_those_that_start_from_it(tmp_path):
+    first = run_settings(tmp_path, "first", "first")
+    make_stage(tmp_path / "first", "sft", ["Why?"])
+    moved = remembered_split(first)
+    assert moved == Moved(trained={prompt_fingerprint(asked("Why?"))})
+    moved.held_out.add("a" * 16)
+    remember_split(first, moved)
+    second = run_settings(tmp_path, "second", "first")
+    make_stage(tmp_path / "second", "reward", ["Who?"], ["../first/sft/model"])
+    (tmp_path / "second/reward/config.yaml").write_text(
+        yaml.safe_dump({"reward": {"data": {"path": "x"}}, "origin": {"from_run": "first"}})
+    )
+    moved = remembered_split(second)
+    assert moved.held_out == {"a" * 16} and moved.trained == {prompt_fingerprint(asked(t)) for t in ("Why?", "Who?")}
+    moved.train.add("b" * 16)
+    remember_split(second, moved)
+    # A round of a run of its own writes down what the run knows.
+    third = run_settings(tmp_path, "third", "second")
+    third.paths.run_dir = f"{tmp_path}/third/rounds/2"
+    (tmp_path / "third").mkdir()
+    moved = remembered_split(third)
+    assert (moved.held_out, moved.train) == ({"a" * 16}, {"b" * 16})
+    remember_split(third, moved)
+    assert json.loads((tmp_path / "third/split.json").read_text()) == {"held_out": ["a" * 16], "train": ["b" * 16]}

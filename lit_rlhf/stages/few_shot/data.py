@@ -117,12 +117,24 @@ class FewShotDataModule(TaskDataModule):
         self.train_set = [as_shot(task, labels) for task in train[: self.limit]]
         self.held_out_tasks = spread(held_out, self.limit_held_out)
         self.val_set = [as_shot(task, labels) for task in self.held_out_tasks]
-        if self.shots[-1] > len(self.train_set):
-            raise UserError(
-                f"few_shot.data.shots: {self.shots[-1]} examples are asked for, and there are {len(self.train_set)} "
-                "to draw from"
+        self.shots, too_many = self._drawable()
+        if too_many:
+            asked = ", ".join(map(str, too_many))
+            self.note(
+                f"few_shot.data.shots: {asked} examples are more than the {len(self.train_set)} that there are to draw "
+                "from, and were left out"
             )
         self._before, self._space = _split_space(self.template.removesuffix("{answer}"))
+
+    def _drawable(self) -> tuple[list[int], list[int]]:
+        """(numbers of examples that can be drawn, the others)."""
+        drawable = [shots for shots in self.shots if shots <= len(self.train_set)]
+        if not drawable:
+            raise UserError(
+                f"few_shot.data.shots: {self.shots[0]} examples are asked for, and there are {len(self.train_set)} "
+                "to draw from"
+            )
+        return drawable, self.shots[len(drawable) :]
 
     def evaluated_prompts(self) -> Iterator[Messages]:
         """The prompts that the model may not have been trained on."""
