@@ -188,6 +188,7 @@ class Conversation:
         try:
             turns = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             messages = parse_messages({"messages": turns})
+            messages = [{"role": m["role"], "content": m["content"]} for m in messages]  # who wrote it is known apart
             system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
             if [m["role"] for m in messages] != [("user", "assistant")[i % 2] for i in range(len(messages))]:
                 raise ValueError("after a system message, user and assistant were expected in turn")
