@@ -1,5 +1,6 @@
 """Neural networks: loading, heads, sampling, model folders."""
 
+from lit_rlhf.models.adapters import adapters_off, effective_weight, lora_layers, merged, plain_weights
 from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
 from lit_rlhf.models.chunked import by_row, by_token, token_logprobs_of
@@ -23,7 +24,7 @@ from lit_rlhf.models.heads import (
     sequence_classifier,
 )
 from lit_rlhf.models.logits import next_token_logits
-from lit_rlhf.models.lora import LoRA, adapters_off, add_lora, lora_layers, merged
+from lit_rlhf.models.lora import LoRA, add_lora, save_adapter, starts_unchanged, train_adapters
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
@@ -63,6 +64,7 @@ __all__ = [
     "critic_from_policy",
     "critic_from_reward_model",
     "critic_on_policy",
+    "effective_weight",
     "end_tokens",
     "fingerprint",
     "freeze",
@@ -78,10 +80,12 @@ __all__ = [
     "output_head",
     "packed_hidden",
     "packed_scores",
+    "plain_weights",
     "policy_from_config",
     "predicting_positions",
     "response_positions",
     "reward_model_from_config",
+    "save_adapter",
     "save_model",
     "score_answers",
     "score_mean",
@@ -90,9 +94,11 @@ __all__ = [
     "scores_and_hidden",
     "sees_any_mask",
     "sequence_classifier",
+    "starts_unchanged",
     "stream",
     "token_logprobs_of",
     "tokens_at_once",
+    "train_adapters",
     "use_onednn",
     "use_own_attention",
 ]

@@ -18,7 +18,7 @@ from transformers import (
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.models.loading import MODEL_TYPE, load_config, match_tokenizer, model_settings
-from lit_rlhf.models.lora import LoRA, add_lora
+from lit_rlhf.models.lora import LoRA, add_lora, base_path
 from lit_rlhf.models.policy import policy_from_config
 from lit_rlhf.models.reward_head import RewardHead, RewardTransformer
 
@@ -27,6 +27,7 @@ Architecture = PretrainedConfig | dict[str, Any]  # a dict as ``policy_from_conf
 
 def architecture_of(path: str | Path) -> PretrainedConfig:
     """The architecture of the model in a folder or on the Hub; of a reward model of ours, its trunk's."""
+    path = base_path(path)
     settings = model_settings(path)
     if settings.get("model_type") == MODEL_TYPE:
         return AutoConfig.for_model(**settings["trunk"])

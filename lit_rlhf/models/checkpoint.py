@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.loading import CheckpointFormat
-from lit_rlhf.models.lora import merged
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -21,13 +23,20 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     Adapters are merged into the weights: what is written is a plain model. Of one that was loaded, precision and
     generation settings are the checkpoint's."""
+    with written_whole(folder) as temporary:
+        _write(merged(model), temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which takes the place of ``folder`` when all is written."""
     temporary, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
     for left_over in (temporary, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write(merged(model), temporary)
-        tokenizer.save_pretrained(temporary)
+        yield temporary
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another paths.runs") from error
     if folder.exists():

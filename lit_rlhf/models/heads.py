@@ -19,10 +19,12 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import effective_weight, merged
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, format_of, load_classifier, load_language_model, match_tokenizer
-from lit_rlhf.models.lora import LoRA, add_lora, merged
+from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, holds_score, with_adapter
 from lit_rlhf.models.policy import context_length, packed_hidden, policy_from_config
+from lit_rlhf.models.quantization import Quantization, is_quantized, keep_layout, quantized_loading
 from lit_rlhf.models.reward_head import (
     RewardEnsemble,
     RewardHead,
@@ -50,6 +52,7 @@ def load_reward_model(
     combine: Literal["mean", "worst"] = "mean",
     fused: bool = True,
     export_dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
 ) -> AnyRewardModel:
     """Load a reward model, with adapters where ``lora`` asks for them; from a list of paths, an ensemble.
 
@@ -57,23 +60,28 @@ def load_reward_model(
     are those of :func:`load_classifier` and :func:`match_tokenizer`.
 
     With ``new_head`` a language model will do, too: its trunk gets the ``head`` (linear, at the last token), fresh.
-    Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing."""
+    Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing. A folder may hold the
+    adapter of a reward model. ``quantization``: see :func:`load_policy`; one that is not trained needs no adapters."""
     if not isinstance(path, str | Path):
-        members = [load_reward_model(each, tokenizer, dtype, fused=fused) for each in path]
+        members = [load_reward_model(m, tokenizer, dtype, fused=fused, quantization=quantization) for m in path]
         return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
     found, wanted = saved_head(path), head or RewardHead()
+    if new_head:
+        check_quantization(quantization, lora, path)
+    if quantization is not None and (found is not None or not wanted.plain):
+        raise UserError(f"{path}: quantization={quantization} is for reward models with the plain head (linear, last)")
     if found is not None:
         if new_head:
             check_head(found, wanted, path)
         model = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
         model.checkpoint_format = format_of(path, export_dtype)
     elif new_head and not wanted.plain:
-        policy = load_language_model(path, dtype, export_dtype)
+        policy = load_language_model(base_path(path), dtype, export_dtype)
         if tokenizer is not None:
             match_tokenizer(policy, tokenizer, path)
-        model = RewardTransformer.from_policy(policy, wanted)
+        model = RewardTransformer.from_policy(with_adapter(policy, path), wanted)
     else:
-        model = _load_classifier(path, dtype, new_head, export_dtype)
+        model = _load_classifier(path, dtype, new_head, export_dtype, quantization)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
@@ -82,11 +90,14 @@ def load_reward_model(
     return add_lora(model, lora)
 
 
-def _load_classifier(path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None) -> PreTrainedModel:
-    model, fresh = load_classifier(path, dtype, new_head, export_dtype)
+def _load_classifier(
+    path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None, quantization: Quantization | None
+) -> PreTrainedModel:
+    quantized = quantized_loading(quantization, getattr(torch, dtype))
+    model, fresh = load_classifier(base_path(path), dtype, new_head or holds_score(path), export_dtype, **quantized)
     if fresh:
         nn.init.zeros_(score_head(model).weight)
-    return model
+    return with_adapter(keep_layout(model), path)
 
 
 def reward_model_from_config(
@@ -121,9 +132,7 @@ def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
     return scores_and_hidden(model, batch, batch.ends[:0])[0]
 
 
-def scores_and_hidden(
-    model: PreTrainedModel | RewardTransformer, batch: Packed, at: Tensor
-) -> tuple[Tensor, Tensor]:
+def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed, at: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (N,), and the last hidden states (M, D) of the tokens ``at`` (M,), flat indices."""
     if isinstance(model, RewardTransformer):
         scores, hidden = model.scores_and_hidden(batch)
@@ -137,7 +146,7 @@ def output_head(model: PreTrainedModel | RewardTransformer) -> nn.Linear | None:
     """What turns hidden states (..., D) into logits of tokens (..., V); None where a reward model kept none."""
     lm_head: nn.Linear | None = getattr(score_head(model), "lm_head", None)
     tied = getattr(model.config, "tie_word_embeddings", False)
-    return tied_head(model.get_input_embeddings().weight) if lm_head is None and tied else lm_head
+    return tied_head(effective_weight(model.get_input_embeddings())) if lm_head is None and tied else lm_head
 
 
 @torch.no_grad()
@@ -206,7 +215,7 @@ class Critic(nn.Module):
 
         The policy's states there, (M, D), serve a shared trunk; another needs none."""
         if isinstance(self.head, ScoreHead):  # which may look at all tokens of a sequence
-            embedding = self.trunk.get_input_embeddings().weight
+            embedding = effective_weight(self.trunk.get_input_embeddings())
             return self.head.values(packed_hidden(self.trunk, packed), packed, embedding)[at].float()
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
         return self.head(hidden).squeeze(-1).float()
@@ -227,9 +236,7 @@ def critic_from_reward_model(
             "ppo/critic=shared"
         )
     reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
-    # A frozen model may be in half precision; small steps of one that learns would be rounded away.
-    critic = copy.deepcopy(reward_model).to(policy.dtype).requires_grad_(True)
-    add_lora(critic, lora)
+    critic = _trainable(copy.deepcopy(reward_model), policy.dtype, lora)
     return Critic(critic.base_model, score_head(critic))
 
 
@@ -237,9 +244,18 @@ def critic_from_policy(
     policy: PreTrainedModel, reward_model: PreTrainedModel | None = None, lora: LoRA | None = None
 ) -> Critic:
     """A critic that begins as the policy, with a head that values everything 0."""
-    trunk = copy.deepcopy(merged(policy)).requires_grad_(True)
-    add_lora(trunk, lora)
+    trunk = _trainable(copy.deepcopy(merged(policy, quantized=True)), policy.dtype, lora)
     return Critic(trunk.base_model, _zero_head(policy))
+
+
+def _trainable(model: PreTrainedModel, dtype: torch.dtype, lora: LoRA | None) -> PreTrainedModel:
+    """A copy that is to be a critic, with adapters where ``lora`` asks for them."""
+    if is_quantized(model):
+        check_quantization("4bit", lora, "ppo.critic")
+    else:
+        # A frozen model may be in half precision; small steps of one that learns would be rounded away.
+        model = model.to(dtype).requires_grad_(True)
+    return add_lora(model, lora)
 
 
 def critic_on_policy(policy: PreTrainedModel, reward_model: PreTrainedModel | None = None) -> Critic:
@@ -248,6 +264,6 @@ def critic_on_policy(policy: PreTrainedModel, reward_model: PreTrainedModel | No
 
 
 def _zero_head(policy: PreTrainedModel) -> nn.Linear:
-    head = nn.Linear(policy.get_input_embeddings().embedding_dim, 1, bias=False)
+    head = nn.Linear(policy.get_input_embeddings().weight.shape[1], 1, bias=False)
     nn.init.zeros_(head.weight)
     return head.to(policy.device, policy.dtype)

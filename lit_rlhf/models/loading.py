@@ -54,8 +54,10 @@ class CheckpointFormat:
     generation: str | None = None  # the text of generation_config.json; None: there was none
 
 
-def load_language_model(path: str | Path, dtype: Dtype, export_dtype: Dtype | None = None) -> PreTrainedModel:
-    """A causal language model from a folder or a Hub name, in ``dtype``.
+def load_language_model(
+    path: str | Path, dtype: Dtype, export_dtype: Dtype | None = None, **settings: Any
+) -> PreTrainedModel:
+    """A causal language model from a folder or a Hub name, in ``dtype``; ``settings`` are ``from_pretrained``'s.
 
     Its export is written in ``export_dtype``, or in the checkpoint's own. Raises ``UserError`` where ``path`` holds
     another kind of model, or where a tensor is missing, unexpected, of another shape than config.json gives it, or
@@ -66,12 +68,12 @@ def load_language_model(path: str | Path, dtype: Dtype, export_dtype: Dtype | No
             f"{path}: {_classifier(config)}, where a language model was expected (it has no head that writes text); "
             "give the model that it was made from"
         )
-    model, loading = _read(AutoModelForCausalLM, path, dtype)
+    model, loading = _read(AutoModelForCausalLM, path, dtype, **settings)
     return _checked(model, path, loading, export_dtype)
 
 
 def load_classifier(
-    path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None = None
+    path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None = None, **settings: Any
 ) -> tuple[PreTrainedModel, bool]:
     """(A reward model, which is a sequence classifier with one label, whether its head is new and random).
 
@@ -80,7 +82,7 @@ def load_classifier(
     config = load_config(path)
     if config.architectures and _is_classifier(config) and config.num_labels != 1:
         raise UserError(f"{path}: {_classifier(config)}, where a reward model was expected, which has one label")
-    model, loading = _read(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    model, loading = _read(AutoModelForSequenceClassification, path, dtype, num_labels=1, **settings)
     fresh = {name for name in loading["missing_keys"] if name.startswith("score.")}
     if fresh and not new_head:
         raise UserError(

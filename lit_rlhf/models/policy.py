@@ -19,8 +19,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
-from lit_rlhf.models.lora import LoRA, add_lora
+from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, with_adapter
 from lit_rlhf.models.onednn import rows_up_to
+from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
 from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
@@ -59,19 +60,23 @@ def load_policy(
     lora: LoRA | None = None,
     fused: bool = True,
     export_dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub name, with adapters where ``lora`` asks for them.
 
-    It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. With a
-    ``tokenizer`` the model learns which token is padding. ``fused``: see :func:`fuse`. Errors are those of
-    :func:`load_language_model` and :func:`match_tokenizer`."""
-    model = load_language_model(path, dtype, export_dtype)
+    It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. A folder
+    may hold an adapter: it is added into the weights of its base. With ``quantization`` the frozen weights are kept in
+    4 bits, and adapters are trained. With a ``tokenizer`` the model learns which token is padding. ``fused``: see
+    :func:`fuse`. Errors are those of :func:`load_language_model` and :func:`match_tokenizer`."""
+    check_quantization(quantization, lora, path)
+    quantized = quantized_loading(quantization, getattr(torch, dtype))
+    model = load_language_model(base_path(path), dtype, export_dtype, **quantized)
     if fused:
         fuse(model)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
-    return add_lora(model, lora)
+    return add_lora(with_adapter(keep_layout(model), path), lora)
 
 
 def load_policy_and_tokenizer(
@@ -80,7 +85,7 @@ def load_policy_and_tokenizer(
     """A model folder as it was saved: the model, and the tokenizer with its chat template.
 
     ``fused``: see :func:`fuse`."""
-    load_config(path)  # what is wrong with a model is said of the model, not of its tokenizer
+    load_config(base_path(path))  # what is wrong with a model is said of the model, not of its tokenizer
     tokenizer = load_tokenizer(path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = behind_start(tokenizer, BASE_TEMPLATE)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_row
 from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_finite, check_tensors, model_settings
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
@@ -194,7 +195,7 @@ class RewardTransformer(nn.Module):
             hidden, added = self._with_added_token(batch)
         else:
             hidden, added = packed_hidden(self, batch), None
-        return self.score.scores(hidden, batch, added, self.get_input_embeddings().weight), hidden
+        return self.score.scores(hidden, batch, added, effective_weight(self.get_input_embeddings())), hidden
 
     def _with_added_token(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Hidden states (T, D) of the tokens, and (N, D) of a token added behind each sequence.
@@ -227,7 +228,7 @@ class RewardEnsemble(nn.Module):
 
     def __init__(self, members: list[nn.Module], combine: Literal["mean", "worst"] = "mean") -> None:
         super().__init__()
-        sizes = {m.get_input_embeddings().num_embeddings for m in members}
+        sizes = {len(m.get_input_embeddings().weight) for m in members}
         if len(sizes) > 1:
             raise UserError(f"these reward models cannot be an ensemble: they know {sorted(sizes)} tokens")
         self.members = nn.ModuleList(members)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError, say
+from lit_rlhf.text.adapter_folder import base_of_adapter, is_adapter
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -79,8 +80,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder (or, with a network, of a Hub name) and give it a padding token.
 
     Padding must be no token that ends or begins a text, else that is never learned and pooling finds the wrong token:
-    see :func:`spare_token`. Raises ``UserError`` for a chat template that drops what is said."""
+    see :func:`spare_token`. An adapter without a tokenizer has its base's. Raises ``UserError`` for a chat
+    template that drops what is said."""
     path = str(path)
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of_adapter(path)
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder, where a tokenizer was expected")
     try:
@@ -92,7 +96,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token is None:
         raise UserError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one in tokenizer_config.json")
-    rows, used = _of_model(path)
+    rows, used = _of_model(base_of_adapter(path) if is_adapter(path) else path)
     used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token is None or tokenizer.pad_token_id in used:
         tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})

@@ -18,6 +18,7 @@ from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.step_log import StepLog
 from lit_rlhf.training.trained_models import ModelSettings
+from lit_rlhf.training.trained_state import TrainedState
 from lit_rlhf.training.trainer import make_trainer
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "StepLog",
     "StopOnNonFinite",
     "TextSamples",
+    "TrainedState",
     "adamw",
     "append_rows",
     "decay_groups",

@@ -214,7 +214,7 @@ class BestCheckpoint(Callback):
         """Give ``module`` the best weights."""
         if self.path.is_file():
             state = torch.load(self.path, map_location="cpu", weights_only=True)["state_dict"]
-            module.load_state_dict(state, strict=module.strict_loading)
+            module.load_state_dict(state)
 
 
 class StopOnNonFinite(Callback):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning import LightningModule
+from lit_rlhf.training.trained_state import TrainedState
 
 
-class StepLog(LightningModule):
+class StepLog(TrainedState):
     """A module whose training steps are logged where they are written down: every ``log_every_n_steps``.
 
     Lightning's ``log`` takes a third of a millisecond a value (tensors, metrics and checks made anew), on every step,

@@ -98,7 +98,7 @@ def gguf(folder):
 def adapter(folder):
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone/base"}))
 
 
 def cut(file):
@@ -138,7 +138,7 @@ FAULTS = {
     "no shard": (lambda f: shard(f).unlink(), r"model-00002-of-\d+\.safetensors: missing, though .*json names it"),
     "pickle": (pickled, r"no weights .*pytorch_model\.bin is a pickle: convert it, python -c .*save_pretrained"),
     "gguf": (gguf, r"no model there .*model\.gguf is a GGUF file: convert it, python -c .*gguf_file=f"),
-    "adapter": (adapter, r"an adapter \(adapter_config\.json\) of some/base, where a whole model was expected"),
+    "adapter": (adapter, r"adapter_config\.json: the adapter is for /gone/base, which is not there"),
     "wrong config": (lambda f: edit_json(f, num_attention_heads="four"), "no model could be loaded from there"),
     "broken config": (lambda f: (f / "config.json").write_text('{"model_type'), r"config\.json: no JSON"),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.models import LoRA, Sampling, add_lora, policy_from_config
+from lit_rlhf.pipeline.settings import compose_settings
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.stages.ppo import GAE, KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
 from lit_rlhf.stages.ppo.probe import gradient_noise
@@ -27,10 +28,9 @@ GPT2_WITH_DROPOUT = {
 
 def option(group, name):
     """What an option of conf/ppo sets in the module."""
-    node = OmegaConf.load(CONF / group / f"{name}.yaml")
     if group != "advantage":
-        made = OmegaConf.create({"ppo": {"lora": None}, "node": node}).node
-        return {group: instantiate(made, _convert_="all")}
+        return {group: instantiate(compose_settings([f"ppo/{group}={name}"]).ppo[group], _convert_="all")}
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
     return {"advantage": instantiate(node.advantage, _convert_="all"), **node.module}
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_rlhf.models.adapters import effective_bias, effective_weight, wrapped_module
 from lit_rlhf.models.attention import SDPA
 from lit_rlhf.models.fused import gelu_tanh
-from lit_rlhf.models.lora import effective_weight
 from lit_rlhf.models.onednn import rows_up_to, with_rows_added
+from lit_rlhf.models.quantization import is_quantized
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -99,6 +100,8 @@ class Trunk:
     def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> Trunk | None:
         """For texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
         config = model.config
+        if is_quantized(model):  # numbers of a whole model are what it was to do without
+            return None
         if config._attn_implementation not in SDPA or getattr(config, "sliding_window", None) is not None:
             return None
         kind, dtype = config.model_type, dtype or model.dtype
@@ -168,21 +171,24 @@ def _rms(x: Tensor, epsilon: float) -> Tensor:
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The matrix (in, out) of a linear module, with its LoRA update where it has one."""
-    base = module.get_base_layer() if hasattr(module, "lora_A") else module
-    weight = effective_weight(module)
-    return weight if isinstance(base, Conv1D) else weight.t()
+    """The matrix (in, out) of a linear module, with its adapters where it has any."""
+    weight = _weight(module)
+    return weight if isinstance(wrapped_module(module), Conv1D) else weight.t()
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return effective_weight(module).detach()
 
 
 def _bias(module: nn.Module) -> Tensor | None:
-    bias = (module.get_base_layer() if hasattr(module, "lora_A") else module).bias
+    bias = effective_bias(module)
     return None if bias is None else bias.detach()
 
 
 def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
     module = model.get_output_embeddings()
-    bias = getattr(module, "bias", None)
-    return Product.of(module.weight.detach().t().to(dtype), None if bias is None else bias.detach().to(dtype))
+    bias = _bias(module)
+    return Product.of(_weight(module).t().to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
@@ -190,7 +196,7 @@ def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
     size = config.n_embd // config.n_head
 
     def norm(module: nn.Module) -> tuple[Tensor, Tensor]:
-        return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+        return _weight(module).to(dtype), _bias(module).to(dtype)
 
     def product(module: nn.Module, scaled: bool = False) -> Product:
         matrix, bias = _matrix(module), _bias(module)
@@ -215,8 +221,8 @@ def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
     ]
     smooth = config.activation_function in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, three names
     activation = gelu_tanh if smooth else trunk.h[0].mlp.act
-    positions = trunk.wpe.weight.detach()[:length].to(dtype)
-    embedding = trunk.wte.weight.detach().to(dtype)
+    positions = _weight(trunk.wpe)[:length].to(dtype)
+    embedding = _weight(trunk.wte).to(dtype)
     heads, epsilon = (config.n_head, config.n_head, size), config.layer_norm_epsilon
     return Trunk(embedding, positions, layers, norm(trunk.ln_f), activation, heads, epsilon, _head(model, dtype))
 
@@ -244,7 +250,7 @@ def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
             biases.append(bias)
         matrix = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if gain is not None:
-            matrix = gain.detach()[:, None] * matrix
+            matrix = gain[:, None] * matrix
         if all(bias is None for bias in biases):
             return Product.of(matrix.to(dtype), None)
         zeros = [torch.zeros_like(part[0]) if bias is None else bias for part, bias in zip(parts, biases)]
@@ -259,26 +265,26 @@ def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
                 None,
                 product(
                     [attention.q_proj, attention.k_proj, attention.v_proj],
-                    block.input_layernorm.weight,
+                    _weight(block.input_layernorm),
                     (1.0 if normed else size**-0.5, 1.0),
                 ),
-                (paired(attention.q_norm.weight.detach()) * size**-0.5).to(dtype) if normed else None,
-                paired(attention.k_norm.weight.detach()).to(dtype) if normed else None,
+                (paired(_weight(attention.q_norm)) * size**-0.5).to(dtype) if normed else None,
+                paired(_weight(attention.k_norm)).to(dtype) if normed else None,
                 product([attention.o_proj]),
                 None,
-                product([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm.weight),
+                product([mlp.gate_proj, mlp.up_proj], _weight(block.post_attention_layernorm)),
                 product([mlp.down_proj]),
             )
         )
     inner = config.intermediate_size
     function = trunk.layers[0].mlp.act_fn
-    cos, sin = trunk.rotary_emb(trunk.norm.weight.detach().float(), torch.arange(length, device=device)[None])
+    cos, sin = trunk.rotary_emb(_weight(trunk.norm).float(), torch.arange(length, device=device)[None])
     half, precise = size // 2, torch.complex128 if dtype == torch.float64 else torch.complex64
     return Trunk(
-        trunk.embed_tokens.weight.detach().to(dtype),
+        _weight(trunk.embed_tokens).to(dtype),
         torch.complex(cos[0, :, :half], sin[0, :, :half]).to(precise),
         layers,
-        trunk.norm.weight.detach().to(dtype),
+        _weight(trunk.norm).to(dtype),
         lambda x: function(x[:, :inner]).mul_(x[:, inner:]),
         (queries, keys, size),
         config.rms_norm_eps,

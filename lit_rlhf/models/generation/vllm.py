@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.adapters import plain_weights
 from lit_rlhf.models.generation.engine import check_room
 from lit_rlhf.models.generation.sampling import Responses, Sampling
-from lit_rlhf.models.lora import plain_weights
 from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
 
 

@@ -56,7 +56,7 @@ class ClassifyModule(StepLog):
     def configure_model(self) -> None:
         """Make the head: the data know how many labels there are."""
         if self.head is None:
-            width = self.policy.get_input_embeddings().embedding_dim
+            width = self.policy.get_input_embeddings().weight.shape[1]
             labels = self.trainer.datamodule.labels
             self.head = nn.Linear(width, len(labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
             nn.init.normal_(self.head.weight, std=0.02)

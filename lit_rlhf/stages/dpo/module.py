@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import dpo_loss, implicit_rewards, pair_accuracy, ranking_pairs
-from lit_rlhf.models import Sampling, answer, context_length, save_model
+from lit_rlhf.models import Sampling, answer, context_length, save_adapter, save_model
 from lit_rlhf.stages.ppo.reference import Reference, ReferenceUpdate
 from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.prompts import spread
@@ -37,6 +37,8 @@ class DPOModule(StepLog):
         sampling: how the samples during training are drawn.
     """
 
+    frozen_models = ("reference.",)
+
     def __init__(
         self,
         policy: PreTrainedModel,
@@ -48,7 +50,6 @@ class DPOModule(StepLog):
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # the reference is not in the checkpoint
         self.policy, self.reference = policy, Reference(policy, ReferenceUpdate())
         self.tokenizer = tokenizer
         self.optimizer, self.schedule = optimizer, schedule
@@ -118,13 +119,10 @@ class DPOModule(StepLog):
         }
 
     def export(self, folder: Path) -> None:
-        """Write ``model/``: a causal language model, like the SFT model it began as."""
+        """Write ``model/``, a causal language model like the SFT model it began as; with LoRA also ``adapter/``."""
         save_model(self.policy, self.tokenizer, folder / "model")
+        save_adapter(self.policy, self.tokenizer, folder / "adapter")
 
     def train(self, mode: bool = True) -> DPOModule:
         """Dropout stays off in both models, or the first step's log-ratios would not be 0."""
         return super().train(False)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the reference, which is on disk already."""
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("reference.")}

@@ -15,7 +15,7 @@ def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel | No
     """Raise ``UserError`` where the reward model would read other words than the policy wrote."""
     if reward_model is None:
         return
-    ours, theirs = (m.get_input_embeddings().num_embeddings for m in (policy, reward_model))
+    ours, theirs = (len(m.get_input_embeddings().weight) for m in (policy, reward_model))
     if ours != theirs:
         raise UserError(
             f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning import LightningModule
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,13 +36,14 @@ from lit_rlhf.models import (
     answer,
     by_token,
     critic_from_reward_model,
-    lora_layers,
     next_token_logits,
     packed_hidden,
+    save_adapter,
     save_model,
     sees_any_mask,
     token_logprobs_of,
     tokens_at_once,
+    train_adapters,
 )
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary
@@ -70,10 +70,19 @@ from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Messages, shown
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, inner_bar, seeded, warmup_decay
+from lit_rlhf.training import (
+    OptimizerFactory,
+    Schedule,
+    TrainedState,
+    adamw,
+    decay_groups,
+    inner_bar,
+    seeded,
+    warmup_decay,
+)
 
 
-class PPOModule(LightningModule):
+class PPOModule(TrainedState):
     """Alternates rollouts and optimization epochs: one ``training_step`` is one iteration.
 
     Args:
@@ -112,6 +121,8 @@ class PPOModule(LightningModule):
         val_samples: answers a held-out prompt in validation.
         seed: of sampling and of the order of minibatches.
     """
+
+    frozen_models = ("reference.start.", "scorer.reward_model.")  # a reference that moves is kept
 
     def __init__(
         self,
@@ -152,15 +163,12 @@ class PPOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = False  # the frozen models are not in the checkpoint
         check_vocabulary(policy, reward_model)
         check_group(advantage, answers_per_prompt)
         self.tokenizer = tokenizer
         self.policy = policy
         if not any(p.requires_grad for p in policy.parameters()):  # it came frozen out of another module
-            adapted = bool(lora_layers(policy))
-            for name, parameter in policy.named_parameters():
-                parameter.requires_grad_("lora_" in name or not adapted)
+            train_adapters(policy)
         self.reference = Reference(policy, reference)
         self.critic = critic(policy, reward_model) if getattr(advantage, "needs_critic", True) else None
         self.scorer = Scorer(reward_model, scoring)
@@ -647,17 +655,13 @@ class PPOModule(LightningModule):
         return {name: None if figure != figure else figure for name, figure in figures.items()}  # NaN: nothing scored
 
     def export(self, folder: Path) -> None:
-        """Write ``model/``: a causal language model, like the SFT model it began as."""
+        """Write ``model/``, a causal language model like the SFT model it began as; with LoRA also ``adapter/``."""
         save_model(self.policy, self.tokenizer, folder / "model")
+        save_adapter(self.policy, self.tokenizer, folder / "adapter")
 
     def train(self, mode: bool = True) -> PPOModule:
         """Dropout stays off in every model, or the ratio of a first update would not be 1."""
         return super().train(False)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the frozen models, which are on disk already; a reference that moves is kept."""
-        frozen = ("reference.start.", "scorer.reward_model.")
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(frozen)}
 
 
 def _std(values: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import Estimator
-from lit_rlhf.models import adapters_off, freeze, lora_layers
+from lit_rlhf.models import adapters_off, freeze, starts_unchanged
+from lit_rlhf.models.adapters import adapted_modules
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,15 @@ class ReferenceUpdate:
 class Reference(nn.Module):
     """The policy as it began: a frozen copy or, with LoRA, the policy itself with its adapters off.
 
+    Where turning them off would not do (an adapter that goes on being trained, biases that are trained beside), what
+    is trained is small: a copy of it takes its place for the time.
+
     ``moving`` is the copy that the penalty is measured against where ``update`` makes it follow the policy."""
 
     def __init__(self, policy: PreTrainedModel, update: ReferenceUpdate) -> None:
         super().__init__()
         self.update = update
-        lora = bool(lora_layers(policy))
+        lora = bool(adapted_modules(policy))
         moves = update.ema is not None or update.refresh_every is not None
         if lora and (moves or update.dtype is not None):
             raise UserError(
@@ -70,14 +75,24 @@ class Reference(nn.Module):
         self.start = None if lora else freeze(copy.deepcopy(policy).to(dtype))
         # In the policy's own precision: in half of it, small steps of an average would be rounded away.
         self.moving = freeze(copy.deepcopy(policy)) if moves else None
+        self._began: dict[str, Tensor] = {}
+        if lora and not starts_unchanged(policy):
+            self._began = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
+        if any(getattr(m, "p", 0) for n, m in policy.named_modules() if "lora_dropout" in n):
+            rank_zero_warn(
+                "lora_dropout is off here, as all dropout: policy and reference must begin as the same model"
+            )
 
     @contextmanager
     def as_it_began(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """The SFT model."""
         if self.start is not None:
             yield self.start
-        else:
+        elif not self._began:
             with adapters_off(policy):
+                yield policy
+        else:
+            with _weights_replaced(policy, self._began):
                 yield policy
 
     @contextmanager
@@ -97,3 +112,17 @@ class Reference(nn.Module):
             return
         for mine, theirs in zip(self.moving.parameters(), policy.parameters()):
             mine.lerp_(theirs, 1.0 if ema is None else 1 - ema)
+
+
+@contextmanager
+def _weights_replaced(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """``model`` with other ``weights``, by name; only for passes without gradients."""
+    own = {name: model.get_parameter(name) for name in weights}
+    kept = {name: parameter.data for name, parameter in own.items()}
+    try:
+        for name, parameter in own.items():
+            parameter.data = weights[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = kept[name]

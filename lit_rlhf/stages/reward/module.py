@@ -13,7 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs, token_logprobs
-from lit_rlhf.models import RewardTransformer, by_row, output_head, packed_scores, save_model, scores_and_hidden
+from lit_rlhf.models import (
+    RewardTransformer,
+    by_row,
+    output_head,
+    packed_scores,
+    save_adapter,
+    save_model,
+    scores_and_hidden,
+)
 from lit_rlhf.models.onednn import with_rows_added
 from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.stages.rankings import RankingBatch, ranked
@@ -189,6 +197,8 @@ class RewardModule(StepLog):
 
     def export(self, folder: Path) -> None:
         """Write ``model/``: with the plain head a sequence classifier that transformers loads, its logit being the
-        score before the shift; with another, a folder that ``load_reward_model`` alone reads."""
+        score before the shift; with another, a folder that ``load_reward_model`` alone reads. With LoRA and the plain
+        head also ``adapter/``, which has the head within and not the shift."""
         self.calibrate()
         save_model(self.reward_model, self.tokenizer, folder / "model")
+        save_adapter(self.reward_model, self.tokenizer, folder / "adapter")

@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, answer, context_length, packed_hidden, save_model, token_logprobs_of
+from lit_rlhf.models import (
+    Sampling,
+    answer,
+    context_length,
+    packed_hidden,
+    save_adapter,
+    save_model,
+    token_logprobs_of,
+)
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.chat import encode_prompts
@@ -80,5 +88,6 @@ class SFTModule(StepLog):
         return {"val_loss": self.trainer.callback_metrics["val/sft/loss"].item()}
 
     def export(self, folder: Path) -> None:
-        """Write ``model/``: a causal language model with its chat template."""
+        """Write ``model/``, a causal language model with its chat template; with LoRA also ``adapter/``."""
         save_model(self.policy, self.tokenizer, folder / "model")
+        save_adapter(self.policy, self.tokenizer, folder / "adapter")

@@ -1,0 +1,71 @@
+"""Frozen weights in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes: adapters are trained on top of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlhf.errors import UserError
+
+Quantization = Literal["4bit"]
+
+# peft imports it wherever it is installed, and it misses kernels for CPUs that it would like to download.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def quantized_loading(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``from_pretrained`` is told, for weights in NF4 whose products are computed in ``dtype``.
+
+    Heads and embeddings keep their precision. Raises ``UserError`` where bitsandbytes is not installed."""
+    if quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "quantization=4bit needs the package bitsandbytes: pip install 'lit_rlhf[quantization]'; or set it to null"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=["lm_head", "score", "embed_out"],
+        )
+    }
+
+
+def keep_layout(model: nn.Module) -> nn.Module:
+    """Let the weights of a ``model`` stay as they were read.
+
+    On some CPUs bitsandbytes 0.50 lays them out anew in the first pass in evaluation mode, with less precise scales and
+    without gradients: a policy in PPO is in that mode, and its reference would change."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether there are weights of a few bits inside of ``module``."""
+    return any(_state(p) is not None for p in module.parameters())
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """The weight of a module as numbers: dequantized where it is of a few bits."""
+    state = _state(module.weight)
+    if state is None:
+        return module.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, state)
+
+
+def _state(parameter: Tensor) -> Any:
+    """How a quantized parameter is read; None for a plain one."""
+    return getattr(parameter, "quant_state", None)

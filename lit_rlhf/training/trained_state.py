@@ -1,0 +1,87 @@
+"""What a checkpoint holds: what is trained. Frozen weights are on disk already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models import lora_layers
+
+SAMPLED = 4096  # bytes of each tensor that are looked at one by one
+
+
+class TrainedState(LightningModule):
+    """A module whose ``state_dict`` leaves out frozen models and, of models with adapters, their frozen base.
+
+    ``frozen_models`` are the beginnings of the names of models that are never trained. A checkpoint keeps a fingerprint
+    of the base that its adapters belong on: to go on from it with another base raises ``UserError``."""
+
+    frozen_models: tuple[str, ...] = ()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        left_out = (*self.frozen_models, *self._base_names())
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith(left_out or "\0")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What was left out stays as it is; anything else that does not match is an error where ``strict``."""
+        left_out = (*self.frozen_models, *self._base_names())
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in found.missing_keys if not name.startswith(left_out or "\0")]
+        if strict and (missing or found.unexpected_keys):
+            raise RuntimeError(f"missing from the checkpoint: {missing}; unexpected in it: {found.unexpected_keys}")
+        return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if prints := self._base_fingerprints():
+            checkpoint["base"] = prints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        known, now = checkpoint.get("base", {}), self._base_fingerprints()
+        for name in known.keys() | now.keys():
+            if known.get(name) != now.get(name):
+                raise UserError(
+                    f"the checkpoint's adapters belong on another {name} than this one: its frozen weights have "
+                    "changed since; put them back, or begin anew with overwrite=true"
+                )
+
+    def _base_names(self) -> tuple[str, ...]:
+        """Names of the frozen weights that are not kept."""
+        return tuple(name for model in self._adapted() for name, _ in _frozen(*model))
+
+    def _base_fingerprints(self) -> dict[str, str]:
+        """Model -> fingerprint of its frozen weights, which is taken once: they do not change."""
+        if not hasattr(self, "_prints"):
+            self._prints = {name: weights_fingerprint(t for _, t in _frozen(name, m)) for name, m in self._adapted()}
+        return self._prints
+
+    def _adapted(self) -> list[tuple[str, nn.Module]]:
+        return [(name, child) for name, child in self.named_children() if lora_layers(child)]
+
+
+def _frozen(name: str, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # Tied weights under each of their names, as a state_dict has them.
+    parameters = model.named_parameters(remove_duplicate=False)
+    return ((f"{name}.{inner}", p) for inner, p in parameters if not p.requires_grad)
+
+
+def weights_fingerprint(tensors: Iterator[Tensor]) -> str:
+    """16 hex digits that tell weights in memory from others.
+
+    Of each tensor: its shape, the sum of its bits as integers, which any change of one number changes, and some of its
+    bytes. Hashing all bytes of a large model would take minutes."""
+    digest = hashlib.sha256()
+    found = list(tensors)
+    found += [t.quant_state.absmax for t in found if getattr(t, "quant_state", None) is not None]  # scales of few bits
+    for tensor in found:
+        numbers = tensor.detach().contiguous()
+        bits = numbers.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
+        sample = bits.flatten()[:: max(1, bits.numel() * numbers.element_size() // SAMPLED)]
+        digest.update(f"{tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
