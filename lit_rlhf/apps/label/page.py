@@ -113,12 +113,15 @@ class LabellingPage:
             raise UserError(f"label.instructions={self.instructions}: no such file; give a text file, or null")
         records = self.folder / f"{self.task.file}-{self.round}.jsonl"
         stage = TRAINS[self.task.mode]
+        data = f"{stage}.data.path={records}"
+        if self.task.mode == "rate":  # what was said of single answers stands beside rankings, or alone
+            data = f"{stage}.data.path=null {stage}.data.feedback={records}"
         return {
             "mode": self.task.mode,
             "ratings": self.task.ratings if isinstance(self.task, Rate) else [],
             "instructions": self.instructions.read_text(encoding="utf-8"),
             "records": str(records),
-            "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {stage}.data.path={records}",
+            "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {data}",
         }
 
 
