@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lit_rlhf.apps.wording import SFT_STD, STAGES
 from lit_rlhf.errors import UserError
 from lit_rlhf.training import read_metrics
@@ -29,6 +31,12 @@ class Run:
     samples: dict[str, list[dict[str, Any]]]
     health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
     rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint that took the place of pretraining; "" where there was none."""
+        origins = [(yaml.safe_load(text) or {}).get("origin") or {} for text in self.settings.values()]
+        return next((Path(origin["checkpoint"]).name for origin in origins if origin.get("checkpoint")), "")
 
     @property
     def scored_by(self) -> str:

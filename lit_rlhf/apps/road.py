@@ -29,9 +29,9 @@ def road(run: Run) -> list[Stop]:
         if stage in OFF_ROAD and state == "absent":
             continue
         seconds = run.seconds.get(stage)
-        note = {"begun": "not finished", "absent": "not in this run"}.get(state) or _stop_note(
-            stage, run.figures[stage]
-        )
+        from_elsewhere = f"a checkpoint: {run.checkpoint}" if stage == "pretrain" and run.checkpoint else ""
+        unfinished = {"begun": "not finished", "absent": from_elsewhere or "not in this run"}
+        note = unfinished.get(state) or _stop_note(stage, run.figures[stage])
         stops.append(Stop(stage, name, state, seconds, (seconds or 0.0) / total, note))
     return stops
 

@@ -281,8 +281,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as it stands on the terminal: of ours the sentence alone, of others where it comes from, too."""
+    ours = Path(filename).is_relative_to(Path(lit_rlhf.__file__).parent)
+    sentence = " ".join(str(message).split())
+    return f"{sentence}\n" if ours else f"{filename}:{lineno}: {category.__name__}: {sentence}\n"
+
+
 def quiet() -> None:
-    """Keep the libraries' chatter off the terminal; each filter states its cause."""
+    """Keep the libraries' chatter off the terminal; each filter states its cause. Our own warnings are lines."""
+    warnings.formatwarning = one_line
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)  # hardware tables and tips, repeated for every stage
     transformers.logging.set_verbosity_error()  # "newly initialized" heads, which are meant

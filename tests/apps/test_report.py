@@ -267,6 +267,12 @@ def test_an_unfinished_stage_is_shown_as_such(tmp_path):
     assert "not finished" in report(tmp_path).text
 
 
+def test_a_checkpoint_stands_in_the_place_of_pretraining(tmp_path):
+    write_sft(tmp_path)
+    (tmp_path / "sft/config.yaml").write_text("origin: {from_run: null, checkpoint: /models/smol}\n", encoding="utf-8")
+    assert "a checkpoint: smol" in report(tmp_path).text
+
+
 def test_the_same_sentence_is_no_worse_in_the_last_bit_of_its_score(tmp_path):
     write_whole(tmp_path, gold=False)
     file = tmp_path / "evaluate/samples.jsonl"

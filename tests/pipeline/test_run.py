@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+from lit_rlhf.pipeline.run import one_line
 from lit_rlhf.training import read_metrics
 
 STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
@@ -222,6 +223,12 @@ def test_diverged_training_keeps_the_last_good_checkpoint(lit_rlhf, run_copy):
     assert done.returncode == 2
     assert "sft: at step" in done.stderr and "stopped before the weights changed" in done.stderr
     assert not (run_copy.parent / "hot" / "sft" / "model").exists()
+
+
+def test_a_warning_of_ours_is_a_sentence():
+    ours = one_line(UserWarning("no loss,\n for it cannot be"), UserWarning, one_line.__code__.co_filename, 82)
+    assert ours == "no loss, for it cannot be\n"
+    assert one_line("no", UserWarning, "/x/torch.py", 7) == "/x/torch.py:7: UserWarning: no\n"
 
 
 def test_wandb_writes_an_offline_run(lit_rlhf, run_copy):
