@@ -201,7 +201,7 @@ def encode_dialogues(
         mine = [j for j, m in enumerate(messages) if m["role"] == "assistant" and j >= context]
         if any(not content_of(messages[j]).strip() and not messages[j].get("tool_calls") for j in mine):
             raise UserError("a turn of the assistant is empty")
-        return [template.turn(messages[:j], messages[j], tools) for j in mine]
+        return [template.learned(messages[:j], messages[j], tools) for j in mine]
 
     written = _each(zip(dialogues, contexts, tools or [None] * len(dialogues)), turns, refuse)
     every = [turn for found in written for turn in found or ()]

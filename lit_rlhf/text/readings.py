@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_rlhf.text.records import Labelled, LabelledText, MultipleChoice, Similarity
+from lit_rlhf.text.special_tokens import encode_texts
 
 START, DELIMITER, EXTRACT = "<|start|>", "<|delimiter|>", "<|extract|>"
 
@@ -49,7 +50,7 @@ def encode_readings(
     second."""
     start, delimiter, extract = tokenizer.convert_tokens_to_ids([START, DELIMITER, EXTRACT])
     flat = [text for reading in texts for text in reading]
-    encoded = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"])
+    encoded = iter(encode_texts(tokenizer, flat))
     found = []
     for reading in texts:
         first, *rest = [next(encoded) for _ in reading]

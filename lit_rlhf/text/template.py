@@ -78,25 +78,39 @@ class Template:
         return Written(self._prompt(messages, tools), mark=mark)
 
     def turn(self, messages: Sequence[Message], answer: Message, tools: Tools = None) -> Written:
-        """The dialogue up to where the assistant answers, and the answer."""
-        ([*before, answer], tools), mark = self._shielded([*messages, answer], tools)
-        prompt, whole = self._prompt(before, tools), self._write([*before, answer], tools)
+        """The dialogue up to where the assistant answers, and the answer up to the end of its turn."""
+        return self._turn(messages, answer, tools)[0]
+
+    def learned(self, messages: Sequence[Message], answer: Message, tools: Tools = None) -> Written:
+        """The same, with what is learned where the template marks it itself, {% generation %} to {% endgeneration %}.
+
+        What it marks may go beyond the end of the turn: then so does the response."""
+        written, whole, tools, start = self._turn(messages, answer, tools)
+        if start is None or not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self._source(tools)):
+            return written
+        marked = self._generated(whole, tools, start)
+        response, text = written.response, self._write(whole, tools)
+        if marked == [(0, len(response))]:
+            return written
+        warnings.warn(
+            "this tokenizer's chat template marks other text as the assistant's ({% generation %}) than an answer "
+            "and the end of its turn, up to a line break behind it say; what it marks is learned",
+            stacklevel=2,
+        )
+        if marked[-1][1] > len(response) or not text.startswith(response, start):
+            response = text[start : start + marked[-1][1]]
+        return written._replace(response=response, learned=marked)
+
+    def _turn(
+        self, messages: Sequence[Message], answer: Message, tools: Tools
+    ) -> tuple[Written, list[Message], Tools, int | None]:
+        """The turn, its dialogue and tools as they were rendered, and where the response begins in that."""
+        (shielded, tools), mark = self._shielded([*messages, answer], tools)
+        [*before, answer] = shielded
+        prompt, whole = self._prompt(before, tools), self._write(shielded, tools)
         reply, start = self._reply(prompt, whole, before, answer, tools)
         self._check_said(answer, reply)
-        response = self._ended(reply)
-        if start is None or not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self._source(tools)):
-            return Written(prompt, response, mark=mark)
-        # The template itself says what is learned: between {% generation %} and {% endgeneration %}.
-        learned = self._generated([*before, answer], tools, start)
-        if learned[-1][1] > len(response) or not whole.startswith(response, start):
-            response = whole[start : start + learned[-1][1]]
-        if learned != [(0, len(self._ended(reply)))]:
-            warnings.warn(
-                "this tokenizer's chat template marks other text as the assistant's ({% generation %}) than an answer "
-                "and the end of its turn, up to a line break behind it say; what it marks is learned",
-                stacklevel=2,
-            )
-        return Written(prompt, response, learned, mark)
+        return Written(prompt, self._ended(reply), mark=mark), shielded, tools, start
 
     def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
         if self.special_tokens == "refuse":

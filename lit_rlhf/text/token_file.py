@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.special_tokens import SpecialTokens, encode_texts, text_start
 
 BATCH = 2**20  # characters that are tokenized at a time
 GIVEN = (".npy", ".bin")  # files of tokens that users may bring
@@ -79,7 +80,7 @@ class Tokens:
 
 
 class Stored(NamedTuple):
-    """A tokenized source: a document follows the other, each with end-of-text behind it."""
+    """A tokenized source: a document follows the other, each as a text begins and with end-of-text behind it."""
 
     train: Span
     held_out: Span
@@ -116,6 +117,7 @@ def stored(
     tokenizer: PreTrainedTokenizerBase,
     held_out: float,
     cache: Path,
+    special_tokens: SpecialTokens = "plain",
 ) -> Stored:
     """A source as tokens: what ``cache`` has, or written there now.
 
@@ -125,6 +127,7 @@ def stored(
         tokenizer: the tokens' own.
         held_out: fraction of the documents, or of a single one's characters, that is held out: the last ones.
         cache: its folder; of several processes one writes, and the others wait.
+        special_tokens: what their names mean in the text.
     """
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
@@ -133,8 +136,14 @@ def stored(
     else:
         made_by = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
     by = hashlib.sha256(made_by.encode()).hexdigest()
-    key = {"source": identity, "tokenizer": by, "end": tokenizer.eos_token_id, "held_out": held_out}
-    folder = kept(cache, "tokens", key, lambda folder: _write(documents, tokenizer, held_out, folder), _is_whole)
+    key = {
+        "source": identity, "tokenizer": by, "start": text_start(tokenizer), "end": tokenizer.eos_token_id,
+        "special_tokens": special_tokens, "held_out": held_out,
+    }  # fmt: skip
+    folder = kept(
+        cache, "tokens", key,
+        lambda folder: _write(documents, tokenizer, held_out, special_tokens, folder), _is_whole,
+    )  # fmt: skip
     note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
     file, cut, count = folder / "tokens.bin", note["cut"], note["tokens"]
     return Stored(Span(file, note["dtype"], 0, 0, cut), Span(file, note["dtype"], 0, cut, count), note["skipped"])
@@ -175,7 +184,11 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _write(
-    documents: Callable[[list[str]], Iterator[Document]], tokenizer: PreTrainedTokenizerBase, held_out: float, to: Path
+    documents: Callable[[list[str]], Iterator[Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: float,
+    special_tokens: SpecialTokens,
+    to: Path,
 ) -> None:
     skipped: list[str] = []
     found = documents(skipped)
@@ -186,13 +199,16 @@ def _write(
         found = _parted(next(documents([])), int(size * (1 - held_out)))
     else:
         found = chain([first, second], found)
-    dtype, count = _dtype(len(tokenizer)), 0
+    dtype, count, start, begins = _dtype(len(tokenizer)), 0, text_start(tokenizer), True
     with (to / "tokens.bin").open("wb") as tokens, (to / "ends.bin").open("w+b") as ends:
         for texts, stops in _batches(found):
             numbers: list[int] = []
-            for i, ids in enumerate([[], *_encode(tokenizer, texts)]):
-                numbers += ids
+            for i, ids in enumerate([[], *_encode(tokenizer, texts, special_tokens)]):
+                if i:
+                    numbers += [*start, *ids] if begins else ids
+                    begins = False
                 if i in stops:
+                    begins = True
                     numbers.append(tokenizer.eos_token_id)
                     ends.write(np.int64(count + len(numbers)).tobytes())
             tokens.write(np.array(numbers, dtype).tobytes())
@@ -239,9 +255,10 @@ def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[str], set[int
     yield texts, stops
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: SpecialTokens) -> list[list[int]]:
+    if not tokenizer.is_fast or special_tokens == "refuse":
+        return encode_texts(tokenizer, texts, special_tokens)
+    tokenizer.backend_tokenizer.encode_special_tokens = special_tokens == "plain"  # each call of a tokenizer sets it
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
     return [encoding.ids for encoding in encodings]
 

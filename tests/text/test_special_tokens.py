@@ -1,5 +1,6 @@
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lit_rlhf.errors import UserError
@@ -155,9 +156,7 @@ def test_records_that_a_template_has_written():
         encode_prompts(tokenizer, [[*dialogue("a", "b"), user("c")]], special_tokens="rendered")
 
 
-def test_a_rendered_text_begins_once_as_the_tokenizer_begins_one(test_data):
-    from tokenizers.processors import TemplateProcessing
-
+def test_a_rendered_text_begins_once_as_the_tokenizer_begins_one():
     tokenizer = byte_level()
     bos = tokenizer.convert_tokens_to_ids("<|system|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -14,6 +14,7 @@ from lit_rlhf.apps.chat.terminal import Terminal
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import Sampling
 from lit_rlhf.text import Transcript
+from lit_rlhf.text.special_tokens import SpecialTokens
 
 
 class Chat:
@@ -29,6 +30,7 @@ class Chat:
         seed: of the sampling.
         system: system prompt; "" is none.
         transcript: what a base model is shown, so that it answers; None: the one in the words that it has read.
+        special_tokens: what their names mean in what is said: "plain" text, or "refuse".
         device: of torch, on which the models run.
         port: of the page; null takes the first free one from 7860 on.
         open_browser: whether to open the page at once.
@@ -46,6 +48,7 @@ class Chat:
         seed: Annotated[int, Field(ge=0)] = 0,
         system: str = "",
         transcript: Transcript | None = None,
+        special_tokens: SpecialTokens = "plain",
         device: str = "cpu",
         port: Annotated[int, Field(ge=1, lt=2**16)] | None = None,
         open_browser: bool = False,
@@ -54,6 +57,7 @@ class Chat:
         self.model, self.against = model, against
         self.sampling, self.seed, self.system = sampling or Sampling(), seed, system
         self.transcript, self.device = transcript, device
+        self.special_tokens: SpecialTokens = special_tokens
         self.port, self.open_browser = port, open_browser
 
     def launch(self) -> None:
@@ -70,7 +74,7 @@ class Chat:
         """The model, and the one that it is compared with."""
         wanted = {"model": self.model or self._best(), "against": self.against}
         return [
-            load_assistant(name, self._folder(key, name), self.transcript, self.device)
+            load_assistant(name, self._folder(key, name), self.transcript, self.device, self.special_tokens)
             for key, name in wanted.items()
             if name is not None
         ]

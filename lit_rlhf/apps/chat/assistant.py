@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import Growing, Sampling, context_length, freeze, load_policy_and_tokenizer, stream
 from lit_rlhf.text import Messages, Transcript, encode_prompts, is_base, transcript_for
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.training import seeded
 
 
@@ -21,21 +22,27 @@ class Assistant:
     name: str  # what it is called where it may be named
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    stops: tuple[str, ...] = ()  # texts before which an answer ends, beside end-of-text
+    stops: tuple[str, ...] = ()  # texts before which an answer ends, beside the end tokens
+    special_tokens: SpecialTokens = "plain"  # what their names mean in what is said
 
     def answer(self, messages: Messages, sampling: Sampling, seed: Sequence[int]) -> Iterator[Growing]:
         """The answer after each token; the same numbers in ``seed`` give the same answer."""
         generator = seeded(*seed, device=self.policy.device)
-        return stream(self.policy, self.tokenizer, messages, replace(sampling, stop=self.stops), generator)
+        settings = replace(sampling, stop=self.stops)
+        return stream(self.policy, self.tokenizer, messages, settings, generator, self.special_tokens)
 
     def fits(self, messages: Messages, new_tokens: int) -> bool:
         """Whether the model can see the whole prompt and write so many tokens."""
-        [prompt] = encode_prompts(self.tokenizer, [messages])
+        [prompt] = encode_prompts(self.tokenizer, [messages], special_tokens=self.special_tokens)
         return len(prompt) + new_tokens <= context_length(self.policy)
 
 
 def load_assistant(
-    name: str, path: str | Path, transcript: Transcript | None = None, device: str = "cpu"
+    name: str,
+    path: str | Path,
+    transcript: Transcript | None = None,
+    device: str = "cpu",
+    special_tokens: SpecialTokens = "plain",
 ) -> Assistant:
     """The model in a folder (or of a Hub name). A base model, which knows no turns, is shown a ``transcript``.
 
@@ -48,8 +55,8 @@ def load_assistant(
     if is_base(tokenizer):
         transcript = transcript or transcript_for(tokenizer)
         print(f"{name} is a base model: it goes on with {transcript}")
-        return Assistant(name, policy, transcript.prompting(tokenizer), transcript.stops)
-    return Assistant(name, policy, tokenizer)
+        return Assistant(name, policy, transcript.prompting(tokenizer), transcript.stops, special_tokens)
+    return Assistant(name, policy, tokenizer, special_tokens=special_tokens)
 
 
 def fitted(messages: Messages, assistants: Sequence[Assistant], sampling: Sampling) -> tuple[Messages, int]:

@@ -21,6 +21,7 @@ from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
+from lit_rlhf.text.special_tokens import SpecialTokens
 
 # (an answer's tokens so far) -> whether it has come to its end
 Ended = Callable[[list[int]], bool]
@@ -127,11 +128,12 @@ def stream(
     messages: Messages,
     sampling: Sampling,
     generator: Generator | None = None,
+    special_tokens: SpecialTokens = "plain",
 ) -> Iterator[Growing]:
     """The answer to ``messages``, after each token; in the end it is that of :func:`answer` from the same generator.
 
     No part of a text in ``sampling.stop`` is shown. A character of which some bytes are still to come is held back."""
-    [prompt] = encode_prompts(tokenizer, [messages])
+    [prompt] = encode_prompts(tokenizer, [messages], special_tokens=special_tokens)
     ends, pad_id = sorted(end_tokens(policy, tokenizer)), tokenizer.pad_token_id
     tokens: list[int] = []
     text = ""

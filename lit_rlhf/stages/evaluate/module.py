@@ -160,8 +160,9 @@ class EvaluateModule(LightningModule):
         policy, tokenizer = self.policies["base" if name == PROMPTED else name], self.tokenizers[name]
         room = context_length(policy) - sampling.max_new_tokens
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
-        prompts = last_tokens(self.trainer.datamodule, name, encode_prompts(tokenizer, batch.messages), room)
-        repeated = [tokens for tokens in prompts for _ in range(n)]
+        data = self.trainer.datamodule
+        prompts = encode_prompts(tokenizer, batch.messages, special_tokens=data.special_tokens)
+        repeated = [tokens for tokens in last_tokens(data, name, prompts, room) for _ in range(n)]
         answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.functional import ratio
 from lit_rlhf.models import context_length, token_logprobs_of
 from lit_rlhf.text.packing import stream
+from lit_rlhf.text.special_tokens import encode_texts, text_start
 
 
 class TextNats(NamedTuple):
@@ -29,20 +30,26 @@ def text_nats(
 ) -> TextNats:
     """The rows into which ``documents`` are cut, one behind the other as in pretraining, the first behind a separator.
 
-    Rows of ``row_length`` tokens, or of the model's context where that is shorter; the last one is what is left."""
-    ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = stream([[], *ids], tokenizer.eos_token_id).long().to(policy.device)
+    Rows of ``row_length`` tokens, or of the model's context where that is shorter; the last one is what is left. Where
+    the tokenizer begins a text with a token (``<bos>``), each row stands behind it, which is not counted."""
+    ids, start, end = encode_texts(tokenizer, documents), text_start(tokenizer), tokenizer.eos_token_id
+    tokens = stream([[*start, *document] for document in ids], end)[len(start) :].long().to(policy.device)
     # By place rather than by number: a document may hold the separator's token itself.
-    own = stream([[], *([1] * len(document) for document in ids)], 0).bool()
-    length = min(row_length, context_length(policy))
-    rows = [tokens[i : i + length + 1] for i in range(0, len(tokens) - 1, length)]
+    own = stream([[*[0] * len(start), *[1] * len(document)] for document in ids], 0)[len(start) :].bool()
+    seen = len(start) or 1  # tokens before the first that is predicted
+    length = min(row_length, context_length(policy) - seen + 1)
+    before = torch.tensor(start or [end], device=policy.device)
+    rows = [
+        torch.cat([before if start or not i else tokens[i - 1 : i], tokens[i : i + length]])
+        for i in range(0, len(tokens), length)
+    ]
     nats = []
     for batch in _batches(rows):
-        hidden = policy.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-        nats += list(-token_logprobs_of(policy, hidden, batch[:, 1:]).double().cpu())
+        hidden = policy.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state[:, seen - 1 :]
+        nats += list(-token_logprobs_of(policy, hidden, batch[:, seen:]).double().cpu())
     sums = torch.stack([row.sum() for row in nats])
     counts = torch.tensor([len(row) for row in nats], dtype=torch.float64)
-    return TextNats(sums, counts, torch.cat(nats)[own[1:]].sum().item())
+    return TextNats(sums, counts, torch.cat(nats)[own].sum().item())
 
 
 def _batches(rows: Sequence[Tensor], size: int = 64) -> list[Tensor]:

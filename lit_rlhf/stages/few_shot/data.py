@@ -24,6 +24,7 @@ from lit_rlhf.text.records import (
     parse_task,
     task_prompt,
 )
+from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.text.world import TaskName, World
 from lit_rlhf.training import BatchLoader, in_order, seeded
 
@@ -153,16 +154,16 @@ class FewShotDataModule(TaskDataModule):
 
     def _collate(self, shots: int, places: list[int]) -> ShotBatch:
         tasks = [self.val_set[i] for i in places]
-        # As in pretraining, a document begins behind end-of-text (or the model's own first token).
+        # As the tokenizer begins a text, or as in pretraining behind end-of-text (or the model's own first token).
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
-        prompts = [[first, *tokens] for tokens in self._tokens([self.prompt(i, shots) for i in places])]
+        start = text_start(self.tokenizer) or [first]
+        written = encode_texts(self.tokenizer, [self.prompt(i, shots) for i in places])
+        prompts = [[*start, *tokens] for tokens in written]
         # A model's words carry the space before them: it belongs to the answer.
-        choices = iter(self._tokens([self._space + choice for task in tasks for choice in task.choices]))
+        answers = [self._space + choice for task in tasks for choice in task.choices]
+        choices = iter(encode_texts(self.tokenizer, answers))
         return ShotBatch(shots, tasks, prompts, [[next(choices) for _ in task.choices] for task in tasks])
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def test_dataloader(self) -> list[BatchLoader[ShotBatch]]:
         """A loader for each number of examples."""

@@ -150,7 +150,8 @@ class PreferenceModule(LightningModule):
         policy, tokenizer = self.policies[turn.model], self.tokenizers[turn.model]
         tokens = batch.tokens
         if turn.model != self.name:  # by its own template: a base model only sees the text and goes on with it
-            tokens = encode_prompts(tokenizer, batch.messages)
+            kind = self.trainer.datamodule.special_tokens
+            tokens = encode_prompts(tokenizer, batch.messages, special_tokens=kind)
         room = context_length(policy) - self.sampling.max_new_tokens
         sampling = replace(self.sampling, temperature=turn.temperature)
         tokens = last_tokens(self.trainer.datamodule, turn.model, [tokens[i] for i in prompts], room)

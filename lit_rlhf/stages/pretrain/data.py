@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf import __version__ as version
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.records import FileDataModule
-from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK
+from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK, behind_start
 from lit_rlhf.text.records import OnBadRecord, Seen, files_of, parse_text, read_pieces, read_records
+from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
@@ -97,12 +98,13 @@ class PretrainDataModule(FileDataModule):
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
+        special_tokens: SpecialTokens = "plain",
         on_bad_record: OnBadRecord = "fail",
         cache: str | Path | None = None,
         fields: dict[str, str] | None = None,
     ) -> None:
         super().__init__(fields=fields, on_bad_record=on_bad_record)
-        self.limit = limit
+        self.limit, self.special_tokens = limit, special_tokens
         self.paths, self.old_paths = files_of(path or []), files_of(old_path or [])
         self._tokenizer = tokenizer
         self.weights = weights
@@ -145,7 +147,7 @@ class PretrainDataModule(FileDataModule):
         self.tokenizer = (
             self._tokenizer if isinstance(self._tokenizer, PreTrainedTokenizerBase) else self._trained(sources)
         )
-        self.tokenizer.chat_template = self.tokenizer.chat_template or self.base_template
+        self.tokenizer.chat_template = self.tokenizer.chat_template or behind_start(self.tokenizer, self.base_template)
         parts = [self._stored(source) for source in sources]
         old = [self._stored(source) for source in self._files(self.old_paths)]
         self.skipped = [line for part in [*parts, *old] for line in part.skipped]
@@ -168,8 +170,9 @@ class PretrainDataModule(FileDataModule):
         if path.suffix in GIVEN:
             return given_tokens(path.expanduser(), self.held_out, len(self.tokenizer))
         identity = [source.identity, self.limit]
+        folder = self._folder(source.identity)
         return stored(
-            partial(self._limited, source), identity, self.tokenizer, self.held_out, self._folder(source.identity)
+            partial(self._limited, source), identity, self.tokenizer, self.held_out, folder, self.special_tokens
         )
 
     def _trained(self, sources: list[Source]) -> PreTrainedTokenizerBase:
@@ -234,7 +237,10 @@ class PretrainDataModule(FileDataModule):
         return torch.cat(starts)[torch.randperm(sum(counts), generator=generator)].numpy()
 
     def _collate(self, tokens: Tokens, mine: Sequence[int]) -> TextRows:
-        return TextRows(tokens.rows(mine, self.block_size + 1))
+        rows = tokens.rows(mine, self.block_size + 1)
+        if start := text_start(self.tokenizer):  # in place of the first token, which nothing predicts
+            rows = torch.cat([torch.tensor(start).expand(len(rows), -1), rows[:, 1:]], dim=1)
+        return TextRows(rows)
 
     def rows(self, count: int, generator: Generator) -> TextRows:
         """``count`` training rows drawn from ``generator``, with the sources' weights."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import Sampling, answer, context_length, save_model, token_logprobs_of
 from lit_rlhf.stages.pretrain.data import TextRows
+from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -74,8 +75,8 @@ class PretrainModule(StepLog):
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(start, continuation): two texts of the model as it is now."""
-        start = self.tokenizer(self.sample_prompt, add_special_tokens=False)["input_ids"]
-        start = start or [self.tokenizer.eos_token_id]
+        [prompt] = encode_texts(self.tokenizer, [self.sample_prompt])
+        start = [*text_start(self.tokenizer), *prompt] or [self.tokenizer.eos_token_id]
         self.policy.eval()
         generator = seeded(self.trainer.global_step, device=self.device)
         written = answer(self.policy, self.tokenizer, [start] * 2, self.sampling, generator)

@@ -1,0 +1,148 @@
+"""Every chat template of the package trl: what is learned stands behind the very prompt that is asked.
+
+``python tests/text/test_templates.py`` prints the table of docs/templates.md."""
+
+import re
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text import encode_dialogues, encode_prompts, encode_responses, train_bpe
+from lit_rlhf.text.chat import turn_end
+from lit_rlhf.text.template import Template
+
+THERE = find_spec("trl") is not None
+FOLDER = Path(find_spec("trl").origin).parent / "chat_templates" if THERE else Path("trl")
+TEMPLATES = sorted(FOLDER.glob("*.jinja"))
+needs_trl = pytest.mark.skipif(not THERE, reason="needs the package trl, whose templates are tried")
+
+SYSTEM = {"role": "system", "content": "You are the cat."}
+TURNS = [("What is it?", "It is 42, I am!"), ("Who are you?", "the cat"), ("?!", "So be it.")]
+NAMES = re.compile(r"<[^<>\s]{1,40}>|\[[A-Za-z/]+\]")  # what looks like a special token
+GENERATION = re.compile(r"\{%-? *generation *-?%\}")
+NO_SYSTEM = {"gemma", "gemma_training"}  # they refuse a system message
+
+
+def dialogue(turns, system):
+    said = [m for q, a in TURNS[:turns] for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    return [SYSTEM, *said] if system else said
+
+
+def tokenizer_of(template, own_tokens=True):
+    """A tokenizer with the template, and with what looks like a special token in it as one."""
+    tokenizer = train_bpe(["What is it? It is 42, I am! Who are you? the cat\n"] * 3, 300)
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if own_tokens:
+        tokenizer.add_tokens(sorted(set(NAMES.findall(tokenizer.chat_template))), special_tokens=True)
+    return tokenizer
+
+
+def learned_spans(examples):
+    """(tokens before, tokens learned) of each span."""
+    for tokens, mask in examples:
+        begin = 0
+        while begin < len(tokens):
+            end = next((i for i in range(begin, len(tokens)) if mask[i] != mask[begin]), len(tokens))
+            if mask[begin]:
+                yield tokens[:begin], tokens[begin:end]
+            begin = end
+
+
+def asked(tokenizer, messages):
+    """What transformers makes of a prompt, in the form of content that the template writes."""
+    if Template(tokenizer)._in_parts:
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+@needs_trl
+@pytest.mark.parametrize("own_tokens", [True, False], ids=["special", "plain"])
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_what_is_learned_stands_behind_what_is_asked(template, own_tokens):
+    tokenizer = tokenizer_of(template, own_tokens)
+    masks = GENERATION.search(tokenizer.chat_template)
+    [end] = turn_end(tokenizer) or [tokenizer.eos_token_id]
+    for turns in (1, 2, 3):
+        for system in (False, True):
+            messages = dialogue(turns, system)
+            if system and template.stem in NO_SYSTEM:
+                with pytest.raises(UserError, match="chat template refuses the dialogue: System role not supported"):
+                    encode_dialogues(tokenizer, [messages], [0])
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                [examples] = encode_dialogues(tokenizer, [messages], [0])
+            spans = [*learned_spans(examples)]
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            assert len(spans) == len(answers)
+            for place, (before, learned) in zip(answers, spans):
+                assert before == asked(tokenizer, messages[:place])
+                assert before == encode_prompts(tokenizer, [messages[:place]])[0]
+                said = tokenizer.decode(learned)
+                text = messages[place]["content"]
+                response = encode_responses(tokenizer, [messages[:place]], [text])[0]
+                assert response[-1] == end and text in tokenizer.decode(response)
+                if masks:  # it says itself what is learned, which may leave the end out or go beyond it
+                    assert text in said
+                    assert not own_tokens or end in learned
+                else:
+                    assert learned == response and said.count(text) == 1
+
+
+@needs_trl
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_no_text_of_a_person_becomes_control(template):
+    tokenizer = tokenizer_of(template)
+    names = [t.content for t in tokenizer.added_tokens_decoder.values()]
+    ids = {*tokenizer.convert_tokens_to_ids(names)}
+    # What was thought is taken out of an answer by templates that know <think>.
+    forged = "It is " + " and ".join(name for name in names if "think" not in name) + "."
+    question = {"role": "user", "content": "?"}
+    for encode in (
+        lambda text: encode_prompts(tokenizer, [[{"role": "user", "content": text}]])[0],
+        lambda text: encode_responses(tokenizer, [[question]], [text])[0],
+    ):
+        harmless, tokens = encode("It is."), encode(forged)
+        assert [t for t in tokens if t in ids] == [t for t in harmless if t in ids]
+        assert forged in tokenizer.decode(tokens)
+
+
+@needs_trl
+def test_there_are_many():
+    assert len(TEMPLATES) >= 70
+
+
+@needs_trl
+def test_the_table_of_the_docs_is_true():
+    page = (Path(__file__).parents[2] / "docs" / "templates.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "| learned" not in line]
+    assert rows == [*map(row, TEMPLATES)]
+
+
+def row(template):
+    """A line of the table."""
+    tokenizer = tokenizer_of(template)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        [examples] = encode_dialogues(tokenizer, [dialogue(3, template.stem not in NO_SYSTEM)], [0])
+    said = tokenizer.decode(next(learned_spans(examples))[1])
+    end = tokenizer.convert_ids_to_tokens([*turn_end(tokenizer)])
+    notes = [
+        *(["content in parts"] if Template(tokenizer)._in_parts else []),
+        *(["no system message"] if template.stem in NO_SYSTEM else []),
+        *(["`{% generation %}` goes beyond the end" if len(told) else "`{% generation %}`"]
+          if GENERATION.search(tokenizer.chat_template) else []),
+    ]  # fmt: skip
+    cells = [template.stem, str(len(examples)), f"`{said}`", *(f"`{token}`" for token in end or ["(end-of-text)"])]
+    return (
+        "| " + " | ".join(cell.replace("\n", "\\n").replace("|", "\\|") for cell in [*cells, "; ".join(notes)]) + " |"
+    )
+
+
+if __name__ == "__main__":
+    print("| template | examples from three turns | learned in the first | end of the turn | notes |")
+    print("|---|---|---|---|---|")
+    print("\n".join(map(row, TEMPLATES)))
