@@ -1,4 +1,4 @@
-"""Checkpoints with tokenizers of their own: two end tokens, a first token of a text, control tokens in people's text."""
+"""Checkpoints with tokenizers of their own: two end tokens, a first token of a text, people who name them."""
 
 import pytest
 import torch
@@ -33,9 +33,7 @@ DOCUMENTS = [f"The cat number {i} is in the house, and not outside of it." for i
 @pytest.fixture
 def tokenizer():
     """As Qwen's: <|im_end|> ends a turn, <|endoftext|> a text."""
-    tokenizer = train_bpe(
-        ["Who obeys? I do, number 7. It is in GPT-2; the cat is not outside of a house.\n"] * 3, 320
-    )
+    tokenizer = train_bpe(["Who obeys? I do, number 7. It is in GPT-2; the cat is not outside of a house.\n"] * 3, 320)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = CHATML
     return tokenizer
