@@ -38,7 +38,7 @@ from lit_rlhf.models.policy import (
     policy_from_config,
     predicting_positions,
     response_positions,
-    sees_any_mask,
+    shares_prompts,
 )
 from lit_rlhf.models.reward_head import RewardEnsemble, RewardHead, RewardTransformer, ScoreHead
 
@@ -92,8 +92,8 @@ __all__ = [
     "score_shift",
     "score_std",
     "scores_and_hidden",
-    "sees_any_mask",
     "sequence_classifier",
+    "shares_prompts",
     "starts_unchanged",
     "stream",
     "token_logprobs_of",

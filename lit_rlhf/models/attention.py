@@ -35,6 +35,11 @@ SDPA = ("sdpa", BATCHED, BY_SDPA)  # one function, masks alike
 LONGEST = 256  # tokens of a row
 NARROW_FROM = 512  # tokens of a tile: with fewer, products in bfloat16 take longer than in float32 to set up
 EVEN = 8  # widths of tiles are a multiple of it where products are of 16-bit numbers: few shapes (models/onednn)
+# Arguments of attention that change nothing here: blocks say it, or it is about what is given out.
+USUAL = {
+    "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict",
+}  # fmt: skip
 TILE = 100_000  # what a tile costs, in weights of attention: its calls, forward and backward, and waiting for threads
 
 
@@ -136,12 +141,30 @@ def _without_padding(x: Tensor, tile: Tile) -> Tensor:
 class Layout:
     """The blocks of packed sequences, on their way to attention; ``masks`` say what each token of a block's rows sees,
     (R, 1, W, W) bool a block; None: the tokens before it and itself. Tokens behind the last block see nothing: 0.
+    ``positions`` (R, W) of each block tell how far tokens are apart; None: as far as their columns.
 
     An object, for torch.compile would compile a layer anew for each tuple of blocks that it is called with."""
 
-    def __init__(self, blocks: Sequence[Block], masks: Sequence[Tensor] | None = None) -> None:
-        self.blocks, self.masks = blocks, masks
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        masks: Sequence[Tensor] | None = None,
+        positions: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.blocks, self.masks, self.positions = blocks, masks, positions
         self._tiles: dict[tuple[int | None, int], list[Tile]] = {}
+        self._within: dict[int, Layout] = {}
+
+    def within(self, window: int | None, device: torch.device) -> Layout:
+        """The same where each token sees itself and the ``window`` - 1 before it alone; None: all before it."""
+        if window is None or window >= max(width for _, width in self.blocks):
+            return self
+        if window not in self._within:
+            masks = self.masks or [torch.ones(w, w, dtype=torch.bool, device=device).tril() for _, w in self.blocks]
+            places = self.positions or [torch.arange(w, device=device).expand(r, w) for r, w in self.blocks]
+            near = [place[:, None, :, None] - place[:, None, None, :] < window for place in places]
+            self._within[window] = Layout(self.blocks, [mask & close for mask, close in zip(masks, near)])
+        return self._within[window]
 
     def tiles(self, heads: int | None, multiple: int = 1) -> list[Tile]:
         """Blocks as batched products of so many ``heads`` are cheapest; None: each by itself. Widths are multiples."""
@@ -253,14 +276,18 @@ def own_attention(
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa", (B, H, T, D) -> (B, T, H, D), in the precision of ``value``; see :func:`attend`.
 
-    With a ``layout`` B is 1."""
+    With a ``layout`` B is 1. Raises ``NotImplementedError`` where it would have to be computed in another way."""
     rows, _, length, size = query.shape
     on_cpu, dtype = query.device.type == "cpu", value.dtype
-    causal = attention_mask is None and getattr(module, "is_causal", True)
+    special = {name for name, value in settings.items() if value is not None and value is not False} - USUAL
+    if layout is not None and (special or not getattr(module, "is_causal", True)):
+        raise NotImplementedError(f"attention takes {', '.join(sorted(special)) or 'what is ahead into account'}")
+    causal = attention_mask is None and getattr(module, "is_causal", True) and not special
     if layout is None and causal and length == key.shape[2] > 1:
         layout = Layout([Block(rows, length)])
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
         if layout is not None:
+            layout = layout.within(settings.get("sliding_window"), query.device)
             heads = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
             scale = size**-0.5 if scaling is None else scaling
             return attend(*heads, layout, scale, dropout, batched).unflatten(0, (rows, length)), None
@@ -285,12 +312,21 @@ def use_own_attention(model: PreTrainedModel, batched: bool | None = None) -> No
 
 
 def sees_before_it(model: PreTrainedModel) -> bool:
-    """Whether a token sees all before it, in all layers of ``model``, by an attention that may be ours."""
-    config = model.config
+    """Whether all layers of ``model`` are attention to what stands before a token, all of it or within a window, whose
+    parts are given as arguments, so that it may be ours."""
+    text = model.config.get_text_config()
     return (
-        config._attn_implementation in SDPA
+        model.config._attn_implementation in SDPA
         and type(model)._supports_attention_backend
+        and type(model)._supports_flash_attn  # it gets no mask: what a token does not see is said by arguments
         and not type(model)._is_stateful  # layers of other kinds than attention carry on from token to token
-        and getattr(config, "sliding_window", None) is None
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and set(getattr(text, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+    )
+
+
+def has_window(model: PreTrainedModel) -> bool:
+    """Whether tokens of some layers see those within a window alone."""
+    text = model.config.get_text_config()
+    return getattr(text, "sliding_window", None) is not None or "sliding_attention" in (
+        getattr(text, "layer_types", None) or []
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
-from lit_rlhf.models.attention import SDPA, Layout, sees_before_it, use_own_attention
+from lit_rlhf.errors import UserError, say
+from lit_rlhf.models.attention import Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, with_adapter
 from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
+from lit_rlhf.models.self_check import agrees, texts
 from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
-from lit_rlhf.text.packing import Packed
+from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -76,7 +77,9 @@ def load_policy(
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
-    return add_lora(with_adapter(keep_layout(model), path), lora)
+    model = with_adapter(keep_layout(model), path)
+    packs(model.base_model)  # how it is computed is said when it is loaded
+    return add_lora(model, lora)
 
 
 def load_policy_and_tokenizer(
@@ -118,26 +121,64 @@ def packed_hidden(
     ``embeddings`` (T, D) stand in for the tokens' own. ``at``, flat indices (M,) of the tokens whose states are wanted,
     in any order and as often as one likes: those (M, D) alone, and the last layer computes no others where it can."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
-    trunk, masks = model.base_model, batch.visible
-    if masks is not None and not sees_any_mask(model):
-        raise UserError(
-            f"{model.config.model_type} with {model.config._attn_implementation} attention cannot read a prompt once "
-            "for several answers; set share_prompts=false in the settings of the data"
-        )
+    trunk = model.base_model
     source, name = (batch.tokens, "input_ids") if embeddings is None else (embeddings, "inputs_embeds")
-    if not sees_before_it(trunk):
-        hidden = _each_block(trunk, batch, name, source, masks)
-        return hidden if at is None else hidden.index_select(0, at)
+    if packs(trunk):
+        return _in_one_row(trunk, batch, name, source, at)
+    hidden = _each_block(trunk, batch, name, source) if batch.parts is None else _apart(trunk, batch, name, source)
+    return hidden if at is None else hidden.index_select(0, at)
+
+
+def packs(trunk: PreTrainedModel) -> bool:
+    """Whether packed sequences can be read in one row, with attention of our own; then several may share a prompt."""
+    # A kind of attention that is not asked of this one was chosen by someone: no line about it.
+    return sees_before_it(trunk) and agrees(
+        trunk, "all texts in one row", _one_row_and_alone, "texts are read block by block (slower)"
+    )
+
+
+def _one_row_and_alone(trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Hidden states of every other token of some texts: in one row, and each text read by itself."""
+    packed, cells, alone = _read_alone(trunk)
+    kind = trunk.config._attn_implementation
+    try:
+        return _in_one_row(trunk, packed, "input_ids", packed.tokens, cells[::2]), alone[::2]
+    finally:
+        trunk.set_attn_implementation(kind)
+
+
+def _padded_and_alone(trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Of every token: as rows of one block, with padding behind the shorter ones, and each text read by itself."""
+    packed, cells, alone = _read_alone(trunk, padded=True)
+    [rows] = packed.by_block(packed.tokens)
+    return _states(trunk, "input_ids", rows).flatten(0, 1)[cells], alone
+
+
+def _read_alone(trunk: PreTrainedModel, padded: bool = False) -> tuple[Packed, Tensor, Tensor]:
+    """Some texts, packed; where their tokens are (M,); the hidden states (M, D) where each text is read by itself."""
+    packed = pack(texts(trunk), 0, padded=padded).to(trunk.device)
+    first_and_count = zip(packed.starts.tolist(), packed.lengths.tolist())
+    cells = [torch.arange(first, first + count, device=trunk.device) for first, count in first_and_count]
+    alone = [_states(trunk, "input_ids", packed.tokens[own][None])[0] for own in cells]
+    return packed, torch.cat(cells), torch.cat(alone)
+
+
+def _states(trunk: PreTrainedModel, name: str, rows: Tensor) -> Tensor:
+    """Last hidden states (R, W, D) by the model's own forward pass of whole rows."""
+    return trunk(**{name: rows}, use_cache=False).last_hidden_state
+
+
+def _in_one_row(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor, at: Tensor | None) -> Tensor:
     use_own_attention(trunk)
     size, positions = len(batch.tokens), batch.positions
+    layout = Layout(batch.blocks, batch.visible, batch.by_block(positions))
     if more := rows_to_add(trunk, size):  # they see nothing, nobody sees them, and nobody reads them
         source, positions = F.pad(source, (0, 0) * (source.dim() - 1) + (0, more)), F.pad(positions, (0, more))
     nothing = batch.tokens.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is not looked at: the blocks say it all
     with nullcontext() if at is None else _last_mlp_at(trunk, at, len(positions)):
         output = trunk(
-            **{name: source[None]}, position_ids=positions[None], attention_mask=nothing, use_cache=False,
-            layout=Layout(batch.blocks, masks),
-        )  # fmt: skip
+            **{name: source[None]}, position_ids=positions[None], attention_mask=nothing, use_cache=False, layout=layout
+        )
     hidden = output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
     return hidden[:size] if at is None else hidden.index_select(0, at)
 
@@ -179,30 +220,41 @@ def layers(trunk: PreTrainedModel) -> list[nn.Module]:
     return [m for m in trunk.modules() if hasattr(type(m), "gradient_checkpointing")]
 
 
-def _each_block(
-    trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor, masks: Sequence[Tensor] | None
-) -> Tensor:
+def _each_block(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
     """The same in a pass for each block: whatever a model looks back with, padding stands behind what is read."""
-    hidden = []
-    rows, positions = batch.by_block(source), batch.by_block(batch.positions)
-    for i, block in enumerate(rows):
-        seen = {}
-        if masks is not None:
-            mask = masks[i]
-            if trunk.config._attn_implementation == "eager":
-                dtype = trunk.get_input_embeddings().weight.dtype
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-            seen = {"attention_mask": mask, "position_ids": positions[i]}
-        hidden.append(trunk(**{name: block}, **seen, use_cache=False).last_hidden_state.flatten(0, 1))
-    return torch.cat(hidden)
+    blocks = batch.by_block(source)
+    instead = "rows of one length are read together (slower)"
+    if agrees(trunk, "texts with padding behind them", _padded_and_alone, instead):
+        return torch.cat([_states(trunk, name, rows).flatten(0, 1) for rows in blocks])
+    read, cells, ends = [], [], dict(zip(batch.starts.tolist(), batch.ends.tolist()))
+    for rows, here in zip(blocks, batch.by_block(torch.arange(len(source), device=source.device))):
+        lengths = torch.tensor([ends[begin] + 1 - begin for begin in here[:, 0].tolist()], device=here.device)
+        for length in lengths.unique().tolist():
+            read.append(_states(trunk, name, rows[lengths == length, :length]).flatten(0, 1))
+            cells.append(here[lengths == length, :length].flatten())
+    states = torch.cat(read)
+    return states.new_zeros(len(source), states.shape[1]).index_copy(0, torch.cat(cells), states)
 
 
-def sees_any_mask(module: nn.Module) -> bool:
-    """Whether attention in all models of ``module`` can be told which tokens see which, as shared prompts need it."""
-    configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
-    return all(
-        c._attn_implementation in (*SDPA, "eager") and getattr(c, "sliding_window", None) is None for c in configs
-    )
+def _apart(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
+    """The same of sequences that share prompts, for a model that has to read each of them whole."""
+    places, _ = response_positions(batch, batch.lengths)
+    where = pack([row[:n] for row, n in zip(places.tolist(), batch.lengths.tolist())], 0).to(source.device)
+    hidden = _each_block(trunk, where, name, source[where.tokens])
+    cells, real = response_positions(where, where.lengths)
+    # A prompt was read as often as it is answered: one of these readings is taken.
+    copy = torch.zeros(len(source), dtype=torch.int64, device=source.device)
+    copy[where.tokens[cells[real]]] = cells[real]
+    return hidden.index_select(0, copy)
+
+
+def shares_prompts(module: nn.Module) -> bool:
+    """Whether all models of ``module`` can read a prompt once for several answers; where not, a line says so."""
+    trunks = {m.base_model for m in module.modules() if isinstance(m, PreTrainedModel)}
+    cannot = sorted({type(trunk).__name__ for trunk in trunks if not packs(trunk)})
+    if cannot:
+        say(f"share_prompts is off: {', '.join(cannot)} cannot be told which tokens see which")
+    return not cannot
 
 
 def rows_to_add(trunk: PreTrainedModel, count: int) -> int:

@@ -12,11 +12,13 @@ from lit_rlhf.models import (
     packed_hidden,
     policy_from_config,
     predicting_positions,
+    response_positions,
     save_model,
     use_own_attention,
 )
 from lit_rlhf.models.attention import BATCHED, BY_SDPA, LONGEST, Layout, Tile, attend, own_attention, sees_before_it
 from lit_rlhf.models.generation import Sampling, Trunk
+from lit_rlhf.models.policy import packs
 from lit_rlhf.text import pack
 from lit_rlhf.text.packing import Block
 
@@ -204,6 +206,7 @@ def test_other_blocks_need_no_other_graph(policy):
         graphs.append(graph)
         return graph.forward
 
+    assert packs(policy.base_model)  # which is found out on a few tokens, once
     for layer in layers(policy.base_model):
         layer.compile(backend=backend)
     seen = []
@@ -215,19 +218,55 @@ def test_other_blocks_need_no_other_graph(policy):
     assert seen[0][1] < seen[1][1] == seen[-1][1]
 
 
-def test_a_model_that_looks_back_otherwise_reads_block_by_block(model_config, tokenizer):
-    """A window on attention, or layers that carry on from token to token, are left to transformers."""
-    mistral = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-               "num_key_value_heads": 1, "sliding_window": 4, "max_position_embeddings": 64}  # fmt: skip
-    model = policy_from_config({"model_type": "mistral", **mistral}, tokenizer)
-    assert not sees_before_it(model)
-    given = [list(range(5, 5 + n)) for n in (20, 3, 11, 19)]
-    packed = pack(given, 0)
+WINDOWED = {
+    "model_type": "mistral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "sliding_window": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.4,
+}  # fmt: skip
+ALTERNATING = {
+    **WINDOWED, "model_type": "qwen2", "layer_types": ["sliding_attention", "full_attention"],
+    "use_sliding_window": True, "max_window_layers": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [WINDOWED, ALTERNATING], ids=["mistral", "qwen2"])
+@pytest.mark.parametrize("share", [False, True])
+def test_windows_of_each_layer_hold_in_packed_texts_that_share_prompts(config, share, tokenizer):
+    """Windows are smaller than the texts; answers to one prompt are as far from it as if each stood behind it."""
+    model, without = (policy_from_config({**config, "sliding_window": n}, tokenizer).double() for n in (4, 64))
+    without.load_state_dict(model.state_dict())
+    assert sees_before_it(model) and packs(model.base_model)
+    prompt = list(range(5, 12))
+    given = [[*prompt, *range(20, 29)], [*prompt, 30, 31], [*prompt, *range(40, 46)], list(range(50, 63))]
+    packed = pack(given, 0, [len(text) - 7 for text in given], share_prompts=share)
     hidden = packed_hidden(model, packed)
-    for tokens, start in zip(given, packed.starts):
-        alone = model.base_model(torch.tensor([tokens])).last_hidden_state[0]
-        assert_close(hidden[start : start + len(tokens)], alone, rtol=1e-4, atol=1e-5)
-    assert model.config._attn_implementation == "sdpa"
+    places, there = response_positions(packed, packed.lengths)
+    for tokens, row, real in zip(given, places, there):
+        alone, other = (m.base_model(torch.tensor([tokens])).last_hidden_state[0] for m in (model, without))
+        assert_close(hidden[row[real]], alone, rtol=0, atol=1e-5)
+        assert (other - alone).abs().max() > 0.01  # the window matters
+
+
+def test_what_our_attention_would_leave_out_is_left_to_transformers(tokenizer, capsys):
+    """Sinks, soft caps and biases are arguments of attention; without its packed form a model reads block by block."""
+    q = torch.randn(1, 2, 5, 8)
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(NotImplementedError, match=name):
+            own_attention(torch.nn.Module(), q, q, q, None, Layout([Block(1, 5)]), **{name: torch.ones(1)})
+    shape = {**WINDOWED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    for kind, settings in (("gemma2", {"attn_logit_softcapping": 1.0}), ("gpt_oss", {}), ("bloom", {})):
+        own = {**shape, "model_type": kind, **settings} if kind != "bloom" else {"model_type": kind, "n_layer": 2}
+        if kind == "bloom":
+            own |= {"hidden_size": 16, "n_head": 2, "initializer_range": 0.4}
+        elif kind == "gemma2":
+            own = {name: value for name, value in own.items() if "expert" not in name}
+        model = policy_from_config(own, tokenizer).eval()
+        assert not packs(model.base_model)
+        given = [list(range(5, 5 + n)) for n in (20, 3, 11, 19)]
+        packed = pack(given, 0)
+        hidden = packed_hidden(model, packed)
+        for tokens, start in zip(given, packed.starts):
+            alone = model.base_model(torch.tensor([tokens])).last_hidden_state[0]
+            assert_close(hidden[start : start + len(tokens)], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_under_autocast_queries_keys_and_values_are_float32(policy, rows, monkeypatch):

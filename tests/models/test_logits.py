@@ -4,14 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from lit_rlhf.models import Sampling, answer, next_token_logits, packed_hidden, policy_from_config
+from lit_rlhf.models import Sampling, answer, next_token_logits, packed_hidden, policy_from_config, token_logprobs_of
 from lit_rlhf.stages import SFTModule
 from lit_rlhf.stages.evaluate.text import text_nats
-from lit_rlhf.stages.ppo.rollout import response_logits
 from lit_rlhf.text.packing import pack
 
 SHAPE = {
@@ -98,10 +96,11 @@ def test_losses_are_those_of_the_model(model, tokenizer):
     expected = -torch.stack([own_logprobs(model, text)[:3] for text in TEXTS]).mean()
     assert_close(SFTModule(model, tokenizer).eval().loss(batch), expected, rtol=0, atol=1e-7)
 
-    ids = [*tokenizer("You are the cat!")["input_ids"], tokenizer.eos_token_id]
-    nats, counted = text_nats(model, tokenizer, ["You are the cat!"], 64)
-    assert_close(nats.sum(), -own_logprobs(model, ids).sum(), rtol=0, atol=1e-7)
-    assert counted.sum() == len(ids) - 1
+    end = tokenizer.eos_token_id
+    ids = [end, *tokenizer("You are the cat!")["input_ids"], end]
+    found = text_nats(model, tokenizer, ["You are the cat!"], 64)
+    assert_close(found[0].sum(), -own_logprobs(model, ids).sum(), rtol=0, atol=1e-6)
+    assert found[1].sum() == len(ids) - 1
 
 
 def test_the_logprobs_of_what_was_sampled(model, tokenizer):
@@ -114,6 +113,5 @@ def test_the_logprobs_of_what_was_sampled(model, tokenizer):
         expected = own_logprobs(model, text)[-n:]
         assert_close(responses.logprobs[i, :n], expected, rtol=0, atol=1e-4, check_dtype=False)
         before = packed.ends[i] - n + torch.arange(n)
-        logits = response_logits(model, packed_hidden(model, packed, at=before), 1.0)
-        found = -F.cross_entropy(logits, torch.tensor(text[-n:]), reduction="none")
+        found = token_logprobs_of(model, packed_hidden(model, packed, at=before), torch.tensor(text[-n:]))
         assert_close(found, expected, rtol=0, atol=1e-4, check_dtype=False)

@@ -22,7 +22,7 @@ from lit_rlhf.models import (
     response_positions,
     use_own_attention,
 )
-from lit_rlhf.models.policy import rows_to_add
+from lit_rlhf.models.policy import packs, rows_to_add
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.training import ModelSettings
@@ -129,6 +129,7 @@ def test_rows_are_added_where_products_are_onednns(policy):
 @pytest.mark.parametrize("dtype, rows", [(torch.float32, 12), (torch.bfloat16, 32)])
 def test_rows_are_added_where_products_are_of_16_bit_numbers(policy, dtype, rows):
     packed, seen = pack([[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]], 0), []
+    assert packs(policy.base_model)  # which is found out on a few tokens, once
     policy.base_model.register_forward_pre_hook(
         lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
     )

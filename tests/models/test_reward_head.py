@@ -23,7 +23,7 @@ from lit_rlhf.models import (
     score_answers,
     score_shift,
     score_std,
-    sees_any_mask,
+    shares_prompts,
 )
 from lit_rlhf.text import ensure_chat_template, pack
 
@@ -268,10 +268,11 @@ def response_mask(rows):
     return predicting_positions(rows, rows.response_lengths)[1]
 
 
-def test_attention_that_takes_no_mask_says_how_to_go_on(reward_model_with, tokenizer):
+def test_attention_that_takes_no_mask_reads_prompts_anew_and_says_so(reward_model_with, tokenizer, capsys):
     model = reward_model_with(RewardHead())
-    rows = pack([[7, 8, 9], [7, 8, 6]], 1, [1, 1], share_prompts=True)
-    model.base_model.config._attn_implementation = "flash_attention_2"
-    assert not sees_any_mask(model)
-    with pytest.raises(UserError, match="share_prompts=false"):
-        packed_scores(model, rows)
+    rows = pack([[7, 8, 9], [7, 8, 6, 5]], 1, [1, 2], share_prompts=True)
+    expected = packed_scores(model, rows)
+    model.base_model.set_attn_implementation("eager")
+    assert not shares_prompts(model)
+    assert "share_prompts is off" in capsys.readouterr().out
+    assert_close(packed_scores(model, rows), expected, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.functional import position_ids
-from lit_rlhf.models.attention import SDPA, Layout, attend
+from lit_rlhf.models.attention import Layout, attend, has_window, sees_before_it
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.logits import next_token_logits
+from lit_rlhf.models.policy import packed_hidden
+from lit_rlhf.models.self_check import texts
 from lit_rlhf.text.packing import Packed, left_pad, pack
 
 
@@ -224,12 +227,13 @@ class TransformersDecoder:
     def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
         # Elsewhere transformers makes it: eager attention adds numbers, and a sliding window sees less.
-        config = model.config
-        self.own_mask = config._attn_implementation in SDPA and getattr(config, "sliding_window", None) is None
+        self.own_mask = sees_before_it(model.base_model) and not has_window(model)
+        read = inspect.signature(model.base_model.forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in read else "past_key_values"
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         tokens, self.mask = (x.to(self.model.device) for x in left_pad(prompts, self.pad_id))
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         self.positions = position_ids(self.mask)
         return self._forward(tokens)
 
@@ -250,9 +254,50 @@ class TransformersDecoder:
             input_ids=tokens,
             attention_mask=_step_mask(self.mask, tokens.shape[1]) if self.own_mask else self.mask.long(),
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         ).last_hidden_state[:, -1]
+
+
+class WholeDecoder:
+    """Any causal language model, without a cache: each step reads all of each text."""
+
+    joins = True
+
+    def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
+        self.model, self.pad_id = model, pad_id
+        self.texts: list[list[int]] = []
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self.texts += map(list, prompts)
+        return self._read(self.texts[-len(prompts) :])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.texts = [[*text, token] for text, token in zip(self.texts, tokens.tolist())]
+        return self._read(self.texts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return next_token_logits(self.model, hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        self.texts = [self.texts[i] for i in rows.tolist()]
+
+    def _read(self, texts: list[list[int]]) -> Tensor:
+        packed = pack(texts, self.pad_id).to(self.model.device)
+        return packed_hidden(self.model, packed, at=packed.ends)
+
+
+def goes_on_alike(model: PreTrainedModel, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Logits at the end of two texts and of what they go on with: by a fresh ``decoder``, and by the model itself."""
+    longer, shorter, _ = texts(model)
+    ids = (torch.tensor([text], device=model.device) for text in (longer, shorter))
+    own = [model(input_ids=x, use_cache=False).logits[0] for x in ids]
+    found = [decoder.logits(decoder.begin([longer[:-2], shorter[:-2]]))]
+    found.append(decoder.logits(decoder.step(torch.tensor([longer[-2], shorter[-2]], device=model.device))))
+    decoder.keep(torch.tensor([1], device=model.device))
+    found.append(decoder.logits(decoder.step(torch.tensor(shorter[-1:], device=model.device))))
+    expected = [torch.stack([logits[i] for logits in own]) for i in (-3, -2)]
+    return torch.cat(found), torch.cat([*expected, own[1][-1:]])
 
 
 def _step_mask(mask: Tensor, width: int) -> Tensor:

@@ -15,10 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
-from lit_rlhf.models.generation.decoder import Decoder, LeanDecoder, StaticDecoder, TransformersDecoder
+from lit_rlhf.models.generation.decoder import (
+    Decoder,
+    LeanDecoder,
+    StaticDecoder,
+    TransformersDecoder,
+    WholeDecoder,
+    goes_on_alike,
+)
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
+from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
+from lit_rlhf.models.self_check import LENGTHS, agrees
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
@@ -259,10 +268,24 @@ def _closed_up(going: Tensor) -> Tensor:
 
 
 def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool, graphs: bool) -> Decoder:
-    trunk = Trunk.of(model, width, compute_dtype(model)) if lean else None
-    if trunk is None:
+    """The fastest that goes on with texts as the model itself does."""
+
+    def lean_one(model: PreTrainedModel, rows: int, width: int, kind: type[LeanDecoder] = LeanDecoder) -> Decoder:
+        return kind(Trunk.of(model, width, compute_dtype(model)), rows, width)
+
+    def leans(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        return goes_on_alike(model, lean_one(model, 2, max(LENGTHS)))
+
+    def caches(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        return goes_on_alike(model, TransformersDecoder(model, pad_id))
+
+    check_logits(model)
+    known = lean and Trunk.knows(model)
+    if known and agrees(model, "a lean forward pass", leans, "transformers' modules write (slower)"):
+        return lean_one(model, rows, width, StaticDecoder if graphs else LeanDecoder)
+    if agrees(model, "keys and values that are kept", caches, "texts are read anew for each token (slower)"):
         return TransformersDecoder(model, pad_id)
-    return (StaticDecoder if graphs else LeanDecoder)(trunk, rows, width)
+    return WholeDecoder(model, pad_id)
 
 
 def _shape_logits(logits: Tensor, sampling: Sampling, steps: Tensor, ends: list[int]) -> Tensor:

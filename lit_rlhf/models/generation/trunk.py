@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.adapters import effective_bias, effective_weight, wrapped_module
-from lit_rlhf.models.attention import SDPA
+from lit_rlhf.models.attention import SDPA, has_window
 from lit_rlhf.models.fused import gelu_tanh
 from lit_rlhf.models.onednn import rows_up_to, with_rows_added
 from lit_rlhf.models.quantization import is_quantized
@@ -97,20 +97,25 @@ class Trunk:
         self.head = head  # (E, V), the output embedding
 
     @staticmethod
+    def knows(model: PreTrainedModel) -> bool:
+        """Whether ``model`` is of a kind of which one can be made."""
+        config = model.config
+        if config._attn_implementation not in SDPA or has_window(model):
+            return False
+        if is_quantized(model):  # numbers of a whole model are what it was to do without
+            return False
+        if config.model_type == "gpt2":
+            return config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        return config.model_type in ("llama", "qwen2", "qwen3") and rope in ("default", "linear", "llama3")
+
+    @staticmethod
     def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> Trunk | None:
         """For texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
-        config = model.config
-        if is_quantized(model):  # numbers of a whole model are what it was to do without
+        if not Trunk.knows(model):
             return None
-        if config._attn_implementation not in SDPA or getattr(config, "sliding_window", None) is not None:
-            return None
-        kind, dtype = config.model_type, dtype or model.dtype
-        if kind == "gpt2" and config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx:
-            return _gpt2(model, length, dtype)
-        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-        if kind in ("llama", "qwen2", "qwen3") and rope in ("default", "linear", "llama3"):
-            return _llama(model, length, dtype)
-        return None
+        make = _gpt2 if model.config.model_type == "gpt2" else _llama
+        return make(model, length, dtype or model.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,7 @@ from lit_rlhf.models import (
     packed_scores,
     score_shift,
     score_std,
-    sees_any_mask,
+    shares_prompts,
 )
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
@@ -205,7 +205,7 @@ class EvaluateModule(LightningModule):
 
     def _packed(self, sequences: list[list[int]], pad_id: int, lengths: list[int], reader: nn.Module) -> Packed:
         """Rows for ``reader``; the samples of a prompt share it."""
-        shared = self.share_prompts and sees_any_mask(reader)
+        shared = self.share_prompts and shares_prompts(reader)
         return pack(sequences, pad_id, response_lengths=lengths, share_prompts=shared).to(self.device)
 
     def _pick(self, count: int) -> None:

@@ -40,7 +40,7 @@ from lit_rlhf.models import (
     packed_hidden,
     save_adapter,
     save_model,
-    sees_any_mask,
+    shares_prompts,
     token_logprobs_of,
     tokens_at_once,
     train_adapters,
@@ -195,7 +195,7 @@ class PPOModule(TrainedState):
         self.register_buffer("unscored", torch.zeros((), dtype=torch.int64))  # answers that nobody has scored
         self.held_out = HeldOut(val_samples)
         self.packing = packing
-        self.share_prompts = share_prompts and answers_per_prompt > 1 and sees_any_mask(self)
+        self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(self)
         self.eval()  # see train(): models made from a config come in training mode
 
     def setup(self, stage: str) -> None:
