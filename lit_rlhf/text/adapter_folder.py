@@ -29,7 +29,7 @@ def base_of_adapter(path: str | Path) -> str:
             f"{file}: it names no model that the adapter is for; write its folder as base_model_name_or_path"
         )
     for folder in (Path(base), Path(path) / base):
-        if folder.is_dir():
+        if (folder / "config.json").is_file():
             return str(folder)
     if Path(base).is_absolute() or base.startswith(".") or len(Path(base).parts) > 2:
         raise UserError(

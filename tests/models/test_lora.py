@@ -1,9 +1,13 @@
 """Adapters: no change at first, few weights to train, and a plain model in the end."""
 
 import copy
+import dataclasses
+import json
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn, tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -22,9 +26,10 @@ from lit_rlhf.models import (
     merged,
     packed_hidden,
     packed_scores,
+    save_adapter,
     save_model,
 )
-from lit_rlhf.text import pack
+from lit_rlhf.text import load_tokenizer, pack
 
 TOKENS = tensor([[5, 6, 7, 8, 9, 10]])
 ONE_LAYER = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "qwen3": ["q_proj", "v_proj"]}
@@ -210,3 +215,122 @@ def test_without_peft_the_package_is_named(policy, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"LoRA needs the package peft: pip install 'lit_rlhf\[lora\]'"):
         add_lora(policy, LoRA(r=2))
+
+
+# ------------------------------------------------------------------------------------------------- adapter folders
+
+
+@pytest.fixture
+def saved(policy, tokenizer, tmp_path):
+    """(folder of a base, folder of an adapter of it, logits with both)"""
+    save_model(policy, tokenizer, tmp_path / "base")
+    model = stirred(load_policy(tmp_path / "base", tokenizer, lora=LoRA(r=4))).eval()
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", model(TOKENS).logits
+
+
+def test_a_run_starts_from_an_adapter(saved, tokenizer, capsys):
+    base, adapter, expected = saved
+    scale = 1e-5 * max(1.0, expected.abs().max().item())
+    plain = load_policy(adapter, load_tokenizer(adapter))
+    assert "an adapter, added into the weights of its base" in capsys.readouterr().out
+    assert not lora_layers(plain) and all(p.requires_grad for p in plain.parameters())
+    assert_close(plain.eval()(TOKENS).logits, expected, rtol=0, atol=scale)
+    fresh = load_policy(adapter, tokenizer, lora=LoRA(r=2)).eval()  # merged, and a fresh one: the reference of PPO
+    assert {layer.r["default"] for layer in lora_layers(fresh).values()} == {2}
+    with adapters_off(fresh):
+        assert_close(fresh(TOKENS).logits, expected, rtol=0, atol=scale)
+    on = load_policy(base, tokenizer, lora=LoRA(path=adapter)).eval()  # the same one goes on
+    assert torch.equal(on(TOKENS).logits, expected)
+    assert {n for n, p in on.named_parameters() if p.requires_grad} == {
+        n for n, _ in on.named_parameters() if "lora_" in n
+    }
+    trunk = load_reward_model(adapter, tokenizer, new_head=True)
+    assert_close(trunk.base_model.state_dict(), plain.base_model.state_dict())
+
+
+def test_a_base_is_found_from_the_adapters_folder_too(saved, tokenizer):
+    base, adapter, expected = saved
+    name_base(adapter, f"../{base.name}")
+    loaded = load_policy(adapter, tokenizer).eval()
+    assert_close(loaded(TOKENS).logits, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def name_base(adapter, base):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+
+
+def without(adapter, change):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    change(weights, next(n for n in weights if "lora_A" in n))
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda a: without(a, lambda w, n: w.pop(n)), "an adapter of .*base, which does not fit .*: it has no"),
+        (lambda a: without(a, lambda w, n: w.update(odd=torch.ones(1))), "which does not fit .*the model has no odd"),
+        (lambda a: without(a, lambda w, n: w.update({n: torch.ones(4, 3)})), "which does not fit .*size mismatch"),
+        (lambda a: without(a, lambda w, n: w[n].fill_(torch.nan)), "lora_A.weight holds numbers that are not finite"),
+        (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "adapter_model.bin cannot"),
+        (lambda a: name_base(a, "some/other"), "an adapter of some/other, and this run starts from .*base"),
+        (lambda a: name_base(a, None), "names no model that the adapter is for"),
+    ],
+)  # fmt: skip
+def test_an_adapter_for_another_base_is_refused(break_it, message, saved, tokenizer):
+    base, adapter, _ = saved
+    break_it(adapter)
+    with pytest.raises(UserError, match=message) as error:
+        load_policy(base, tokenizer, lora=LoRA(path=adapter))
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_has_its_own_settings(saved, tokenizer):
+    with pytest.raises(UserError, match=r"comes with its own settings; leave lora.r, lora.use_dora out"):
+        load_policy(saved[0], tokenizer, lora=LoRA(r=2, use_dora=True, path=saved[1]))
+
+
+def test_the_adapter_of_a_reward_model_has_its_head(saved, tokenizer, tmp_path):
+    model = stirred(load_reward_model(saved[0], tokenizer, new_head=True, lora=LoRA(r=4))).eval()
+    nn.init.normal_(model.score.weight)
+    save_adapter(model, tokenizer, tmp_path / "rm")
+    rows = batch(tokenizer.pad_token_id)
+    expected = packed_scores(model, rows)
+    base = AutoModelForSequenceClassification.from_pretrained(saved[0], num_labels=1)
+    by_peft = PeftModel.from_pretrained(base, tmp_path / "rm").eval()
+    scale = 1e-5 * max(1.0, expected.abs().max().item())
+    assert_close(by_peft(TOKENS).logits[0], expected[:1], rtol=0, atol=scale)
+    assert_close(packed_scores(load_reward_model(tmp_path / "rm", tokenizer), rows), expected, rtol=0, atol=scale)
+    with pytest.raises(UserError, match="the adapter of a reward model, where a language model's was expected"):
+        load_policy(tmp_path / "rm", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"nothing": 2}}, "rank_pattern keys did not match"),
+        ({"modules_to_save": ["nothing"]}, "lora.modules_to_save=.'nothing'.: nothing matches nothing"),
+        ({"exclude_modules": ["nothing"]}, "lora.exclude_modules=.'nothing'.: nothing matches nothing"),
+        ({"target_modules": "q_projj"}, "lora: Target modules q_projj not found"),
+        ({"layers_to_transform": [9]}, "lora: Target modules .* not found"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(settings, message, policy):
+    with pytest.raises(UserError, match=message):
+        add_lora(policy, LoRA(r=2, **settings))
+
+
+def test_what_peft_has_besides_is_known():
+    """A setting of peft's is one of ours, is set by us, or cannot be: a new one is to be looked at."""
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    by_us = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "fan_in_fan_out", "runtime_config"}  # fmt: skip
+    needs_data = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    not_merged = {"alora_invocation_tokens", "use_qalora", "qalora_group_size", "velora_config", "monteclora_config",
+                  "use_bdlora", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+                  "megatron_core"}  # fmt: skip
+    ours = {f.name for f in dataclasses.fields(LoRA)} - {"path"}
+    assert ours <= known
+    assert known - ours <= by_us | needs_data | not_merged
