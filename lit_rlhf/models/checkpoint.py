@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import merged
-from lit_rlhf.models.loading import CheckpointFormat
+from lit_rlhf.models.loading import CheckpointFormat, weight_files
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -54,7 +55,14 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     try:
         if own is not None:  # the file is copied: transformers refuses to write some of those that it reads
             model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, state_dict=_as_stored(model, form))
+        stored = _as_stored(model, form)
+        lost = rounded_back(model, stored, form)
+        if lost > 0.5:
+            say(
+                f"{folder.parent}: rounding to {_plain(form.dtype)} takes back {lost:.0%} of the numbers that training "
+                "changed; export_dtype=float32 keeps them"
+            )
+        model.save_pretrained(folder, state_dict=stored)
     finally:
         if own is not None:
             model.generation_config = own
@@ -63,7 +71,7 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
         generation.unlink()
     elif generation.exists():
         generation.write_text(form.generation, encoding="utf-8")
-    _name_dtype(folder / "config.json", str(form.dtype).removeprefix("torch."))
+    _name_dtype(folder / "config.json", _plain(form.dtype))
 
 
 def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tensor]:
@@ -74,6 +82,29 @@ def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tens
         dtype = form.others.get(name, form.dtype) if weight.is_floating_point() else weight.dtype
         stored[name] = cast.setdefault((weight.data_ptr(), dtype), weight.to(dtype))
     return stored
+
+
+def rounded_back(model: torch.nn.Module, stored: dict[str, Tensor], form: CheckpointFormat) -> float:
+    """Of the numbers that differ from the checkpoint's, the share that equal them again as they are ``stored``.
+
+    Tensors that the checkpoint has under another name or in another shape do not count."""
+    changed = equal = 0
+    weights = model.state_dict()
+    for file in filter(Path.is_file, weight_files(form.folder)):
+        with safe_open(file, "pt") as before:
+            for name in weights.keys() & set(before.keys()):
+                now, rounded = weights[name], stored[name]
+                if rounded.dtype == now.dtype or list(now.shape) != before.get_slice(name).get_shape():
+                    continue
+                old = before.get_tensor(name).to(now.device, now.dtype)
+                moved = now != old
+                changed += int(moved.sum())
+                equal += int((moved & (rounded.to(now.dtype) == old)).sum())
+    return equal / changed if changed else 0.0
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _name_dtype(file: Path, dtype: str) -> None:

@@ -49,6 +49,7 @@ FROM_GGUF = (
 class CheckpointFormat:
     """What an export keeps of the checkpoint that a model came from."""
 
+    folder: Path
     dtype: torch.dtype  # of the exported weights
     others: dict[str, torch.dtype] = field(default_factory=dict)  # of those that had another
     generation: str | None = None  # the text of generation_config.json; None: there was none
@@ -240,7 +241,7 @@ def format_of(path: str | Path, export_dtype: Dtype | None = None) -> Checkpoint
     file = folder / "generation_config.json"
     generation = file.read_text(encoding="utf-8") if file.is_file() else None
     if export_dtype is not None:
-        return CheckpointFormat(getattr(torch, export_dtype), generation=generation)
+        return CheckpointFormat(folder, getattr(torch, export_dtype), generation=generation)
     dtypes: dict[str, torch.dtype] = {}
     sizes: Counter[torch.dtype] = Counter()
     for file in weight_files(folder):
@@ -251,7 +252,7 @@ def format_of(path: str | Path, export_dtype: Dtype | None = None) -> Checkpoint
                     dtypes[name] = dtype
                     sizes[dtype] += prod(tensor.get_shape())
     [(most, _)] = sizes.most_common(1) or [(torch.float32, 0)]
-    return CheckpointFormat(most, {name: dtype for name, dtype in dtypes.items() if dtype != most}, generation)
+    return CheckpointFormat(folder, most, {name: dtype for name, dtype in dtypes.items() if dtype != most}, generation)
 
 
 def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:

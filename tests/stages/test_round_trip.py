@@ -19,6 +19,7 @@ from lit_rlhf.models import (
     policy_from_config,
     save_model,
 )
+from lit_rlhf.models.checkpoint import rounded_back
 from lit_rlhf.stages import (
     DPODataModule,
     DPOModule,
@@ -166,6 +167,19 @@ def test_what_is_trained_in_float32_is_rounded_once(checkpoint, tmp_path):
     assert torch.equal(tensors(tmp_path / "out")["model.norm.weight"], policy.model.norm.weight.bfloat16())
     assert policy.model.norm.weight.dtype == torch.float32  # the model itself is not rounded
     assert policy.generation_config.eos_token_id == [0, 4]
+
+
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+@pytest.mark.parametrize(("step", "lost"), [(1e-4, 1.0), (0.5, 0.0)])
+def test_changes_that_rounding_takes_back_are_said(checkpoint, tmp_path, step, lost, capsys):
+    policy, tokenizer = load_policy_and_tokenizer(checkpoint)
+    with torch.no_grad():
+        policy.model.norm.weight.add_(step)  # of 1: bfloat16's next number is 1.0078
+    save_model(policy, tokenizer, tmp_path / "stage" / "model")
+    said = f"{tmp_path / 'stage'}: rounding to bfloat16 takes back 100% of the numbers that training changed"
+    assert (said in capsys.readouterr().out) == bool(lost)
+    stored = {name: weight.bfloat16() for name, weight in policy.state_dict().items()}
+    assert rounded_back(policy, stored, policy.checkpoint_format) == lost
 
 
 def test_tied_weights_are_written_once(checkpoint, tmp_path):
