@@ -24,6 +24,7 @@ import lit_rlhf
 from lit_rlhf.errors import UserError, is_main_process
 from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.models.loading import check_files
+from lit_rlhf.models.lora import base_path
 from lit_rlhf.pipeline.folder import StageFolder
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
@@ -95,7 +96,8 @@ def check_models(settings: DictConfig) -> None:
     nodes = [settings.get("policy"), settings.get("reward_model"), *(settings.get("policies") or {}).values()]
     paths = [node.path for node in nodes if node is not None and node.get("path") is not None]
     for path in [*paths, *filter(None, (settings.get("models") or {}).values())]:
-        for folder in map(Path, path if isinstance(path, ListConfig) else [path]):
+        for each in path if isinstance(path, ListConfig) else [path]:
+            folder = Path(base_path(each))
             if folder.exists():
                 check_files(folder)
 

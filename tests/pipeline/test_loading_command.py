@@ -1,5 +1,7 @@
 """Whatever stage or command loads a broken model refuses it, by name and in one line."""
 
+import json
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -76,6 +78,17 @@ def test_every_stage_refuses_a_broken_model(models, consumer):
     said = users_mistake(error.value)
     assert said is not None and "\n" not in str(said)
     assert str(said).startswith(f"{models / 'bad_'}") and "up_proj.weight holds 1 of 256" in str(said)
+
+
+def test_an_adapter_is_looked_at_by_its_base(models):
+    (models / "adapter").mkdir()
+    base = models / "policy"
+    (models / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    settings = settings_of(f"stage=sft sft.policy.path={models}/adapter")
+    check_models(settings)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{base}: no weights there"):
+        check_models(settings)
 
 
 def test_chat_refuses_a_broken_model(models):
