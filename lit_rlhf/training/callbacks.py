@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
+from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.metrics_file import MetricsFile
 
 Item = TypeVar("Item")
@@ -213,8 +214,7 @@ class BestCheckpoint(Callback):
     def restore(self, module: LightningModule) -> None:
         """Give ``module`` the best weights."""
         if self.path.is_file():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)["state_dict"]
-            module.load_state_dict(state)
+            module.load_state_dict(read_checkpoint(self.path)["state_dict"])
 
 
 class StopOnNonFinite(Callback):

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field
 
+from lit_rlhf.training.checkpoint_files import CheckpointFiles
 from lit_rlhf.training.trained_models import ModelSettings
 
 NEVER = 10**9  # steps
@@ -49,7 +51,7 @@ def make_trainer(
     models = ModelSettings(
         activation_checkpointing, compile, onednn, whole_last_layer, batched_attention, row_multiple
     )
-    return Trainer(
+    trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
         strategy=strategy,
@@ -70,6 +72,9 @@ def make_trainer(
         callbacks=[*settings.pop("callbacks", []), models],
         **settings,
     )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and nobody has asked for another
+        trainer.strategy.checkpoint_io = CheckpointFiles()
+    return trainer
 
 
 def precision_of(setting: str, accelerator: str) -> str:
