@@ -23,6 +23,7 @@ from lit_rlhf.models.adapters import effective_weight, merged
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, format_of, load_classifier, load_language_model, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, holds_score, with_adapter
+from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import context_length, packed_hidden, policy_from_config
 from lit_rlhf.models.quantization import Quantization, is_quantized, keep_layout, quantized_loading
 from lit_rlhf.models.reward_head import (
@@ -35,7 +36,7 @@ from lit_rlhf.models.reward_head import (
     tied_head,
 )
 from lit_rlhf.text.chat import encode_prompts, encode_responses
-from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.tokenizer import check_vocabulary
 
@@ -164,8 +165,7 @@ def score_answers(
     answers = encode_responses(tokenizer, prompts, responses)
     sequences = [[*p, *r][-room:] for p, r in zip(encode_prompts(tokenizer, prompts), answers)]
     lengths = [min(len(r), room - 1) for r in answers]  # a token stays before the answer: it predicts the first
-    for i in range(0, len(prompts), batch_size):
-        part = slice(i, i + batch_size)
+    for part in runs([len(s) for s in sequences], tokens_at_once(model, learning=False), batch_size):
         packed = pack(sequences[part], tokenizer.pad_token_id, response_lengths=lengths[part])
         scores.append(packed_scores(model, packed.to(device)).float().cpu() + score_shift(model))
     return torch.cat(scores)

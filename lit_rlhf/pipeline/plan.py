@@ -566,7 +566,7 @@ class Book:
     def _read(self, reward_model: nn.Module, written: Written) -> None:
         """Scores, as many answers at once as :func:`score_answers` takes."""
         sizes, lengths = [len(s) for s in written.sequences], written.lengths.tolist()
-        for run in runs(sizes, tokens_at_once(reward_model, learning=False)):
+        for run in runs(sizes, tokens_at_once(reward_model, learning=False), 64):
             pad = self.tokenizer.pad_token_id
             packed_scores(reward_model, pack(written.sequences[run], pad, response_lengths=lengths[run]))
 

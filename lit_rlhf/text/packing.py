@@ -178,11 +178,12 @@ def _sharing(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]
         yield group
 
 
-def runs(lengths: Sequence[int], tokens: int) -> list[slice]:
-    """Cuts sequences of these ``lengths`` into runs of at most so many ``tokens``; a longer one stands alone."""
+def runs(lengths: Sequence[int], tokens: int, most: int | None = None) -> list[slice]:
+    """Cuts sequences of these ``lengths`` into runs of at most so many ``tokens``, and of ``most`` sequences; one that
+    is longer stands alone."""
     begins, held = [0], 0
     for i, length in enumerate(lengths):
-        if held and held + length > tokens:
+        if held and (held + length > tokens or i - begins[-1] == most):
             begins.append(i)
             held = 0
         held += length

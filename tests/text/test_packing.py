@@ -159,3 +159,9 @@ def test_answers_share_a_prompt_while_each_is_cheaper_so():
     packed = pack(given, PAD, [30] * 40, share_prompts=True)
     assert packed.blocks == (Block(10, 20 + 4 * 30),)  # 5 are beyond what is best, 4 short of it
     assert pack([given[0]] * 2, PAD, [30] * 2, share_prompts=True).blocks == (Block(1, 80),)
+
+
+def test_runs_by_hand():
+    assert packing.runs([3, 4, 5, 1, 1, 9, 2], 8) == [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)]
+    assert packing.runs([3, 4, 5, 1, 1, 9, 2], 100, most=3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert packing.runs([5], 1) == [slice(0, 1)]

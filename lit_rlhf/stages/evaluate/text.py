@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import ratio
-from lit_rlhf.models import context_length, token_logprobs_of
+from lit_rlhf.models import context_length, token_logprobs_of, tokens_at_once
 from lit_rlhf.text.packing import stream
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 
@@ -44,7 +44,7 @@ def text_nats(
         for i in range(0, len(tokens), length)
     ]
     nats = []
-    for batch in _batches(rows):
+    for batch in _batches(rows, max(1, min(64, tokens_at_once(policy, learning=False) // length))):
         hidden = policy.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state[:, seen - 1 :]
         nats += list(-token_logprobs_of(policy, hidden, batch[:, seen:]).double().cpu())
     sums = torch.stack([row.sum() for row in nats])
@@ -52,7 +52,7 @@ def text_nats(
     return TextNats(sums, counts, torch.cat(nats)[own].sum().item())
 
 
-def _batches(rows: Sequence[Tensor], size: int = 64) -> list[Tensor]:
+def _batches(rows: Sequence[Tensor], size: int) -> list[Tensor]:
     """Rows of equal length together; the last row may be shorter."""
     full = [row for row in rows if len(row) == len(rows[0])]
     return [torch.stack(full[i : i + size]) for i in range(0, len(full), size)] + [r[None] for r in rows[len(full) :]]

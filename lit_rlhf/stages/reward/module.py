@@ -21,13 +21,14 @@ from lit_rlhf.models import (
     save_adapter,
     save_model,
     scores_and_hidden,
+    tokens_at_once,
 )
 from lit_rlhf.models.onednn import with_rows_added
 from lit_rlhf.models.policy import rows_to_add
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.reward.diagnosis import diagnosis
-from lit_rlhf.text.packing import pack
+from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -149,16 +150,17 @@ class RewardModule(StepLog):
         """Scores (N,) of token sequences, before the shift; ``lengths`` of the answers, which end them."""
         training = self.reward_model.training
         self.reward_model.eval()
+        parts = runs([len(s) for s in sequences], tokens_at_once(self.reward_model, learning=False), batch_size)
         scores = [
             packed_scores(
                 self.reward_model,
                 pack(
-                    sequences[i : i + batch_size],
+                    sequences[part],
                     self.tokenizer.pad_token_id,
-                    response_lengths=None if lengths is None else lengths[i : i + batch_size],
+                    response_lengths=None if lengths is None else lengths[part],
                 ).to(self.device),
             )
-            for i in inner_bar(self._trainer, range(0, len(sequences), batch_size), "reward: calibration")
+            for part in inner_bar(self._trainer, parts, "reward: calibration")
         ]
         self.reward_model.train(training)
         return torch.cat(scores).float()
