@@ -15,7 +15,7 @@ MIB = 2**20
 class Need:
     """What one process of a stage needs, in bytes and seconds.
 
-    Gradients, cache, activations and the copy for a checkpoint are not all there at the same time, so ``peak`` is less
+    Gradients, cache and activations are not all there at the same time, so ``peak`` is less
     than the sum."""
 
     stage: str
@@ -29,7 +29,7 @@ class Need:
     optimizer: int
     cache: int  # keys and values of rollouts
     activations: int  # of a forward and backward pass, logits included
-    checkpoint: int  # copied in memory before it is written
+    checkpoint: int  # on disk
     data: int
     peak: int
 

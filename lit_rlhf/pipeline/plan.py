@@ -300,8 +300,7 @@ class Book:
             update = self._update(module, self._experience(module, written))
             self.step_flops = self.trace.flops - before
             self.step_seconds = sampling + scoring + updates * update
-            with self.trace.holding(self._checkpoint(module)):
-                pass
+            self._checkpoint(module)
             held_out = self._sample(self.data.held_out_prompts, self.data.batch_size)
             written, validation = self._rollout(module.policy, held_out, module.held_out.samples, module.sampling)
             validation = 2 * validation + self._scored(module, written)
@@ -388,8 +387,7 @@ class Book:
                 seconds = self._step(module, lambda: loss(batches[-1]))
             usual = _tokens(batches[len(batches) // 2]) / _tokens(batches[-1]) * trainer.accumulate_grad_batches
             self.step_flops = (self.trace.flops - before) * usual
-            with self.trace.holding(self._checkpoint(module)):
-                pass
+            self._checkpoint(module)
             validation = self._look(lambda: look(val_batches[-1]))
         self.step_seconds = seconds * usual
         validations = 1 + bool(self.settings.validate_first)
@@ -444,11 +442,8 @@ class Book:
         optimizing = 3 * bytes_of(trained) + 2 * self.optimizer  # reads and writes; the gradient is read
         return self.trace.seconds - before + (0.0 if self.rates is None else optimizing / self.rates.bytes)
 
-    def _checkpoint(self, module: LightningModule) -> int:
-        if _device(self.cfg) != "cpu":
-            return 0
+    def _checkpoint(self, module: LightningModule) -> None:
         self.checkpoint = bytes_of(t for t in module.state_dict().values() if t.is_meta) + self.optimizer
-        return self.checkpoint
 
     def _look(self, function: Callable[[], Any]) -> float:
         before = self.trace.seconds

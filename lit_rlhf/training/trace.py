@@ -9,8 +9,8 @@ import ctypes
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,15 +200,6 @@ class Trace(TorchDispatchMode):
     def hold(self, size: int) -> None:
         """From now on something else takes ``size`` bytes in one piece."""
         self._take(size)
-
-    @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        """While something else takes ``size`` bytes in one piece."""
-        address = self._take(size)
-        try:
-            yield
-        finally:
-            self._give_back(size, address)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
