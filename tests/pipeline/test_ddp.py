@@ -19,7 +19,12 @@ TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
         (
             "ppo",  # one minibatch a rollout: else the processes deal the answers into other minibatches
             ["ppo.data.batch_size=16", "ppo.module.minibatch_size=16", "ppo.module.ppo_epochs=2"],
-            ["ppo.data.batch_size=8", "ppo.module.minibatch_size=8", "ppo.module.ppo_epochs=2"],
+            [
+                "ppo.data.batch_size=8",
+                "ppo.module.minibatch_size=8",
+                "ppo.module.ppo_epochs=2",
+                "ppo.module.micro_batch_size=3",
+            ],
         ),
     ],
 )
