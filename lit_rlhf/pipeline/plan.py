@@ -382,7 +382,7 @@ class Book:
             self._prepare(met, steps)
             met = self._met(partial(self._look, partial(look, batch)) for batch in val_read[:MET])
             self._prepare(met, self._batches(val_loader, trainer.limit_val_batches))
-            for _ in range(STEPS):  # the gradients of one step stay while the next loss is computed
+            for _ in range(STEPS):
                 before = self.trace.flops
                 seconds = self._step(module, lambda: loss(batches[-1]))
             usual = _tokens(batches[len(batches) // 2]) / _tokens(batches[-1]) * trainer.accumulate_grad_batches
@@ -424,12 +424,10 @@ class Book:
         """Seconds of forward and backward passes, one behind the other, and the optimizer's step, in the trainer's
         order."""
         before = self.trace.seconds
-        for number, loss in enumerate(losses):
+        for loss in losses:
             static = self.trace.live
             value = loss()
             self.activations = max(self.activations, self.trace.live - static)
-            if number == 0:
-                module.zero_grad()
             value.backward()
             del value
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -439,6 +437,7 @@ class Book:
             each = self.optimizer / sum(p.numel() for p in trained)
             shapes = [int(p.numel() * each / 2) for p in trained for _ in range(2)]
             self._state = [torch.empty(size, dtype=torch.uint8, device="meta") for size in shapes]
+        module.zero_grad()
         optimizing = 3 * bytes_of(trained) + 2 * self.optimizer  # reads and writes; the gradient is read
         return self.trace.seconds - before + (0.0 if self.rates is None else optimizing / self.rates.bytes)
 
@@ -579,9 +578,7 @@ class Book:
             return (policy_loss + module.value_coef * value_loss) * share
 
         texts = [] if module.ptx is None else [partial(text_loss, module.policy, rows) for rows in module.text_parts(0)]
-        seconds = self._step(module, *texts, *(partial(loss, *part) for part in module.micro_batches(minibatch)))
-        module.zero_grad()
-        return seconds
+        return self._step(module, *texts, *(partial(loss, *part) for part in module.micro_batches(minibatch)))
 
     def need(self) -> Need:
         """All of it together."""

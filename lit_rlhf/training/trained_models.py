@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -44,6 +46,12 @@ class ModelSettings(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.apply(pl_module, on_cpu=trainer.strategy.root_device.type == "cpu")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            pl_module.zero_grad()  # Lightning would keep gradients until after the next forward pass
 
     def apply(self, module: nn.Module, on_cpu: bool) -> None:
         """Set up the models inside ``module``, which will run on a CPU or elsewhere; twice is as good as once."""

@@ -63,3 +63,17 @@ def test_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(max_steps=4)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gradients_stay_no_longer_than_a_step_needs_them():
+    held = []
+
+    class Watched(Recorder):
+        def training_step(self, batch, batch_idx):
+            held.append(any(p.grad is not None for p in self.parameters()))
+            return super().training_step(batch, batch_idx)
+
+    loader = BatchLoader(in_order(4), 1, lambda mine, _: mine)
+    settings = {"accumulate_grad_batches": 2, "max_epochs": 1}
+    make_trainer("cpu", logger=False, enable_progress_bar=False, **settings).fit(Watched(), loader)
+    assert held == [False, True, False, True]
