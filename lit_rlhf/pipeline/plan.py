@@ -57,6 +57,7 @@ LOOKED_AT = 64  # batches of an epoch among which the largest is sought
 STEPS = 3  # traced on the largest batch: a heap has taken its shape after some steps
 MET, MET_IN_PPO = 8, 3  # batches, or iterations, whose products are looked at, in place of all of them
 DECODED = 5  # steps of a rollout that are traced, in place of all of them
+PARTS = 3  # micro-batches of a step that are
 
 
 @dataclass
@@ -423,13 +424,16 @@ class Book:
     def _step(self, module: nn.Module, *losses: Callable[[], Tensor]) -> float:
         """Seconds of forward and backward passes, one behind the other, and the optimizer's step, in the trainer's
         order."""
-        before = self.trace.seconds
-        for loss in losses:
+        before, flops = self.trace.seconds, self.trace.flops
+        for loss in losses[:PARTS]:
             static = self.trace.live
             value = loss()
             self.activations = max(self.activations, self.trace.live - static)
             value.backward()
             del value
+        more = max(0, len(losses) - PARTS) / PARTS
+        self.trace.seconds += more * (self.trace.seconds - before)
+        self.trace.flops += more * (self.trace.flops - flops)
         trained = [p for p in module.parameters() if p.requires_grad]
         for _ in range(2):  # the guard against NaN, and clipping
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
