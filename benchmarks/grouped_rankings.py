@@ -111,7 +111,7 @@ def compare_learning(run: Path, seed: int, folder: Path) -> None:
         seed_everything(seed, verbose=False)
         head = RewardHead("likelihood")
         model = load_reward_model(run / "sft" / "model", data.tokenizer, new_head=True, head=head)
-        module = RewardModule(model, data.tokenizer, optimizer=partial(adamw, lr=7e-4))
+        module = RewardModule(model, data.tokenizer, optimizer=partial(adamw, lr=7e-4), head_lr=None)
         trainer = make_trainer(
             accelerator="cpu", max_epochs=1, gradient_clip_val=1.0, logger=False, enable_progress_bar=False
         )

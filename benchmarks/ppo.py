@@ -77,7 +77,7 @@ def our_module(case: Case, policy: Path, reward_model: Path, tokenizer: Any, kin
     return ppo_module(
         load_policy(policy, tokenizer), load_reward_model(reward_model, tokenizer), tokenizer, kind=kind,
         sampling=Sampling(case.new_tokens), optimizer=partial(adamw, lr=LR, betas=ADAM_BETAS), critic_lr=LR,
-        ppo_epochs=case.epochs, minibatch_size=case.batch // case.minibatches,
+        critic_head_lr=None, ppo_epochs=case.epochs, minibatch_size=case.batch // case.minibatches,
     )  # fmt: skip
 
 

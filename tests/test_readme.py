@@ -16,7 +16,8 @@ from hydra.types import RunMode
 from packaging.requirements import Requirement
 
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.settings import check_settings, compose_settings, hydra_settings, sweep_jobs
+from lit_rlhf.pipeline.recipe import fitted_settings
+from lit_rlhf.pipeline.settings import check_settings, hydra_settings, sweep_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,7 +75,7 @@ def test_command_composes(arguments, tmp_path, monkeypatch):
     swept = "-m" in options or (study and hydra_settings(overrides).mode == RunMode.MULTIRUN)
     jobs = sweep_jobs(overrides) if swept else [overrides]
     for job in jobs[:: max(len(jobs) - 1, 1)]:  # the first and the last
-        cfg = compose_settings(job)
+        cfg = fitted_settings(job)
         remember_world(cfg)
         check_settings(cfg)
 

@@ -48,7 +48,7 @@ def train_trl(task: Task, seed: int, iterations: int) -> Curve:
 def train_ours(task: Task, seed: int, iterations: int) -> Curve:
     module = ppo_module(
         *task.models(), task.tokenizer, sampling=Sampling(LONGEST_ANSWER),
-        optimizer=partial(adamw, lr=LR, betas=ADAM_BETAS), critic_lr=LR, ppo_epochs=EPOCHS,
+        optimizer=partial(adamw, lr=LR, betas=ADAM_BETAS), critic_lr=LR, critic_head_lr=None, ppo_epochs=EPOCHS,
         minibatch_size=BATCH // MINIBATCHES, seed=seed,
     )  # fmt: skip
     data = prompt_data(task.prompts, task.tokenizer, BATCH, seed)

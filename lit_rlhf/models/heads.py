@@ -33,6 +33,7 @@ from lit_rlhf.models.reward_head import (
     ScoreHead,
     check_head,
     saved_head,
+    start_head,
     tied_head,
 )
 from lit_rlhf.text.chat import encode_prompts, encode_responses
@@ -82,7 +83,7 @@ def load_reward_model(
             match_tokenizer(policy, tokenizer, path)
         model = RewardTransformer.from_policy(with_adapter(policy, path), wanted)
     else:
-        model = _load_classifier(path, dtype, new_head, export_dtype, quantization)
+        model = _load_classifier(path, dtype, wanted if new_head else None, export_dtype, quantization)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
@@ -92,12 +93,18 @@ def load_reward_model(
 
 
 def _load_classifier(
-    path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None, quantization: Quantization | None
+    path: str | Path,
+    dtype: Dtype,
+    new_head: RewardHead | None,
+    export_dtype: Dtype | None,
+    quantization: Quantization | None,
 ) -> PreTrainedModel:
     quantized = quantized_loading(quantization, getattr(torch, dtype))
-    model, fresh = load_classifier(base_path(path), dtype, new_head or holds_score(path), export_dtype, **quantized)
+    model, fresh = load_classifier(
+        base_path(path), dtype, new_head is not None or holds_score(path), export_dtype, **quantized
+    )
     if fresh:
-        nn.init.zeros_(score_head(model).weight)
+        start_head(score_head(model), (new_head or RewardHead()).start)
     return with_adapter(keep_layout(model), path)
 
 
@@ -114,7 +121,7 @@ def reward_model_from_config(
     architecture = policy.config
     architecture.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(architecture)
-    nn.init.zeros_(score_head(model).weight)
+    start_head(score_head(model), (head or RewardHead()).start)
     return fuse(model) if fused else model
 
 
@@ -219,6 +226,12 @@ class Critic(nn.Module):
             return self.head.values(packed_hidden(self.trunk, packed), packed, embedding)[at].float()
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
         return self.head(hidden).squeeze(-1).float()
+
+
+def head_parameters(model: PreTrainedModel | RewardTransformer | Critic) -> list[nn.Parameter]:
+    """The head of a reward model or critic, without a language-modelling head that came with the trunk."""
+    head = model.head if isinstance(model, Critic) else score_head(model)
+    return [p for name, p in head.named_parameters() if not name.startswith("lm_head.")]
 
 
 CriticFactory = Callable[[PreTrainedModel, AnyRewardModel | None], Critic]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,8 @@ class RewardHead:
     kind: Literal["linear", "mlp", "likelihood"] = "linear"
     # mean: over prompt and answer; answer: over the answer alone; token: an added one, whose embedding is learned
     pooling: Literal["last", "mean", "answer", "token"] = "last"
+    # of a fresh head; zero: it scores everything 0; normal: standard deviation 1 / sqrt(width + 1) (arXiv:2009.01325)
+    start: Literal["zero", "normal"] = field(default="zero", compare=False)
 
     @property
     def plain(self) -> bool:
@@ -47,7 +50,7 @@ class RewardHead:
 
 
 class ScoreHead(nn.Module):
-    """A fresh head, which scores everything 0, but for the likelihood, which counts from the start.
+    """A fresh head, started as ``spec`` says; a likelihood counts from the start.
 
     Args:
         spec: which one.
@@ -59,7 +62,7 @@ class ScoreHead(nn.Module):
         super().__init__()
         self.spec = spec
         last = nn.Linear(width, 1, bias=False)
-        nn.init.zeros_(last.weight)
+        start_head(last, spec.start)
         self.read = nn.Sequential(nn.Linear(width, width), nn.GELU(), last) if spec.kind == "mlp" else last
         if spec.kind == "likelihood":
             self.gate = nn.Linear(width, 1)
@@ -166,7 +169,7 @@ class RewardTransformer(nn.Module):
             "model_type": MODEL_TYPE,
             "architectures": [type(self).__name__],
             "loads_with": note,
-            "head": asdict(self.score.spec),
+            "head": {"kind": self.score.spec.kind, "pooling": self.score.spec.pooling},
             **{name: trunk.pop(name) for name in sorted(SCALE & trunk.keys())},
             "trunk": trunk,
         }
@@ -245,6 +248,12 @@ class RewardEnsemble(nn.Module):
     def combined(self, scores: Tensor) -> Tensor:
         """Scores (N,) out of those (M, N) of the members."""
         return scores.mean(0) if self.combine == "mean" else scores.amin(0)
+
+
+@torch.no_grad()
+def start_head(last: nn.Linear, start: Literal["zero", "normal"]) -> None:
+    """Set the weights of a fresh head's last layer, as :class:`RewardHead` says."""
+    last.weight.normal_(std=1 / math.sqrt(last.in_features + 1)) if start == "normal" else last.weight.zero_()
 
 
 def saved_head(path: str | Path) -> RewardHead | None:

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers
 
 import hydra
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import run_job
 from hydra.types import HydraContext, RunMode
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import Interrupted, UserError, Waiting, is_main_process, users_mistake
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.settings import (
     check_settings,
     command_of,
@@ -78,20 +80,47 @@ def one_job(arguments: list[str]) -> DictConfig | None:
     None where Hydra has to go on: for a sweep, whose jobs are all checked here before the first begins, its own options
     (``--help``, ``--cfg``), and settings from elsewhere (``--config-dir``), which are checked as each job starts."""
     if any(a.startswith("-") and a not in MULTIRUN for a in arguments):
+        fit_options(arguments)
         return None
     overrides = [a for a in arguments if a not in MULTIRUN]
     single = without_sweeps(overrides)
-    cfg = compose_settings(single, with_hydra=True)
+    cfg = fitted_settings(single, with_hydra=True)
     if any(a in MULTIRUN for a in arguments) or cfg.hydra.mode == RunMode.MULTIRUN:
-        for job in sweep_jobs(overrides):
-            cfg = compose_settings(job)
-            check_multirun(cfg)
-            check(cfg)
+        check_jobs(overrides, fitting_all=CHECKPOINT if cfg.recipe == "checkpoint" else None)
         return None
     if single != overrides:
         compose_settings(overrides)  # which says that several values need -m
     check(cfg)
     return cfg
+
+
+def fit_options(arguments: list[str]) -> None:
+    """Add the recipe that fits to a command with options of Hydra's, which shows or runs the settings."""
+    asked = get_args_parser().parse_args(arguments)
+    if asked.cfg or asked.config_dir:
+        given = [f"hydra.searchpath=[file://{Path(asked.config_dir).resolve()}]"] if asked.config_dir else []
+        single = without_sweeps(asked.overrides)
+        if unfitted(compose_settings([*given, *single]), asked.overrides):
+            # Beside the others: Hydra's parser takes overrides in one piece only.
+            place = sys.argv.index(asked.overrides[0]) if asked.overrides else len(sys.argv)
+            sys.argv.insert(place, CHECKPOINT)
+
+
+def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
+    """Check the settings of all jobs of a sweep; raise ``UserError`` where no one recipe fits them."""
+    asked = any(o.startswith("recipe=") for o in overrides)
+    if fitting_all and not asked:
+        sys.argv.append(fitting_all)
+        overrides = [*overrides, fitting_all]
+    for job in sweep_jobs(overrides):
+        cfg = compose_settings(job)
+        if unfitted(cfg, job):
+            raise UserError(
+                f"some jobs of this sweep start from a checkpoint ({weights_given(cfg)}) and others do not; sweep over "
+                "them apart, or set recipe=scratch or recipe=checkpoint for all"
+            )
+        check_multirun(cfg)
+        check(cfg)
 
 
 def run_one(cfg: DictConfig) -> None:
@@ -161,6 +190,8 @@ def run(cfg: DictConfig) -> float | None:
         limit_threads(cfg)
         if cfg.keep_freed_memory:
             keep_freed_memory()
+        if is_main_process() and any("optimizer" in cfg[name] for name in stages_of(cfg)):
+            print(recipe_line(cfg), flush=True)
         address, value = work(cfg)
     except Exception as raised:
         error = users_mistake(raised) or raised

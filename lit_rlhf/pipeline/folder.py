@@ -142,10 +142,15 @@ def sampling_precision(precision: str) -> str:
     return "32-true" if precision == "auto" else precision
 
 
+def by_lora(stage: str, full: float, adapters: float, *, _root_: DictConfig) -> float:
+    """``${by_lora:sft,5.0e-5,5.0e-4}``: the second value where the stage trains adapters in place of all weights."""
+    return adapters if _root_[stage].lora.r > 0 else full
+
+
 def register_resolvers() -> None:
     """Make ``${upstream:...}`` and the like known to the settings."""
     OmegaConf.register_new_resolver("upstream", upstream_model, replace=True)
-    for resolver in (upstream_data, newest_round, round_data, sampling_precision):
+    for resolver in (by_lora, upstream_data, newest_round, round_data, sampling_precision):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -175,6 +180,7 @@ class StageFolder:
             "origin": {
                 "from_run": None if Path(cfg.paths.runs) / cfg.from_run == self.run else cfg.from_run,
                 "checkpoint": _absolute(cfg.model.path) if OmegaConf.select(cfg, "model.path") else None,
+                "recipe": cfg.recipe,
             },
         }
 

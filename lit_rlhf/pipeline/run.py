@@ -31,6 +31,7 @@ from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
 from lit_rlhf.text.records import Moved
 from lit_rlhf.training import (
     BestCheckpoint,
+    FirstSteps,
     LastCheckpoint,
     MetricsFile,
     Peak,
@@ -75,7 +76,8 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
             return {}
         with said_when_slow(f"{name}: writing what came out"):
             module.export(folder.path)
-        figures = figures_of(settings, module, name, folder) | ({"trained_on": trained_on} if trained_on else {})
+        figures = figures_of(settings, module, name, folder) | finding_of(callbacks)
+        figures |= {"trained_on": trained_on} if trained_on else {}
         write_trained_prompts(folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         # Beside the figures, which are the same whenever a stage is done again.
@@ -204,6 +206,7 @@ def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: Sta
         callbacks += [
             RandomState(),
             StopOnNonFinite(name),
+            *([instantiate(cfg.callbacks.first_steps)(name)] if settings.validate_first else []),
             LastCheckpoint(folder.path / "checkpoints", settings.checkpoint_every),
         ]
     if "keep" in settings and settings.keep.best:
@@ -255,6 +258,12 @@ def figures_of(settings: DictConfig, module: LightningModule, name: str, folder:
     before = read_metrics(folder.path / "metrics.csv").get(0, {})
     first = {f"{key}_first": before.get(f"val/{name}/{key.removeprefix('val_')}") for key in ("val_loss", "old_loss")}
     return {"val_loss_first": first["val_loss_first"], **{k: v for k, v in first.items() if v is not None}, **figures}
+
+
+def finding_of(callbacks: list[Any]) -> dict[str, str]:
+    """What was found wrong with the first steps, in a sentence; {} where that was nothing."""
+    found = [c.finding for c in callbacks if isinstance(c, FirstSteps) and c.finding is not None]
+    return {"first_steps": found[0]} if found else {}
 
 
 def earlier_seconds(callbacks: list[Any]) -> float:

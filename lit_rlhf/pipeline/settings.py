@@ -198,8 +198,8 @@ def planned_stages(cfg: DictConfig) -> list[str]:
     return [name for name in STAGES if name not in skipped]
 
 
-def check_settings(cfg: DictConfig) -> None:
-    """Check types and ranges of everything that the chosen stages will use."""
+def check_top_level(cfg: DictConfig) -> None:
+    """Check types and ranges of the settings that belong to no stage."""
     top = {name: cfg[name] for name in TopLevel.model_fields}
     top["stage"] = list(cfg.stage) if not isinstance(cfg.stage, str) else cfg.stage
     _check_model(TopLevel, top, "")
@@ -207,8 +207,14 @@ def check_settings(cfg: DictConfig) -> None:
     for part in ("world", "split"):
         if cfg[part].seed is not None:
             _check_value(Annotated[int, Field(ge=0)], cfg[part].seed, f"{part}.seed")
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Check types and ranges of everything that the chosen stages will use."""
+    check_top_level(cfg)
     if command := command_of(cfg):
         _check_node(cfg, resolved(cfg, command), command)
+    _check_node(cfg, resolved(cfg, "callbacks"), "callbacks")
     for name in stages_of(cfg):
         check_stage(cfg, name)
     if cfg.stage == "plan":

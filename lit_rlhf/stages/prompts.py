@@ -81,7 +81,7 @@ class PromptDataModule(RecordDataModule):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 128,
-        max_length: Annotated[int, Field(ge=1)] = 256,
+        max_length: Annotated[int, Field(ge=1)] = 512,
         on_long: Literal["skip", "cut"] = "skip",
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,

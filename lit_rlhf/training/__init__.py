@@ -4,6 +4,7 @@ from lit_rlhf.training.allocator import keep_freed_memory
 from lit_rlhf.training.batches import BatchLoader, ExampleDataModule, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
     BestCheckpoint,
+    FirstSteps,
     LastCheckpoint,
     RandomState,
     StageProgressBar,
@@ -25,6 +26,7 @@ __all__ = [
     "BatchLoader",
     "BestCheckpoint",
     "ExampleDataModule",
+    "FirstSteps",
     "LastCheckpoint",
     "MetricsFile",
     "ModelSettings",

@@ -242,6 +242,85 @@ class StopOnNonFinite(Callback):
         )
 
 
+class FirstSteps(Callback):
+    """Says in one line where a loss rises past the one before training, and which setting to change.
+
+    The bar is the loss of the validation before the first step, or that of the first step where it is higher: its batch
+    may be harder. Training is above the bar when nine in ten of the last ``window`` steps are, and their mean by
+    ``margin``; a later validation, which reads the same records, when it is by a fifth of that.
+
+    Args:
+        stage: whose ``val/<stage>/loss`` is read.
+        window: steps averaged.
+        margin: fraction of the first loss.
+        stop: end the training there, by :class:`TrainingDiverged`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        window: Annotated[int, Field(ge=2)] = 10,
+        margin: Annotated[float, Field(gt=0)] = 0.1,
+        stop: bool = False,
+    ) -> None:
+        self.stage, self.window, self.margin, self.stop = stage, window, margin, stop
+        self.first: float | None = None  # validation loss before training
+        self.begun: float | None = None  # training loss of the first step
+        self.losses: list[float] = []  # of the last steps
+        self.finding: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("first", "begun", "losses", "finding")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get(f"val/{self.stage}/loss")
+        if loss is None or trainer.sanity_checking:
+            return
+        if trainer.global_step == 0:
+            self.first = loss.item()
+        elif self.first is not None and loss > self.first * (1 + self.margin / 5):
+            recent = self._recent()
+            learned = recent is not None and recent < self.first
+            cure = (
+                f"while that of training fell to {recent:.3g}: the records are learned by heart; set fewer "
+                f"{self.stage}.trainer.max_epochs, or a lower {self.stage}.optimizer.lr"
+                if learned
+                else f"the steps undo what the model knew; set a lower {self.stage}.optimizer.lr"
+            )
+            self._say(trainer, f"is {loss.item():.3g} at step {trainer.global_step}: {cure}")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        loss = getattr(pl_module, "latest_loss", None)
+        if loss is None or self.first is None or self.finding is not None:
+            return
+        self.begun = loss.item() if self.begun is None else self.begun
+        self.losses = [*self.losses, loss.item()][-self.window :]
+        recent, bar = self._recent(), max(self.first, self.begun)
+        above = sum(each > bar for each in self.losses)
+        if recent is not None and above >= 0.9 * self.window and recent > bar * (1 + self.margin):
+            steps = f"the last {self.window} steps up to {trainer.global_step}"
+            cure = f"the steps undo what the model knew; set a lower {self.stage}.optimizer.lr"
+            self._say(trainer, f"that of training is {recent:.3g} in {steps}: {cure}")
+
+    def _recent(self) -> float | None:
+        """Mean training loss of the last steps."""
+        return sum(self.losses) / len(self.losses) if len(self.losses) == self.window else None
+
+    def _say(self, trainer: Trainer, what: str) -> None:
+        if self.finding is not None:
+            return
+        now = f" (it is {trainer.optimizers[0].param_groups[0]['initial_lr']:.3g})" if trainer.optimizers else ""
+        self.finding = f"val loss was {self.first:.3g} before training and {what}{now}"
+        if trainer.is_global_zero:
+            line, bar = f"{self.stage}: {self.finding}", trainer.progress_bar_callback
+            bar.print(line) if bar is not None else print(line, flush=True)
+        if self.stop:
+            raise TrainingDiverged(f"{self.stage}: stopped by callbacks.first_steps.stop: {self.finding}")
+
+
 class TextSamples(Callback):
     """Shows what the model writes: on the terminal, in ``samples.jsonl`` and as a table in W&B.
 

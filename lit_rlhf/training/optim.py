@@ -20,13 +20,16 @@ Schedule = Callable[[Optimizer, int], LambdaLR]
 
 def adamw(
     params: Iterable[Any],
-    lr: Annotated[float, Field(gt=0)] = 1e-3,
+    lr: Annotated[float, Field(gt=0)] = 5e-5,
     betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     fused: bool = True,
     offload: bool = False,
 ) -> AdamW:
     """AdamW; its ``fused`` form, one kernel for all parameters, is the fastest on CPU and GPU alike.
+
+    The learning rate is one for all weights of a checkpoint; adapters want ten times as much, small models made from
+    scratch a hundred times.
 
     With ``offload`` its state lies in the CPU's memory."""
     kind = OffloadedAdamW if offload else AdamW
@@ -68,22 +71,31 @@ class OffloadedAdamW(AdamW):
                 state[name] = torch.empty_like(value, device=device, pin_memory=pinned).copy_(value)
 
 
-def decay_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
+def decay_groups(
+    model: nn.Module, head: Iterable[nn.Parameter] = (), head_lr: float | None = None, **settings: Any
+) -> list[dict[str, Any]]:
     """Parameter groups of ``model``: weight decay for matrices only, none for norms and biases (GPT-3, appendix B).
 
-    ``settings`` (a learning rate, say) go to both groups."""
+    ``settings`` (a learning rate, say) go to all groups; the parameters ``head`` are a third one with the learning
+    rate ``head_lr`` and without weight decay, unless that is None."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.dim() >= 2], **settings},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, **settings},
+    apart = {id(p) for p in head} if head_lr is not None else set()
+    rest = [p for p in trainable if id(p) not in apart]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], **settings},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, **settings},
     ]
+    if apart:
+        fresh = [p for p in trainable if id(p) in apart]
+        groups.append({"params": fresh, "weight_decay": 0.0, **settings, "lr": head_lr})
+    return groups
 
 
 def warmup_decay(
     optimizer: Optimizer,
     total_steps: int,
     shape: Literal["cosine", "linear", "constant"] = "cosine",
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05,
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1,
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1,
 ) -> LambdaLR:
     """Learning rate over ``total_steps``: a linear warm-up over the fraction ``warmup``, then down to ``floor``."""

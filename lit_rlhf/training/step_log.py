@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lit_rlhf.training.trained_state import TrainedState
 
 
@@ -12,12 +14,18 @@ class StepLog(TrainedState):
 
     Lightning's ``log`` takes a third of a millisecond a value (tensors, metrics and checks made anew), on every step,
     and hands on what the last step of every N had logged: the others are left out here. For figures that every step
-    has, and automatic optimization; means over an epoch (``on_epoch=True``) would miss steps, and are refused."""
+    has, and automatic optimization; means over an epoch (``on_epoch=True``) would miss steps, and are refused.
+
+    ``latest_loss`` is what the last training step, logged or not, gave as ``<stage>/loss``: what validation has too."""
+
+    latest_loss: Tensor | None = None
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         if self.trainer.training:
             if settings.get("on_epoch"):
                 raise ValueError(f"{name}: on_epoch=True is not for the training steps of a StepLog")
+            if name.endswith("/loss"):
+                self.latest_loss = value.detach()
             if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
                 return
         super().log(name, value, *args, **settings)

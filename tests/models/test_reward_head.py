@@ -15,6 +15,7 @@ from lit_rlhf.models import (
     RewardEnsemble,
     RewardHead,
     critic_from_reward_model,
+    head_parameters,
     load_reward_model,
     packed_scores,
     predicting_positions,
@@ -25,7 +26,9 @@ from lit_rlhf.models import (
     score_std,
     shares_prompts,
 )
+from lit_rlhf.models.reward_head import start_head
 from lit_rlhf.text import ensure_chat_template, pack
+from lit_rlhf.training import adamw, decay_groups
 
 PROMPTS = ["What is 42?", "I am", "Who are you? You are 12", "It"]
 ANSWERS = ["I am the cat", "12", "You are  30, the cat! Who?", "is 42"]
@@ -276,3 +279,32 @@ def test_attention_that_takes_no_mask_reads_prompts_anew_and_says_so(reward_mode
     assert not shares_prompts(model)
     assert "share_prompts is off" in capsys.readouterr().out
     assert_close(packed_scores(model, rows), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "likelihood"])
+def test_a_fresh_head_starts_at_zero_or_normal(kind, policy, tokenizer, tmp_path):
+    """Normal: standard deviation 1 / sqrt(width + 1) (arXiv:2009.01325); its start is no part of what a head is."""
+    save_model(policy, tokenizer, tmp_path / "model")
+    for start in ("zero", "normal"):
+        head = RewardHead(kind, start=start)
+        loaded = load_reward_model(tmp_path / "model", tokenizer, new_head=True, head=head)
+        last = getattr(loaded.score, "read", loaded.score)
+        assert (last[-1] if kind == "mlp" else last).weight.any() == (start == "normal")
+    wide = torch.nn.Linear(9999, 1, bias=False)
+    start_head(wide, "normal")
+    assert wide.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert RewardHead(kind, start="normal") == RewardHead(kind)
+
+
+@pytest.mark.parametrize("head", [RewardHead(), RewardHead("mlp", "token"), RewardHead("likelihood")], ids=named)
+def test_the_head_has_a_rate_of_its_own_and_all_else_that_of_the_trunk(head, policy, tokenizer, tmp_path):
+    save_model(policy, tokenizer, tmp_path / "model")
+    model = load_reward_model(tmp_path / "model", tokenizer, new_head=True, head=head)
+    optimizer = adamw(decay_groups(model, head_parameters(model), 1e-2), lr=1e-4, weight_decay=0.1)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        fresh = name.startswith("score.") and "lm_head" not in name
+        decayed = 0.1 if parameter.dim() >= 2 else 0.0
+        assert rates[id(parameter)] == ((1e-2, 0.0) if fresh else (1e-4, decayed)), name
+    assert len(decay_groups(model, head_parameters(model))) == len(decay_groups(model)) == 2

@@ -43,7 +43,7 @@ def check(cfg):
 def options():
     for file in sorted(CONF.rglob("*.yaml")):
         group = file.relative_to(CONF).parent
-        if str(group) not in (".", "shared"):
+        if str(group) not in (".", "shared", "recipe/experiment", "recipe/reward_head"):  # chosen by others' names
             yield f"{group}={file.stem}"
 
 

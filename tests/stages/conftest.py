@@ -157,7 +157,8 @@ def ppo(policy, reward_model, tokenizer, optimizer):
 
     def make(policy=policy, reward_model=reward_model, kind=Watched, **settings):
         settings = {
-            "sampling": Sampling(max_new_tokens=8), "minibatch_size": 4, "optimizer": optimizer, **settings,
+            "sampling": Sampling(max_new_tokens=8), "minibatch_size": 4, "optimizer": optimizer, "kl_coef": 0.1,
+            "critic_lr": 1e-3, "critic_head_lr": None, **settings,
         }  # fmt: skip
         return kind(copy.deepcopy(policy), copy.deepcopy(reward_model), tokenizer, **settings)
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_rlhf.models import LoRA, add_lora, policy_from_config
+from lit_rlhf.models import LoRA, Sampling, add_lora, policy_from_config
 from lit_rlhf.stages import DPODataModule, DPOModule
 from lit_rlhf.text import write_jsonl
 
@@ -150,7 +150,7 @@ def test_it_learns_the_order_and_plain_transformers_loads_it(tmp_path, data, tok
 
 
 def test_samples_are_written_also_where_prompts_are_long(data, tokenizer, policy, optimizer, fit):
-    module = DPOModule(policy, tokenizer, optimizer=optimizer)
+    module = DPOModule(policy, tokenizer, optimizer=optimizer, sampling=Sampling(max_new_tokens=48))
     long = [dict(row, prompt=row["prompt"] + " word" * 200) for row in ROWS]  # the context holds 128 tokens
     fit(module, data(long, max_length=100), max_steps=1)
     samples = module.write_samples()

@@ -93,7 +93,7 @@ def test_the_schedule_runs_over_the_whole_budget_of_steps(settings, total):
     micro = settings.get("accumulate_grad_batches", 1)
     half = total // 2
     by_hand = [(step + 1) / half for step in range(half)] + [1 - step / half for step in range(half)]
-    assert module.rates == pytest.approx([1e-3 * rate for rate in by_hand for _ in range(micro)])
+    assert module.rates == pytest.approx([5e-5 * rate for rate in by_hand for _ in range(micro)])
 
 
 def groups_of(model):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 class Sampling:
     """How answers are drawn. All tokens are possible by default: what is learned from must be what was sampled."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] = 48  # tokens, the one that ends the answer included
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens, the one that ends the answer included
     temperature: Annotated[float, Field(ge=0)] = 1.0  # divides the logits; 0 takes the most likely token
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: all tokens

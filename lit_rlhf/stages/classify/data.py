@@ -73,7 +73,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 16,
-        max_length: Annotated[int, Field(ge=8)] = 512,
+        max_length: Annotated[int, Field(ge=8)] = 1024,
         on_long: Literal["skip", "cut"] = "cut",
         packing: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,

@@ -31,6 +31,7 @@ class ClassifyModule(StepLog):
         tokenizer: of the data module, with the start, delimiter and extract tokens; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
         lm_coef: lambda, weight of the language-modelling loss on the readings (nats a token); 0: none.
     """
 
@@ -41,12 +42,14 @@ class ClassifyModule(StepLog):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
+        head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
         lm_coef: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
         super().__init__()
         self.policy = policy.train()
         self.tokenizer = tokenizer
-        self.optimizer, self.schedule, self.lm_coef = optimizer, schedule, lm_coef
+        self.optimizer, self.schedule = optimizer, schedule
+        self.head_lr, self.lm_coef = head_lr, lm_coef
         self.head: nn.Linear | None = None
         self._val: list[tuple[Tensor, ClassifyBatch]] = []
 
@@ -115,7 +118,8 @@ class ClassifyModule(StepLog):
         return torch.cat([b.labels for _, b in self._val]), torch.cat([logits.argmax(-1) for logits, _ in self._val])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return optimizer_and_schedule(self, decay_groups(self), self.optimizer, self.schedule)
+        groups = decay_groups(self, self.head.parameters(), self.head_lr)
+        return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation; ``guessing``: who always says the most frequent label."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ class DPOModule(StepLog):
         policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        optimizer: OptimizerFactory = adamw,
+        optimizer: OptimizerFactory = partial(adamw, lr=3e-6),
         schedule: Schedule = warmup_decay,
         beta: Annotated[float, Field(gt=0)] = 0.1,
         sampling: Sampling | None = None,

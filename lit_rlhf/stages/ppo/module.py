@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ from lit_rlhf.models import (
     answer,
     by_token,
     critic_from_reward_model,
+    head_parameters,
     next_token_logits,
     packed_hidden,
     save_adapter,
@@ -101,6 +103,7 @@ class PPOModule(TrainedState):
         optimizer: receives the parameter groups of policy and critic.
         schedule: receives the optimizer and the number of optimizer steps.
         critic_lr: learning rate of the critic; the policy's is the optimizer's own.
+        critic_head_lr: learning rate of the critic's head, which may be fresh; None: ``critic_lr``.
         critic_warmup: iterations at the start in which only the critic learns.
         value_clip_range: how far a value may move in one rollout, in reward units; None: unlimited.
         value_coef: weight of the critic's loss.
@@ -135,13 +138,14 @@ class PPOModule(TrainedState):
         loss: PolicyLoss = ClippedLoss(),
         scoring: Scoring = Scoring(),
         kl: KLPenalty = KLPenalty(),
-        kl_coef: Annotated[float, Field(ge=0)] = 0.1,
+        kl_coef: Annotated[float, Field(ge=0)] = 0.05,
         reference: ReferenceUpdate = ReferenceUpdate(),
         action: Literal["token", "answer"] = "token",
         answers_per_prompt: Annotated[int, Field(ge=1)] = 1,
-        optimizer: OptimizerFactory = adamw,
-        schedule: Schedule = warmup_decay,
-        critic_lr: Annotated[float, Field(gt=0)] = 1e-3,
+        optimizer: OptimizerFactory = partial(adamw, lr=3e-6),
+        schedule: Schedule = partial(warmup_decay, shape="linear"),
+        critic_lr: Annotated[float, Field(gt=0)] = 1e-5,
+        critic_head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
         critic_warmup: Annotated[int, Field(ge=0)] = 0,
         value_clip_range: Annotated[float, Field(gt=0)] | None = 0.2,
         value_coef: Annotated[float, Field(ge=0)] = 0.5,
@@ -174,7 +178,8 @@ class PPOModule(TrainedState):
         self.scorer = Scorer(reward_model, scoring)
         self.advantage, self.loss, self.kl = advantage, loss, kl
         self.action, self.answers_per_prompt = action, answers_per_prompt
-        self.optimizer, self.schedule, self.critic_lr = optimizer, schedule, critic_lr
+        self.optimizer, self.schedule = optimizer, schedule
+        self.critic_lr, self.critic_head_lr = critic_lr, critic_head_lr
         self.critic_warmup = critic_warmup if self.critic is not None else 0
         self.value_clip_range, self.value_coef, self.whiten_advantages = value_clip_range, value_coef, whiten
         self.ptx_coef, self.ptx_ratio = ptx_coef, ptx_ratio
@@ -544,7 +549,8 @@ class PPOModule(TrainedState):
     def configure_optimizers(self) -> dict[str, Any]:
         groups = decay_groups(self.policy)
         if self.critic is not None:
-            groups += decay_groups(self.critic, lr=self.critic_lr)
+            head = head_parameters(self.critic)
+            groups += decay_groups(self.critic, head, self.critic_head_lr, lr=self.critic_lr)
         optimizer = self.optimizer(groups)
         loader = self.trainer.datamodule.train_dataloader()
         answers = loader.batch_size * self.answers_per_prompt

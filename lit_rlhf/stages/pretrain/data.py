@@ -93,7 +93,7 @@ class PretrainDataModule(FileDataModule):
         *,
         weights: list[Annotated[float, Field(gt=0)]] | None = None,
         old_path: str | list[str] | None = None,
-        block_size: Annotated[int, Field(ge=2)] = 128,
+        block_size: Annotated[int, Field(ge=2)] = 512,
         batch_size: Annotated[int, Field(ge=1)] = 16,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         seed: int = 0,

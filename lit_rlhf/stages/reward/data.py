@@ -49,7 +49,7 @@ class RewardDataModule(RankingDataModule):
         demonstrations: Paths | None = None,
         feedback: Paths | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
-        max_length: Annotated[int, Field(ge=2)] = 512,
+        max_length: Annotated[int, Field(ge=2)] = 1024,
         on_long: Literal["skip", "cut"] = "cut",
         packing: bool = True,
         share_prompts: bool = True,

@@ -16,6 +16,7 @@ from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, rank
 from lit_rlhf.models import (
     RewardTransformer,
     by_row,
+    head_parameters,
     output_head,
     packed_scores,
     save_adapter,
@@ -44,6 +45,7 @@ class RewardModule(StepLog):
         tokenizer: with the chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
         lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats a token), which keeps
             what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
             its input embedding goes without.
@@ -61,6 +63,7 @@ class RewardModule(StepLog):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
+        head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
         lm_coef: Annotated[float, Field(ge=0)] = 0.0,
         margin: Annotated[float, Field(ge=0)] = 0.0,
         label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
@@ -72,7 +75,7 @@ class RewardModule(StepLog):
         self.reward_model = reward_model.train()
         self.tokenizer = tokenizer
         self.optimizer, self.schedule = optimizer, schedule
-        self.lm_coef, self.bag_of_words = lm_coef, bag_of_words
+        self.head_lr, self.lm_coef, self.bag_of_words = head_lr, lm_coef, bag_of_words
         self.margin, self.label_smoothing = margin, label_smoothing
         self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss
         if lm_coef > 0 and output_head(reward_model) is None:
@@ -141,7 +144,8 @@ class RewardModule(StepLog):
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return optimizer_and_schedule(self, decay_groups(self.reward_model), self.optimizer, self.schedule)
+        groups = decay_groups(self.reward_model, head_parameters(self.reward_model), self.head_lr)
+        return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)
 
     @torch.no_grad()
     def raw_scores(

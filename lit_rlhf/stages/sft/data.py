@@ -58,7 +58,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
         *,
         batch_size: Annotated[int, Field(ge=1)] = 16,
-        max_length: Annotated[int, Field(ge=2)] = 512,
+        max_length: Annotated[int, Field(ge=2)] = 1024,
         on_long: Literal["skip", "cut"] = "skip",
         packing: bool = True,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
