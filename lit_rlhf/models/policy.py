@@ -78,6 +78,8 @@ def load_policy(
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
     model = with_adapter(keep_layout(model), path)
+    if model.base_model is model:
+        raise UserError(f"{path}: {type(model).__name__} names no part without the head; choose another family")
     packs(model.base_model)  # how it is computed is said when it is loaded
     return add_lora(model, lora)
 

@@ -243,9 +243,14 @@ def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
     """Texts of ``width`` tokens, prompts included, that so much memory holds: keys and values of each, its logits, and
     three tensors as large that are made of them."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cached = width * config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
+    known = config.to_dict()  # attributes may be refused, where each layer has its own
+
+    def of(name: str) -> int | None:
+        return known.get(config.attribute_map.get(name, name))
+
+    heads = of("num_attention_heads") or 1
+    size = of("head_dim") or (of("hidden_size") or 1) // heads
+    cached = width * (of("num_hidden_layers") or 1) * 2 * (of("num_key_value_heads") or heads) * size
     return max(1, int(gib * 2**30) // (cached * compute_dtype(model).itemsize + 4 * 4 * config.vocab_size))
 
 
