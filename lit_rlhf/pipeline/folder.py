@@ -142,9 +142,9 @@ def sampling_precision(precision: str) -> str:
     return "32-true" if precision == "auto" else precision
 
 
-def by_lora(stage: str, full: float, adapters: float, *, _root_: DictConfig) -> float:
-    """``${by_lora:sft,5.0e-5,5.0e-4}``: the second value where the stage trains adapters in place of all weights."""
-    return adapters if _root_[stage].lora.r > 0 else full
+def by_lora(model: str, full: float, adapters: float, *, _root_: DictConfig) -> float:
+    """``${by_lora:sft,5.0e-5,5.0e-4}``: the second value where adapters (``sft.lora``) are trained in place of all."""
+    return adapters if OmegaConf.select(_root_, f"{model}.lora.r") else full
 
 
 def register_resolvers() -> None:

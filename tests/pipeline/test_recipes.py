@@ -78,6 +78,8 @@ def test_adapters_have_ten_times_the_rate():
     for stage in ("sft", "dpo"):
         assert adapters[stage].optimizer.lr == pytest.approx(10 * full[stage].optimizer.lr)
     assert adapters.reward.optimizer.lr == full.reward.optimizer.lr
+    critic = fitted(*MODEL, "ppo.critic.lora.r=8").ppo
+    assert critic.module.critic_lr == 3e-4 and critic.optimizer.lr == full.ppo.optimizer.lr
 
 
 def test_a_run_that_began_from_a_checkpoint_is_remembered(tmp_path):
