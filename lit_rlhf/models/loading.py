@@ -256,19 +256,21 @@ def format_of(path: str | Path, export_dtype: Dtype | None = None) -> Checkpoint
 
 
 def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
-    """Let ``model`` know the tokenizer's padding token, for which alone its embedding may grow, by one row.
+    """Let ``model`` know the tokenizer's padding token; its embedding grows by tokens that were added to the tokenizer.
 
-    Raises ``UserError`` where the tokenizer is another model's: it has tokens that the model does not know."""
+    Raises ``UserError`` where the tokenizer is another model's: it has tokens of its own that the model does not know,
+    or more than 16 that were added."""
     rows, pad = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
-    unknown = [i for i in tokenizer.get_vocab().values() if i >= rows and i != pad]
-    if unknown:
+    new = sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
+    if len(new) > 16 or any(i not in tokenizer.added_tokens_decoder for i in new):
         raise UserError(
-            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}, up to {max(unknown)}; "
+            f"{where}: the model knows {rows} tokens and the tokenizer has {len(tokenizer)}, up to {new[-1]}; "
             "they are no pair"
         )
-    if pad >= rows:
-        say(f"{where}: no token can serve as padding, so the vocabulary grows from {rows} tokens to {pad + 1}")
-        model.resize_token_embeddings(pad + 1, mean_resizing=False)
+    if new:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(new))
+        say(f"{where}: the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}")
+        model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
     embedding = model.get_input_embeddings()
     if embedding.padding_idx is not None:
         embedding.padding_idx = pad  # the embedding of that token is not trained: it must not be one that is used

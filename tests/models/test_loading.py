@@ -345,13 +345,11 @@ def test_padding_is_no_token_that_is_trained(folder, tokenizer):
     assert policy.config.pad_token_id == policy.get_input_embeddings().padding_idx == loaded.pad_token_id
 
 
-def test_the_vocabulary_grows_for_padding_alone_and_says_so(folder, tokenizer, capsys):
+def test_the_vocabulary_grows_by_what_was_added_and_says_so(folder, tokenizer, capsys):
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<own-pad>"})
     policy = load_policy(folder, tokenizer)
     assert policy.config.vocab_size == rows + 1
-    assert f"no token can serve as padding, so the vocabulary grows from {rows} tokens to {rows + 1}" in (
-        capsys.readouterr().out
-    )
+    assert f"the vocabulary grows from {rows} tokens to {rows + 1}, for <own-pad>\n" in capsys.readouterr().out
     match_tokenizer(policy, tokenizer, folder)
     say_nothing(capsys)
