@@ -53,6 +53,7 @@ def test_every_option_composes_and_passes_the_check(option, tmp_path, monkeypatc
     cfg = compose_settings([option])
     OmegaConf.set_struct(cfg, True)
     given = [f for f in FILL if _is_open(cfg, f.split("=")[0])]
+    given += ["model.path=folder"] if option == "pretrain/init=checkpoint" else []
     check(compose_settings([option, *given]) if given else cfg)
 
 
