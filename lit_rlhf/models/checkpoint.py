@@ -16,17 +16,21 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import merged
-from lit_rlhf.models.loading import CheckpointFormat, weight_files
+from lit_rlhf.models.loading import CheckpointFormat, listed, weight_files
+from lit_rlhf.text.chat import turn_end
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder (safetensors, config, tokenizer, template) under a temporary name, then rename.
 
     Adapters are merged into the weights: what is written is a plain model. Of one that was loaded, precision and
-    generation settings are the checkpoint's."""
+    generation settings are the checkpoint's, to which the token is added with which the template ends a turn."""
     with written_whole(folder) as temporary:
-        _write(merged(model), temporary)
+        plain = merged(model)
+        _write(plain, temporary)
         tokenizer.save_pretrained(temporary)
+        if isinstance(plain, PreTrainedModel) and plain.can_generate():
+            _name_end(plain, tokenizer, temporary, folder)
 
 
 @contextmanager
@@ -72,6 +76,25 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     elif generation.exists():
         generation.write_text(form.generation, encoding="utf-8")
     _name_dtype(folder / "config.json", _plain(form.dtype))
+
+
+def _name_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, written: Path, folder: Path) -> None:
+    """Let other tools stop where the chat template ends the assistant's turn, as our own sampling does."""
+    try:
+        end = turn_end(tokenizer)
+    except UserError:  # a template that can write no answer has taught no end; whoever uses it hears of it
+        return
+    file = written / "generation_config.json"
+    if file.exists():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    else:  # what other tools derive from config.json then
+        settings = GenerationConfig.from_model_config(model.config).to_diff_dict()
+    known = listed(settings.get("eos_token_id")) or listed(getattr(model.config, "eos_token_id", None))
+    if new := sorted(end - {*known}):
+        names = ", ".join(tokenizer.convert_ids_to_tokens(new))
+        say(f"{folder.parent}: generation_config.json names {names} as an end of answers, too: the template's of a turn")
+        settings["eos_token_id"] = [*known, *new]
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tensor]:

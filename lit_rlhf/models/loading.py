@@ -281,7 +281,7 @@ def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
     configs = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
     for what in ("eos", "bos"):
         own = getattr(tokenizer, f"{what}_token_id")
-        known = {i for config in configs for i in _listed(getattr(config, f"{what}_token_id", None))}
+        known = {i for config in configs for i in listed(getattr(config, f"{what}_token_id", None))}
         if own is not None and known and own not in known:
             say(
                 f"{where}: {what}_token_id is {', '.join(map(str, sorted(known)))} in the model's settings and {own} "
@@ -293,7 +293,8 @@ def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
             config.eos_token_id = tokenizer.eos_token_id
 
 
-def _listed(ids: int | list[int] | None) -> list[int]:
+def listed(ids: int | list[int] | None) -> list[int]:
+    """The ids of a setting that holds one, several or none."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 

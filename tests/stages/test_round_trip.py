@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf.models import (
     LoRA,
@@ -20,6 +20,7 @@ from lit_rlhf.models import (
     save_model,
 )
 from lit_rlhf.models.checkpoint import rounded_back
+from lit_rlhf.models.loading import listed
 from lit_rlhf.stages import (
     DPODataModule,
     DPOModule,
@@ -86,6 +87,7 @@ def assert_came_back(before, after):
 
 def sft(checkpoint, fit, tmp_path, **loading):
     tokenizer = load_tokenizer(checkpoint)
+    tmp_path.mkdir(exist_ok=True)
     write_jsonl(tmp_path / "d.jsonl", DEMONSTRATIONS)
     module = SFTModule(load_policy(checkpoint, tokenizer, **loading), tokenizer, **STILL)
     fit(module, SFTDataModule(tmp_path / "d.jsonl", tokenizer, batch_size=8), max_steps=2)
@@ -193,6 +195,38 @@ def test_a_checkpoint_without_generation_settings_gets_none(checkpoint, tmp_path
     (checkpoint / "generation_config.json").unlink()
     save_model(*load_policy_and_tokenizer(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '' }}{{ m['content'] + '<|assistant|>' }}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kept", [0, [0, 7], None], ids=str)
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+def test_other_tools_stop_where_the_template_ends_a_turn(checkpoint, fit, tmp_path, kept, capsys):
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(checkpoint)
+    if kept is None:  # and config.json names one
+        (checkpoint / "generation_config.json").unlink()
+    else:
+        (checkpoint / "generation_config.json").write_text(json.dumps({**GENERATION, "eos_token_id": kept}))
+    folder, end = sft(checkpoint, fit, tmp_path), tokenizer.convert_tokens_to_ids("<|assistant|>")
+    named = settings_of(folder, "generation_config.json")
+    assert named["eos_token_id"] == [*([0] if kept is None else listed(kept)), end]
+    if kept is not None:
+        assert {**named, "eos_token_id": 0} == {**GENERATION, "eos_token_id": 0}
+    assert "generation_config.json names <|assistant|> as an end of answers" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():  # it says the end of the turn, always
+        plain.lm_head.weight = torch.nn.Parameter(torch.zeros_like(plain.lm_head.weight))
+        plain.lm_head.bias = torch.nn.Parameter(torch.eye(len(plain.lm_head.weight))[end])
+    found = plain.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)
+    assert found.tolist() == [[5, 6, 7, end]]
+    again = sft(folder, fit, tmp_path / "again")  # and then nothing is added any more
+    assert (again / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
 
 
 def test_a_model_of_a_config_is_exported_as_it_is(tokenizer, tmp_path):
