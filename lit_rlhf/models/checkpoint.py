@@ -92,7 +92,7 @@ def _name_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writte
     known = listed(settings.get("eos_token_id")) or listed(getattr(model.config, "eos_token_id", None))
     if new := sorted(end - {*known}):
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
-        say(f"{folder.parent}: generation_config.json names {names} as an end of answers, too: the template's of a turn")
+        say(f"{folder.parent}: generation_config.json names {names} as an end of answers, too: the template writes it")
         settings["eos_token_id"] = [*known, *new]
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
