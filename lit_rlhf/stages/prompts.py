@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
+from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
@@ -177,10 +178,13 @@ class WorldPromptDataModule(PromptDataModule):
         return tuple([PromptRecord(list(p.messages), {"kind": p.kind}) for p in side] for side in (train, held_out))
 
 
-def last_tokens(data: Any, name: str, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
-    """The last ``room`` tokens of each prompt as the model ``name`` is asked; the ``data`` note that some are cut."""
-    if any(len(prompt) > room for prompt in prompts) and isinstance(data, RecordDataModule):
-        data.note(f"as {name} writes them, some prompts have more than {room} tokens; it reads the last {room}")
+def last_tokens(module: LightningModule, name: str, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
+    """The last ``room`` tokens of each prompt as the model ``name`` is asked; the data of ``module`` note that some are
+    cut."""
+    if any(len(prompt) > room for prompt in prompts) and isinstance(module.trainer.datamodule, RecordDataModule):
+        module.trainer.datamodule.note(
+            f"as {name} writes them, some prompts have more than {room} tokens; it reads the last {room}"
+        )
     return [prompt[-room:] for prompt in prompts]
 
 

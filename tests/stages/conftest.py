@@ -14,7 +14,7 @@ from lit_rlhf.models import Sampling, policy_from_config
 from lit_rlhf.stages import PPOModule, WorldPPODataModule
 from lit_rlhf.text import ensure_chat_template, train_bpe
 from lit_rlhf.text.world import World
-from lit_rlhf.training import LastCheckpoint, RandomState, adamw, make_trainer
+from lit_rlhf.training import LastCheckpoint, RandomState, adamw, make_trainer, warmup_decay
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -158,7 +158,7 @@ def ppo(policy, reward_model, tokenizer, optimizer):
     def make(policy=policy, reward_model=reward_model, kind=Watched, **settings):
         settings = {
             "sampling": Sampling(max_new_tokens=8), "minibatch_size": 4, "optimizer": optimizer, "kl_coef": 0.1,
-            "critic_lr": 1e-3, "critic_head_lr": None, **settings,
+            "critic_lr": 1e-3, "critic_head_lr": None, "schedule": partial(warmup_decay, warmup=0.05), **settings,
         }  # fmt: skip
         return kind(copy.deepcopy(policy), copy.deepcopy(reward_model), tokenizer, **settings)
 

@@ -162,7 +162,7 @@ class EvaluateModule(LightningModule):
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
         data = self.trainer.datamodule
         prompts = encode_prompts(tokenizer, batch.messages, special_tokens=data.special_tokens)
-        repeated = [tokens for tokens in last_tokens(data, name, prompts, room) for _ in range(n)]
+        repeated = [tokens for tokens in last_tokens(self, name, prompts, room) for _ in range(n)]
         answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends

@@ -154,7 +154,7 @@ class PreferenceModule(LightningModule):
             tokens = encode_prompts(tokenizer, batch.messages, special_tokens=kind)
         room = context_length(policy) - self.sampling.max_new_tokens
         sampling = replace(self.sampling, temperature=turn.temperature)
-        tokens = last_tokens(self.trainer.datamodule, turn.model, [tokens[i] for i in prompts], room)
+        tokens = last_tokens(self, turn.model, [tokens[i] for i in prompts], room)
         answers = self.engine(policy, tokenizer, tokens, sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
 
