@@ -3,7 +3,7 @@
 from lit_rlhf.models.adapters import adapters_off, effective_weight, lora_layers, merged, plain_weights
 from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
-from lit_rlhf.models.chunked import by_row, by_token, token_logprobs_of
+from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.generation import Engine, Growing, Responses, Sampling, VLLMEngine, answer, generate, stream
 from lit_rlhf.models.heads import (
@@ -13,8 +13,8 @@ from lit_rlhf.models.heads import (
     critic_from_reward_model,
     critic_on_policy,
     head_parameters,
+    kept_language_model,
     load_reward_model,
-    output_head,
     packed_scores,
     reward_model_from_config,
     score_answers,
@@ -59,7 +59,6 @@ __all__ = [
     "adapters_off",
     "add_lora",
     "answer",
-    "by_row",
     "by_token",
     "context_length",
     "critic_from_policy",
@@ -72,6 +71,7 @@ __all__ = [
     "fuse",
     "generate",
     "head_parameters",
+    "kept_language_model",
     "layers",
     "load_policy",
     "load_policy_and_tokenizer",
@@ -79,7 +79,6 @@ __all__ = [
     "lora_layers",
     "merged",
     "next_token_logits",
-    "output_head",
     "packed_hidden",
     "packed_scores",
     "plain_weights",

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapters import effective_weight, merged
+from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, format_of, load_classifier, load_language_model, match_tokenizer
+from lit_rlhf.models.logits import language_model
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, holds_score, with_adapter
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import context_length, packed_hidden, policy_from_config
@@ -150,11 +151,14 @@ def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed,
     return score_head(model)(last).squeeze(-1), others
 
 
-def output_head(model: PreTrainedModel | RewardTransformer) -> nn.Linear | None:
-    """What turns hidden states (..., D) into logits of tokens (..., V); None where a reward model kept none."""
-    lm_head: nn.Linear | None = getattr(score_head(model), "lm_head", None)
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    return tied_head(effective_weight(model.get_input_embeddings())) if lm_head is None and tied else lm_head
+def kept_language_model(model: PreTrainedModel | RewardTransformer) -> PreTrainedModel:
+    """The language model in a reward model, whose weights it shares.
+
+    Raises ``UserError`` where none was kept: the output embedding is neither the input's nor a likelihood head's."""
+    trunk, head = model.base_model, getattr(score_head(model), "lm_head", None)
+    if head is None and not getattr(model.config, "tie_word_embeddings", False):
+        raise UserError(f"{type(trunk).__name__}: its output embedding is not its input embedding")
+    return language_model(trunk, tied_head(trunk) if head is None else head)
 
 
 @torch.no_grad()
@@ -222,8 +226,7 @@ class Critic(nn.Module):
 
         The policy's states there, (M, D), serve a shared trunk; another needs none."""
         if isinstance(self.head, ScoreHead):  # which may look at all tokens of a sequence
-            embedding = effective_weight(self.trunk.get_input_embeddings())
-            return self.head.values(packed_hidden(self.trunk, packed), packed, embedding)[at].float()
+            return self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at].float()
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
         return self.head(hidden).squeeze(-1).float()
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.onednn import with_rows_added
-from lit_rlhf.models.policy import rows_to_add
+from lit_rlhf.models.onednn import rows_to_add, with_rows_added
 from lit_rlhf.models.self_check import difference, texts
 
 
@@ -39,6 +39,46 @@ def check_logits(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: a family that cannot be used here, for its logits cannot be computed from its "
             f"last hidden states: {fault}"
         )
+
+
+_shells: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()  # language models without a trunk
+
+
+def language_model(trunk: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
+    """The language model of ``trunk``'s family around it, with the output embedding ``head``: what a reward model kept.
+
+    It shares their weights. Raises ``UserError`` where the family's own has more weights than these two."""
+    if trunk not in _shells:
+        _shells[trunk] = _shell(trunk)
+    model = copy.copy(_shells[trunk])
+    model._modules = {**model._modules, model.base_model_prefix: trunk}
+    own = model.get_output_embeddings()
+    model._modules = {name: head if module is own else module for name, module in model._modules.items()}
+    if (own.bias is None) != (head.bias is None):
+        raise UserError(f"{type(model).__name__}: its logits cannot be had from a reward model, which lacks their bias")
+    model.training = trunk.training
+    return model
+
+
+def _shell(trunk: PreTrainedModel) -> PreTrainedModel:
+    """The language model of ``trunk``'s config, its trunk and its output embedding without numbers."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(trunk.config)
+    except ValueError as error:
+        raise UserError(f"{type(trunk).__name__}: no family with a language model ({error})") from None
+    model.config = trunk.config  # and no copy: whoever changes how it attends, changes it for both
+    head, more = model.get_output_embeddings(), {}
+    for name, module in model._modules.items():
+        if module is not head and name != model.base_model_prefix:
+            more |= {f"{name}.{of}": weight for of, weight in module.state_dict().items()}
+    if more or type(model.base_model) is not type(trunk) or not any(m is head for m in model.children()):
+        raise UserError(
+            f"{type(model).__name__}: its logits cannot be had from a reward model, which lacks "
+            f"{', '.join(more) or 'a part of it'}"
+        )
+    model._modules[model.base_model_prefix] = None
+    return model
 
 
 def _cut_off_and_whole(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -26,6 +27,22 @@ def rows_up_to(multiple: int, count: int) -> int:
     while 16 * multiple < count:
         multiple *= 2
     return -count % multiple
+
+
+def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
+    """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: of
+    16-bit numbers on a CPU, and in layers that were told so (``trunk.by_onednn``).
+
+    Their numbers are multiples of ``trunk.row_multiple``, 32 at first."""
+    narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16) and trunk.device.type in ("cpu", "meta")
+    by_onednn = narrow or getattr(trunk, "by_onednn", False)
+    return rows_up_to(getattr(trunk, "row_multiple", 32), count) if by_onednn else 0
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What matrix products are computed in: the model's own, or what autocast says."""
+    kind = model.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def with_rows_added(layer: Callable[[Tensor], Tensor], rows: Tensor, more: int) -> Tensor:

@@ -20,7 +20,7 @@ from lit_rlhf.models.attention import Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, with_adapter
-from lit_rlhf.models.onednn import rows_up_to
+from lit_rlhf.models.onednn import rows_to_add
 from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
 from lit_rlhf.models.self_check import agrees, texts
 from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
@@ -257,22 +257,6 @@ def shares_prompts(module: nn.Module) -> bool:
     if cannot:
         say(f"share_prompts is off: {', '.join(cannot)} cannot be told which tokens see which")
     return not cannot
-
-
-def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
-    """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: of
-    16-bit numbers on a CPU, and in layers that were told so (``trunk.by_onednn``).
-
-    Their numbers are multiples of ``trunk.row_multiple``, 32 at first: see :mod:`lit_rlhf.models.onednn`."""
-    narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16) and trunk.device.type in ("cpu", "meta")
-    by_onednn = narrow or getattr(trunk, "by_onednn", False)
-    return rows_up_to(getattr(trunk, "row_multiple", 32), count) if by_onednn else 0
-
-
-def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What matrix products are computed in: the model's own, or what autocast says."""
-    kind = model.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def response_positions(batch: Packed, response_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import effective_weight
-from lit_rlhf.models.chunked import by_row
+from lit_rlhf.models.chunked import by_token
 from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_finite, check_tensors, model_settings
+from lit_rlhf.models.logits import check_logits, language_model
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.packing import Packed, pack
 
@@ -72,10 +73,10 @@ class ScoreHead(nn.Module):
         if spec.pooling == "token":
             self.token = nn.Parameter(0.02 * torch.randn(width))
 
-    def scores(self, hidden: Tensor, batch: Packed, added: Tensor | None, embedding: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, batch: Packed, added: Tensor | None, trunk: PreTrainedModel) -> Tensor:
         """Scores (N,) of packed sequences.
 
-        ``hidden`` (T, D); ``added`` (N, D), the states at the added tokens; ``embedding`` (V, D), the input's."""
+        ``hidden`` (T, D), of the ``trunk``; ``added`` (N, D), the states at the added tokens."""
         if self.spec.pooling == "token":
             pooled = added
         elif self.spec.pooling == "last":
@@ -86,9 +87,9 @@ class ScoreHead(nn.Module):
         scores = self.read(pooled).squeeze(-1)
         if self.spec.kind != "likelihood":
             return scores
-        return scores + self._likelihoods(hidden, batch, embedding)[1].sum(-1)
+        return scores + self._likelihoods(hidden, batch, trunk)[1].sum(-1)
 
-    def values(self, hidden: Tensor, batch: Packed, embedding: Tensor) -> Tensor:
+    def values(self, hidden: Tensor, batch: Packed, trunk: PreTrainedModel) -> Tensor:
         """What each token (T,) would score were it the last one: a critic that begins as the reward model.
 
         An added token is read by none of them: such a head is asked about states that it has not been trained on."""
@@ -101,7 +102,7 @@ class ScoreHead(nn.Module):
             values = self.read(hidden).squeeze(-1)
         if self.spec.kind != "likelihood":
             return values
-        flat, likelihoods = self._likelihoods(hidden, batch, embedding)
+        flat, likelihoods = self._likelihoods(hidden, batch, trunk)
         mask = response_positions(batch, batch.response_lengths)[1]
         return values.float().index_add(0, flat, likelihoods.cumsum(-1)[mask])
 
@@ -109,13 +110,13 @@ class ScoreHead(nn.Module):
         """Tokens (N,) at the end of each sequence over which the mean is taken."""
         return batch.lengths if self.spec.pooling == "mean" else _answer_lengths(batch)
 
-    def _likelihoods(self, hidden: Tensor, batch: Packed, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    def _likelihoods(self, hidden: Tensor, batch: Packed, trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """(positions, gated log-likelihoods): (M,) flat indices of the answers' tokens, and (N, T), 0 after an end."""
         positions, mask = response_positions(batch, _answer_lengths(batch))
         flat = positions[mask]
         before = hidden[predicting_positions(batch, _answer_lengths(batch))[0][mask]]
-        head = tied_head(embedding) if self.lm_head is None else self.lm_head
-        below_best = by_row(head, head, _below_best, before, batch.tokens[flat])
+        model = language_model(trunk, tied_head(trunk) if self.lm_head is None else self.lm_head)
+        below_best = by_token(model, _below_best, before, batch.tokens[flat])
         gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * below_best
         return flat, gated.new_zeros(mask.shape).masked_scatter(mask, gated)
 
@@ -133,9 +134,13 @@ class RewardTransformer(nn.Module):
 
     @classmethod
     def from_policy(cls, policy: PreTrainedModel, spec: RewardHead) -> RewardTransformer:
-        """A language model with a fresh head in place of its own, which a likelihood head keeps for itself."""
+        """A language model with a fresh head in place of its own, which a likelihood head keeps for itself.
+
+        Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
         embedding, lm_head = policy.get_input_embeddings(), policy.get_output_embeddings()
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
+        if spec.kind == "likelihood":
+            check_logits(language_model(policy.base_model, tied_head(policy.base_model) if own is None else own))
         model = cls(policy.base_model, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
         model.checkpoint_format = getattr(policy, "checkpoint_format", None)
         return model
@@ -198,7 +203,7 @@ class RewardTransformer(nn.Module):
             hidden, added = self._with_added_token(batch)
         else:
             hidden, added = packed_hidden(self, batch), None
-        return self.score.scores(hidden, batch, added, effective_weight(self.get_input_embeddings())), hidden
+        return self.score.scores(hidden, batch, added, self.trunk), hidden
 
     def _with_added_token(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Hidden states (T, D) of the tokens, and (N, D) of a token added behind each sequence.
@@ -272,9 +277,11 @@ def check_head(found: RewardHead, wanted: RewardHead, path: str | Path) -> None:
         )
 
 
-def tied_head(embedding: Tensor) -> nn.Linear:
-    """What turns hidden states (..., D) into logits (..., V) by the input ``embedding`` (V, D)."""
+def tied_head(trunk: PreTrainedModel) -> nn.Linear:
+    """The output embedding, (..., D) -> (..., V), that is the input's."""
+    embedding = effective_weight(trunk.get_input_embeddings())
     head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
+    del head.weight  # with adapters the new one is no parameter
     head.weight = embedding
     return head
 

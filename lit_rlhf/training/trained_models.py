@@ -28,7 +28,7 @@ class ModelSettings(Callback):
             dot-product attention, which is then in float32 also where the rest is not: see
             :mod:`lit_rlhf.models.attention`.
         row_multiple: on a CPU, packed sequences and what is read of them are filled up to a multiple of so many tokens
-            where products are oneDNN's: see :func:`lit_rlhf.models.policy.rows_to_add`.
+            where products are oneDNN's: see :func:`lit_rlhf.models.onednn.rows_to_add`.
     """
 
     def __init__(

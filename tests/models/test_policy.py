@@ -22,7 +22,8 @@ from lit_rlhf.models import (
     response_positions,
     use_own_attention,
 )
-from lit_rlhf.models.policy import packs, rows_to_add
+from lit_rlhf.models.onednn import rows_to_add
+from lit_rlhf.models.policy import packs
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.training import ModelSettings
@@ -82,7 +83,7 @@ def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(policy, toke
 @pytest.mark.parametrize("share", [False, True])
 def test_rows_that_are_added_change_nothing(policy, share, batched, monkeypatch):
     """Values and gradients in float64, though only products of 16-bit numbers have rows added."""
-    monkeypatch.setattr("lit_rlhf.models.policy.compute_dtype", lambda trunk: torch.bfloat16)
+    monkeypatch.setattr("lit_rlhf.models.onednn.compute_dtype", lambda trunk: torch.bfloat16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # with one PyTorch's kernel would do both
     policy, sizes, rows = policy.double(), [3, 5, 1, 4], []
     use_own_attention(policy, batched)
@@ -110,7 +111,7 @@ def test_rows_that_are_added_change_nothing(policy, share, batched, monkeypatch)
 
 
 def test_few_numbers_of_rows_occur(policy, monkeypatch):
-    monkeypatch.setattr("lit_rlhf.models.policy.compute_dtype", lambda trunk: torch.bfloat16)
+    monkeypatch.setattr("lit_rlhf.models.onednn.compute_dtype", lambda trunk: torch.bfloat16)
     trunk = policy.base_model
     filled = {count: count + rows_to_add(trunk, count) for count in (1, 32, 33, 512, 513, 1024, 1025, 1536, 5000)}
     assert filled == {1: 32, 32: 32, 33: 64, 512: 512, 513: 576, 1024: 1024, 1025: 1152, 1536: 1536, 5000: 5120}

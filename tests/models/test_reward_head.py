@@ -16,8 +16,11 @@ from lit_rlhf.models import (
     RewardHead,
     critic_from_reward_model,
     head_parameters,
+    kept_language_model,
     load_reward_model,
+    next_token_logits,
     packed_scores,
+    policy_from_config,
     predicting_positions,
     reward_model_from_config,
     save_model,
@@ -30,6 +33,16 @@ from lit_rlhf.models.reward_head import start_head
 from lit_rlhf.text import ensure_chat_template, pack
 from lit_rlhf.training import adamw, decay_groups
 
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {
+    "granite": {**SHAPE, "logits_scaling": 8.0, "embedding_multiplier": 3.0, "tie_word_embeddings": True},
+    "gemma2": {**SHAPE, "final_logit_softcapping": 5.0, "head_dim": 8, "num_key_value_heads": 2},
+    "cohere": {**SHAPE, "logit_scale": 0.25},
+    "phi": SHAPE,
+}
 PROMPTS = ["What is 42?", "I am", "Who are you? You are 12", "It"]
 ANSWERS = ["I am the cat", "12", "You are  30, the cat! Who?", "is 42"]
 HEADS = [RewardHead(k, p) for k, p in product(("linear", "mlp", "likelihood"), ("last", "mean", "answer", "token"))]
@@ -109,6 +122,53 @@ def test_scores_packed_padded_and_alone_are_those_by_hand(head, reward_model_wit
     for i in range(len(sequences)):
         alone = packed_scores(model, batch(tokenizer, keep=slice(i, i + 1))[0])
         assert_close(alone[0], expected[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=["granite", "cohere", "gemma2", "phi"])
+def other_logits(request, tokenizer, tmp_path):
+    """A family whose logits are more than a matrix times hidden states, in a folder; and the model as it was saved."""
+    torch.manual_seed(0)
+    model = policy_from_config({"model_type": request.param, **FAMILIES[request.param]}, tokenizer, fused=False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    save_model(model, tokenizer, tmp_path / "lm")
+    return tmp_path / "lm", AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
+
+
+@torch.no_grad()
+def test_likelihoods_are_by_the_models_own_logits(other_logits, tokenizer, tmp_path):
+    folder, policy = other_logits
+    model = stirred(load_reward_model(folder, tokenizer, new_head=True, head=RewardHead("likelihood")))
+    together, sequences = batch(tokenizer)
+    expected = [by_hand(model, policy, s, n) for s, n in zip(sequences, together.response_lengths.tolist())]
+    assert_close(packed_scores(model, together), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    save_model(model, tokenizer, tmp_path / "model")
+    again = load_reward_model(tmp_path / "model", tokenizer).eval()
+    assert_close(packed_scores(again, together), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    critic = critic_from_reward_model(policy, model).eval()
+    assert_close(critic(together, together.ends, None), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_keeps_the_models_own_logits(other_logits, tokenizer):
+    folder, policy = other_logits
+    model = load_reward_model(folder, tokenizer, new_head=True, head=RewardHead("mlp")).eval()
+    ids = torch.tensor(batch(tokenizer)[1][:1])
+    if policy.config.model_type == "phi":  # its output embedding is one of its own, and has a bias
+        with pytest.raises(UserError, match="its output embedding is not its input embedding"):
+            kept_language_model(model)
+        model.config.tie_word_embeddings = True
+        with pytest.raises(UserError, match=r"PhiForCausalLM: its logits cannot be had.*lacks their bias"):
+            kept_language_model(model)
+        return
+    language = kept_language_model(model)
+    assert_close(language(input_ids=ids).logits, policy(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    found = next_token_logits(language, model.base_model(input_ids=ids).last_hidden_state)
+    assert_close(found, policy(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    found[0, -1].logsumexp(0).backward()
+    policy(input_ids=ids).logits[0, -1].logsumexp(0).backward()
+    slopes = model.get_input_embeddings().weight.grad, policy.get_input_embeddings().weight.grad
+    assert_close(*slopes, rtol=1e-3, atol=1e-4)
+    assert all(p.grad is None for p in model.score.parameters())
 
 
 @pytest.mark.parametrize("head", NOT_PLAIN, ids=named)

@@ -26,7 +26,8 @@ from lit_rlhf.models.generation.decoder import (
 from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.logits import check_logits
-from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
+from lit_rlhf.models.onednn import compute_dtype
+from lit_rlhf.models.policy import context_length, end_tokens
 from lit_rlhf.models.self_check import LENGTHS, agrees
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages

@@ -22,7 +22,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import plain_weights
 from lit_rlhf.models.generation.engine import check_room
 from lit_rlhf.models.generation.sampling import Responses, Sampling
-from lit_rlhf.models.policy import compute_dtype, context_length, end_tokens
+from lit_rlhf.models.onednn import compute_dtype
+from lit_rlhf.models.policy import context_length, end_tokens
 
 
 class VLLMEngine:

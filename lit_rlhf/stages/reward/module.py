@@ -12,20 +12,20 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs, token_logprobs
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import (
     RewardTransformer,
-    by_row,
     head_parameters,
-    output_head,
+    kept_language_model,
     packed_scores,
     save_adapter,
     save_model,
     scores_and_hidden,
+    token_logprobs_of,
     tokens_at_once,
 )
-from lit_rlhf.models.onednn import with_rows_added
-from lit_rlhf.models.policy import rows_to_add
+from lit_rlhf.models.logits import check_logits
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.reward.diagnosis import diagnosis
@@ -48,7 +48,7 @@ class RewardModule(StepLog):
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
         lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats a token), which keeps
             what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
-            its input embedding goes without.
+            its input embedding, or whose family puts more between states and logits, goes without.
         margin: what the scores of two answers must differ by, for each rank between them.
         label_smoothing: how often the annotator is thought to have erred.
         feedback_coef: weight of the loss on answers that were rated alone.
@@ -78,11 +78,12 @@ class RewardModule(StepLog):
         self.head_lr, self.lm_coef, self.bag_of_words = head_lr, lm_coef, bag_of_words
         self.margin, self.label_smoothing = margin, label_smoothing
         self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss
-        if lm_coef > 0 and output_head(reward_model) is None:
-            rank_zero_warn(
-                "no language-modelling loss (lm_coef): this model's output embedding is not its input embedding"
-            )
-            self.lm_coef = 0.0
+        if lm_coef > 0:
+            try:
+                check_logits(kept_language_model(reward_model))
+            except UserError as error:
+                rank_zero_warn(f"no language-modelling loss (lm_coef): {error}")
+                self.lm_coef = 0.0
         self._diagnosis: dict[str, Any] = {}
         self._val: list[tuple[Tensor, RankingBatch]] = []
 
@@ -109,22 +110,14 @@ class RewardModule(StepLog):
             watched["reward/feedback_loss"] = rated.detach()
             loss = loss + self.feedback_coef * rated
         if len(imitated):
-            lm = -self._token_logprobs(hidden, batch.packed.tokens[batch.learned]).mean()
+            tokens = batch.packed.tokens[batch.learned]
+            lm = -token_logprobs_of(kept_language_model(self.reward_model), hidden, tokens).mean()
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
         if pairs.prompts:
             watched["reward/accuracy"] = pair_accuracy(scores, pairs)
             watched["reward/margin"] = (scores[pairs.better] - scores[pairs.worse]).mean().detach()
         return loss, watched
-
-    def _token_logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Log-probs (M,) of ``tokens`` where the hidden states (M, D) predict them, in nats."""
-        head, trunk = output_head(self.reward_model), self.reward_model.base_model
-
-        def logits(rows: Tensor) -> Tensor:
-            return with_rows_added(head, rows, rows_to_add(trunk, len(rows)))
-
-        return by_row(logits, head, token_logprobs, hidden, tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._val = []
