@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.onednn import rows_to_add, with_rows_added
-from lit_rlhf.models.self_check import difference, texts
+from lit_rlhf.models.self_check import ALIKE, difference, read
 
 
 def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def check_logits(model: PreTrainedModel) -> None:
     """Raise ``UserError`` for a family that looks ahead, or whose logits cannot be had apart from its trunk."""
-    if fault := difference(model, "a text that is cut off", _cut_off_and_whole):
+    if fault := difference(model, "another text behind it", _alike_before_others):
         raise UserError(f"{type(model).__name__}: no language model to sample from, for its tokens look ahead: {fault}")
     if fault := difference(model, "logits apart from its trunk", _apart_and_whole):
         raise UserError(
@@ -81,18 +81,15 @@ def _shell(trunk: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _cut_off_and_whole(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Logits of the beginning of a text, by the model itself: read by itself, and with what comes behind it."""
-    whole, _, begun = (torch.tensor([text], device=model.device) for text in texts(model))
-    alone, within = (model(input_ids=ids, use_cache=False).logits[0] for ids in (begun, whole))
-    return alone, within[: len(alone)]
+def _alike_before_others(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits of the beginning of two texts that begin alike, by the model itself."""
+    one, other = read(model)[:, :ALIKE]
+    return one, other
 
 
 def _apart_and_whole(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Logits of a text: from its hidden states, and by the model itself."""
-    ids = torch.tensor(texts(model)[:1], device=model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return _own_logits(model, hidden)[0], model(input_ids=ids, use_cache=False).logits[0]
+    """Logits of texts: from their hidden states, and by the model itself."""
+    return _own_logits(model, read(model.base_model)).flatten(0, 1), read(model).flatten(0, 1)
 
 
 def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.attention import Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
+from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, with_adapter
 from lit_rlhf.models.onednn import rows_to_add
 from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
-from lit_rlhf.models.self_check import agrees, texts
+from lit_rlhf.models.self_check import SHORTER, agrees, read, texts
 from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
@@ -80,6 +81,7 @@ def load_policy(
     model = with_adapter(keep_layout(model), path)
     if model.base_model is model:
         raise UserError(f"{path}: {type(model).__name__} names no part without the head; choose another family")
+    check_logits(model)
     packs(model.base_model)  # how it is computed is said when it is loaded
     return add_lora(model, lora)
 
@@ -157,12 +159,13 @@ def _padded_and_alone(trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _read_alone(trunk: PreTrainedModel, padded: bool = False) -> tuple[Packed, Tensor, Tensor]:
-    """Some texts, packed; where their tokens are (M,); the hidden states (M, D) where each text is read by itself."""
-    packed = pack(texts(trunk), 0, padded=padded).to(trunk.device)
+    """Two texts of two lengths, packed; where their tokens are (M,); the hidden states (M, D) of each by itself."""
+    one, other = texts(trunk)
+    packed = pack([one.tolist(), other[:SHORTER].tolist()], 0, padded=padded).to(trunk.device)
     first_and_count = zip(packed.starts.tolist(), packed.lengths.tolist())
     cells = [torch.arange(first, first + count, device=trunk.device) for first, count in first_and_count]
-    alone = [_states(trunk, "input_ids", packed.tokens[own][None])[0] for own in cells]
-    return packed, torch.cat(cells), torch.cat(alone)
+    alone, begun = read(trunk)
+    return packed, torch.cat(cells), torch.cat([alone, begun[:SHORTER]])
 
 
 def _states(trunk: PreTrainedModel, name: str, rows: Tensor) -> Tensor:

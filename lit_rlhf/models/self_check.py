@@ -18,10 +18,16 @@ from lit_rlhf.models.attention import SDPA
 
 # (model) -> what the form gives, and what the model's own forward pass gives, (tokens, ...) both
 Compare = Callable[[PreTrainedModel], tuple[Tensor, Tensor]]
-LENGTHS = (9, 6, 4)  # tokens of the texts that are read
+LENGTH, SHORTER, ALIKE = 9, 6, 3  # tokens of a text that is read, of the second where they differ, that both begin with
+# Settings by which the models of one family that work together differ, and which change no hidden state
+BESIDE = {
+    "architectures", "dtype", "id2label", "label2id", "num_labels", "problem_type", "score_mean", "score_shift",
+    "score_std", "transformers_version", "_name_or_path",
+}  # fmt: skip
 
 _answers: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
 _by_kind: dict[tuple[type, str, torch.dtype, str], str | None] = {}
+_read: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[int, int]], Tensor]] = WeakKeyDictionary()
 
 
 def agrees(model: PreTrainedModel, form: str, compare: Compare, instead: str | None = None) -> bool:
@@ -35,9 +41,10 @@ def difference(model: PreTrainedModel, form: str, compare: Compare, instead: str
     Models of one class and config are asked once. A model without numbers (device "meta") is believed."""
     if model.device.type == "meta":
         return None
-    known = _answers.setdefault(model, {})
+    known = _answers.setdefault(model.base_model, {})  # a language model around it may be made anew for each use
     if form not in known:
-        kind = type(model), form, model.dtype, model.config.to_json_string(use_diff=False)
+        settings = {name: value for name, value in model.config.to_dict().items() if name not in BESIDE}
+        kind = type(model), form, model.dtype, repr(sorted(settings.items()))
         if kind not in _by_kind:
             _by_kind[kind] = _difference(model, compare)
             if instead is not None and _by_kind[kind] is not None:
@@ -82,12 +89,25 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def texts(model: PreTrainedModel) -> list[list[int]]:
-    """Token ids to read; the last text is how the first one begins."""
+def texts(model: PreTrainedModel) -> Tensor:
+    """Two texts to read, (2, LENGTH) token ids, of which the first ALIKE are the same."""
     config = model.config.get_text_config()
     vocabulary, pad = config.vocab_size, getattr(config, "pad_token_id", None)
     generator = torch.Generator().manual_seed(0)
-    first, second, last = LENGTHS
-    tokens = torch.randint(min(8, vocabulary - 2), vocabulary - 1, (first + second,), generator=generator)
+    tokens = torch.randint(min(8, vocabulary - 2), vocabulary - 1, (2, LENGTH), generator=generator)
     tokens[tokens == (-1 if pad is None else pad)] += 1  # some families count positions by what is no padding
-    return [tokens[:first].tolist(), tokens[first:].tolist(), tokens[:last].tolist()]
+    tokens[1, :ALIKE] = tokens[0, :ALIKE]
+    return tokens.to(model.device)
+
+
+def read(model: PreTrainedModel) -> Tensor:
+    """What the model's own forward pass makes of :func:`texts`: logits (2, LENGTH, V), or hidden states of a trunk.
+
+    Several forms are compared with one such pass, as long as the weights stay as they are."""
+    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    known = _read.get(model)
+    if known is None or known[0] != weights:
+        output = model(input_ids=texts(model), use_cache=False)
+        known = weights, output.last_hidden_state if model.base_model is model else output.logits
+        _read[model] = known
+    return known[1]

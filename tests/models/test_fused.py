@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.models import layers, load_policy, packed_hidden, policy_from_config, save_model
-from lit_rlhf.models.fused import NORMS, TURNING, _Gelu, _RMSNorm, _Turn, gelu_tanh
+from lit_rlhf.models.fused import FUSED, NORMS, TURNING, _Gelu, _RMSNorm, _Turn, gelu_tanh
 from lit_rlhf.text import pack
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -130,6 +130,12 @@ def test_positions_and_norms_are_those_of_transformers(norms_in_float64, plain, 
         assert_close(one, other, rtol=1e-10, atol=1e-10)
     ids = torch.arange(5, 25).view(2, 10)
     assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-10)
+
+
+def test_every_fused_class_is_compared_with_its_own(tokenizer):
+    """By the tests above, of these models."""
+    models = [policy_from_config({**SHAPE, **config}, tokenizer) for config in LLAMAS.values()]
+    assert {type(module) for model in models for module in model.modules()} >= {*FUSED.values()}
 
 
 def test_norm_by_hand():

@@ -15,7 +15,7 @@ from lit_rlhf.models.attention import Layout, attend, has_window, sees_before_it
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.policy import packed_hidden
-from lit_rlhf.models.self_check import texts
+from lit_rlhf.models.self_check import SHORTER, read, texts
 from lit_rlhf.text.packing import Packed, left_pad, pack
 
 
@@ -289,9 +289,9 @@ class WholeDecoder:
 
 def goes_on_alike(model: PreTrainedModel, decoder: Decoder) -> tuple[Tensor, Tensor]:
     """Logits at the end of two texts and of what they go on with: by a fresh ``decoder``, and by the model itself."""
-    longer, shorter, _ = texts(model)
-    ids = (torch.tensor([text], device=model.device) for text in (longer, shorter))
-    own = [model(input_ids=x, use_cache=False).logits[0] for x in ids]
+    one, other = texts(model).tolist()
+    longer, shorter, own = one, other[:SHORTER], read(model)
+    own = own[0], own[1, :SHORTER]
     found = [decoder.logits(decoder.begin([longer[:-2], shorter[:-2]]))]
     found.append(decoder.logits(decoder.step(torch.tensor([longer[-2], shorter[-2]], device=model.device))))
     decoder.keep(torch.tensor([1], device=model.device))

@@ -6,6 +6,7 @@ drawn: nothing is decoded and tokenized again, and no second forward pass is nee
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from typing import Annotated, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.onednn import compute_dtype
 from lit_rlhf.models.policy import context_length, end_tokens
-from lit_rlhf.models.self_check import LENGTHS, agrees
+from lit_rlhf.models.self_check import LENGTH, agrees
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
@@ -275,12 +276,15 @@ def _closed_up(going: Tensor) -> Tensor:
 
 def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool, graphs: bool) -> Decoder:
     """The fastest that goes on with texts as the model itself does."""
+    dtype = compute_dtype(model)
 
-    def lean_one(model: PreTrainedModel, rows: int, width: int, kind: type[LeanDecoder] = LeanDecoder) -> Decoder:
-        return kind(Trunk.of(model, width, compute_dtype(model)), rows, width)
+    @cache
+    def trunk() -> Trunk | None:  # laying matrices out anew takes longer than the check: once for both, where it can be
+        return Trunk.of(model, max(width, LENGTH), dtype)
 
     def leans(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        return goes_on_alike(model, lean_one(model, 2, max(LENGTHS)))
+        own = trunk() if dtype == model.dtype else Trunk.of(model, LENGTH)
+        return goes_on_alike(model, LeanDecoder(own, 2, LENGTH))
 
     def caches(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         return goes_on_alike(model, TransformersDecoder(model, pad_id))
@@ -288,7 +292,7 @@ def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: b
     check_logits(model)
     known = lean and Trunk.knows(model)
     if known and agrees(model, "a lean forward pass", leans, "transformers' modules write (slower)"):
-        return lean_one(model, rows, width, StaticDecoder if graphs else LeanDecoder)
+        return (StaticDecoder if graphs else LeanDecoder)(trunk(), rows, width)
     if agrees(model, "keys and values that are kept", caches, "texts are read anew for each token (slower)"):
         return TransformersDecoder(model, pad_id)
     return WholeDecoder(model, pad_id)
