@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
-from lit_rlhf.errors import UserError, is_main_process
+from lit_rlhf.errors import UserError, is_main_process, say
 from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
@@ -154,13 +154,13 @@ def load_models(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def _policies(settings: DictConfig) -> dict[str, DictConfig]:
-    """The models to evaluate; of two names for one folder the later one, and a line says so."""
+    """The models to evaluate. A checkpoint that nothing was fine-tuned from is SFT model and base in one: it competes
+    once, and a line says so."""
     there = {key: node for key, node in settings.policies.items() if _there(node)}
-    last = {str(node.path): key for key, node in there.items()}
-    for key, node in there.items():
-        if (name := last[str(node.path)]) != key and is_main_process():
-            print(f"evaluate: {key} and {name} are one model, {node.path}; it is called {name}")
-    return {key: node for key, node in there.items() if last[str(node.path)] == key}
+    if "base" in there and "sft" in there and there["base"].path == there["sft"].path:
+        say(f"evaluate: base and sft are one model, {there['sft'].path}; it is called sft")
+        del there["base"]
+    return there
 
 
 def _there(node: DictConfig | None) -> bool:

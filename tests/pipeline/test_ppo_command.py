@@ -139,8 +139,9 @@ def test_a_tuned_checkpoint_is_improved_by_a_reward_function(lit_rlhf, finished_
     assert -1 <= summary["ppo"]["val_score"] <= 1
 
 
-def test_of_two_names_for_one_model_the_later_one_is_evaluated(finished_run, capsys):
+def test_a_checkpoint_that_is_base_and_sft_in_one_is_evaluated_once(finished_run, capsys):
     path = str(finished_run / "runs/quickstart/sft/model")
-    settings = OmegaConf.create({"policies": {"base": {"path": path}, "sft": {"path": path}, "ppo": None}})
-    assert list(_policies(settings)) == ["sft"]
+    policies = {**{name: {"path": path} for name in ("base", "sft", "mine")}, "ppo": None}
+    settings = OmegaConf.create({"policies": policies})
+    assert list(_policies(settings)) == ["sft", "mine"]
     assert f"evaluate: base and sft are one model, {path}; it is called sft" in capsys.readouterr().out
