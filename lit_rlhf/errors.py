@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 
 class UserError(ValueError):
@@ -39,3 +40,9 @@ def say(line: str) -> None:
     """Print a line that the user should read, once, however many processes there are."""
     if is_main_process():
         print(line, flush=True)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line where it is not known yet: what is asked again and again is told once a process."""
+    say(line)

@@ -60,8 +60,8 @@ def blank_reward_model(
     """A reward model without weights; ``architecture`` is that of its trunk. ``fused``: see :func:`fuse`."""
     with torch.device("meta"):
         policy = blank_policy(architecture, tokenizer, fused=fused)
-        if head is not None and not head.plain:
-            return add_lora(RewardTransformer.from_policy(policy, head), lora)
+        if not (head or RewardHead()).is_classifier(policy.config):
+            return add_lora(RewardTransformer.from_policy(policy, head or RewardHead()), lora)
         policy.config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32)
         return add_lora(fuse(model) if fused else model, lora)

@@ -18,10 +18,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.fused import fuse
-from lit_rlhf.models.loading import Dtype, format_of, load_classifier, load_language_model, match_tokenizer
+from lit_rlhf.models.loading import (
+    Dtype,
+    format_of,
+    load_classifier,
+    load_config,
+    load_language_model,
+    match_tokenizer,
+)
 from lit_rlhf.models.logits import language_model
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, holds_score, with_adapter
 from lit_rlhf.models.micro_batches import tokens_at_once
@@ -71,14 +78,22 @@ def load_reward_model(
     found, wanted = saved_head(path), head or RewardHead()
     if new_head:
         check_quantization(quantization, lora, path)
-    if quantization is not None and (found is not None or not wanted.plain):
-        raise UserError(f"{path}: quantization={quantization} is for reward models with the plain head (linear, last)")
+    if quantization is not None and (found is not None or not wanted.is_classifier(load_config(base_path(path)))):
+        raise UserError(
+            f"{path}: quantization={quantization} is for reward models that are sequence classifiers of transformers: "
+            "a family that has one, and the plain head (linear, last)"
+        )
     if found is not None:
         if new_head:
             check_head(found, wanted, path)
         model = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
         model.checkpoint_format = format_of(path, export_dtype)
-    elif new_head and not wanted.plain:
+    elif new_head and not wanted.is_classifier(load_config(base_path(path))):
+        if wanted.plain:
+            say(
+                f"{path}: transformers has no sequence classifier of this kind; the reward model is one of ours, and "
+                "lit_rlhf.models.load_reward_model loads it"
+            )
         policy = load_language_model(base_path(path), dtype, export_dtype)
         if tokenizer is not None:
             match_tokenizer(policy, tokenizer, path)
@@ -117,12 +132,13 @@ def reward_model_from_config(
 ) -> PreTrainedModel | RewardTransformer:
     """A freshly initialized reward model; ``config`` and ``fused`` as in ``policy_from_config``."""
     policy = policy_from_config(config, tokenizer, fused)
-    if head is not None and not head.plain:
+    head = head or RewardHead()
+    if not head.is_classifier(policy.config):
         return RewardTransformer.from_policy(policy, head)
     architecture = policy.config
     architecture.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(architecture)
-    start_head(score_head(model), (head or RewardHead()).start)
+    start_head(score_head(model), head.start)
     return fuse(model) if fused else model
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -22,9 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import cached_file
 
@@ -83,13 +84,16 @@ def load_classifier(
     config = load_config(path)
     if config.architectures and _is_classifier(config) and config.num_labels != 1:
         raise UserError(f"{path}: {_classifier(config)}, where a reward model was expected, which has one label")
+    no_head = UserError(
+        f"{path}: a language model, where a reward model was expected (it has no scalar head); train one from it with "
+        "stage=reward"
+    )
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise no_head
     model, loading = _read(AutoModelForSequenceClassification, path, dtype, num_labels=1, **settings)
     fresh = {name for name in loading["missing_keys"] if name.startswith("score.")}
     if fresh and not new_head:
-        raise UserError(
-            f"{path}: a language model, where a reward model was expected (it has no scalar head); train one "
-            "from it with stage=reward"
-        )
+        raise no_head
     loading["missing_keys"] -= fresh
     if loading["unexpected_keys"]:
         loading["unexpected_keys"] -= _language_head(config)
@@ -104,11 +108,12 @@ def load_config(path: str | Path) -> PretrainedConfig:
     # "name" and "owner/name" may be on the Hub; what exists here, or looks like a path, is not.
     if folder.exists() or folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2:
         check_files(folder)
+        model_settings(folder, "generation_config.json")  # transformers goes on in silence without a broken one
         if model_settings(folder).get("model_type") == MODEL_TYPE:
             raise UserError(f"{path}: a reward model with a head of its own, where a language model was expected")
     try:
         config = AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # whatever transformers raises of a config.json that is none
         raise _unloadable(path, error) from error
     if config.is_encoder_decoder:
         raise UserError(f"{path}: an encoder-decoder ({_name(config)}), where a decoder-only model was expected")
@@ -155,9 +160,9 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     try:
         shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{folder / INDEX}: no index of weights ({error!r})") from None
-    return [folder / name for name in sorted(set(shards.values()))]
+        return [folder / name for name in sorted(set(shards.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX}: no index of weights ({error!r}); copy it again") from None
 
 
 def _how(folder: Path) -> str:
@@ -176,12 +181,12 @@ def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[P
     settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         return kind.from_pretrained(str(path), dtype=getattr(torch, dtype), **settings)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a config.json whose numbers make no model ends anywhere
         raise _unloadable(path, error) from error
 
 
 def _unloadable(path: str | Path, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:300]
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
         f"{path}: no model could be loaded from there ({reason}). Give a folder with config.json and *.safetensors;"
         " a Hub name needs a network (download it elsewhere with `hf download` and give the folder)."
@@ -271,10 +276,27 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
         say(f"{where}: the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}")
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+        _start_in_the_middle(model, rows, pad)
     embedding = model.get_input_embeddings()
     if embedding.padding_idx is not None:
         embedding.padding_idx = pad  # the embedding of that token is not trained: it must not be one that is used
     _match_special(model, tokenizer, where)
+
+
+@torch.no_grad()
+def _start_in_the_middle(model: PreTrainedModel, rows: int, pad: int) -> None:
+    """Move the embeddings from ``rows`` on, which are fresh, to the mean of the others; padding's is that mean.
+
+    A logit at the mean of all is one of the average: the chance of such a token is below 1 in ``rows`` (Jensen). Around
+    zero it could be any: where all logits are negative, as GPT-2's are, nothing but padding would be written."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(w): w for layer in layers for w in (getattr(layer, "weight", None), getattr(layer, "bias", None))}
+    for weight in weights.values():
+        if isinstance(weight, torch.Tensor):
+            mean = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)
+            weight[rows:] += mean
+            if pad >= rows:
+                weight[pad] = mean
 
 
 def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
@@ -298,13 +320,16 @@ def listed(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def model_settings(folder: str | Path) -> dict[str, Any]:
-    """What the config.json of a folder says; nothing where there is none."""
-    file = Path(folder) / "config.json"
+def model_settings(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """What the config.json (or the file ``name``) of a folder says; nothing where there is none."""
+    file = Path(folder) / name
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{file}: no JSON ({error})") from None
+        raise UserError(f"{file}: no JSON ({error}); copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: settings were expected, and {str(found)[:40]} was found; copy it again")
+    return found
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
@@ -320,7 +345,9 @@ def _name(config: PretrainedConfig) -> str:
 
 
 def _language_head(config: PretrainedConfig) -> set[str]:
-    """Names of the tensors of a language model that its trunk lacks."""
+    """Names of the tensors of a language model that its trunk lacks, as files spell them (GPT-NeoX: embed_out)."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
+    trunk = f"{model.base_model_prefix}."
+    names = {name: weight for name, weight in model.state_dict().items() if not name.startswith(trunk)}
+    return names.keys() | revert_weight_conversion(model, names).keys()

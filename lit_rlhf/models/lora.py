@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -265,7 +266,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         other = next((f.name for f in folder.glob("adapter_model.*")), None)
         found = f"{other} cannot be read safely: load it with peft and save it again" if other else "no weights there"
         raise UserError(f"{folder}: {WEIGHTS} was expected ({found})")
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cut off or damaged ({error}); copy it again") from None
     bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if bad:
         raise UserError(f"{file}: {bad[0]} holds numbers that are not finite")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError, say
+from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.models.attention import Layout, sees_before_it, use_own_attention
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
@@ -258,7 +258,7 @@ def shares_prompts(module: nn.Module) -> bool:
     trunks = {m.base_model for m in module.modules() if isinstance(m, PreTrainedModel)}
     cannot = sorted({type(trunk).__name__ for trunk in trunks if not packs(trunk)})
     if cannot:
-        say(f"share_prompts is off: {', '.join(cannot)} cannot be told which tokens see which")
+        say_once(f"share_prompts is off: {', '.join(cannot)} cannot be told which tokens see which")
     return not cannot
 
 

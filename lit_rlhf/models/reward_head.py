@@ -1,8 +1,8 @@
 """What reads a score off a Transformer, and the reward model that has such a head.
 
 A bias-free linear head at the last token is Hugging Face's sequence classifier with one label and needs nothing of
-this file. The other heads make a model of our own, which plain transformers refuses to load, so it never reads one
-wrongly."""
+this file, where transformers has one for the family. The other heads, and all heads of the other families, make a model
+of our own, which plain transformers refuses to load, so it never reads one wrongly."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import effective_weight
@@ -48,6 +49,11 @@ class RewardHead:
     def plain(self) -> bool:
         """Whether it is the head of a sequence classifier of Hugging Face's."""
         return (self.kind, self.pooling) == ("linear", "last")
+
+    def is_classifier(self, config: PretrainedConfig) -> bool:
+        """Whether a model of ``config`` with this head is a sequence classifier of transformers, which has none for
+        some families (Granite, Cohere)."""
+        return self.plain and config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 class ScoreHead(nn.Module):

@@ -113,9 +113,8 @@ def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> Li
     if is_main_process():
         for what, count in data_notes(data).items():
             if what in ("skipped", "long") and count:
-                reason = (
-                    "records were skipped as invalid" if what == "skipped" else "records were longer than max_length"
-                )
+                long = f"records were longer than max_length={data.max_length} tokens"
+                reason = "records were skipped as invalid" if what == "skipped" else long
                 first = f", the first: {data.skipped[0]}" if what == "skipped" else f" ({data.how_long})"
                 print(f"{name}: {count} {reason}{first}")
     return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -89,7 +88,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: no such folder, where a tokenizer was expected")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except Exception as error:  # whatever libraries raise of files that hold something else
         raise UserError(
             f"{path}: no tokenizer could be loaded from there ({_first_line(error)}). Give a folder that holds one "
             "(tokenizer.json, or vocab.json and merges.txt), or a Hub name where there is a network."

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,11 +18,21 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import RewardHead, load_policy, load_policy_and_tokenizer, load_reward_model, save_model
+from lit_rlhf.models import (
+    RewardHead,
+    load_policy,
+    load_policy_and_tokenizer,
+    load_reward_model,
+    packed_scores,
+    policy_from_config,
+    reward_model_from_config,
+    save_model,
+)
 from lit_rlhf.models.blank import architecture_of
 from lit_rlhf.models.loading import check_finite, match_tokenizer
 from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
 from lit_rlhf.text import load_tokenizer
+from lit_rlhf.text.packing import pack
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -141,6 +152,16 @@ FAULTS = {
     "adapter": (adapter, r"adapter_config\.json: the adapter is for /gone/base, which is not there"),
     "wrong config": (lambda f: edit_json(f, num_attention_heads="four"), "no model could be loaded from there"),
     "broken config": (lambda f: (f / "config.json").write_text('{"model_type'), r"config\.json: no JSON"),
+    "no settings": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: settings were expected"),
+    "odd sizes": (lambda f: edit_json(f, model_type="llama", num_attention_heads=5), "not a multiple of the number of"),
+    "broken generation": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        r"generation_config\.json: no JSON",
+    ),
+    "no index": (
+        lambda f: (shard(f).parent / "model.safetensors.index.json").write_text("[]"),
+        r"index\.json: no index of weights",
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +176,13 @@ def test_every_loader_of_a_language_model_refuses(folder, fault):
     if fault in ("encoder", "encoder-decoder", "cut", "no shard", "pickle", "gguf", "adapter"):
         with pytest.raises(UserError, match=message):
             architecture_of(folder)  # of the plan
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": "1.0"}'])
+def test_a_broken_tokenizer_is_refused(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="no tokenizer could be loaded from there"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "nan", "cut"])
@@ -266,6 +294,42 @@ def test_the_language_head_alone_is_dropped_for_a_scalar_one(folder, tokenizer, 
         load_reward_model(folder, tokenizer, new_head=True)
 
 
+FAMILY = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_the_language_head_is_known_by_the_name_in_the_file(tokenizer, tmp_path):
+    """GPT-NeoX has ``lm_head``, and writes it as ``embed_out``."""
+    policy = policy_from_config({"model_type": "gpt_neox", **FAMILY}, tokenizer)
+    save_model(policy, tokenizer, tmp_path / "model")
+    assert "embed_out.weight" in load_file(tmp_path / "model" / "model.safetensors")
+    trunk = load_reward_model(tmp_path / "model", tokenizer, new_head=True).base_model.state_dict()
+    assert_close(trunk, dict(policy.base_model.state_dict()))
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere"])
+def test_a_family_without_a_classifier_has_a_reward_model_all_the_same(family, tokenizer, tmp_path, capsys):
+    """Transformers has no sequence classifier of it: the head is ours, and so is the folder."""
+    policy = policy_from_config({"model_type": family, **FAMILY}, tokenizer)
+    save_model(policy, tokenizer, tmp_path / "model")
+    with pytest.raises(UserError, match="a language model, where a reward model was expected"):
+        load_reward_model(tmp_path / "model", tokenizer)
+    model = load_reward_model(tmp_path / "model", tokenizer, new_head=True, head=RewardHead(start="normal"))
+    assert "transformers has no sequence classifier of this kind" in capsys.readouterr().out
+    save_model(model, tokenizer, tmp_path / "reward")
+    rows = pack([[7, 8, 9], [7, 8, 6, 5]], tokenizer.pad_token_id)
+    with torch.no_grad():
+        found = packed_scores(load_reward_model(tmp_path / "reward", tokenizer), rows)
+        states = [policy.base_model(torch.tensor([t])).last_hidden_state[0, -1] for t in ([7, 8, 9], [7, 8, 6, 5])]
+        expected = model.score.read(torch.stack(states)).squeeze(1)
+    assert expected.abs().min() > 0
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    made = reward_model_from_config({"model_type": family, **FAMILY}, tokenizer)
+    assert packed_scores(made, rows).tolist() == [0, 0]
+
+
 def test_a_sharded_checkpoint_is_whole(folder, policy):
     shard(folder)
     assert torch.equal(load_policy(folder).lm_head.weight, policy.lm_head.weight)
@@ -343,6 +407,27 @@ def test_padding_is_no_token_that_is_trained(folder, tokenizer):
     gradient = policy.get_input_embeddings().weight.grad
     assert gradient[loaded.eos_token_id].abs().sum() > 0
     assert policy.config.pad_token_id == policy.get_input_embeddings().padding_idx == loaded.pad_token_id
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_added_token_takes_no_probability(tokenizer, tied):
+    """All logits of GPT-2 are far below 0: a row around zero would have taken all."""
+    rows = len(tokenizer)
+    sizes = {**FAMILY, "model_type": "gpt2", "vocab_size": rows, "tie_word_embeddings": tied}
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).eval()
+    direction = torch.ones(FAMILY["hidden_size"]) / FAMILY["hidden_size"] ** 0.5
+    policy.get_output_embeddings().weight.data += 2 * direction
+    policy.transformer.ln_f.bias.data -= 16 * direction
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    tokens = torch.tensor([[7, 8, 9]])
+    before = policy(tokens).logits
+    assert before.max() < -20
+    match_tokenizer(policy, tokenizer, "the model")
+    assert tokenizer.pad_token_id == rows
+    after = policy(tokens).logits
+    assert_close(after[..., :rows], before)
+    assert_close(after[..., rows], before.mean(-1))
+    assert_close(after.log_softmax(-1)[..., :rows], before.log_softmax(-1), rtol=0, atol=2 / rows)
 
 
 def test_the_vocabulary_grows_by_what_was_added_and_says_so(folder, tokenizer, capsys):

@@ -267,6 +267,10 @@ def without(adapter, change):
     save_file(weights, adapter / "adapter_model.safetensors")
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -274,6 +278,7 @@ def without(adapter, change):
         (lambda a: without(a, lambda w, n: w.update(odd=torch.ones(1))), "which does not fit .*the model has no odd"),
         (lambda a: without(a, lambda w, n: w.update({n: torch.ones(4, 3)})), "which does not fit .*size mismatch"),
         (lambda a: without(a, lambda w, n: w[n].fill_(torch.nan)), "lora_A.weight holds numbers that are not finite"),
+        (lambda a: cut(a / "adapter_model.safetensors"), r"adapter_model.safetensors: cut off or damaged"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "adapter_model.bin cannot"),
         (lambda a: name_base(a, "some/other"), "an adapter of some/other, and this run starts from .*base"),
         (lambda a: name_base(a, None), "names no model that the adapter is for"),

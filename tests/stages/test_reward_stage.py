@@ -189,6 +189,21 @@ def test_feedback_alone_trains_a_model(data, feedback, tokenizer, reward_model, 
         RewardDataModule(None, tokenizer)
 
 
+def test_the_loss_of_feedback_alone_is_its_own(tokenizer, reward_model, fit, tmp_path):
+    """Of no pair it would be 0, before and after."""
+    rows = [{"prompt": f"Is it {i}?", "completion": "Yes." * (1 + i % 2), "label": i % 3 > 0} for i in range(40)]
+    write_jsonl(tmp_path / "kto.jsonl", rows)
+    made = RewardDataModule(None, tokenizer, feedback=tmp_path / "kto.jsonl", batch_size=8, held_out=0.3)
+    module = RewardModule(reward_model, tokenizer)
+    [found] = fit(module, made, max_epochs=1).validate(module, made, verbose=False)
+    signs = [1 if item.ratings[0] == 1 else -1 for item in made.val_set]
+    scores = [plain_score(reward_model, item.sequences[0]) for item in made.val_set]
+    losses = [math.log(1 + math.exp(-sign * score)) for sign, score in zip(signs, scores)]
+    assert made.val_pairs == 0 and len(set(signs)) == 2
+    for name in ("loss", "feedback_loss"):
+        assert found[f"val/reward/{name}"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
 def test_accumulated_feedback_equals_a_full_batch(data, feedback, tokenizer, reward_model, optimizer, fit):
     one, two = (RewardModule(copy.deepcopy(reward_model), tokenizer, optimizer=optimizer) for _ in range(2))
     fit(one, data(feedback=feedback, batch_size=8), max_steps=3)

@@ -248,7 +248,11 @@ def error(path, parse, on_bad_record="fail"):
 @pytest.mark.parametrize(
     ("parse", "row", "message"),
     [
-        (parse_text, {"txt": "a"}, "no field 'text' (it has txt)"),
+        (
+            parse_text,
+            {"txt": "a"},
+            "no field 'text' (it has txt); where the file calls it otherwise, set data.fields='{text: NAME}'",
+        ),
         (parse_text, {"text": " "}, "'text' is ' '; a non-empty string was expected"),
         (parse_text, {"text": 5}, "'text' is 5; a non-empty string was expected"),
         (parse_text, ["a"], "['a'] is not a record; an object with named fields was expected"),
@@ -377,6 +381,12 @@ def test_the_first_bad_record_is_the_one_named(tmp_path):
     assert error(path, parse_text).startswith(f"{path}:3: 'text' is ''")
 
 
+def test_a_record_a_line_in_a_json_file_is_told_its_name(tmp_path):
+    path = write(tmp_path / "x.json", '{"text": "a"}\n{"text": "b"}\n')
+    found = error(path, parse_text)
+    assert found == f"{path}:2: not JSON (Extra data at column 1); a record a line is JSONL: name it .jsonl"
+
+
 def test_wrong_json(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"text": "a"}\n\n{"text": "b"\n')
     assert error(path, parse_text).startswith(f"{path}:3: not JSON (Expecting ',' delimiter at column ")
@@ -433,7 +443,8 @@ def test_an_empty_file(tmp_path, name, text, on_bad_record):
 def test_no_valid_record(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"a": 1}\n{"b": 1}\n')
     assert error(path, parse_text, "skip") == (
-        f"{path}: no valid record; the first of 2 bad ones is {path}:1: no field 'text' (it has a)"
+        f"{path}: no valid record; the first of 2 bad ones is {path}:1: no field 'text' (it has a); where the file "
+        "calls it otherwise, set data.fields='{text: NAME}'"
     )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.functional import added, classification_loss, side_by_side, wilson_interval
-from lit_rlhf.models import packed_hidden, save_model, sequence_classifier, token_logprobs_of
+from lit_rlhf.models import RewardHead, packed_hidden, save_model, sequence_classifier, token_logprobs_of
 from lit_rlhf.stages.classify.data import ClassifyBatch
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
@@ -46,6 +47,11 @@ class ClassifyModule(StepLog):
         lm_coef: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
         super().__init__()
+        if not RewardHead().is_classifier(policy.config):
+            raise UserError(
+                f"transformers has no sequence classifier of {type(policy).__name__}, and classification ends in one; "
+                "take a model of another family"
+            )
         self.policy = policy.train()
         self.tokenizer = tokenizer
         self.optimizer, self.schedule = optimizer, schedule

@@ -126,8 +126,15 @@ class RewardModule(StepLog):
         self._val.append((packed_scores(self.reward_model, batch.packed).float(), batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Over all held-out pairs together, each pair once; the loss is the plain one, without margin or smoothing."""
+        """Over all held-out pairs together, each pair once; the loss is the plain one, without margin or smoothing.
+
+        Where there is feedback alone, its loss is the loss: of no pair it would be 0."""
         loss, accuracy, gold_accuracy = ranked(self._val)
+        ratings = torch.cat([batch.ratings for _, batch in self._val])
+        if not ratings.isnan().all():
+            rated = feedback_loss(torch.cat([s for s, _ in self._val]), ratings, self.feedback_loss)
+            self.log("val/reward/feedback_loss", rated, sync_dist=True)
+            loss = loss if self.trainer.datamodule.val_pairs else rated
         self._diagnosis = diagnosis(torch.cat([s for s, _ in self._val]).cpu(), self.trainer.datamodule.val_set)
         metrics = {"val/reward/loss": loss, "val/reward/accuracy": accuracy}
         if gold_accuracy is not None:

@@ -43,7 +43,10 @@ def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:
             if not isinstance(response, str) or not response.strip():
                 raise ValueError(f"'{name}' is {short(response)}; a non-empty string was expected")
             return prompt, [{"role": "assistant", "content": response}]
-    raise ValueError(f"no 'response', 'completion' or 'output' among its fields ({', '.join(row)})")
+    raise ValueError(
+        f"no 'response', 'completion' or 'output' among its fields ({', '.join(row)}); where the file calls it "
+        "otherwise, set data.fields='{response: NAME}'"
+    )
 
 
 def _ended(messages: Messages, name: str) -> Messages:

@@ -91,7 +91,10 @@ def require(row: Mapping[str, Any], name: str) -> Any:
     if value is None:
         known = getattr(row, "names", {})
         looked = f", looked for as {known[name]!r}" if name in known else ""
-        raise ValueError(f"no field '{name}'{looked} (it has {', '.join(map(str, row)) or 'none'})")
+        raise ValueError(
+            f"no field '{name}'{looked} (it has {', '.join(map(str, row)) or 'none'}); where the "
+            f"file calls it otherwise, set data.fields='{{{name}: NAME}}'"
+        )
     return value
 
 

@@ -231,7 +231,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json_value(text)
     except ValueError as error:
-        raise UserError(f"{file}:{_bad_line(text)}: {error}") from None
+        lines = "; a record a line is JSONL: name it .jsonl" if _is_json(text.strip().partition("\n")[0]) else ""
+        raise UserError(f"{file}:{_bad_line(text)}: {error}{lines}") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds {short(rows)}; a list of records was expected")
     if rows and all(map(is_task, rows)):
@@ -241,6 +242,13 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file}: tasks of Label Studio, or an export of another format; export the project as JSON")
     for number, row in enumerate(rows, start=1):
         yield f"{file}: record {number}", _writable(row, text)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json_value(text), dict)
+    except ValueError:
+        return False
 
 
 def _bad_line(text: str) -> int:
