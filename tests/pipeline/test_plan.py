@@ -104,7 +104,8 @@ def test_a_gpu_that_is_not_there_can_be_planned_for(planned):
     assert needs["sft"].activations == by_kernel["sft"].activations  # a setting for CPUs
     assert (plan.device, plan.precision, plan.rates) == ("cuda", "bf16-mixed", None)
     pretrain = needs["pretrain"]
-    assert (pretrain.checkpoint, pretrain.seconds) == (0, None)
+    assert pretrain.seconds is None
+    assert pretrain.checkpoint == pytest.approx(pretrain.weights + pretrain.optimizer, rel=1e-3)  # on disk
     assert pretrain.weights + pretrain.gradients + pretrain.optimizer < pretrain.peak
 
 

@@ -102,7 +102,7 @@ def test_from_prompts_through_label_studio_to_a_tuned_model(lit_rlhf, test_data,
     assert figures["preference"]["unjudged"] == 24  # what the small model wrote
     assert figures["reward"]["val_loss_first"] == pytest.approx(0.693147, abs=1e-4)  # the head begins at 0
     assert figures["evaluate"]["judge"] == "reward model (proxy)"
-    assert figures["evaluate"]["prompts"] == figures["reward"]["val_pairs"] == 8
+    assert figures["evaluate"]["prompts"] == figures["reward"]["val_pairs"] == 4
     run = tmp_path / "runs" / "label_studio"
     reward_model = load_reward_model(run / "reward" / "model")
     assert (reward_model.score.spec.kind, reward_model.score.spec.pooling) == ("mlp", "mean")
@@ -121,6 +121,6 @@ def test_a_gpt2_checkpoint_takes_the_small_models_place(lit_rlhf, test_data, tmp
         "ppo.module.answers_per_prompt=1", "ppo.module.minibatch_size=4", fast=False,
     )  # fmt: skip
     figures = summary(tmp_path, "label_studio")
-    assert figures["reward"]["val_pairs"] == 8 and "pretrain" not in figures
+    assert figures["reward"]["val_pairs"] == 4 and "pretrain" not in figures
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "label_studio" / "ppo" / "model")
     assert tokenizer("Where?")["input_ids"] == AutoTokenizer.from_pretrained(tmp_path / "gpt2")("Where?")["input_ids"]
