@@ -109,7 +109,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 
 def context_length(model: PreTrainedModel) -> int:
     """How many tokens the model can see at once."""
-    return int(getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 2**31)
+    given = (getattr(model.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions"))
+    return next((int(length) for length in given if length > 0), 2**31)  # -1: no limit that anyone knows (XLNet)
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -125,8 +125,10 @@ class PromptDataModule(RecordDataModule):
         settings = {
             "special_tokens": self.special_tokens,
             "refuse": lambda i, reason: self.refuse(records[i], reason),
+            "note": self.note,
         }
-        encoded = encode_prompts(self.tokenizer, [record.messages for record in records], **settings)
+        tools = [record.others.get("tools") for record in records]
+        encoded = encode_prompts(self.tokenizer, [record.messages for record in records], tools, **settings)
         for (messages, others, _), tokens in zip(records, encoded):
             if len(tokens) > self.max_length:
                 self.long += 1

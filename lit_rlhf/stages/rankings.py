@@ -143,13 +143,14 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         refused: dict[int, str] = {}
         owners = [i for i, r in enumerate(rankings) for _ in r.responses]
         before = encode_prompts(
-            self.tokenizer, [r.prompt for r in rankings],
-            special_tokens=self.special_tokens, refuse=refused.setdefault,
+            self.tokenizer, [r.prompt for r in rankings], [r.tools for r in rankings],
+            special_tokens=self.special_tokens, refuse=refused.setdefault, note=self.note,
         )  # fmt: skip
         responses = iter(
             encode_responses(
                 self.tokenizer, [rankings[i].prompt for i in owners], [text for r in rankings for text in r.responses],
-                special_tokens=self.special_tokens, refuse=lambda i, reason: refused.setdefault(owners[i], reason),
+                [rankings[i].tools for i in owners], special_tokens=self.special_tokens, note=self.note,
+                refuse=lambda i, reason: refused.setdefault(owners[i], reason),
             )
         )  # fmt: skip
         encoded = []

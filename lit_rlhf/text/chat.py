@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
-from lit_rlhf.text.template import Template, Tools, Written, content_of
+from lit_rlhf.text.template import Note, Template, Tools, Written, content_of
 from lit_rlhf.text.tokenizer import ROLES
 
 Item = TypeVar("Item")
@@ -143,14 +143,16 @@ def encode_prompts(
     *,
     special_tokens: SpecialTokens = "plain",
     refuse: Refuse | None = None,
+    note: Note = say,
 ) -> list[list[int]]:
     """Tokens of each prompt up to where the assistant answers: ``apply_chat_template(add_generation_prompt=True)``.
 
     ``tools`` are those of each prompt. ``special_tokens``: what their names mean in what people wrote. Raises
-    ``UserError`` where the template refuses a prompt or leaves out what it says, or calls ``refuse`` instead."""
+    ``UserError`` where the template refuses a prompt or leaves out what it says, or calls ``refuse`` instead. ``note``
+    gets lines that a person should know."""
     if not prompts:
         return []
-    template = Template(tokenizer, special_tokens)
+    template = Template(tokenizer, special_tokens, note)
     written = _each(zip(prompts, tools or [None] * len(prompts)), template.prompt, refuse)
     tokens = iter(template.encode_prompts([w for w in written if w is not None]))
     return [[] if w is None else next(tokens) for w in written]
@@ -164,13 +166,14 @@ def encode_responses(
     *,
     special_tokens: SpecialTokens = "plain",
     refuse: Refuse | None = None,
+    note: Note = say,
 ) -> list[list[int]]:
     """Tokens of each response as the template writes it behind its prompt, up to the end of the assistant's turn.
 
     The other arguments are those of :func:`encode_prompts`."""
     if not prompts:
         return []
-    template = Template(tokenizer, special_tokens)
+    template = Template(tokenizer, special_tokens, note)
     answers = [{"role": "assistant", "content": text} for text in responses]
     turns = _each(zip(prompts, answers, tools or [None] * len(prompts)), template.turn, refuse)
     tokens = iter(template.encode_responses([turn for turn in turns if turn is not None]))
@@ -185,6 +188,7 @@ def encode_dialogues(
     *,
     special_tokens: SpecialTokens = "plain",
     refuse: Refuse | None = None,
+    note: Note = say,
 ) -> list[list[Encoded]]:
     """Examples to learn from: the assistant's turns of each dialogue, from message ``contexts[i]`` on.
 
@@ -195,7 +199,7 @@ def encode_dialogues(
     The other arguments are those of :func:`encode_prompts`."""
     if not dialogues:
         return []
-    template = Template(tokenizer, special_tokens)
+    template = Template(tokenizer, special_tokens, note)
 
     def turns(messages: Messages, context: int, tools: Tools) -> list[Written]:
         mine = [j for j, m in enumerate(messages) if m["role"] == "assistant" and j >= context]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.special_tokens import (
     Pieces,
     SpecialTokens,
@@ -25,6 +24,7 @@ from lit_rlhf.text.special_tokens import (
 
 Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates want it
 Message = dict[str, Any]
+Note = Callable[[str], None]  # says a line
 
 QUESTION, ANSWER = "(question)", "(answer)"  # what is written to see what a template does with it
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
@@ -48,10 +48,14 @@ class Template:
     Args:
         tokenizer: with the template.
         special_tokens: what their names mean in people's text. "rendered": a prompt is one text, and none is applied.
+        note: gets each line that a person should know of what is written, once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain", note: Note = say
+    ) -> None:
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
+        self._note, self._noted = note, set[str]()
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         self._added = any_of(token.content for token in added)
         self._run = re.compile(f"(?:{self._added.pattern})+")
@@ -92,10 +96,9 @@ class Template:
         response, text = written.response, self._write(whole, tools)
         if marked == [(0, len(response))]:
             return written
-        warnings.warn(
+        self._say(
             "this tokenizer's chat template marks other text as the assistant's ({% generation %}) than an answer "
-            "and the end of its turn, up to a line break behind it say; what it marks is learned",
-            stacklevel=2,
+            "and the end of its turn, up to a line break behind it say; what it marks is learned"
         )
         if marked[-1][1] > len(response) or not text.startswith(response, start):
             response = text[start : start + marked[-1][1]]
@@ -124,10 +127,18 @@ class Template:
             if message["role"] == "user" and not content_of(message).strip():
                 raise UserError("a turn of the user is empty")
         prompt = self._write(messages, tools, generation_prompt=True)
+        names = [str(tool.get("function", tool).get("name", "")) for tool in tools or []]
+        if any(_squeezed(name) not in _squeezed(prompt) for name in names):
+            self._say("this tokenizer's chat template leaves out tools that the records describe: no model sees them")
         for message in messages:
             if message["role"] != "assistant":  # of those a template may leave out what was thought
                 self._check_said(message, prompt)
         return prompt
+
+    def _say(self, line: str) -> None:
+        if line not in self._noted:
+            self._noted.add(line)
+            self._note(line)
 
     def _write(self, messages: list[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
         if self.special_tokens == "rendered":

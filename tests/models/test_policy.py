@@ -199,6 +199,9 @@ def test_vocabulary_and_special_tokens_come_from_the_tokenizer(policy, tokenizer
     config = policy.config
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert context_length(policy) == 64
+    for unknown in (-1, 0):  # XLNet says -1
+        policy.config.max_position_embeddings = policy.config.n_positions = unknown
+        assert context_length(policy) == 2**31
 
 
 def test_the_config_is_not_changed_and_models_share_none(model_config, tokenizer):

@@ -10,7 +10,7 @@ from lit_rlhf.errors import UserError, Waiting
 from lit_rlhf.models import Sampling, answer, policy_from_config
 from lit_rlhf.stages import PreferenceDataModule, PreferenceModule, WorldPreferenceDataModule
 from lit_rlhf.stages.preference import Labels, LabelStudio, agreement
-from lit_rlhf.text import load_records, parse_ranking
+from lit_rlhf.text import load_records, parse_ranking, write_jsonl
 from lit_rlhf.text.chat import BASE_TEMPLATE
 from lit_rlhf.training import make_trainer
 
@@ -198,3 +198,25 @@ def test_label_studio_there_and_back(collect, tmp_path):
 def test_two_models_of_one_name(policy, tokenizer, base):
     with pytest.raises(UserError, match="'sft', which is the policy's name"):
         PreferenceModule(policy, tokenizer, by_length, others={"sft": base})
+
+
+def test_tools_stand_in_front_of_prompts_and_in_the_records(collect, base, tokenizer, tmp_path, monkeypatch):
+    tool = {"type": "function", "function": {"name": "multiply"}}
+    template = "{{ tools[0].function.name + ' ' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = f"{{% if tools %}}{template}{{% else %}}{BASE_TEMPLATE}{{% endif %}}"
+    for own in (tokenizer, base[1]):
+        monkeypatch.setattr(own, "chat_template", template)
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"What is {i}?", "tools": [tool]} for i in range(8)])
+    data = PreferenceDataModule(tmp_path / "p.jsonl", tokenizer, batch_size=8, held_out=0.2)
+    seen = []
+
+    def engine(policy, tokenizer, prompts, *settings):
+        seen.extend(tokenizer.batch_decode(prompts))
+        return answer(policy, tokenizer, prompts, *settings)
+
+    module, folder = collect(data=data, others={"base": base}, engine=engine, redraws=0)
+    module.export(folder)
+    assert seen and all(text.startswith("multiply ") for text in seen)
+    records = rows(folder.parent / "data/rankings-0.jsonl")
+    assert records and all(record["tools"] == [tool] for record in records)
+    assert not any("nobody reads" in note for note in data.notes)

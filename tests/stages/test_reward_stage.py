@@ -37,6 +37,41 @@ def data(tmp_path, tokenizer):
     return make
 
 
+TOOL = {"type": "function", "function": {"name": "multiply"}}
+WITH_TOOLS = (
+    "{% if tools %}{{ tools[0].function.name }} {% endif %}{% for m in messages %}{% if 'never' in m.content %}"
+    "{{ raise_exception('no such word') }}{% endif %}{{ m.content + eos_token }}{% endfor %}"
+)
+
+
+def test_tools_stand_in_front_of_rankings_demonstrations_and_feedback(data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "response": "good", "tools": [TOOL]}])
+    write_jsonl(tmp_path / "f.jsonl", [{"prompt": "r", "response": "so", "rating": x, "tools": [TOOL]} for x in (1, 1)])
+    rows = [{**row, "tools": [TOOL]} for row in ROWS]
+    made = data(rows, demonstrations=tmp_path / "d.jsonl", feedback=tmp_path / "f.jsonl")
+    sequences = [s for item in [*made.train_set, *made.val_set] for s in item.sequences]
+    texts = [tokenizer.decode(s) for s in [*sequences, *made.demonstration_sequences]]
+    assert len(texts) == 3 * 40 + 1 + 1 and all(text.startswith("multiply ") for text in texts)
+    assert not any("nobody reads" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("file", ["demonstrations", "feedback"])
+def test_what_a_template_refuses_in_other_files_is_named_or_skipped(data, tokenizer, tmp_path, file, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    rows = [{"prompt": f"p {i}", "response": text, "rating": 1} for i, text in enumerate(["good", "never", "fine"])]
+    write_jsonl(tmp_path / "o.jsonl", rows)
+    with pytest.raises(UserError, match=r"o.jsonl:2: .*refuses the dialogue: no such word.* on_bad_record=skip"):
+        data(**{file: tmp_path / "o.jsonl"})
+    made = data(**{file: tmp_path / "o.jsonl"}, on_bad_record="skip")
+    [line] = made.skipped
+    assert "o.jsonl:2: " in line and len(made.demonstration_sequences) >= 2
+    write_jsonl(tmp_path / "o.jsonl", rows[1:2])
+    if file == "demonstrations":
+        with pytest.raises(UserError, match=r"refuses every demonstration; the first: .*no such word"):
+            data(demonstrations=tmp_path / "o.jsonl", on_bad_record="skip")
+
+
 def test_loss_is_the_mean_over_pairs_by_plain_transformers(data, tokenizer, reward_model, optimizer, fit):
     module = RewardModule(reward_model, tokenizer, optimizer=optimizer)
     torch.nn.init.normal_(reward_model.score.weight)
@@ -286,7 +321,7 @@ def test_every_head_learns_the_order_and_loads_again(tmp_path, data, tokenizer, 
     best = score_answers(loaded, tokenizer, [r.prompt for r in rankings], [r.responses[0] for r in rankings])
     worst = score_answers(loaded, tokenizer, [r.prompt for r in rankings], [r.responses[1] for r in rankings])
     assert (best > worst).all()
-    answers = made.demonstration_answers(made.train_rankings)
+    answers = [(d.messages[:-1], d.messages[-1]["content"]) for d in made.answered(made.train_rankings)]
     scores = score_answers(loaded, tokenizer, [p for p, _ in answers], [a for _, a in answers])
     assert_close(scores.mean().item(), 0.0, atol=1e-4, rtol=0)  # demonstrations average 0
 

@@ -1,5 +1,4 @@
 import copy
-import warnings
 from pathlib import Path
 
 import pytest
@@ -294,18 +293,19 @@ GENERATION = (
 def test_a_template_says_itself_what_is_learned(tokenizer):
     two = [user("q"), assistant("one"), user("q"), assistant("two")]
     tokenizer.chat_template = GENERATION.replace("SAID", "{{ m['content'] + eos_token }}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        [[encoded]] = encode_dialogues(tokenizer, [two], [0])
+    said = []
+    [[encoded]] = encode_dialogues(tokenizer, [two], [0], note=said.append)
+    assert not said
     assert learned(tokenizer, encoded) == ["one<|endoftext|>", "two<|endoftext|>"]
-    for said, expected in (
+    for marked, expected in (
         ("{{ m['content'] }}{{ eos_token }} ", ["one<|endoftext|> ", "two<|endoftext|> "]),  # more
         ("{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% generation %}", ["one", "two"]),  # less
     ):
-        tokenizer.chat_template = GENERATION.replace("SAID", said)
-        with pytest.warns(UserWarning, match="marks other text as the assistant's .* what it marks is learned"):
-            [[encoded]] = encode_dialogues(tokenizer, [two], [0])
+        tokenizer.chat_template, said = GENERATION.replace("SAID", marked), []
+        [[encoded], _] = encode_dialogues(tokenizer, [two, two], [0, 0], note=said.append)
         assert learned(tokenizer, encoded) == expected
+        [line] = said
+        assert "marks other text as the assistant's" in line and line.endswith("what it marks is learned")
 
 
 def test_tools_are_written_and_calls_are_learned(tokenizer):
@@ -323,7 +323,14 @@ def test_tools_are_written_and_calls_are_learned(tokenizer):
     assert learned(tokenizer, encoded) == [called, "It is 4.<|endoftext|>"]
     whole = f"multiply [user]2?[assistant]{called}\n[tool]4[assistant]It is 4.<|endoftext|>"
     assert tokenizer.decode(encoded.tokens) == whole
-    tokenizer.chat_template = CHATML
+    [prompt], [response] = (
+        f(tokenizer, [[user("2?")]], *more, [[call]])
+        for f, more in ((encode_prompts, []), (encode_responses, [["4"]]))
+    )
+    assert tokenizer.decode(prompt + response) == "multiply [user]2?[assistant]4<|endoftext|>"
+    tokenizer.chat_template, said = CHATML, []
+    encode_prompts(tokenizer, [[user("2?")], [user("3?")]], [[call], [call]], note=said.append)
+    assert said == ["this tokenizer's chat template leaves out tools that the records describe: no model sees them"]
     with pytest.raises(UserError, match=r"leaves out 'tool_calls.0.'"):
         encode_dialogues(tokenizer, [[user("2?"), {**calls, "content": ""}]], [0])
 

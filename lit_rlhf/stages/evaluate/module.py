@@ -161,7 +161,8 @@ class EvaluateModule(LightningModule):
         room = context_length(policy) - sampling.max_new_tokens
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
         data = self.trainer.datamodule
-        prompts = encode_prompts(tokenizer, batch.messages, special_tokens=data.special_tokens)
+        tools, kind = [record.get("tools") for record in batch.records], data.special_tokens
+        prompts = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=data.note)
         repeated = [tokens for tokens in last_tokens(self, name, prompts, room) for _ in range(n)]
         answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
@@ -187,7 +188,9 @@ class EvaluateModule(LightningModule):
         responses = answers.token_lists()
         if name not in self._knows_tokens:  # in tokens that it does not know, or cut
             known = self.trainer.datamodule.tokenizer
-            responses = encode_responses(known, [m for m in batch.messages for _ in range(n)], texts)
+            asked = [m for m in batch.messages for _ in range(n)]
+            tools = [record.get("tools") for record in batch.records for _ in range(n)]
+            responses = encode_responses(known, asked, texts, tools, note=self.trainer.datamodule.note)
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
         sequences = [p + r for p, r in zip(prompts, responses)]
         lengths = [len(r) for r in responses]

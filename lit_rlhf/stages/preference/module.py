@@ -151,7 +151,9 @@ class PreferenceModule(LightningModule):
         tokens = batch.tokens
         if turn.model != self.name:  # by its own template: a base model only sees the text and goes on with it
             kind = self.trainer.datamodule.special_tokens
-            tokens = encode_prompts(tokenizer, batch.messages, special_tokens=kind)
+            tools = [record.get("tools") for record in batch.records]
+            note = self.trainer.datamodule.note
+            tokens = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=note)
         room = context_length(policy) - self.sampling.max_new_tokens
         sampling = replace(self.sampling, temperature=turn.temperature)
         tokens = last_tokens(self, turn.model, [tokens[i] for i in prompts], room)
@@ -176,6 +178,7 @@ class PreferenceModule(LightningModule):
         kept = [j for j, text in enumerate(texts) if text not in texts[:j]]
         return {
             "prompt": batch.messages[i],
+            **({"tools": tools} if (tools := batch.records[i].get("tools")) else {}),
             "responses": [texts[j] for j in kept],
             **{name: [values[j] for j in kept] for name, values in per_answer.items()},
             "kind": batch.kinds[i],

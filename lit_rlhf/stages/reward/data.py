@@ -14,6 +14,7 @@ from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
 from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import (
+    Demonstration,
     Messages,
     OnBadRecord,
     Ranking,
@@ -24,6 +25,7 @@ from lit_rlhf.text.records import (
     text_of,
 )
 from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.template import Tools
 from lit_rlhf.text.world import World
 
 
@@ -81,23 +83,38 @@ class RewardDataModule(RankingDataModule):
             return rankings
         return [*rankings, *rankings_of_feedback(self.load(self.feedback, parse_feedback))]
 
-    def demonstration_answers(self, train: list[Ranking]) -> list[tuple[Messages, str]]:
-        """(prompt, answer) of the demonstrations that are to score 0 on average."""
-        if self.demonstrations is None:
-            return [(r.prompt, r.responses[r.ranks.index(min(r.ranks))]) for r in train]
-        demonstrations = self.load(self.demonstrations, parse_demonstration)
-        return [(d.messages[:-1], text_of(d.messages[-1])) for d in demonstrations]
+    def answered(self, train: list[Ranking]) -> list[Demonstration]:
+        """The demonstrations that are to score 0 on average: of each its last answer."""
+        if self.demonstrations is not None:
+            return self.load(self.demonstrations, parse_demonstration)
+        best = [(r, r.responses[r.ranks.index(min(r.ranks))]) for r in train]
+        return [_demonstration(r.prompt, text, r.tools) for r, text in best]
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
         super().setup(stage)
-        answers = self.demonstration_answers(self.train_rankings[: self.limit])[:1000]
-        prompts, texts = [list(column) for column in zip(*answers)]
-        before = encode_prompts(self.tokenizer, prompts, special_tokens=self.special_tokens)
-        behind = encode_responses(self.tokenizer, prompts, texts, special_tokens=self.special_tokens)
-        self.demonstration_sequences = [[*p, *r][-self.max_length :] for p, r in zip(before, behind)]
-        self.demonstration_lengths = [min(len(r), self.max_length - 1) for r in behind]
+        encoded = self._encode_answered(self.answered(self.train_rankings[: self.limit])[:1000])
+        self.demonstration_sequences = [[*p, *r][-self.max_length :] for p, r in encoded]
+        self.demonstration_lengths = [min(len(r), self.max_length - 1) for _, r in encoded]
+
+    def _encode_answered(self, demonstrations: list[Demonstration]) -> list[tuple[list[int], list[int]]]:
+        """(tokens of the prompt, tokens of the answer), without those that the template refuses."""
+        refused: dict[int, str] = {}
+        prompts, tools = [d.messages[:-1] for d in demonstrations], [d.tools for d in demonstrations]
+        texts = [text_of(d.messages[-1]) for d in demonstrations]
+        settings = {"special_tokens": self.special_tokens, "refuse": refused.setdefault, "note": self.note}
+        before = encode_prompts(self.tokenizer, prompts, tools, **settings)
+        behind = encode_responses(self.tokenizer, prompts, texts, tools, **settings)
+        if self.demonstrations is not None:  # a ranking that is refused was counted before
+            for i, reason in sorted(refused.items()):
+                self.refuse(demonstrations[i], reason)
+        if len(refused) == len(demonstrations):
+            raise UserError(
+                f"{self.demonstrations or self.source}: the chat template refuses every demonstration; the first: "
+                f"{refused[0]}"
+            )
+        return [(p, r) for i, (p, r) in enumerate(zip(before, behind)) if i not in refused]
 
     def fit_context(self, room: int) -> None:
         super().fit_context(room)
@@ -129,6 +146,10 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
         )  # fmt: skip
         self.feedback = feedback
 
-    def demonstration_answers(self, train: list[Ranking]) -> list[tuple[Messages, str]]:
+    def answered(self, train: list[Ranking]) -> list[Demonstration]:
         rows = self.world.demonstrations(1000, self.split_seed, split="train", split_seed=self.split_seed)
-        return [(list(row["prompt"]), row["response"]) for row in rows]
+        return [_demonstration(list(row["prompt"]), row["response"]) for row in rows]
+
+
+def _demonstration(prompt: Messages, answer: str, tools: Tools = None) -> Demonstration:
+    return Demonstration([*prompt, {"role": "assistant", "content": answer}], len(prompt), tools)

@@ -118,6 +118,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         settings = {
             "special_tokens": self.special_tokens,
             "refuse": lambda i, reason: self.refuse(records[i], reason),
+            "note": self.note,
         }
         for item in chain(*encode_dialogues(self.tokenizer, messages, contexts, tools, **settings)):
             if len(item.tokens) > self.max_length:

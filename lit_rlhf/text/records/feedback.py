@@ -9,7 +9,7 @@ from typing import Any
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records.demonstrations import answered
 from lit_rlhf.text.records.fields import number, require, short
-from lit_rlhf.text.records.messages import Messages, transcript_tail
+from lit_rlhf.text.records.messages import Messages, tools_of, transcript_tail
 from lit_rlhf.text.records.rankings import Ranking, ranks_of
 from lit_rlhf.text.records.split import prompt_key
 
@@ -25,6 +25,8 @@ class Feedback:
     rating: float
     annotator: str = ""
     lineage: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None  # functions that the assistant may call, for the chat template
+    place: str = field(default="", compare=False)  # file and line
 
 
 def parse_feedback(row: dict[str, Any]) -> Feedback:
@@ -40,7 +42,7 @@ def parse_feedback(row: dict[str, Any]) -> Feedback:
     lineage = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
     prompt, answer = answered(row)
     prompt, answer = (prompt, answer) if prompt else (answer[:-1], answer[-1:])
-    return Feedback(prompt, transcript_tail(answer), rating, str(row.get("annotator", "")), lineage)
+    return Feedback(prompt, transcript_tail(answer), rating, str(row.get("annotator", "")), lineage, tools_of(row))
 
 
 def _thumb(label: Any) -> float:
@@ -72,6 +74,8 @@ def _rated(items: list[Feedback], low: float, high: float) -> Ranking:
         by_answer.setdefault(item.response, []).append((item.rating - low) / (high - low))
     ratings = [sum(values) / len(values) for values in by_answer.values()]
     annotators = sorted({item.annotator for item in items})
+    first = items[0]
     return Ranking(
-        items[0].prompt, list(by_answer), ranks_of(ratings), "+".join(annotators), items[0].lineage, ratings
-    )
+        first.prompt, list(by_answer), ranks_of(ratings), "+".join(annotators), first.lineage, ratings,
+        tools=first.tools, place=first.place,
+    )  # fmt: skip

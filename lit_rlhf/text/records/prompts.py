@@ -12,6 +12,7 @@ from lit_rlhf.text.records.messages import (
     dialogue_name,
     messages_of,
     parse_transcript,
+    tools_of,
     with_system,
 )
 
@@ -40,7 +41,8 @@ def parse_prompt_apart(row: dict[str, Any]) -> Messages:
 
 
 class PromptRecord(NamedTuple):
-    """A prompt, and the other fields of its record, which reward functions get to see."""
+    """A prompt, and the other fields of its record, which reward functions get to see; of them ``tools`` go to the
+    chat template, too."""
 
     messages: Messages
     others: dict[str, Any]
@@ -51,7 +53,10 @@ def parse_prompt_record(row: dict[str, Any]) -> PromptRecord:
     """:func:`parse_prompt`, with the fields that are not part of the prompt."""
     row = row if isinstance(row, Row) else Row(row)
     prompt = parse_prompt(row)
-    return PromptRecord(prompt, {name: v for name, v in row.items() if name not in {*row.asked, "prompt", "messages"}})
+    others = {name: v for name, v in row.items() if name not in {*row.asked, "prompt", "messages"}}
+    if tools := tools_of(row):
+        others["tools"] = tools
+    return PromptRecord(prompt, others)
 
 
 def _prompt(value: Any, name: str) -> Messages:

@@ -14,6 +14,7 @@ from lit_rlhf.text.records.messages import (
     messages_of,
     parse_transcript,
     text_of,
+    tools_of,
     transcript_tail,
 )
 from lit_rlhf.text.records.prompts import parse_prompt, parse_prompt_apart
@@ -33,6 +34,7 @@ class Ranking:
     lineage: dict[str, Any] = field(default_factory=dict)  # which model, round and sampling settings made the responses
     ratings: list[float] | None = None  # 0 (worst) to 1 (best), where the ranks come from feedback
     margins: list[float] | None = None  # the scores of two answers are to differ by the difference of theirs
+    tools: list[dict[str, Any]] | None = None  # functions that the assistant may call, for the chat template
     place: str = field(default="", compare=False)  # file and line
 
 
@@ -43,9 +45,9 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
     UltraFeedback's ``completions``, and HelpSteer's ``response_1``, ``response_2`` and ``preference_strength`` (below
     0: the first is better). An empty response is an answer that says nothing, which models do; it may be ranked.
 
-    ``margin``: a pair's field of that name is read, too. ``score_margin``: what the scores of two answers are to
-    differ by for each point between them in ``score_chosen`` and ``score_rejected``, ``scores``, or
-    ``preference_strength``; 0: these are not read where there are ranks."""
+    ``tools`` go to the chat template. ``margin``: a pair's field of that name is read, too. ``score_margin``: what the
+    scores of two answers are to differ by for each point between them in ``score_chosen`` and ``score_rejected``,
+    ``scores``, or ``preference_strength``; 0: these are not read where there are ranks."""
     if isinstance(dict.get(row, "completions"), list):
         return _completions(row, score_margin)
     points: list[float] | None = None
@@ -72,7 +74,7 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
     if margin and dict.get(row, "margin") is not None:
         margins = _given_margin(row, ranks)
     lineage = _lineage(row, len(responses))
-    return Ranking(prompt, responses, ranks, str(row.get("annotator", "")), lineage, None, margins)
+    return Ranking(prompt, responses, ranks, str(row.get("annotator", "")), lineage, None, margins, tools_of(row))
 
 
 def ranks_of(points: Sequence[float]) -> list[int]:
@@ -163,7 +165,8 @@ def _completions(row: dict[str, Any], score_margin: float) -> Ranking:
     points = [sum(values) / len(values) for values in scores.values()]
     margins = [score_margin * value for value in points] if score_margin else None
     _ = row.get("models")  # the same names once more
-    return Ranking(prompt, list(scores), ranks_of(points), "", {"models": list(models.values())}, None, margins)
+    lineage = {"models": list(models.values())}
+    return Ranking(prompt, list(scores), ranks_of(points), "", lineage, None, margins, tools_of(row))
 
 
 def _overall(completion: dict[str, Any]) -> float:
