@@ -28,7 +28,7 @@ def by_length(prompts, responses):
 def collect(world, tokenizer, policy, tmp_path):
     """(annotator, settings) -> (module, folder of the stage) after one pass over a few prompts."""
 
-    def run(annotator=by_length, data=None, policy=policy, **settings):
+    def run(annotator=by_length, data=None, policy=policy, tokenizer=tokenizer, **settings):
         journal = tmp_path / "preference/journal.jsonl"
         settings = {"sampling": Sampling(max_new_tokens=5), "journal": journal, **settings}
         module = PreferenceModule(policy, tokenizer, annotator, **settings)
@@ -220,3 +220,26 @@ def test_tools_stand_in_front_of_prompts_and_in_the_records(collect, base, token
     records = rows(folder.parent / "data/rankings-0.jsonl")
     assert records and all(record["tools"] == [tool] for record in records)
     assert not any("nobody reads" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("special_tokens", ["plain", "rendered"])
+def test_a_base_model_as_the_policy_goes_on_with_a_transcript(collect, base, tmp_path, special_tokens):
+    policy, tokenizer = base
+    policy.config.max_position_embeddings = 1000
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"What is {i}?"} for i in range(8)])
+    settings = {"batch_size": 8, "held_out": 0.2, "special_tokens": special_tokens}
+    data = PreferenceDataModule(tmp_path / "p.jsonl", tokenizer, **settings)
+    seen, stops = [], set()
+
+    def engine(policy, tokenizer, prompts, sampling, *settings):
+        seen.extend(tokenizer.batch_decode(prompts))
+        stops.add(sampling.stop)
+        return answer(policy, tokenizer, prompts, sampling, *settings)
+
+    collect(data=data, policy=policy, tokenizer=tokenizer, engine=engine, redraws=0)
+    if special_tokens == "rendered":  # as it stands in the file
+        assert stops == {()} and all(text.startswith("What is ") for text in seen)
+        return
+    assert stops == {("\nHuman:", "\nAssistant:")}
+    assert all(text.startswith("A conversation between a human") and text.endswith("?\n\nAssistant:") for text in seen)
+    assert [n for n in data.notes if n.startswith("preference: sft is a base model: it goes on with a transcript of")]

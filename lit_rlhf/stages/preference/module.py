@@ -22,8 +22,9 @@ from lit_rlhf.stages.preference.journal import Journal
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
 from lit_rlhf.stages.prompts import PromptBatch, last_tokens
 from lit_rlhf.stages.records import fit_context
-from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.chat import Transcript, encode_prompts, is_base
 from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
+from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.training import seeded
 
 
@@ -42,7 +43,8 @@ class PreferenceModule(LightningModule):
     begins, so a collection that was stopped goes on where it was and ends with the same records.
 
     Args:
-        policy: the model that answers.
+        policy: the model that answers. A base model goes on with a transcript of a human and an assistant (chat's);
+            where it is one of ``others``, with the text alone.
         tokenizer: of the policy.
         annotator: ranks the answers; or people, whose judgements are read from a file; None: answers only.
         others: further models that answer too, name -> (model, tokenizer), each prompted by its own template.
@@ -94,10 +96,17 @@ class PreferenceModule(LightningModule):
         self.drawn = Journal(path)
         self.ranked = Journal(None if path is None else path.with_suffix(".ranks.jsonl"))
         self._judged: list[dict[str, Any]] = []  # by people
+        self.transcript: Transcript | None = None  # what the policy goes on with where it is a base model
 
     def setup(self, stage: str) -> None:
-        if self.how == "draw":
-            fit_context(self, self.sampling.max_new_tokens)
+        if self.how != "draw":
+            return
+        fit_context(self, self.sampling.max_new_tokens)
+        data, tokenizer = self.trainer.datamodule, self.tokenizers[self.name]
+        if self.transcript is None and is_base(tokenizer) and data.special_tokens != "rendered":
+            self.transcript = transcript_for(tokenizer)
+            self.tokenizers[self.name] = self.transcript.prompting(tokenizer)
+            data.note(f"preference: {self.name} is a base model: it goes on with {self.transcript}")
 
     # ---------------------------------------------------------------- answers
 
@@ -148,14 +157,15 @@ class PreferenceModule(LightningModule):
         if not prompts:
             return []
         policy, tokenizer = self.policies[turn.model], self.tokenizers[turn.model]
-        tokens = batch.tokens
-        if turn.model != self.name:  # by its own template: a base model only sees the text and goes on with it
+        tokens, transcript = batch.tokens, self.transcript if turn.model == self.name else None
+        if turn.model != self.name or transcript is not None:  # by its own template
             kind = self.trainer.datamodule.special_tokens
             tools = [record.get("tools") for record in batch.records]
             note = self.trainer.datamodule.note
             tokens = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=note)
         room = context_length(policy) - self.sampling.max_new_tokens
-        sampling = replace(self.sampling, temperature=turn.temperature)
+        stops = () if transcript is None else transcript.stops
+        sampling = replace(self.sampling, temperature=turn.temperature, stop=(*self.sampling.stop, *stops))
         tokens = last_tokens(self, turn.model, [tokens[i] for i in prompts], room)
         answers = self.engine(policy, tokenizer, tokens, sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
