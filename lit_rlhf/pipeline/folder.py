@@ -87,7 +87,7 @@ def upstream_model(stage: str, *, _root_: DictConfig) -> str:
         return str(found)
     if stage == "sft" and not found.exists() and checkpoint_of(_root_):
         return upstream_model("pretrain", _root_=_root_)
-    if stage == "pretrain" and _root_.model.path is not None:
+    if stage == "pretrain" and _root_.model.path is not None:  # where it is ???, that is what is said
         return str(_root_.model.path)
     if stage == "pretrain":
         for run in lineage(_root_):
@@ -100,7 +100,8 @@ def upstream_model(stage: str, *, _root_: DictConfig) -> str:
 
 def checkpoint_of(cfg: DictConfig) -> str | None:
     """The folder or Hub name that takes the place of pretraining, named now or when a run of the lineage began."""
-    return cfg.model.path or next(filter(None, (origin_of(run).checkpoint for run in lineage(cfg))), None)
+    given = OmegaConf.select(cfg, "model.path")  # None where it is ???: a stage may name its own
+    return given or next(filter(None, (origin_of(run).checkpoint for run in lineage(cfg))), None)
 
 
 def upstream_data(name: str, *, _root_: DictConfig) -> str:

@@ -141,7 +141,7 @@ def load_models(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dic
         if key in settings
     }
     if "annotator" in settings:
-        models["annotator"] = instantiate(settings.annotator, _convert_="all")
+        models["annotator"] = instantiate(settings.annotator or None, _convert_="all")  # "none" is an empty file
     if settings.get("models"):
         fused = OmegaConf.select(settings, "policy.fused", default=True)
         models["others"] = {

@@ -240,7 +240,7 @@ def check_stage(cfg: DictConfig, name: str) -> None:
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
     """The settings of a stage as plain values; raises ``UserError`` where one that must be given is not."""
     # Another group (model, tokenizer) may leave open what the stage takes from there.
-    missing = list(_missing(cfg))
+    missing = [key for key in _missing(cfg) if not key.startswith("hydra.")]
     try:
         return OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -80,6 +80,15 @@ def test_every_stage_refuses_a_broken_model(models, consumer):
     assert str(said).startswith(f"{models / 'bad_'}") and "up_proj.weight holds 1 of 256" in str(said)
 
 
+def test_model_hf_without_a_path_asks_for_it_where_nothing_else_is_named(lit_rlhf, models, tmp_path):
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n')
+    data = ["sft/data=jsonl", "sft.data.path=sft.jsonl"]
+    done = lit_rlhf("stage=sft", "model=hf", *data, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "lit-rlhf: model.path is not given; give it as model.path=..."
+    lit_rlhf("stage=sft", "model=hf", f"sft.policy.path={models}/policy", *data)
+
+
 def test_an_adapter_is_looked_at_by_its_base(models):
     (models / "adapter").mkdir()
     base = models / "policy"

@@ -47,6 +47,13 @@ def test_from_prompts_to_a_reward_model_on_judgements_of_people(lit_rlhf, finish
     assert changed.returncode == 2 and "answers_per_prompt was 4, now 3" in changed.stderr
 
 
+def test_answers_alone_are_kept_for_those_who_rank_them_later(lit_rlhf, finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
+    lit_rlhf("stage=preference", "run=mine", "from_run=quickstart", "preference/annotator=none")
+    assert (tmp_path / "runs" / "mine" / "data" / "answers-0.jsonl").read_text(encoding="utf-8").count("responses") > 1
+    assert not (tmp_path / "runs" / "mine" / "data" / "rankings-0.jsonl").exists()
+
+
 def test_a_missing_export_is_said_before_anything_is_loaded(lit_rlhf, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
     asked = ["stage=preference", "run=mine", "from_run=quickstart", "preference/annotator=label_studio"]
