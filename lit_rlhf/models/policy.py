@@ -24,7 +24,7 @@ from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, 
 from lit_rlhf.models.onednn import rows_to_add
 from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
 from lit_rlhf.models.self_check import SHORTER, agrees, read, texts
-from lit_rlhf.text.chat import BASE_TEMPLATE, behind_start, turn_end
+from lit_rlhf.text.chat import ensure_template, turn_end
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
 
@@ -94,8 +94,7 @@ def load_policy_and_tokenizer(
     ``fused``: see :func:`fuse`."""
     load_config(base_path(path))  # what is wrong with a model is said of the model, not of its tokenizer
     tokenizer = load_tokenizer(path)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = behind_start(tokenizer, BASE_TEMPLATE)
+    ensure_template(tokenizer)
     return load_policy(path, tokenizer, dtype, fused=fused), tokenizer
 
 

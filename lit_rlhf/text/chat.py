@@ -50,6 +50,12 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = behind_start(tokenizer, ROLE_TEMPLATE if has_roles else TRANSCRIPT_TEMPLATE)
 
 
+def ensure_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a chat template that of a base model, which writes turns below each other."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = behind_start(tokenizer, BASE_TEMPLATE)
+
+
 def behind_start(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """A template of ours behind what the tokenizer puts in front of a text, which it leaves out of templates."""
     start = json.dumps("".join(tokenizer.convert_ids_to_tokens(text_start(tokenizer))), ensure_ascii=False)

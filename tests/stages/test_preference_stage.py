@@ -225,7 +225,7 @@ def test_tools_stand_in_front_of_prompts_and_in_the_records(collect, base, token
 @pytest.mark.parametrize("special_tokens", ["plain", "rendered"])
 def test_a_base_model_as_the_policy_goes_on_with_a_transcript(collect, base, tmp_path, special_tokens):
     policy, tokenizer = base
-    policy.config.max_position_embeddings = 1000
+    policy.config.max_position_embeddings, tokenizer.chat_template = 1000, None  # as a checkpoint may come
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"What is {i}?"} for i in range(8)])
     settings = {"batch_size": 8, "held_out": 0.2, "special_tokens": special_tokens}
     data = PreferenceDataModule(tmp_path / "p.jsonl", tokenizer, **settings)
