@@ -242,4 +242,4 @@ def test_a_base_model_as_the_policy_goes_on_with_a_transcript(collect, base, tmp
         return
     assert stops == {("\nHuman:", "\nAssistant:")}
     assert all(text.startswith("A conversation between a human") and text.endswith("?\n\nAssistant:") for text in seen)
-    assert [n for n in data.notes if n.startswith("preference: sft is a base model: it goes on with a transcript of")]
+    assert [n for n in data.notes if n.startswith("sft is a base model: it goes on with a transcript of")]

@@ -106,7 +106,7 @@ class PreferenceModule(LightningModule):
         if self.transcript is None and is_base(tokenizer) and data.special_tokens != "rendered":
             self.transcript = transcript_for(tokenizer)
             self.tokenizers[self.name] = self.transcript.prompting(tokenizer)
-            data.note(f"preference: {self.name} is a base model: it goes on with {self.transcript}")
+            data.note(f"{self.name} is a base model: it goes on with {self.transcript}")
 
     # ---------------------------------------------------------------- answers
 
