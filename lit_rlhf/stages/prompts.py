@@ -10,7 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.records import Paths, RecordDataModule
-from lit_rlhf.text.chat import encode_prompts
+from lit_rlhf.text.chat import encode_prompts, ensure_template
 from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import Grade, World
@@ -108,6 +108,7 @@ class PromptDataModule(RecordDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_prompts:
             return
+        ensure_template(self.tokenizer)
         train, held_out = self.records()
         self._train, self._held_out = train[: self.limit], spread(held_out, self.limit_held_out)
         self.encode()

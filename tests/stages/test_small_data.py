@@ -1,5 +1,6 @@
 """Few prompts are enough for every stage, whatever the seed: none is refused, and none is ever on both sides."""
 
+import copy
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from lit_rlhf.stages import (
     RewardDataModule,
     SFTDataModule,
 )
+from lit_rlhf.text.chat import encode_prompts, ensure_chat_template
 from lit_rlhf.text.records import Moved, prompt_fingerprint, write_jsonl
 
 KINDS = (
@@ -144,3 +146,19 @@ def test_a_margin_reaches_the_loss_or_is_said(tmp_path, tokenizer, policy, rewar
     assert loss > ranking_loss(scores, pairs)
     dpo = read(DPODataModule, tmp_path / "m.jsonl", tokenizer, Moved())
     assert any("nobody reads the fields" in note and "margin" in note for note in dpo.notes)
+
+
+@pytest.mark.parametrize("kind", [PPODataModule, PreferenceDataModule, EvaluateDataModule])
+def test_prompts_are_asked_of_a_checkpoint_without_a_template(kind, tmp_path, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(12)])
+    data = kind(tmp_path / "prompts.jsonl", bare, held_out=0.3)
+    data.setup()
+    assert "What is" in bare.decode(data.train_prompts[0].tokens)
+    if kind is PPODataModule:  # the prompts that a reward model of the same checkpoint was trained on
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = None
+        ensure_chat_template(other)
+        assert data.train_prompts[0].tokens == encode_prompts(other, [data.train_prompts[0].messages])[0]
+        assert any("no chat template" in note for note in data.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import Messages
 from lit_rlhf.training import BatchLoader
 
@@ -14,6 +15,12 @@ class PPODataModule(PromptDataModule):
 
     def unread(self, names: str) -> str:
         return f"only reward functions read the field{'s' if ', ' in names else ''} {names}"
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.tokenizer.chat_template is None:
+            ensure_chat_template(self.tokenizer)  # the one that a reward model of this tokenizer reads, too
+            self.note("the checkpoint has no chat template; it gets that of a transcript, which is saved with it")
+        super().setup(stage)
 
     def train_dataloader(self) -> BatchLoader[PromptBatch]:
         iterations = self.trainer.limit_train_batches if self.trainer is not None else 1.0

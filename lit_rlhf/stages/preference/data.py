@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
-from lit_rlhf.text.chat import ensure_template
 from lit_rlhf.training import BatchLoader
 
 
@@ -11,10 +10,6 @@ class PreferenceDataModule(PromptDataModule):
     """Every prompt of a file once, the held-out ones too: they test the reward model."""
 
     reads = ("kind", "responses", "models", "temperatures", "finished")  # answers that are given, not drawn
-
-    def setup(self, stage: str | None = None) -> None:
-        ensure_template(self.tokenizer)
-        super().setup(stage)
 
     def predict_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader([*self.train_prompts, *self.held_out_prompts])
