@@ -309,6 +309,9 @@ def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
                 f"{where}: {what}_token_id is {', '.join(map(str, sorted(known)))} in the model's settings and {own} "
                 f"({getattr(tokenizer, f'{what}_token')}) in the tokenizer: is it this model's?"
             )
+        rows = model.get_input_embeddings().num_embeddings
+        if beyond := sorted(i for i in known if i >= rows):
+            say(f"{where}: {what}_token_id names {', '.join(map(str, beyond))}, and the model has {rows} tokens")
     for config in configs:
         config.pad_token_id = tokenizer.pad_token_id
         if getattr(config, "eos_token_id", None) is None:

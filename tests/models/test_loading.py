@@ -380,6 +380,12 @@ def test_the_reward_model_of_another_tokenizer_is_refused(folder, tokenizer, tmp
     load_reward_model(tmp_path / "reward", load_tokenizer(tmp_path / "reward"))
 
 
+def test_an_end_token_that_the_model_has_not_is_said(folder, tokenizer, capsys):
+    edit_json(folder, "generation_config.json", eos_token_id=[tokenizer.eos_token_id, 99_999])
+    rows = load_policy_and_tokenizer(folder)[0].get_input_embeddings().num_embeddings
+    assert f"{folder}: eos_token_id names 99999, and the model has {rows} tokens\n" == capsys.readouterr().out
+
+
 def test_special_tokens_that_contradict_are_said_once(folder, tokenizer, capsys):
     load_policy_and_tokenizer(folder)
     say_nothing(capsys)
