@@ -259,7 +259,7 @@ class Ranked(NamedTuple):
 
     loss: Tensor  # nats a pair, the mean over prompts
     accuracy: Tensor  # fraction of the annotator's pairs
-    gold_accuracy: Tensor | None  # fraction of the gold judge's pairs, where there is one
+    gold_accuracy: Tensor | None  # fraction of the gold judge's pairs, where there are any
 
 
 def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
@@ -270,7 +270,8 @@ def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
     pairs = ranking_pairs(torch.cat([b.ranks for b in batches]), prompt_index)
     gold = None
     if batches[0].gold is not None:
-        gold = pair_accuracy(scores, ranking_pairs(-torch.cat([b.gold for b in batches]), prompt_index))
+        graded = ranking_pairs(-torch.cat([b.gold for b in batches]), prompt_index)
+        gold = pair_accuracy(scores, graded) if graded.prompts else None
     return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold)
 
 

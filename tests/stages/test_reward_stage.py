@@ -307,6 +307,12 @@ def test_a_diagnosis_without_a_pair_is_empty():
     assert diagnosis(torch.zeros(2), [item([1, 1], [2, 2])]) == {}
 
 
+def test_answers_that_the_gold_judge_grades_alike_say_nothing_by_gold():
+    items = [item([1, 2], [4, 2], gold=[3.0, 3.0])] * 3
+    found = diagnosis(torch.tensor([1.0, 0.0] * 3), items)
+    assert "gold_calibration_error" not in found and "gold_kind" not in found["by"] and found["calibration_error"] > 0
+
+
 @pytest.mark.parametrize("head", [RewardHead("mlp", "mean"), RewardHead("linear", "token"), RewardHead("likelihood")])
 def test_every_head_learns_the_order_and_loads_again(tmp_path, data, tokenizer, policy, optimizer, fit, head):
     model = RewardTransformer.from_policy(policy, head)

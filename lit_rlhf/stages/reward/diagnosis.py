@@ -45,6 +45,8 @@ def diagnosis(scores: Tensor, items: Sequence[EncodedRanking]) -> dict[str, Any]
     }
     if items[0].gold is not None:
         gold = ranking_pairs(-torch.tensor([grade for item in items for grade in item.gold]), owner)
+        if not gold.prompts:  # all answers to a prompt were graded alike
+            return found
         found["gold_calibration_error"] = _calibration(scores, gold)["calibration_error"]
         found["by"]["gold_kind"] = _by(scores, gold, lambda p: [items[i].kind for i in owner[p.better].tolist()])
     return found
