@@ -121,8 +121,7 @@ def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> Li
 
 
 def _say(name: str, line: str) -> None:
-    if is_main_process():
-        print(f"{name}: {line}")
+    say(f"{name}: {line}")
 
 
 def make_module(settings: DictConfig, data: LightningDataModule) -> LightningModule:
@@ -185,8 +184,8 @@ def execute(
         checkpoint = folder.checkpoint
         if checkpoint is None and settings.validate_first:
             trainer.validate(module, datamodule=data, verbose=False)
-        elif checkpoint is not None and is_main_process():
-            print(f"{folder.stage}: goes on from {checkpoint}")
+        elif checkpoint is not None:
+            say(f"{folder.stage}: goes on from {checkpoint}")
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         for callback in trainer.callbacks:
             if isinstance(callback, BestCheckpoint):
