@@ -26,7 +26,7 @@ Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates 
 Message = dict[str, Any]
 Note = Callable[[str], None]  # says a line
 
-QUESTION, ANSWER = "(question)", "(answer)"  # what is written to see what a template does with it
+SYSTEM, QUESTION, ANSWER = "(system)", "(question)", "(answer)"  # written to see what a template does with it
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
 
 
@@ -61,6 +61,7 @@ class Template:
         self._run = re.compile(f"(?:{self._added.pattern})+")
         self._tail = re.compile(rf"(?:{self._added.pattern}|\s)+\Z")
         self._in_parts = False  # whether it wants content as a list of parts
+        self._opening = ""  # of an assistant's turn that it writes at the end of whatever it is given
         self._after: str | None = None  # what it writes after an answer
         self._names = any_of([])
         if special_tokens != "rendered":
@@ -144,12 +145,13 @@ class Template:
         if self.special_tokens == "rendered":
             return self._as_it_stands(messages)
         try:
-            return self.tokenizer.apply_chat_template(
+            written = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:  # a template is a program, and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"this tokenizer's chat template refuses the dialogue: {reason}") from None
+        return written if generation_prompt else written.removesuffix(self._opening)
 
     def _as_it_stands(self, messages: list[Message]) -> str:
         asked = [message for message in messages if message["role"] != "assistant"]
@@ -259,9 +261,40 @@ class Template:
                 refused.append(str(error))
                 continue
             if QUESTION in prompt and ANSWER in whole:
-                return whole[whole.rindex(ANSWER) + len(ANSWER) :]
+                self._opening = self._opened_unasked(asked, answer)
+                return _behind(whole, ANSWER).removesuffix(self._opening)
         reason = refused[0] if refused else "it leaves out what is said, whether as a text or as a list of parts"
         raise UserError(f"this tokenizer's chat template cannot write a question and an answer: {reason}")
+
+    def _opened_unasked(self, asked: Message, answer: Message) -> str:
+        """The opening of an assistant's turn that a template without a look at ``add_generation_prompt`` writes behind
+        every dialogue; "" where it writes none.
+
+        Behind an answer stand the end of the turn and that opening, or, where a question follows, the same end and the
+        user's opening. What both openings begin with, ``<|im_start|>`` say, begins the first turn, too."""
+        asking, closed = self._write([asked]), _behind(self._write([asked, answer]), ANSWER)
+        between = _behind(self._write_if_it_can([asked, answer, asked]), ANSWER)
+        if asking != self._write([asked], generation_prompt=True) or between.startswith(closed):
+            return ""
+        begun = self._write_if_it_can([self._as_wanted({"role": "system", "content": SYSTEM}), asked])
+        begins = [text.partition(mark)[0] for text, mark in ((begun, SYSTEM), (asking, QUESTION)) if mark in text]
+        begins = [self._pieces(text.removeprefix(self.tokenizer.bos_token or "")) for text in begins]
+        closed, between = self._pieces(closed), self._pieces(between)
+        same = between[: _in_common(between, closed)]
+        end = len(same) - len(_begins_a_turn(same, begins))
+        alike = _in_common(closed[::-1], self._pieces(_behind(asking, QUESTION))[::-1])
+        opening = "".join(closed[max(end, len(closed) - alike) :])
+        return opening if opening.strip() else ""
+
+    def _write_if_it_can(self, messages: list[Message]) -> str:
+        try:
+            return self._write(messages)
+        except UserError:
+            return ""
+
+    def _pieces(self, text: str) -> list[str]:
+        """Added tokens, and single characters of what stands between them."""
+        return re.findall(rf"{self._added.pattern}|.", text, re.DOTALL)
 
     def _marking_turns(self) -> set[str]:
         """Added tokens that open or close a turn, though they are not flagged as special.
@@ -322,9 +355,22 @@ def content_of(message: Message) -> str:
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
 
 
-def _in_common(one: str, two: str) -> int:
-    """How many characters two texts begin with alike."""
+def _in_common(one: Sequence[str], two: Sequence[str]) -> int:
+    """How many characters (or pieces) two texts begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
+
+
+def _behind(text: str, part: str) -> str:
+    """What stands behind the last ``part`` of a text."""
+    return text.rpartition(part)[2]
+
+
+def _begins_a_turn(pieces: list[str], begins: list[list[str]]) -> list[str]:
+    """The last of ``pieces``, as many as one of ``begins`` begins with, or else holds."""
+    tails = [pieces[i:] for i in range(len(pieces))]
+    first = (t for t in tails if any(begin[: len(t)] == t for begin in begins))
+    within = (t for t in tails if any(t == begin[i : i + len(t)] for begin in begins for i in range(len(begin))))
+    return next(first, None) or next(within, [])
 
 
 def _squeezed(text: str) -> str:

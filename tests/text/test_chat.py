@@ -122,6 +122,37 @@ def test_a_template_without_an_end_gets_end_of_text_and_earlier_turns_stay_as_it
     assert tokenizer.decode(second.tokens) == f"{asked}It is  42,\nI am!{asked}It is  42,\nI am!<|endoftext|>"
 
 
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\\nBe kind.<|im_end|>\\n{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
+)
+HASHES = (
+    "{% for m in messages %}{{ '### ' + m['role'].capitalize() + ':\\n' + m['content'] + '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("own_tokens", [False, True], ids=["plain", "special"])
+@pytest.mark.parametrize(
+    "template",
+    [ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, CHATML, DEFAULT_SYSTEM, HASHES, TURNS.replace("CONTENT", "m['content']")],
+)
+def test_a_turn_that_is_opened_unasked_is_not_learned(tokenizer, template, own_tokens):
+    if own_tokens:  # none of them is the tokenizer's end-of-text
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    opens = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    opens.chat_template = template.replace("{% if add_generation_prompt %}", "{% if true %}")
+    for messages in (SINGLE, SEVERAL, SEVERAL[1:]):
+        written = [encode_dialogues(t, [messages], [0]) for t in (opens, tokenizer)]
+        assert written[0] == written[1]
+        assert encode_prompts(opens, [messages[:-1]]) == encode_prompts(tokenizer, [messages[:-1]])
+    answers = [encode_responses(t, [SINGLE[:1]], ["It is <|im_start|>assistant\n"]) for t in (opens, tokenizer)]
+    assert answers[0] == answers[1]
+    assert turn_end(opens) == turn_end(tokenizer)
+
+
 THINKING = [user("q"), assistant("<think>x</think>y"), user("q"), assistant("<think>x</think>y")]
 
 
@@ -324,8 +355,7 @@ def test_tools_are_written_and_calls_are_learned(tokenizer):
     whole = f"multiply [user]2?[assistant]{called}\n[tool]4[assistant]It is 4.<|endoftext|>"
     assert tokenizer.decode(encoded.tokens) == whole
     [prompt], [response] = (
-        f(tokenizer, [[user("2?")]], *more, [[call]])
-        for f, more in ((encode_prompts, []), (encode_responses, [["4"]]))
+        f(tokenizer, [[user("2?")]], *more, [[call]]) for f, more in ((encode_prompts, []), (encode_responses, [["4"]]))
     )
     assert tokenizer.decode(prompt + response) == "multiply [user]2?[assistant]4<|endoftext|>"
     tokenizer.chat_template, said = CHATML, []

@@ -22,6 +22,7 @@ SYSTEM = {"role": "system", "content": "You are the cat."}
 TURNS = [("What is it?", "It is 42, I am!"), ("Who are you?", "the cat"), ("?!", "So be it.")]
 NAMES = re.compile(r"<[^<>\s]{1,40}>|\[[A-Za-z/]+\]")  # what looks like a special token
 GENERATION = re.compile(r"\{%-? *generation *-?%\}")
+ENDS_OTHERWISE = ("gptoss", "phi3")  # they end a dialogue in another way where nothing is to follow
 NO_SYSTEM = {"gemma", "gemma_training"}  # they refuse a system message
 
 
@@ -87,6 +88,24 @@ def test_what_is_learned_stands_behind_what_is_asked(template, own_tokens):
                     assert not own_tokens or end in learned
                 else:
                     assert learned == response and said.count(text) == 1
+
+
+@needs_trl
+@pytest.mark.parametrize("own_tokens", [True, False], ids=["special", "plain"])
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_a_turn_that_is_opened_unasked_is_not_learned(template, own_tokens):
+    tokenizer, opens = (tokenizer_of(template, own_tokens) for _ in range(2))
+    opens.chat_template = "{% set add_generation_prompt = true %}" + tokenizer.chat_template
+    dialogues = [dialogue(turns, template.stem not in NO_SYSTEM) for turns in (1, 2, 3)]
+    for messages in dialogues:
+        assert encode_prompts(opens, [messages[:-1]]) == encode_prompts(tokenizer, [messages[:-1]])
+    both = [encode_dialogues(t, dialogues, [0, 0, 0]) for t in (opens, tokenizer)]
+    if template.stem.startswith(ENDS_OTHERWISE):
+        for [example, *_] in both[0]:
+            for _, learned in learned_spans([example]):
+                assert "assistant" not in opens.decode(learned)
+    else:
+        assert both[0] == both[1] and turn_end(opens) == turn_end(tokenizer)
 
 
 @needs_trl
