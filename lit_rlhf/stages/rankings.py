@@ -19,7 +19,7 @@ from lit_rlhf.stages.prompts import Judge
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, parse_ranking, text_of
+from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, parse_ranking, shown, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
@@ -105,6 +105,7 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
         self.share_prompts, self.seed = share_prompts, seed
         self.train_set: list[EncodedRanking] = []
+        self.alike: list[Ranking] = []  # rankings of answers that are the same to a model
 
     def records(self) -> list[Ranking]:
         """All rankings."""
@@ -127,9 +128,19 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         self.encode()
 
     def encode(self) -> None:
-        self.long = 0
+        self.long, self.alike = 0, []
         self.train_set = self._encode(self.train_rankings[: self.limit])
         self.val_set = self._encode(self.val_rankings, graded=True)
+        if self.alike:
+            first = self.alike[0]
+            line = (
+                f"{self.source}: {len(self.alike)} rankings are left out, for their answers are the same tokens, of "
+                f"which none is better (the first: {first.place or shown(first.prompt)[:60]}, "
+                f"{' and '.join(repr(text[:30]) for text in first.responses[:2])})"
+            )
+            if not (self.train_set and self.val_set):
+                raise UserError(f"{line}; none is left to {'test' if self.train_set else 'train'} on")
+            self.note(line)
         self.check_left("answers", self.train_set, self.val_set)
 
     def longest(self) -> int:
@@ -156,8 +167,12 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         encoded = []
         for i, (ranking, prompt) in enumerate(zip(rankings, before)):
             answered = [next(responses) for _ in ranking.responses]
-            if reason := refused.get(i) or _same_tokens(ranking, answered):
+            alike = len(answered) > 1 and len({*map(tuple, answered)}) == 1
+            if reason := refused.get(i) or (None if alike else _same_tokens(ranking, answered)):
                 self.refuse(ranking, reason)
+                continue
+            if alike:  # of a score less itself there is no gradient
+                self.alike.append(ranking)
                 continue
             sequences = [[*prompt, *answer] for answer in answered]
             too_long = sum(len(s) > self.max_length for s in sequences)

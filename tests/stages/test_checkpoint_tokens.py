@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.stages import (
+    DPODataModule,
     FewShotDataModule,
     PPODataModule,
     PretrainDataModule,
@@ -102,10 +103,36 @@ def test_pairs_that_hold_names_of_tokens(tmp_path, tokenizer, special_tokens):
         assert answer == "a<|endoftext|>good<|im_end|>"
 
 
-def test_answers_that_become_the_same_tokens_are_a_bad_record(tmp_path, tokenizer):
+SAME = {
+    "pair": {"prompt": "q", "chosen": "I", "rejected": "I"},
+    "messages": {"prompt": "q", **dict.fromkeys(("chosen", "rejected"), [{"role": "assistant", "content": "I"}])},
+    "transcripts": dict.fromkeys(("chosen", "rejected"), "\n\nHuman: q\n\nAssistant: I"),
+    "helpsteer": {"prompt": "q", "response_1": "I", "response_2": "I", "preference_strength": 2},
+    "ranking": {"prompt": "q", "responses": ["I", "I"], "ranks": [1, 1]},
+    "scores": {"prompt": "q", "responses": ["I", "I"], "scores": [2.0, 2.0]},
+    "tokens": {"prompt": "q", "chosen": "I", "rejected": " I\n"},
+}
+
+
+@pytest.mark.parametrize("kind", [RewardDataModule, DPODataModule])
+@pytest.mark.parametrize("same", SAME.values(), ids=SAME)
+def test_answers_that_are_the_same_to_a_model_are_left_out_and_counted(tmp_path, tokenizer, kind, same):
     tokenizer.chat_template = CHATML.replace("+ m['content'] +", "+ m['content'].strip() +")
     rows = [{"prompt": f"{i}?", "chosen": "I", "rejected": "No"} for i in range(20)]
-    path = file_of(tmp_path, [*rows[:2], {"prompt": "q", "chosen": "I", "rejected": " I\n"}, *rows[2:]])
+    data = kind(file_of(tmp_path, [*rows[:2], same, *rows[2:], {**same, "id": 1}]), tokenizer)
+    data.setup()
+    assert len(data.train_set) + len(data.val_set) == 20 and not data.skipped
+    [line] = [note for note in data.notes if "same tokens" in note]
+    assert "data.jsonl: 2 rankings are left out" in line and "(the first: " in line and "data.jsonl:3, 'I' and " in line
+    with pytest.raises(UserError, match=r"data.jsonl: 4 rankings are left out.*; none is left to train on"):
+        kind(file_of(tmp_path, [{**row, "rejected": "I"} for row in rows[:4]]), tokenizer).setup()
+
+
+def test_some_answers_that_become_the_same_tokens_are_a_bad_record(tmp_path, tokenizer):
+    tokenizer.chat_template = CHATML.replace("+ m['content'] +", "+ m['content'].strip() +")
+    rows = [{"prompt": f"{i}?", "chosen": "I", "rejected": "No"} for i in range(20)]
+    bad = {"prompt": "q", "responses": ["I", "No", " I\n"], "ranks": [1, 2, 3]}
+    path = file_of(tmp_path, [*rows[:2], bad, *rows[2:]])
     with pytest.raises(UserError, match=r"data.jsonl:3: the answers 'I' and ' I\\n' become the same tokens"):
         RewardDataModule(path, tokenizer).setup()
     data = RewardDataModule(path, tokenizer, on_bad_record="skip")

@@ -61,7 +61,7 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
         prompt = parse_prompt_apart(row)
         responses = [_answer(require(row, name), name, prompt) for name in ("response_1", "response_2")]
         strength = number(require(row, "preference_strength"), "preference_strength")
-        points = [max(-strength, 0.0), max(strength, 0.0)]
+        points = [max(-strength, 0.0), max(strength, 0.0)] if responses[0] != responses[1] else [0.0, 0.0]
         ranks = ranks_of(points)
     else:
         responses = _responses(row)
