@@ -59,9 +59,7 @@ def asked(folder: Path, job: str) -> Asked:
     }
     steps = max(run.metrics.get("pretrain", {}), default=0)
     known = (figures.get("task", ""), figures.get("parameters", 0), steps)
-    return Asked(
-        job, *known, pretrain.get("tokens"), pretrain.get("val_loss"), figures.get("guessing", 0.0), shots
-    )
+    return Asked(job, *known, pretrain.get("tokens"), pretrain.get("val_loss"), figures.get("guessing", 0.0), shots)
 
 
 def _settings(job: Job, names: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
-from lit_rlhf.models.checkpoint import fingerprint, written_whole
+from lit_rlhf.models.checkpoint import identity, written_whole
 from lit_rlhf.models.quantization import is_quantized
 from lit_rlhf.text.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 
@@ -245,19 +245,38 @@ def _for_another(path: str | Path, model: nn.Module, reason: str) -> UserError:
 
 
 def _check_base(model: PreTrainedModel, path: str | Path) -> None:
-    """Raise ``UserError`` where an adapter says that its base is another model."""
+    """Raise ``UserError`` where an adapter says that its base is another model: those that we write by its weights,
+    others by its name."""
     base, given = str(base_of_adapter(path)), str(model.name_or_path)
-    if not given or Path(base).name.lower() == Path(given).name.lower() != "model":
+    here = identity(model.checkpoint_format.folder) if hasattr(model, "checkpoint_format") else None
+    if (known := _base_identity(Path(path))) and here:
+        if known != here:
+            raise UserError(
+                f"{path}: an adapter of {base} as it was then, and the weights of {given} are others; give the base that "
+                "it was trained on, or the merged model"
+            )
         return
     folders = Path(base), Path(given)
-    if folders[0].resolve() == folders[1].resolve():
+    if not given or folders[0].resolve() == folders[1].resolve():
         return
-    if all(folder.is_dir() for folder in folders) and fingerprint(folders[0]) == fingerprint(folders[1]):
-        return
-    raise UserError(
-        f"{path}: an adapter of {base}, and this run starts from {given}; give its own base, or, where the two are the "
-        f"same, write {given} into its {ADAPTER_CONFIG} (base_model_name_or_path)"
-    )
+    if folders[0].is_dir() and here:
+        same = identity(folders[0]) == here
+    else:
+        same = folders[0].name.lower() == folders[1].name.lower() != "model"
+    if not same:
+        raise UserError(
+            f"{path}: an adapter of {base}, and this run starts from {given}; give its own base, or, where the two are "
+            f"the same, write {given} into its {ADAPTER_CONFIG} (base_model_name_or_path)"
+        )
+
+
+def _base_identity(folder: Path) -> str | None:
+    """What an adapter that we wrote says of its base's weights."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            return (weights.metadata() or {}).get("base_identity")
+    except (SafetensorError, OSError):
+        return None  # said where they are read
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -305,7 +324,10 @@ def _write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
         config.task_type = "SEQ_CLS"
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
         weights |= {f"score.{name}": weight for name, weight in model.score.state_dict().items()}
-    save_file({PREFIX + n: w.contiguous() for n, w in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    if hasattr(model, "checkpoint_format"):
+        metadata["base_identity"] = identity(model.checkpoint_format.folder)
+    save_file({PREFIX + n: w.contiguous() for n, w in weights.items()}, folder / WEIGHTS, metadata=metadata)
     config.save_pretrained(str(folder))
 
 

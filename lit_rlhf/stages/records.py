@@ -146,9 +146,7 @@ class RecordDataModule(FileDataModule):
         """A record that is bad for a reason that shows when it is encoded: an error, or counted."""
         bad_record(record.place or self.source, reason, self.skipped, self.on_bad_record)
 
-    def split(
-        self, records: list[Record], prompt: Callable[[Record], Messages]
-    ) -> tuple[list[Record], list[Record]]:
+    def split(self, records: list[Record], prompt: Callable[[Record], Messages]) -> tuple[list[Record], list[Record]]:
         """(train, held out), the same in every stage; the prompts that change sides are noted."""
         before = self.moved.held_out | self.moved.train
         try:

@@ -48,9 +48,7 @@ def make_trainer(
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
     business of :class:`lit_rlhf.training.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
-    models = ModelSettings(
-        activation_checkpointing, compile, onednn, whole_last_layer, batched_attention, row_multiple
-    )
+    models = ModelSettings(activation_checkpointing, compile, onednn, whole_last_layer, batched_attention, row_multiple)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,

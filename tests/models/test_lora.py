@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -267,6 +268,16 @@ def without(adapter, change):
     save_file(weights, adapter / "adapter_model.safetensors")
 
 
+def anonymous(adapter):
+    """As peft writes it: without what ours say of their base."""
+    without(adapter, lambda weights, name: None)
+
+
+def other_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w + 0.01 for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -280,7 +291,7 @@ def cut(file):
         (lambda a: without(a, lambda w, n: w[n].fill_(torch.nan)), "lora_A.weight holds numbers that are not finite"),
         (lambda a: cut(a / "adapter_model.safetensors"), r"adapter_model.safetensors: cut off or damaged"),
         (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "adapter_model.bin cannot"),
-        (lambda a: name_base(a, "some/other"), "an adapter of some/other, and this run starts from .*base"),
+        (lambda a: (anonymous(a), name_base(a, "some/other")), "an adapter of some/other, and this run starts from"),
         (lambda a: name_base(a, None), "names no model that the adapter is for"),
     ],
 )  # fmt: skip
@@ -290,6 +301,37 @@ def test_an_adapter_for_another_base_is_refused(break_it, message, saved, tokeni
     with pytest.raises(UserError, match=message) as error:
         load_policy(base, tokenizer, lora=LoRA(path=adapter))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "peft's"])
+def test_an_adapter_of_another_model_of_its_shapes_and_name_is_refused(saved, tokenizer, tmp_path, ours):
+    base, adapter, _ = saved
+    other = shutil.copytree(base, tmp_path / "elsewhere" / base.name)
+    other_weights(other)
+    if not ours:
+        anonymous(adapter)
+    expected = "the weights of .*elsewhere/base are others" if ours else "this run starts from .*elsewhere/base; give"
+    with pytest.raises(UserError, match=expected):
+        load_policy(other, tokenizer, lora=LoRA(path=adapter))
+
+
+def test_a_base_that_has_changed_since_is_refused(saved, tokenizer):
+    base, adapter, _ = saved
+    other_weights(base)
+    for settings in ({"path": adapter}, {"path": base, "lora": LoRA(path=adapter)}):
+        with pytest.raises(
+            UserError, match="an adapter of .*base as it was then, and the weights of .*base are others"
+        ):
+            load_policy(tokenizer=tokenizer, **settings)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "peft's"])
+def test_the_base_in_another_folder_and_precision_is_the_base(saved, tokenizer, tmp_path, ours):
+    base, adapter, _ = saved
+    save_model(load_policy(base, tokenizer, export_dtype="bfloat16"), tokenizer, tmp_path / "half")
+    if not ours:
+        anonymous(adapter)
+    assert lora_layers(load_policy(tmp_path / "half", tokenizer, lora=LoRA(path=adapter)))
 
 
 def test_an_adapter_has_its_own_settings(saved, tokenizer):

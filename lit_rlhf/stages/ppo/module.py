@@ -507,9 +507,7 @@ class PPOModule(TrainedState):
         """Per action from per token: (N, A) from (N, T)."""
         return whole_answer(x, mask) if self.action == "answer" else x
 
-    def _logprobs_and_kl(
-        self, packed: Packed, response: Responding, hidden: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _logprobs_and_kl(self, packed: Packed, response: Responding, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probs (M,) of the responses' tokens from the policy's hidden states (M, D) before them; and, where the
         loss has it, the divergence (M,) from the reference over all tokens."""
         if not (self.kl.in_loss and self.kl.estimator == "full"):

@@ -177,7 +177,4 @@ def transcript_tail(messages: Messages) -> str:
     """An answer of several turns as one text: the first one's, then the others with who spoke."""
     names = {"user": "Human"}
     first, *rest = messages
-    return text_of(first) + "".join(
-        f"\n\n{names.get(m['role'], m['role'].capitalize())}: {text_of(m)}" for m in rest
-    )
-
+    return text_of(first) + "".join(f"\n\n{names.get(m['role'], m['role'].capitalize())}: {text_of(m)}" for m in rest)

@@ -81,9 +81,7 @@ def _same(questions: Sequence[Question], known: Sequence[Question], rng: Random)
     The first one is of this side of the split, the second one to train on: held-out questions have few phrasings."""
     first, same = _any(questions, rng), rng.random() < 0.5
     kind = first.kind if same or rng.random() < 0.7 else rng.choice(sorted({q.kind for q in known}))
-    others = [
-        q for q in known if q.kind == kind and (q.meaning == first.meaning) == same and q.turns != first.turns
-    ]
+    others = [q for q in known if q.kind == kind and (q.meaning == first.meaning) == same and q.turns != first.turns]
     if not others:  # a question that is asked in one way only
         return _same(questions, known, rng)
     second = rng.choice(others)
