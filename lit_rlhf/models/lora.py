@@ -252,8 +252,8 @@ def _check_base(model: PreTrainedModel, path: str | Path) -> None:
     if (known := _base_identity(Path(path))) and here:
         if known != here:
             raise UserError(
-                f"{path}: an adapter of {base} as it was then, and the weights of {given} are others; give the base that "
-                "it was trained on, or the merged model"
+                f"{path}: an adapter of {base} as it was then, and the weights of {given} are others; give the base "
+                "that it was trained on, or the merged model"
             )
         return
     folders = Path(base), Path(given)

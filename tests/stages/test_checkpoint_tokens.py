@@ -105,7 +105,7 @@ def test_pairs_that_hold_names_of_tokens(tmp_path, tokenizer, special_tokens):
 
 SAME = {
     "pair": {"prompt": "q", "chosen": "I", "rejected": "I"},
-    "messages": {"prompt": "q", **dict.fromkeys(("chosen", "rejected"), [{"role": "assistant", "content": "I"}])},
+    "messages": {"prompt": "q", **{key: [{"role": "assistant", "content": "I"}] for key in ("chosen", "rejected")}},
     "transcripts": dict.fromkeys(("chosen", "rejected"), "\n\nHuman: q\n\nAssistant: I"),
     "helpsteer": {"prompt": "q", "response_1": "I", "response_2": "I", "preference_strength": 2},
     "ranking": {"prompt": "q", "responses": ["I", "I"], "ranks": [1, 1]},
