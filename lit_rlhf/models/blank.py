@@ -17,10 +17,11 @@ from transformers import (
 
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.heads import AnyRewardModel
-from lit_rlhf.models.loading import MODEL_TYPE, load_config, match_tokenizer, model_settings
+from lit_rlhf.models.loading import MODEL_TYPE, load_config, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora, base_path
 from lit_rlhf.models.policy import policy_from_config
 from lit_rlhf.models.reward_head import RewardHead, RewardTransformer
+from lit_rlhf.text.model_folder import model_settings
 
 Architecture = PretrainedConfig | dict[str, Any]  # a dict as ``policy_from_config`` takes it
 

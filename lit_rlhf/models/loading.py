@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from lit_rlhf.errors import UserError, say
+from lit_rlhf.text.model_folder import model_settings
 
 MODEL_TYPE = "lit_rlhf_reward"  # in the config.json of a reward model that transformers does not know
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -131,7 +132,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
 def check_files(folder: Path) -> None:
     """Raise ``UserError`` where a folder holds no config.json, or not all of its weights in safetensors."""
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = model_settings(folder, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(f"{folder}: an adapter (adapter_config.json) of {base}, where a whole model was expected")
     if not (folder / "config.json").is_file():
         found = f"; {folder.name} is a file, and its folder is wanted" if folder.is_file() else ""
@@ -321,18 +322,6 @@ def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
 def listed(ids: int | list[int] | None) -> list[int]:
     """The ids of a setting that holds one, several or none."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def model_settings(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-    """What the config.json (or the file ``name``) of a folder says; nothing where there is none."""
-    file = Path(folder) / name
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: no JSON ({error}); copy it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: settings were expected, and {str(found)[:40]} was found; copy it again")
-    return found
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:

@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
 from lit_rlhf.models.quantization import is_quantized
-from lit_rlhf.text.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in an adapter folder

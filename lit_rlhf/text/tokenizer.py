@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.text.adapter_folder import base_of_adapter, is_adapter
+from lit_rlhf.text.model_folder import base_of_adapter, is_adapter, model_settings
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+TEMPLATE = "chat_template.jinja"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 # Words with the space before them, then each digit alone (also with its space): "12" is always "1", "2", so that
@@ -89,6 +90,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever libraries raise of files that hold something else
+        _check_files(Path(path))
         raise UserError(
             f"{path}: no tokenizer could be loaded from there ({_first_line(error)}). Give a folder that holds one "
             "(tokenizer.json, or vocab.json and merges.txt), or a Hub name where there is a network."
@@ -103,10 +105,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _check_files(folder: Path) -> None:
+    """Raise ``UserError`` with the name of the file for which a folder has no tokenizer, where it is a damaged one."""
+    for name in ("config", "tokenizer_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab"):
+        model_settings(folder, f"{name}.json")
+    readers = {"tokenizer.json": lambda file: Tokenizer.from_file(str(file)), TEMPLATE: Path.read_text}
+    for name, read in readers.items():
+        try:
+            if (folder / name).is_file():
+                read(folder / name)
+        except Exception as error:  # tokenizers raises no kind of its own
+            raise UserError(f"{folder / name}: cannot be read ({_first_line(error)}); copy it again") from None
+
+
 def _of_model(path: str) -> tuple[int | None, set[int]]:
     """What the model's settings in ``path`` say: (rows of the embedding, tokens that end or begin a text).
 
     None and nothing where there is a tokenizer alone."""
+    for name in ("config.json", "generation_config.json"):
+        model_settings(path, name)  # which says what is damaged
     try:
         config, _ = PretrainedConfig.get_config_dict(path)
     except (OSError, ValueError):
@@ -176,7 +193,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
         except Exception as error:  # whatever a template's own code raises
             failures.append(_first_line(error))
     if len(failures) == 2:
-        raise UserError(f"{path}: its chat template fails on a plain dialogue ({failures[0]}); give another")
+        file = TEMPLATE if (Path(path) / TEMPLATE).is_file() else "tokenizer_config.json"
+        raise UserError(f"{path}: its chat template ({file}) fails on a plain dialogue ({failures[0]}); give another")
     if turns := sorted(dropped - {"system"}):
         raise UserError(
             f"{path}: its chat template leaves out what the {' and the '.join(turns)} says; give another, in "

@@ -178,11 +178,54 @@ def test_every_loader_of_a_language_model_refuses(folder, fault):
             architecture_of(folder)  # of the plan
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": "1.0"}'])
-def test_a_broken_tokenizer_is_refused(folder, text):
+DAMAGED = {
+    "cut": lambda file: file.write_text(file.read_text()[: len(file.read_text()) // 2]),
+    "no JSON": lambda file: file.write_text("hello"),
+    "no object": lambda file: file.write_text("[1]"),
+    "null": lambda file: file.write_text("null"),
+    "empty": lambda file: file.write_text(""),
+    "no text": lambda file: file.write_bytes(b"\xff\xfe\x00\x80"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_damaged_file_is_named(folder, tokenizer, file, damage, tmp_path):
+    """By whoever reads it: as a policy, with and without its tokenizer, as a reward model of either kind."""
+    kinds = [(folder, [load_tokenizer, load_policy_and_tokenizer])]
+    for head in (None, RewardHead("mlp")):
+        where = tmp_path / (head or RewardHead()).kind
+        save_model(load_reward_model(folder, tokenizer, new_head=True, head=head), tokenizer, where)
+        kinds.append((where, [RewardModelAnnotator.load, load_tokenizer]))
+    if file in ("config.json", "generation_config.json"):
+        kinds[0][1].extend([*POLICIES.values(), architecture_of])
+    for where, loaders in kinds:
+        if not (where / file).exists():
+            continue
+        DAMAGED[damage](where / file)
+        for load in loaders:
+            with pytest.raises(UserError) as error:
+                load(where)
+            assert re.match(rf"{where}(/{file}:|: .*\b{file})", str(error.value)) and "\n" not in str(error.value)
+            assert "no tokenizer could be loaded" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"version": "1.0"}', '{"model": {"type": "BPE"}}'])
+def test_a_tokenizer_file_of_something_else_is_named(folder, text):
     (folder / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match="no tokenizer could be loaded from there"):
+    with pytest.raises(UserError, match=r"model/tokenizer\.json: cannot be read \("):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_settings_of_an_adapter_are_named(folder, damage):
+    adapter(folder)
+    DAMAGED[damage](folder / "adapter_config.json")
+    for load in (load_policy, load_tokenizer, load_policy_and_tokenizer, architecture_of, *REWARD_MODELS.values()):
+        with pytest.raises(UserError, match=rf"^{folder}/adapter_config\.json: (no JSON|settings were expected)"):
+            load(folder)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "nan", "cut"])
@@ -219,8 +262,8 @@ def test_a_head_of_its_own_comes_whole_too(folder, tokenizer, change, message):
     [
         (TEMPLATE.replace("%}", "if m.role == 'user' %}", 1), "its chat template leaves out what the assistant says"),
         ("{{ messages[-1].content }}", "its chat template leaves out what the assistant and the user says"),
-        ("{% for %}", "its chat template fails on a plain dialogue"),
-        ("{{ raise_exception('not me') }}", r"its chat template fails on a plain dialogue \(not me\)"),
+        ("{% for %}", r"its chat template \(chat_template.jinja\) fails on a plain dialogue"),
+        ("{{ raise_exception('not me') }}", r"its chat template .* fails on a plain dialogue \(not me\)"),
     ],
 )
 def test_a_template_that_drops_or_fails_is_refused(folder, template, message):
