@@ -5,7 +5,17 @@ from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.fused import fuse
-from lit_rlhf.models.generation import Engine, Growing, Responses, Sampling, VLLMEngine, answer, generate, stream
+from lit_rlhf.models.generation import (
+    Engine,
+    Growing,
+    Responses,
+    Sampling,
+    VLLMEngine,
+    answer,
+    answer_texts,
+    generate,
+    stream,
+)
 from lit_rlhf.models.heads import (
     Critic,
     CriticFactory,
@@ -59,6 +69,7 @@ __all__ = [
     "adapters_off",
     "add_lora",
     "answer",
+    "answer_texts",
     "by_token",
     "context_length",
     "critic_from_policy",

@@ -177,9 +177,8 @@ def prepare(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> float | None:
     """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others."""
-    from lit_rlhf.pipeline.run import quiet
     from lit_rlhf.pipeline.sweep import write_job
-    from lit_rlhf.training import keep_freed_memory
+    from lit_rlhf.training import keep_freed_memory, quiet
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     OmegaConf.set_struct(cfg, True)

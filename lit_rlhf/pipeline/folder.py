@@ -54,7 +54,12 @@ def _origin(file: Path, changed: int) -> Origin:
 def lineage(cfg: DictConfig) -> Iterator[Path]:
     """The folders of this run, of the run that it starts from, of those that these started from, and so on."""
     runs = Path(cfg.paths.runs)
-    todo, seen = [Path(cfg.paths.run_dir), runs / cfg.from_run], set[Path]()
+    yield from _behind([Path(cfg.paths.run_dir), runs / cfg.from_run], runs)
+
+
+def _behind(todo: list[Path], runs: Path) -> Iterator[Path]:
+    """Some runs, those that they started from, and so on."""
+    seen = set[Path]()
     while todo:
         run = todo.pop(0)
         if run not in seen:
@@ -81,11 +86,11 @@ def upstream_model(stage: str, *, _root_: DictConfig) -> str:
     """``${upstream:sft}``: the model folder of a stage that this one starts from.
 
     That of pretraining may be a checkpoint: the one that is named now, or that a run began with; but where pretraining
-    went on from it in this run, its result. Where nothing was fine-tuned here, a checkpoint counts as fine-tuned."""
+    went on from it in this run, its result. A checkpoint from which nothing was fine-tuned counts as fine-tuned."""
     found = upstream(_root_, stage, f"{stage}/model")
     if stage in stages_of(_root_) or (found.exists() and found.is_relative_to(_root_.paths.run_dir)):
         return str(found)
-    if stage == "sft" and not found.exists() and checkpoint_of(_root_):
+    if stage == "sft" and (checkpoint := checkpoint_of(_root_)) and _began_with(found, _root_) != _absolute(checkpoint):
         return upstream_model("pretrain", _root_=_root_)
     if stage == "pretrain" and _root_.model.path is not None:  # where it is ???, that is what is said
         return str(_root_.model.path)
@@ -102,6 +107,13 @@ def checkpoint_of(cfg: DictConfig) -> str | None:
     """The folder or Hub name that takes the place of pretraining, named now or when a run of the lineage began."""
     given = OmegaConf.select(cfg, "model.path")  # None where it is ???: a stage may name its own
     return given or next(filter(None, (origin_of(run).checkpoint for run in lineage(cfg))), None)
+
+
+def _began_with(model: Path, cfg: DictConfig) -> str | None:
+    """The checkpoint behind a model of a run; None where there is none, or no such model."""
+    runs = [run for run in lineage(cfg) if model.exists() and model.is_relative_to(run)]
+    known = (origin_of(run).checkpoint for run in _behind(runs, Path(cfg.paths.runs)))
+    return next(filter(None, known), None)
 
 
 def upstream_data(name: str, *, _root_: DictConfig) -> str:

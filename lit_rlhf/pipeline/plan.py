@@ -43,13 +43,13 @@ from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, b
 from lit_rlhf.models.generation import LeanDecoder, Trunk, rows_that_fit
 from lit_rlhf.models.generation.trunk import ROWS
 from lit_rlhf.models.onednn import rows_up_to
-from lit_rlhf.pipeline.run import make_data, quiet
+from lit_rlhf.pipeline.run import make_data
 from lit_rlhf.pipeline.settings import planned_stages, resolved
 from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import pack, runs
-from lit_rlhf.training import ModelSettings, resident_bytes
+from lit_rlhf.training import ModelSettings, quiet, resident_bytes
 from lit_rlhf.training.trace import KEPT, PREPARED, Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
 from lit_rlhf.training.trainer import precision_of
 

@@ -16,6 +16,7 @@ from lit_rlhf.training.callbacks import (
 )
 from lit_rlhf.training.memory import Peak, resident_bytes
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
+from lit_rlhf.training.notices import quiet
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.step_log import StepLog
 from lit_rlhf.training.trained_models import ModelSettings
@@ -46,6 +47,7 @@ __all__ = [
     "inner_bar",
     "keep_freed_memory",
     "make_trainer",
+    "quiet",
     "read_metrics",
     "resident_bytes",
     "said_when_slow",

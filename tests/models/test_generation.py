@@ -13,6 +13,8 @@ from lit_rlhf.models import (
     Sampling,
     adapters_off,
     add_lora,
+    answer_texts,
+    context_length,
     end_tokens,
     generate,
     lora_layers,
@@ -27,8 +29,9 @@ from lit_rlhf.models import answer as whole_answer
 from lit_rlhf.models.generation import Trunk, engine
 from lit_rlhf.models.generation import trunk as trunk_module
 from lit_rlhf.models.generation.decoder import StaticDecoder
-from lit_rlhf.text import encode_prompts, left_pad, pack, train_characters
+from lit_rlhf.text import encode_prompts, ensure_chat_template, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
+from lit_rlhf.training import seeded
 
 FAMILIES = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -309,6 +312,17 @@ def test_a_stream_ends_with_the_answer_of_the_same_seed(policy, tokenizer, sampl
 
 
 @pytest.mark.parametrize("model_config", ["gpt2"], indirect=True)
+def test_texts_are_those_of_the_answers_to_each_dialogue(policy, tokenizer):
+    dialogues = [[{"role": "user", "content": text}] for text in ("Who are you?", "What is 12 + 30? " * 20)]
+    ensure_chat_template(tokenizer)
+    sampling = Sampling(max_new_tokens=8)
+    room = context_length(policy) - 8
+    tokens = encode_prompts(tokenizer, dialogues)
+    assert len(tokens[1]) > room
+    drawn = whole_answer(policy, tokenizer, [t[-room:] for t in tokens], sampling, seeded(3))
+    assert answer_texts(policy, tokenizer, dialogues, sampling, seeded(3)) == drawn.texts(tokenizer)
+
+
 def test_a_stream_ends_before_a_stop_text_and_shows_no_part_of_it(policy, tokenizer):
     tokenizer.chat_template = ROLE_TEMPLATE
     whole = [*stream(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1))][-1].text

@@ -95,6 +95,22 @@ def test_a_run_remembers_the_checkpoint_it_began_with(made, tmp_path, capsys):
     assert said == f"evaluate: base is left out, for {tmp_path / 'checkpoint'} is not there\n"
 
 
+def test_a_checkpoint_that_is_named_is_not_replaced_by_what_another_model_became(made, tmp_path):
+    made("quickstart", "sft")  # which experiment=own_prompts starts from where no other run or model is named
+    made("tuned", "sft", "model=hf", "model.path=gpt2")
+
+    def starts(*settings):
+        return compose_settings(["stage=ppo", "run=mine", *settings]).ppo.policy.path
+
+    assert starts("from_run=quickstart") == "runs/quickstart/sft/model"
+    assert starts("from_run=tuned") == starts("from_run=tuned", "model=hf", "model.path=gpt2") == "runs/tuned/sft/model"
+    for run in ("quickstart", "tuned"):
+        assert starts(f"from_run={run}", "model=hf", "model.path=qwen") == "qwen"
+    # A later command goes on with the checkpoint, too.
+    made("mine", "preference", "from_run=quickstart", "model=hf", "model.path=qwen")
+    assert starts() == starts("from_run=mine", "run=next") == "qwen"
+
+
 def test_a_run_of_its_own_pretraining_forgets_the_checkpoint_behind_it(made):
     made("a", "sft", "model=hf", "model.path=gpt2")
     assert compose_settings(["stage=evaluate", "run=b", "from_run=a"]).evaluate.policies.base.path == "gpt2"

@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
-from lit_rlhf.pipeline.run import one_line
 from lit_rlhf.training import read_metrics
+from lit_rlhf.training.notices import one_line
 
 STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
 

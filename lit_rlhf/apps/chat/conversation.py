@@ -45,7 +45,7 @@ class Conversation:
 
     Args:
         assistants: one, or two to compare blind.
-        judgements: where thumbs and choices are kept.
+        judgements: where thumbs and choices are kept; None: nowhere, and there are none.
         sampling: how answers are drawn.
         seed: of the sampling; the same seed and turns give the same answers.
         system: system prompt; "" is none.
@@ -54,13 +54,13 @@ class Conversation:
     def __init__(
         self,
         assistants: Sequence[Assistant],
-        judgements: Judgements,
+        judgements: Judgements | None = None,
         *,
         sampling: Sampling | None = None,
         seed: int = 0,
         system: str = "",
     ) -> None:
-        self.assistants, self.judgements = list(assistants), judgements
+        self.assistants, self._judgements = list(assistants), judgements
         self.sampling, self.seed, self.system = sampling or Sampling(), seed, system
         self.revealed = False  # whether the models' names stand beside their answers
         self.shuffle = Random()  # not from the seed: who knows it would know which model stands where
@@ -74,6 +74,13 @@ class Conversation:
         self.dropped = 0  # oldest messages that the last answer was given without
         self.drawn = 0  # answers so far, so that each one draws other random numbers
         self.stopped = False
+
+    @property
+    def judgements(self) -> Judgements:
+        """Where thumbs and choices are kept; raises ``UserError`` where that is nowhere."""
+        if self._judgements is None:
+            raise UserError("this conversation keeps no judgements; give it a place (judgements=Judgements(folder))")
+        return self._judgements
 
     @property
     def compares(self) -> bool:

@@ -69,6 +69,22 @@ def answer(
     return drawn._replace(stop=sampling.stop, ends=ends)
 
 
+def answer_texts(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    sampling: Sampling | None = None,
+    generator: Generator | None = None,
+) -> list[str]:
+    """One answer to each dialogue, as a person reads it; of a prompt that is too long for the context, the end is read.
+
+    ``sampling`` is ``Sampling()`` by default."""
+    sampling = sampling or Sampling()
+    room = max(1, context_length(policy) - sampling.max_new_tokens)
+    tokens = [prompt[-room:] for prompt in encode_prompts(tokenizer, prompts)]
+    return answer(policy, tokenizer, tokens, sampling, generator).texts(tokenizer)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.models import (
     Sampling,
-    answer,
-    context_length,
+    answer_texts,
     packed_hidden,
     save_adapter,
     save_model,
@@ -19,7 +18,6 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.sft.data import SFTBatch
-from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import shown
 from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
@@ -77,11 +75,9 @@ class SFTModule(StepLog):
         prompts = self.trainer.datamodule.sample_prompts
         self.policy.eval()
         generator = seeded(self.trainer.global_step, device=self.device)
-        room = max(1, context_length(self.policy) - self.sampling.max_new_tokens)
-        tokens = [tokens[-room:] for tokens in encode_prompts(self.tokenizer, prompts)]
-        answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)
+        texts = answer_texts(self.policy, self.tokenizer, prompts, self.sampling, generator)
         self.policy.train()
-        return [(shown(prompt), text) for prompt, text in zip(prompts, answers.texts(self.tokenizer))]
+        return [(shown(prompt), text) for prompt, text in zip(prompts, texts)]
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

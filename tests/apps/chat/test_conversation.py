@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lit_rlhf.apps.chat import Chat
+from lit_rlhf.apps.chat import Chat, Conversation, load_assistant
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import Sampling, answer, load_policy_and_tokenizer
 from lit_rlhf.text import encode_prompts, load_records, parse_ranking
@@ -52,6 +52,15 @@ def test_the_same_seed_gives_the_same_conversation_and_regenerating_another_answ
     assert [m["content"] for m in talks[0].messages] == ["Hi", again]
     talks[0].clear()
     assert said(talks[0].ask("Hi"))[0].text == first
+
+
+def test_without_a_place_for_judgements_one_talks_all_the_same(models):
+    conversation = Conversation([load_assistant("sft", models["sft"])], sampling=Sampling(max_new_tokens=8))
+    *_, [answer] = conversation.ask("Who are you?")
+    assert conversation.messages[-1] == {"role": "assistant", "content": answer.text}
+    answer.text = "I am the cat."
+    with pytest.raises(UserError, match="keeps no judgements"):
+        conversation.rate(1)
 
 
 def test_thumbs_are_feedback_records_at_once_and_can_be_changed(converse, judgements):
