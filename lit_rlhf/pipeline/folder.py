@@ -82,31 +82,35 @@ def check_lineage(cfg: DictConfig) -> list[str]:
     return [os.path.relpath(run, runs) for run in lineage(cfg) if run not in begun and not run.is_dir()]
 
 
-def upstream_model(stage: str, *, _root_: DictConfig) -> str:
+def upstream_model(stage: str, if_there: bool = False, *, _root_: DictConfig) -> str:
     """``${upstream:sft}``: the model folder of a stage that this one starts from.
 
     That of pretraining may be a checkpoint: the one that is named now, or that a run began with; but where pretraining
-    went on from it in this run, its result. A checkpoint from which nothing was fine-tuned counts as fine-tuned."""
+    went on from it in this run, its result. A checkpoint from which nothing was fine-tuned counts as fine-tuned.
+    ``if_there``: it is done without where there is none, and ``model.path`` need not be given for it."""
     found = upstream(_root_, stage, f"{stage}/model")
     if stage in stages_of(_root_) or (found.exists() and found.is_relative_to(_root_.paths.run_dir)):
         return str(found)
     if stage == "sft" and (checkpoint := checkpoint_of(_root_)) and _began_with(found, _root_) != _absolute(checkpoint):
         return upstream_model("pretrain", _root_=_root_)
-    if stage == "pretrain" and _root_.model.path is not None:  # where it is ???, that is what is said
-        return str(_root_.model.path)
-    if stage == "pretrain":
-        for run in lineage(_root_):
-            if found.is_relative_to(run) and found.exists():
-                break
-            if checkpoint := origin_of(run).checkpoint:
-                return checkpoint
-    return str(found)
+    if stage != "pretrain":
+        return str(found)
+    if OmegaConf.is_missing(_root_.model, "path") and not if_there:
+        return _root_.model.path  # raises what says that it is not given
+    return checkpoint_of(_root_, found) or str(found)
 
 
-def checkpoint_of(cfg: DictConfig) -> str | None:
-    """The folder or Hub name that takes the place of pretraining, named now or when a run of the lineage began."""
-    given = OmegaConf.select(cfg, "model.path")  # None where it is ???: a stage may name its own
-    return given or next(filter(None, (origin_of(run).checkpoint for run in lineage(cfg))), None)
+def checkpoint_of(cfg: DictConfig, pretrained: Path | None = None) -> str | None:
+    """The folder or Hub name that takes the place of pretraining, named now or when a run of the lineage began; None
+    where ``pretrained``, a result of pretraining, is nearer."""
+    if given := OmegaConf.select(cfg, "model.path"):  # None where it is ???: a stage may name its own
+        return str(given)
+    for run in lineage(cfg):
+        if pretrained is not None and pretrained.exists() and pretrained.is_relative_to(run):
+            return None
+        if checkpoint := origin_of(run).checkpoint:
+            return checkpoint
+    return None
 
 
 def _began_with(model: Path, cfg: DictConfig) -> str | None:
@@ -355,7 +359,8 @@ def check_inputs(cfg: DictConfig) -> None:
             if not any(path.startswith(start) for start in coming)
         ]
         if name == "evaluate":  # stages that were not run are left out, but someone must answer
-            own = [upstream_model(stage, _root_=cfg) for stage in STAGES if stage != "pretrain" or not cfg.model.path]
+            given = OmegaConf.select(cfg, "model.path")
+            own = [upstream_model(stage, True, _root_=cfg) for stage in STAGES if stage != "pretrain" or not given]
             left_out = [m for m in missing if m[0] != "evaluate.policies.sft.path" and m[1] in own]
             missing = [m for m in missing if m not in left_out]
             for address, path in left_out if not missing else []:

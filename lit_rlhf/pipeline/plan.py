@@ -147,8 +147,8 @@ def _data_settings(cfg: DictConfig, name: str, settings: DictConfig, known: Know
     tokenizer = node.get("tokenizer") or {}
     if "path" in tokenizer and not Path(tokenizer["path"]).exists() and known.tokenizer is not None:
         node["tokenizer"] = known.tokenizer
-    elif name != "pretrain" and "path" in tokenizer and not Path(tokenizer["path"]).exists() and cfg.model.path:
-        node["tokenizer"] = load_tokenizer(cfg.model.path)
+    elif name != "pretrain" and "path" in tokenizer and not Path(tokenizer["path"]).exists() and _checkpoint(cfg):
+        node["tokenizer"] = load_tokenizer(_checkpoint(cfg))
     path = node.get("path")
     if name in ("reward", "dpo") and str(path).startswith(str(cfg.paths.runs)) and not Path(str(path)).is_file():
         node["path"] = str(folder / "rankings.jsonl")
@@ -172,7 +172,13 @@ def _architecture(cfg: DictConfig, path: str | None) -> Architecture:
         return architecture_of(path)
     if cfg.model.config is not None:
         return OmegaConf.to_container(cfg.model.config, resolve=True)
-    return architecture_of(cfg.model.path)
+    if _checkpoint(cfg) is None:
+        raise UserError("model.path is not given; give it as model.path=...")
+    return architecture_of(_checkpoint(cfg))
+
+
+def _checkpoint(cfg: DictConfig) -> str | None:
+    return OmegaConf.select(cfg, "model.path")
 
 
 class Written(NamedTuple):

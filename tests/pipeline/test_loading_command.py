@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from lit_rlhf.apps.chat.assistant import load_assistant
 from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.models import load_reward_model, policy_from_config, save_model
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.folder import check_inputs, register_resolvers, remember_world
+from lit_rlhf.pipeline.plan import write_plan
 from lit_rlhf.pipeline.run import check_models, load_models
 from lit_rlhf.pipeline.settings import check_settings, compose_settings, name_loaders, opened, resolved
 from lit_rlhf.text import Transcript, ensure_chat_template, load_tokenizer, train_bpe
@@ -87,6 +88,27 @@ def test_model_hf_without_a_path_asks_for_it_where_nothing_else_is_named(lit_rlh
     assert done.returncode == 2
     assert done.stderr.strip() == "lit-rlhf: model.path is not given; give it as model.path=..."
     lit_rlhf("stage=sft", "model=hf", f"sft.policy.path={models}/policy", *data)
+
+
+ELSEWHERE = [c for c in CONSUMERS.values() if "model=hf" not in c]
+
+
+@pytest.mark.parametrize("stage", [*ELSEWHERE, "stage=few_shot few_shot.policy.path={0}/policy"])
+def test_model_hf_asks_for_no_path_that_nobody_uses(models, stage):
+    assert settings_of("model=hf " + stage.format(models))
+
+
+def test_evaluation_of_a_model_from_elsewhere_needs_no_base(models, capsys):
+    arguments = ["stage=evaluate", "model=hf", f"evaluate.reward_model.path={models}/reward"]
+    given = compose_settings([*arguments, f"evaluate.policies.sft.path={models}/policy"])
+    check_inputs(given)
+    assert not (models / resolved(given, "evaluate")["policies"]["base"]["path"]).exists()
+    with pytest.raises(UserError, match=r"evaluate: .*sft/model is not there. Run stage=sft first .* or set evaluate"):
+        check_inputs(compose_settings(arguments))
+    chat = resolved(compose_settings(["stage=chat", "model=hf", f"chat.model={models}/policy"]), "chat")
+    assert chat["models"]["base"].endswith("pretrain/model")
+    with pytest.raises(UserError, match=r"^model\.path is not given"):
+        write_plan(compose_settings(["stage=plan", "model=hf"]))
 
 
 def test_an_adapter_is_looked_at_by_its_base(models):
