@@ -31,6 +31,7 @@ class Origin(NamedTuple):
     seeds: dict[str, int]  # of world and split
     runs: list[str]  # names of the runs that its stages started from
     checkpoint: str | None  # a folder or Hub name that took the place of pretraining
+    recipe: str | None
 
 
 def origin_of(run: Path) -> Origin:
@@ -39,7 +40,8 @@ def origin_of(run: Path) -> Origin:
     written = [_origin(file, file.stat().st_mtime_ns) for file in files]
     seeds = {part: o.seeds[part] for o in reversed(written) for part in o.seeds}
     runs = list(dict.fromkeys(name for o in written for name in o.runs))
-    return Origin(seeds, runs, next((o.checkpoint for o in written if o.checkpoint), None))
+    checkpoint = next((o.checkpoint for o in written if o.checkpoint), None)
+    return Origin(seeds, runs, checkpoint, next((o.recipe for o in written if o.recipe), None))
 
 
 @cache
@@ -48,7 +50,8 @@ def _origin(file: Path, changed: int) -> Origin:
     settings = read_yaml(file)
     seeds = {part: settings[part]["seed"] for part in ("world", "split") if part in settings}
     known = settings.get("origin") or {}
-    return Origin(seeds, [known["from_run"]] if known.get("from_run") else [], known.get("checkpoint"))
+    runs = [known["from_run"]] if known.get("from_run") else []
+    return Origin(seeds, runs, known.get("checkpoint"), known.get("recipe"))
 
 
 def lineage(cfg: DictConfig) -> Iterator[Path]:

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_rlhf.pipeline.folder import lineage, origin_of
 from lit_rlhf.pipeline.settings import check_top_level, compose_settings, planned_stages, stages_of
 
 CHECKPOINT = "recipe=checkpoint"
@@ -35,7 +36,10 @@ def weights_given(cfg: DictConfig) -> str | None:
         return "model.path gives weights"
     for stage in planned_stages(cfg) if cfg.stage == "plan" else stages_of(cfg):
         path = _start(cfg, stage)
-        if path is None:
+        if path is None:  # it makes its own, as recipe=scratch has it, or answers with those of a run
+            begun = [] if stage == "pretrain" else lineage(cfg)
+            if from_checkpoint := next((run for run in begun if origin_of(run).recipe == "checkpoint"), None):
+                return f"{from_checkpoint} came from a checkpoint"
             continue
         if not path.resolve().is_relative_to(Path(cfg.paths.runs).resolve()):
             return f"{path} gives weights"

@@ -90,6 +90,9 @@ def test_a_run_that_began_from_a_checkpoint_is_remembered(tmp_path):
     assert cfg.recipe == "checkpoint" and "came from a checkpoint" in recipe_line(cfg)
     assert fitted_settings(["stage=ppo", "from_run=began", "run=next", "recipe=scratch"]).recipe == "scratch"
     assert fitted_settings(["stage=pretrain", "from_run=began", "run=next"]).recipe == "scratch"  # it makes its own
+    experiment = ["experiment=instruction_preferences", "reward.data.path=pairs.json", "from_run=began"]
+    assert fitted_settings(experiment).reward.reward_model.path == "runs/began/sft/model"
+    assert fitted_settings([*experiment, "recipe=scratch"]).reward.reward_model.config
     (stage / "config.yaml").write_text(yaml.safe_dump({"sft": {}, "origin": {"recipe": "scratch"}}))
     assert fitted_settings(["stage=ppo", "from_run=began", "run=next"]).recipe == "scratch"
 
