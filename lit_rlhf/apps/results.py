@@ -135,8 +135,13 @@ def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
     if ppo and kl is not None:
         yield Card("KL to SFT", number(kl), "nats an answer, after PPO")
     if ppo.get("score_last") is not None and "evaluate" not in figures:
+        unit = ppo.get("score_unit", SFT_STD)
         score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"
-        yield Card("Score", score, f"in PPO's rollouts, {ppo.get('score_unit', SFT_STD)}")
+        yield Card("Score", score, f"in PPO's rollouts, {unit}")
+        if ppo.get("val_sft_score") is not None and ppo.get("val_score") is not None:
+            score = f"{number(ppo['val_sft_score'])} → {number(ppo['val_score'])}"
+            spread = number(ppo["val_sft_score_std"])
+            yield Card("Held-out score", score, f"SFT → PPO, {unit}; standard deviation of SFT's {spread}")
     for stage, name in (("reward", "Reward model"), ("dpo", "DPO's implicit reward")):
         ranked = figures.get(stage, {})
         if ranked.get("gold_accuracy") is not None:

@@ -75,6 +75,8 @@ FIGURES = {  # of a stage, in done.json: what they are called, their unit
     "score_first": ("score at first", SFT_STD),
     "score_last": ("score at the end", SFT_STD),
     "val_score": ("held-out score", SFT_STD),
+    "val_sft_score": ("held-out score of the SFT model", SFT_STD),
+    "val_sft_score_std": ("its standard deviation", SFT_STD),
     "scored_by": ("scored by", ""),
     "score_unit": ("unit of scores", ""),
     "unscored": ("answers that nobody scored", ""),

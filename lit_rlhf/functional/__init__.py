@@ -18,7 +18,7 @@ from lit_rlhf.functional.diversity import distinct_ngrams, self_similarity, simi
 from lit_rlhf.functional.interval import Estimate, ratio, ratio_difference, wilson_interval
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
 from lit_rlhf.functional.lm import lm_loss, token_entropy, token_logprobs
-from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, position_ids, whiten
+from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, population_std, position_ids, whiten
 from lit_rlhf.functional.overoptimization import (
     GainFit,
     best_of_n_gain,
@@ -113,6 +113,7 @@ __all__ = [
     "pairwise_wins",
     "percent_agreement",
     "policy_gradient_loss",
+    "population_std",
     "position_ids",
     "ranking_loss",
     "ranking_pairs",

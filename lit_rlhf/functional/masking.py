@@ -20,6 +20,11 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
+def population_std(values: Tensor) -> Tensor:
+    """Population standard deviation of ``values`` (n,); NaN of none."""
+    return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))
+
+
 def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Centre and scale ``values`` (B, T) by the mean and standard deviation of all valid positions together.
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, position_ids, whiten
+from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, population_std, position_ids, whiten
 
 NAN = float("nan")
 VALUES = tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
@@ -149,3 +149,8 @@ def test_masking_gradcheck():
 def test_half_precision_stays():
     values, mask = tensor([[1.0, 2.0]], dtype=torch.bfloat16), tensor([[True, True]])
     assert masked_sum(values, mask).dtype == masked_mean(values, mask).dtype == torch.bfloat16
+
+
+def test_population_std_by_hand_and_of_nothing():
+    assert_close(population_std(tensor([1.0, 3.0])), tensor(1.0))
+    assert population_std(tensor([])).isnan()

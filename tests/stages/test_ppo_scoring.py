@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -333,6 +334,25 @@ def test_rollouts_without_a_score_take_no_step_and_say_so(ppo, train, capsys):
     assert module.unscored == 9 and math.isfinite(lengths.sum())
 
 
+def test_the_held_out_scores_of_the_sft_model_are_the_policys_before_its_first_step(ppo, prompts, fit):
+    scores = []
+
+    def length(prompts, responses, **record):
+        scores.extend(float(len(response)) for response in responses)
+        return scores[-len(responses) :]
+
+    scoring = Scoring(functions=[length], reward_model_weight=0.0, scale="none", **FREE)
+    module, data = ppo(scoring=scoring, val_samples=2), prompts()
+    fit(module, data, max_epochs=1, limit_train_batches=1)
+    module.policy.load_state_dict(module.reference.start.state_dict())
+    scores.clear(), module.held_out._reference.clear()
+    module.trainer.validate(module, datamodule=data, verbose=False)
+    figures, half = module.figures(), len(scores) // 2
+    assert scores[:half] == scores[half:]
+    assert figures["val_score"] == figures["val_sft_score"] == pytest.approx(statistics.fmean(scores[:half]))
+    assert figures["val_sft_score_std"] == pytest.approx(statistics.pstdev(scores[:half]))
+
+
 def test_validation_leaves_out_what_nobody_scored(ppo, prompts, fit):
     def half(prompts, responses, **_):
         return [float(len(r)) if i % 2 else None for i, r in enumerate(responses)]
@@ -343,10 +363,12 @@ def test_validation_leaves_out_what_nobody_scored(ppo, prompts, fit):
     module.trainer.validate(module, datamodule=data, verbose=False)
     figures = module.figures()
     assert figures["win_rate"]["n"] == 6 and figures["unscored"] == 4 and math.isfinite(figures["val_score"])
+    assert math.isfinite(figures["val_sft_score"]) and figures["val_sft_score_std"] >= 0
     module.scorer.scoring = Scoring(functions=[lambda p, r, **_: [None] * len(r)], reward_model_weight=0.0)
     module.held_out._reference.clear()
     module.trainer.validate(module, datamodule=data, verbose=False)
-    assert module.figures()["win_rate"] is None and module.figures()["val_score"] is None
+    nothing = module.figures()
+    assert nothing["win_rate"] is None and nothing["val_score"] is None and nothing["val_sft_score"] is None
 
 
 # ------------------------------------------------------------------------- mistakes

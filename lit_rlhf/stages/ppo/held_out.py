@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_rlhf.functional import WinRate, sequence_kl, win_rate
+from lit_rlhf.functional import WinRate, population_std, sequence_kl, win_rate
 from lit_rlhf.models import Responses
 from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of, response_logprobs, stacked
 from lit_rlhf.stages.prompts import PromptBatch, repeated
@@ -22,6 +22,7 @@ class Compared(NamedTuple):
     """What K answers to each of P prompts are compared by."""
 
     worth: Tensor  # (P, K) gold grades, or scores where there is no judge
+    scores: Tensor  # (P, K) reward units
     texts: list[list[str]]  # (P, K), of which equal ones tie
 
 
@@ -30,7 +31,6 @@ class Answered(NamedTuple):
 
     answers: Responses
     packed: list[Packed]
-    scores: Tensor  # (N,) reward units
     correct: Tensor | None  # (N,) by the gold judge
     compared: Compared
 
@@ -82,21 +82,25 @@ class HeldOut:
         grades = module.grades(batch.messages, texts, answers.finished)
         correct, worth = (None, scores) if grades is None else (grades["correct"], grades["gold"])
         grouped = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
-        return Answered(answers, packed, scores, correct, Compared(worth.view(-1, self.samples), grouped))
+        compared = Compared(worth.view(-1, self.samples), scores.view(-1, self.samples), grouped)
+        return Answered(answers, packed, correct, compared)
 
     def metrics(self) -> dict[str, Tensor]:
         """Means over all batches; ``wins`` has the win rate's interval."""
-        policy, policy_texts = _together([a.compared for a in self._answered])
-        sft, sft_texts = _together(self._beside)
-        self.wins = win_rate(policy.cpu(), sft.cpu(), (policy_texts, sft_texts))
+        policy, sft = _together([a.compared for a in self._answered]), _together(self._beside)
+        self.wins = win_rate(policy.worth.cpu(), sft.worth.cpu(), (policy.texts, sft.texts))
+        scored = sft.scores[~sft.scores.isnan()]  # by anybody
         metrics = {
-            "win_rate": policy.new_tensor(self.wins.mean),
+            "win_rate": policy.scores.new_tensor(self.wins.mean),
             "kl": torch.cat(self._kl).mean(),
-            "score": torch.cat([a.scores for a in self._answered]).nanmean(),  # of those that somebody has scored
+            "score": policy.scores.nanmean(),
+            "sft_score": scored.mean(),
+            "sft_score_std": population_std(scored),
         }
         correct = [a.correct for a in self._answered if a.correct is not None]
-        return metrics | {"gold": policy.mean(), "correct": torch.cat(correct).mean()} if correct else metrics
+        return metrics | {"gold": policy.worth.mean(), "correct": torch.cat(correct).mean()} if correct else metrics
 
 
 def _together(batches: list[Compared]) -> Compared:
-    return Compared(torch.cat([b.worth for b in batches]), [row for b in batches for row in b.texts])
+    worth, scores, texts = zip(*batches)
+    return Compared(torch.cat(worth), torch.cat(scores), [row for rows in texts for row in rows])

@@ -22,6 +22,7 @@ from lit_rlhf.functional import (
     kl_estimate,
     masked_mean,
     masked_sum,
+    population_std,
     sequence_kl,
     token_entropy,
     token_logprobs,
@@ -241,7 +242,7 @@ class PPOModule(TrainedState):
             )
             values, mask = values[:, :1], mask[:, :1]
         advantages, returns = self.advantage(rewards, values, mask, self.answers_per_prompt)
-        spread = _std(advantages[mask])
+        spread = population_std(advantages[mask])
         if self.whiten_advantages:
             advantages = self.whiten(advantages, mask)
         returns = torch.zeros_like(values) if returns is None else returns
@@ -561,7 +562,7 @@ class PPOModule(TrainedState):
         scored = ~scores.isnan()
         metrics = {
             "ppo/score": self._mean_of(scores, scored),
-            "ppo/score_std": _std(scores[scored]),
+            "ppo/score_std": population_std(scores[scored]),
             "ppo/reward": self._mean_of(rollout.rewards.sum(-1), scored),
             "ppo/kl": kl.mean(),
             "ppo/entropy": masked_mean(answers.entropy, answers.mask),
@@ -645,6 +646,8 @@ class PPOModule(TrainedState):
             "entropy": self.entropy_last.item(),
             "episodes": int(self.episodes),
             "val_score": metrics["val/ppo/score"],
+            "val_sft_score": metrics["val/ppo/sft_score"],
+            "val_sft_score_std": metrics["val/ppo/sft_score_std"],
             "gold": metrics.get("val/ppo/gold"),
             "correct": metrics.get("val/ppo/correct"),
             "kl_coef": self.kl_coef.item(),
@@ -666,8 +669,3 @@ class PPOModule(TrainedState):
     def train(self, mode: bool = True) -> PPOModule:
         """Dropout stays off in every model, or the ratio of a first update would not be 1."""
         return super().train(False)
-
-
-def _std(values: Tensor) -> Tensor:
-    """Population standard deviation of ``values`` (n,); NaN of none."""
-    return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))
