@@ -13,6 +13,7 @@ from lit_rlhf.models.generation import (
     VLLMEngine,
     answer,
     answer_texts,
+    fitted,
     generate,
     stream,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "effective_weight",
     "end_tokens",
     "fingerprint",
+    "fitted",
     "freeze",
     "fuse",
     "generate",

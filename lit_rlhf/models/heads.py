@@ -47,6 +47,7 @@ from lit_rlhf.models.reward_head import (
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Messages
+from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import check_vocabulary
 
 AnyRewardModel = PreTrainedModel | RewardTransformer | RewardEnsemble
@@ -184,13 +185,14 @@ def score_answers(
     prompts: Sequence[Messages],
     responses: Sequence[str],
     batch_size: int = 64,
+    tools: Sequence[Tools] | None = None,
 ) -> Tensor:
     """Scores (N,) of one answer to each of N prompts, shifted so that demonstrations average 0; on the CPU.
 
-    Of what does not fit into the model's context the end is read."""
+    ``tools`` are those of each prompt. Of what does not fit into the model's context the end is read."""
     device, room, scores = next(model.parameters()).device, context_length(model), []
-    answers = encode_responses(tokenizer, prompts, responses)
-    sequences = [[*p, *r][-room:] for p, r in zip(encode_prompts(tokenizer, prompts), answers)]
+    answers = encode_responses(tokenizer, prompts, responses, tools)
+    sequences = [[*p, *r][-room:] for p, r in zip(encode_prompts(tokenizer, prompts, tools), answers)]
     lengths = [min(len(r), room - 1) for r in answers]  # a token stays before the answer: it predicts the first
     for part in runs([len(s) for s in sequences], tokens_at_once(model, learning=False), batch_size):
         packed = pack(sequences[part], tokenizer.pad_token_id, response_lengths=lengths[part])

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.template import Note, Tools
 
 
 def name_of(function: Any) -> str:
     """What a callable is called in figures and messages."""
     return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
+
+
+def with_tools(annotator: Any, tools: Sequence[Tools], note: Note) -> dict[str, Sequence[Tools]]:
+    """The keyword ``tools`` for an annotator that looks at what the assistant may call (its ``takes_tools``); where
+    there are tools and it does not, ``note`` gets a line."""
+    if not any(tools):
+        return {}
+    if getattr(annotator, "takes_tools", False):
+        return {"tools": tools}
+    note(f"the annotator {name_of(annotator)} is not shown the tools that the prompts' records describe")
+    return {}
 
 
 def resolve(function: Any, address: str) -> Callable[..., Any]:

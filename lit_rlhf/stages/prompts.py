@@ -9,12 +9,14 @@ from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.stages.records import Paths, RecordDataModule
+from lit_rlhf.models import Sampling, answer, context_length, fitted
+from lit_rlhf.stages.records import FileDataModule, Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, ensure_template
-from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record
+from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record, shown
 from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.template import Tools
 from lit_rlhf.text.world import Grade, World
-from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training import BatchLoader, in_order, seeded, sharding, shuffled
 
 Item = TypeVar("Item")
 
@@ -179,6 +181,42 @@ class WorldPromptDataModule(PromptDataModule):
         train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)
         held_out = self.world.prompts("held_out", self.split_seed)
         return tuple([PromptRecord(list(p.messages), {"kind": p.kind}) for p in side] for side in (train, held_out))
+
+
+def sample_texts(
+    module: LightningModule, sampling: Sampling, prompts: Sequence[tuple[Messages, Tools]]
+) -> list[tuple[str, str]]:
+    """(prompt, answer) for people to read while ``module`` trains its ``policy``; prompts are encoded as its data are,
+    and those that the template refuses left out."""
+    data, tokenizer = module.trainer.datamodule, module.tokenizer
+    encoded = encode_prompts(
+        tokenizer, [messages for messages, _ in prompts], [tools for _, tools in prompts],
+        special_tokens=data.special_tokens, refuse=lambda i, reason: None, note=data.note,
+    )  # fmt: skip
+    asked = [(messages, tokens) for (messages, _), tokens in zip(prompts, encoded) if tokens]
+    texts = written(module, sampling, [tokens for _, tokens in asked])
+    return [(shown(messages), text) for (messages, _), text in zip(asked, texts)]
+
+
+def written(module: LightningModule, sampling: Sampling, prompts: Sequence[list[int]]) -> list[str]:
+    """What the ``policy`` of ``module``, as it is now, writes behind prompts, for people to read.
+
+    Where the model's context is too short for prompts and answers, the data note how they were cut."""
+    if not prompts:
+        return []
+    policy, training = module.policy, module.policy.training
+    tokens, fitting = fitted(policy, prompts, sampling)
+    data = module.trainer.datamodule
+    if isinstance(data, FileDataModule) and ((cut := tokens != prompts) or fitting != sampling):
+        data.note(
+            f"samples while training: the model's context of {context_length(policy)} has room for answers of "
+            f"{fitting.max_new_tokens} tokens{', and for the end of the longer prompts' if cut else ''}"
+        )
+    generator = seeded(module.trainer.global_step, device=module.device)
+    policy.eval()
+    answers = answer(policy, module.tokenizer, tokens, fitting, generator)
+    policy.train(training)
+    return answers.texts(module.tokenizer)
 
 
 def last_tokens(module: LightningModule, name: str, prompts: Sequence[list[int]], room: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.text.records import Messages
+from lit_rlhf.text.records import Messages, is_learned
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
 from lit_rlhf.text.template import Note, Template, Tools, Written, content_of
 from lit_rlhf.text.tokenizer import ROLES
@@ -196,7 +196,8 @@ def encode_dialogues(
     refuse: Refuse | None = None,
     note: Note = say,
 ) -> list[list[Encoded]]:
-    """Examples to learn from: the assistant's turns of each dialogue, from message ``contexts[i]`` on.
+    """Examples to learn from: the assistant's turns of each dialogue, from message ``contexts[i]`` on, but those whose
+    ``weight`` is 0.
 
     A turn is learned behind the very prompt that would be asked for it: the tokens of :func:`encode_prompts`, then the
     response's. A dialogue is one example as long as each prompt goes on from the turn before; where the template writes
@@ -208,7 +209,7 @@ def encode_dialogues(
     template = Template(tokenizer, special_tokens, note)
 
     def turns(messages: Messages, context: int, tools: Tools) -> list[Written]:
-        mine = [j for j, m in enumerate(messages) if m["role"] == "assistant" and j >= context]
+        mine = [j for j, m in enumerate(messages) if is_learned(m) and j >= context]
         if any(not content_of(messages[j]).strip() and not messages[j].get("tool_calls") for j in mine):
             raise UserError("a turn of the assistant is empty")
         return [template.learned(messages[:j], messages[j], tools) for j in mine]

@@ -7,7 +7,7 @@ import torch
 from lightning import seed_everything
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.models import Sampling, answer, policy_from_config
 from lit_rlhf.stages import (
     ClassifyDataModule,
     ClassifyModule,
@@ -103,6 +103,53 @@ def test_what_does_not_fit_is_cut_or_left_out_and_said(
     # Of a prompt without its answer nothing can be learned.
     assert sum(sizes) == (40 if on_long == "cut" and name != "sft" else 30)
     assert ("nothing to learn from in 10 of them" in said[0]) == (name == "sft" and on_long == "cut")
+
+
+@pytest.mark.parametrize("new_tokens", [40, CONTEXT, 200])
+@pytest.mark.parametrize("name", ["sft", "dpo", "pretrain"])
+def test_samples_while_training_fit_into_the_context(name, new_tokens, gpt2, tokenizer, long, make_trainer):
+    kind, make = {"sft": (SFTDataModule, SFTModule), "dpo": (DPODataModule, DPOModule)}.get(name, (None, None))
+    if name == "pretrain":
+        data = PretrainDataModule(str(long), tokenizer, block_size=16, batch_size=4, on_bad_record="skip")
+        prompt = "What is it? " * 30
+        module = PretrainModule(gpt2, tokenizer, sampling=Sampling(max_new_tokens=new_tokens), sample_prompt=prompt)
+    else:
+        data = kind(long, tokenizer, batch_size=4, max_length=512, on_long="cut", held_out=0.5)
+        module = make(gpt2, tokenizer, sampling=Sampling(max_new_tokens=new_tokens))
+    make_trainer(max_steps=1, limit_train_batches=1, limit_val_batches=1).fit(module, datamodule=data)
+    samples = module.write_samples()
+    assert len(samples) == (2 if name == "pretrain" else 4)
+    assert all(len(tokenizer(text)["input_ids"]) < CONTEXT for _, text in samples)
+    said = [note for note in data.notes if note.startswith("samples while training: the model's context of 64")]
+    assert len(said) == 1
+
+
+def test_samples_are_asked_as_their_records_say(gpt2, tokenizer, tmp_path, make_trainer, monkeypatch):
+    """With the tools of the record, special tokens as set, and without what the template refuses."""
+    from lit_rlhf.stages import prompts
+
+    seen = []
+    monkeypatch.setattr(
+        prompts, "answer", lambda p, t, tokens, *rest: seen.extend(tokens) or answer(p, t, tokens, *rest)
+    )
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name + ' ' }}{% endfor %}{% for m in messages %}"
+        "{% if 'no!' in m.content %}{{ raise_exception('no') }}{% endif %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rows = [{"prompt": f"What is {i}?", "response": "It is.", "tools": [{"name": "add"}]} for i in range(8)]
+    rows += [{"prompt": f"no! {i}", "response": "It is."} for i in range(8)]
+    for kind, make in ((SFTDataModule, SFTModule), (DPODataModule, DPOModule)):
+        write_jsonl(tmp_path / "r.jsonl", [{**r, "chosen": r["response"], "rejected": "No."} for r in rows])
+        data = kind(tmp_path / "r.jsonl", tokenizer, batch_size=4, held_out=0.5, on_bad_record="skip")
+        module = make(copy.deepcopy(gpt2), tokenizer, sampling=SHORT)
+        make_trainer(max_steps=1, limit_train_batches=1, limit_val_batches=1).fit(module, datamodule=data)
+        seen.clear()
+        samples = module.write_samples()
+        assert 0 < len(samples) < 4 and len(seen) == len(samples)
+        for (prompt, _), tokens in zip(samples, seen):
+            assert tokenizer.decode(tokens) == f"add <|user|>{prompt}<|assistant|>"
 
 
 def test_an_answer_that_leaves_no_room_is_refused(gpt2, tokenizer, long, make_trainer):

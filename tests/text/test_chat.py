@@ -339,6 +339,18 @@ def test_a_template_says_itself_what_is_learned(tokenizer):
         assert "marks other text as the assistant's" in line and line.endswith("what it marks is learned")
 
 
+def test_turns_of_weight_0_are_shown_and_not_learned(tokenizer):
+    tokenizer.chat_template = CHATML
+    one, two = {**assistant("one"), "weight": 0}, {**assistant("two"), "weight": 1}
+    [[encoded], [other]] = encode_dialogues(
+        tokenizer, [[user("p"), one, user("q"), two], [user("p"), two, user("q"), one]], [0, 0]
+    )
+    assert learned(tokenizer, encoded) == ["two<|endoftext|>"] == learned(tokenizer, other)
+    [[whole]] = encode_dialogues(tokenizer, [[user("p"), assistant("one"), user("q"), assistant("two")]], [0])
+    assert encoded.tokens == whole.tokens
+    assert tokenizer.decode(other.tokens).endswith("two<|endoftext|>")  # nothing behind it is learned
+
+
 def test_tools_are_written_and_calls_are_learned(tokenizer):
     tokenizer.chat_template = (
         "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for m in messages %}"

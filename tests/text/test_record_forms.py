@@ -235,7 +235,24 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path):
     assert load(tmp_path, rows, parse_demonstration).unread == ["id", "source", "output"]
     talk = [{"messages": [{**user("q"), "weight": 0, "name": "me"}, assistant("a")]}]
     loaded = load(tmp_path, talk, parse_demonstration)
-    assert (loaded.unread, loaded.passed_on) == ([], ["weight"])
+    assert (loaded.unread, loaded.passed_on) == ([], [])
+    assert load(tmp_path, [{"prompt": talk[0]["messages"][:1]}], parse_prompt).passed_on == ["weight"]
+    assert load(tmp_path, [{"prompt": "q", "response": "a", "weight": 2}], parse_demonstration).unread == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([user("q"), {**assistant("a"), "weight": 0.5}], "the weight 0.5; 0 .not learned. or 1 was expected"),
+        ([user("q"), {**assistant("a"), "weight": True}], "the weight True"),
+        ([user("q"), {**assistant("a"), "weight": "1"}], "the weight '1'"),
+        ([{**user("q"), "weight": 1}, assistant("a")], "a message of the user has the weight 1"),
+        ([user("q"), {**assistant("a"), "weight": 0}], "every turn of the assistant has weight 0"),
+    ],
+)
+def test_weights_that_are_none(tmp_path, messages, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, [{"messages": messages}], parse_demonstration)
     loaded = load(tmp_path, [{"prompt": "q", "difficulty": 3}], parse_prompt_record)
     assert loaded.unread == ["difficulty"] and loaded.records[0].others == {"difficulty": 3}
 

@@ -6,6 +6,7 @@ drawn: nothing is decoded and tokenized again, and no second forward pass is nee
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, NamedTuple
 
@@ -76,13 +77,25 @@ def answer_texts(
     sampling: Sampling | None = None,
     generator: Generator | None = None,
 ) -> list[str]:
-    """One answer to each dialogue, as a person reads it; of a prompt that is too long for the context, the end is read.
+    """One answer to each dialogue, as a person reads it; what is too long for the context is cut (:func:`fitted`).
 
     ``sampling`` is ``Sampling()`` by default."""
-    sampling = sampling or Sampling()
-    room = max(1, context_length(policy) - sampling.max_new_tokens)
-    tokens = [prompt[-room:] for prompt in encode_prompts(tokenizer, prompts)]
+    tokens, sampling = fitted(policy, encode_prompts(tokenizer, prompts), sampling or Sampling())
     return answer(policy, tokenizer, tokens, sampling, generator).texts(tokenizer)
+
+
+def fitted(
+    policy: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> tuple[list[Sequence[int]], Sampling]:
+    """Prompts, as tokens, and ``sampling`` such that each prompt and its answer fit into the model's context.
+
+    An answer gets what the longest prompt leaves, or half of the context where that is less; of a longer prompt the end
+    is read."""
+    context = context_length(policy)
+    left = max(context - max(map(len, prompts), default=0), context // 2, 1)
+    new = min(sampling.max_new_tokens, left)
+    sampling = replace(sampling, max_new_tokens=new, min_new_tokens=min(new, sampling.min_new_tokens))
+    return [prompt[-max(1, context - new) :] for prompt in prompts], sampling
 
 
 @torch.no_grad()

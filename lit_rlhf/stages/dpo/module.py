@@ -12,15 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import dpo_loss, implicit_rewards, pair_accuracy, ranking_pairs
-from lit_rlhf.models import Sampling, answer, context_length, save_adapter, save_model
+from lit_rlhf.models import Sampling, save_adapter, save_model
 from lit_rlhf.stages.ppo.reference import Reference, ReferenceUpdate
 from lit_rlhf.stages.ppo.rollout import response_logprobs
-from lit_rlhf.stages.prompts import spread
+from lit_rlhf.stages.prompts import sample_texts, spread
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import fit_context
-from lit_rlhf.text.chat import encode_prompts
-from lit_rlhf.text.records import shown
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -101,12 +99,8 @@ class DPOModule(StepLog):
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""
-        prompts = [ranking.prompt for ranking in spread(self.trainer.datamodule.val_rankings, 4)]
-        room = max(1, context_length(self.policy) - self.sampling.max_new_tokens)
-        tokens = [t[-room:] for t in encode_prompts(self.tokenizer, prompts)]
-        generator = seeded(self.trainer.global_step, device=self.device)
-        answers = answer(self.policy, self.tokenizer, tokens, self.sampling, generator)
-        return [(shown(prompt), text) for prompt, text in zip(prompts, answers.texts(self.tokenizer))]
+        rankings = spread(self.trainer.datamodule.val_rankings, 4)
+        return sample_texts(self, self.sampling, [(ranking.prompt, ranking.tools) for ranking in rankings])
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation; accuracies are those of the implicit rewards."""

@@ -30,7 +30,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
-from lit_rlhf.stages.functions import name_of
+from lit_rlhf.stages.functions import name_of, with_tools
 from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.preference.module import Annotator
 from lit_rlhf.stages.prompts import PromptBatch, last_tokens
@@ -226,7 +226,9 @@ class EvaluateModule(LightningModule):
         contestants = list(self.contestants().values())
         first = len(self.prompts) - len(batch.messages)
         together = [[text for c in contestants for text in c.texts[i]] for i in range(first, len(self.prompts))]
-        for i, ranks in enumerate(self.annotator(batch.messages, together), start=first):
+        tools = [record.get("tools") for record in batch.records]
+        beside = with_tools(self.annotator, tools, self.trainer.datamodule.note)
+        for i, ranks in enumerate(self.annotator(batch.messages, together, **beside), start=first):
             left = iter(ranks)
             for contestant in contestants:
                 contestant.ranks.append([next(left) for _ in contestant.texts[i]])

@@ -18,6 +18,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, load_reward_model, score_answers
 from lit_rlhf.stages.functions import name_of, resolve
 from lit_rlhf.text.records import Messages, shown
+from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import load_tokenizer
 
 Ranks = list[list[int]]
@@ -25,16 +26,23 @@ Result = TypeVar("Result")
 
 
 class Annotator(Protocol):
-    """Whoever ranks answers: a simulated labeler, a reward model, a function, a language model."""
+    """Whoever ranks answers: a simulated labeler, a reward model, a function, a language model.
+
+    One that has ``takes_tools = True`` gets a further argument, ``tools``: what the assistant may call, of each prompt;
+    it is given where a prompt's record has some."""
 
     def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
         """The answers to each prompt in, as many as there are; a rank for each out, 1 = best, ties allowed."""
         ...
 
 
-def annotate(annotator: Annotator, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
-    """The annotator's ranks; raises ``UserError``, naming the prompt, where they are none."""
-    return check_ranks(annotator(prompts, responses), name_of(annotator), prompts, responses)
+def annotate(
+    annotator: Annotator, prompts: Sequence[Messages], responses: Sequence[Sequence[str]], **beside: Sequence[Any]
+) -> Ranks:
+    """The annotator's ranks; raises ``UserError``, naming the prompt, where they are none.
+
+    ``beside``: ``tools``, for one that takes them."""
+    return check_ranks(annotator(prompts, responses, **beside), name_of(annotator), prompts, responses)
 
 
 def check_ranks(ranks: Any, who: str, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
@@ -68,13 +76,15 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 
 
 class RewardModelAnnotator(nn.Module):
-    """Ranks answers by the scores of a reward model.
+    """Ranks answers by the scores of a reward model, whose template is given the tools, too.
 
     Args:
         reward_model: a model with a scalar head.
         tokenizer: of that model, with its chat template.
         batch_size: answers a forward pass.
     """
+
+    takes_tools = True
 
     def __init__(
         self,
@@ -93,25 +103,37 @@ class RewardModelAnnotator(nn.Module):
         return cls(load_reward_model(path, tokenizer), tokenizer, batch_size)
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
-        scores = iter(self.scores(prompts, responses).tolist())
+    def forward(
+        self,
+        prompts: Sequence[Messages],
+        responses: Sequence[Sequence[str]],
+        tools: Sequence[Tools] | None = None,
+    ) -> Ranks:
+        scores = iter(self.scores(prompts, responses, tools).tolist())
         ranked = []
         for answers in responses:
             scored = dict(zip(answers, [next(scores) for _ in answers]))  # equal texts differ by rounding alone
             ranked.append(ranks_of([scored[text] for text in answers]))
         return ranked
 
-    def scores(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Tensor:
+    def scores(
+        self,
+        prompts: Sequence[Messages],
+        responses: Sequence[Sequence[str]],
+        tools: Sequence[Tools] | None = None,
+    ) -> Tensor:
         """Scores (N,) of all answers, prompt by prompt."""
         messages = [p for p, answers in zip(prompts, responses) for _ in answers]
+        each = None if tools is None else [t for t, answers in zip(tools, responses) for _ in answers]
         texts = [text for answers in responses for text in answers]
-        return score_answers(self.reward_model, self.tokenizer, messages, texts, self.batch_size)
+        return score_answers(self.reward_model, self.tokenizer, messages, texts, self.batch_size, each)
 
 
 class CallableAnnotator:
     """Ranks answers by a function of yours, plain or ``async``: ``fn(prompts, responses) -> ranks``.
 
     ``prompts`` are lists of messages, ``responses`` a list of texts for each; ``ranks`` is a list of ranks for each.
+    A function with a parameter ``tools`` gets those of each prompt, too, or None.
 
     Args:
         function: the callable or its name, ``"my_module.my_function"``.
@@ -128,10 +150,17 @@ class CallableAnnotator:
         self.function = resolve(function, "preference.annotator.function")
         self.batch_size, self.concurrency = batch_size, concurrency
         self.name = name_of(self.function)
+        self.takes_tools = "tools" in inspect.signature(self.function).parameters
 
-    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+    def __call__(
+        self,
+        prompts: Sequence[Messages],
+        responses: Sequence[Sequence[str]],
+        tools: Sequence[Tools] | None = None,
+    ) -> Ranks:
         size = self.batch_size or max(len(prompts), 1)
-        batches = [(prompts[i : i + size], responses[i : i + size]) for i in range(0, len(prompts), size)]
+        columns = [prompts, responses, *([tools or [None] * len(prompts)] if self.takes_tools else [])]
+        batches = [[column[i : i + size] for column in columns] for i in range(0, len(prompts), size)]
         call = getattr(self.function, "__call__", None)  # noqa: B004  an object's own may be async
         if inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call):
             ranked = run_async(self._together(batches))
@@ -139,31 +168,36 @@ class CallableAnnotator:
             ranked = [self._call(*batch) for batch in batches]
         return [row for batch in ranked for row in batch]
 
-    def _call(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+    def _call(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]], *tools: Sequence[Tools]) -> Ranks:
         try:
-            ranks = self.function(prompts, responses)
+            ranks = self._ask(prompts, responses, *tools)
         except Exception as error:
-            raise self._error(error, self._culprit(prompts, responses)) from error
+            raise self._error(error, self._culprit(prompts, responses, *tools)) from error
         return check_ranks(ranks, self.name, prompts, responses)
 
     async def _together(self, batches: Sequence[Any]) -> list[Ranks]:
         turns = asyncio.Semaphore(self.concurrency)
 
-        async def wait(prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        async def wait(
+            prompts: Sequence[Messages], responses: Sequence[Sequence[str]], *tools: Sequence[Tools]
+        ) -> Ranks:
             async with turns:
                 try:
-                    ranks = await self.function(prompts, responses)
+                    ranks = await self._ask(prompts, responses, *tools)
                 except Exception as error:
                     raise self._error(error, prompts) from error
             return check_ranks(ranks, self.name, prompts, responses)
 
         return await asyncio.gather(*(wait(*batch) for batch in batches))
 
-    def _culprit(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Sequence[Messages]:
+    def _ask(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]], *tools: Sequence[Tools]) -> Any:
+        return self.function(prompts, responses, **({"tools": tools[0]} if tools else {}))
+
+    def _culprit(self, prompts: Sequence[Messages], *beside: Sequence[Any]) -> Sequence[Messages]:
         """The first prompt on which the function fails alone too; all where it only fails on them together."""
         for i in range(len(prompts)):
             try:
-                self.function(prompts[i : i + 1], responses[i : i + 1])
+                self._ask(prompts[i : i + 1], *(column[i : i + 1] for column in beside))
             except Exception:  # whatever a user's function may raise
                 return prompts[i : i + 1]
         return prompts

@@ -22,13 +22,23 @@ from pydantic import Field
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.preference.annotators import Ranks, place, ranks_of, run_async
-from lit_rlhf.text.records import Messages
+from lit_rlhf.text.records import Messages, text_of
+from lit_rlhf.text.special_tokens import SpecialTokens, check
+from lit_rlhf.text.template import Tools
 
 Verdict = Literal["A", "B", "tie", "?"]  # ?: the reply said none of them, however often it was asked
 
 INSTRUCTION = """\
 You compare two answers of an assistant to the same dialogue. The better one is more helpful, truthful and harmless; \
 length, order and tone alone do not make it better. Reply with one word: A, B, or tie."""
+
+TOOLS = "functions that the assistant may call: "
+
+# What templates of many families have as control tokens: which of them the model behind a URL has, nobody says.
+CONTROL = re.compile(
+    r"<[|\uff5c][^<>\s]{1,60}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_\w+>|<</?SYS>>|"
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK|BOS|EOS)\]"
+)
 
 ASKED = """\
 The dialogue:
@@ -49,6 +59,7 @@ class Question(NamedTuple):
     prompt: Messages
     first: str
     second: str
+    tools: Tools = None  # what the assistant may call
 
 
 class LLMJudge:
@@ -68,8 +79,12 @@ class LLMJudge:
         retries: times that a request which failed, or a reply that is no verdict, is asked again.
         backoff: seconds before the first retry, twice as many before each further one, at most 60.
         max_tokens: of a reply.
+        special_tokens: names of control tokens, ``<|im_end|>`` say, in dialogues and answers: "plain" puts a space into
+            them, so that the server reads them as text; "refuse" is an error; "rendered" sends them as they are.
         journal: file of the verdicts; None keeps them in memory.
     """
+
+    takes_tools = True
 
     def __init__(
         self,
@@ -83,6 +98,7 @@ class LLMJudge:
         retries: Annotated[int, Field(ge=0)] = 5,
         backoff: Annotated[float, Field(ge=0)] = 1.0,
         max_tokens: Annotated[int, Field(ge=1)] = 16,
+        special_tokens: SpecialTokens = "plain",
         journal: str | Path | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
@@ -90,38 +106,44 @@ class LLMJudge:
         self.url, self.model, self.instruction = url.rstrip("/"), model, instruction or INSTRUCTION
         self.api_key_env, self.concurrency, self.timeout = api_key_env, concurrency, timeout
         self.retries, self.backoff, self.max_tokens = retries, backoff, max_tokens
-        self.name = f"llm_judge:{model}"
+        self.name, self.special_tokens = f"llm_judge:{model}", special_tokens
         self.journal = None if journal is None else Path(journal)
         self.verdicts: dict[str, Verdict] = _read_verdicts(self.journal)
 
-    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+    def __call__(
+        self,
+        prompts: Sequence[Messages],
+        responses: Sequence[Sequence[str]],
+        tools: Sequence[Tools] | None = None,
+    ) -> Ranks:
+        asked = [*zip(prompts, responses, tools or [None] * len(prompts))]
         questions = [
-            Question(prompt, *order)
-            for prompt, answers in zip(prompts, responses)
+            Question(prompt, *order, of_prompt)
+            for prompt, answers, of_prompt in asked
             for pair in combinations(dict.fromkeys(answers), 2)  # equal answers are not compared
             for order in (pair, pair[::-1])
         ]
         run_async(self._ask_all(questions))
         self._check_sense(questions)
-        return [self._ranks(prompt, answers) for prompt, answers in zip(prompts, responses)]
+        return [self._ranks(*each) for each in asked]
 
     def figures(self) -> dict[str, float]:
         """How the judging went: verdicts asked for, how many were none, and how often the order decided."""
         said = list(self.verdicts.values())
         return {"judge_verdicts": len(said), "judge_nonsense": said.count("?")}
 
-    def better(self, prompt: Messages, first: str, second: str) -> float:
+    def better(self, prompt: Messages, first: str, second: str, tools: Tools = None) -> float:
         """1 where the first answer wins, 0 where the second does, 0.5 for a tie or where the order decided."""
-        verdict = self.verdicts[self._key(Question(prompt, first, second))]
-        swapped = self.verdicts[self._key(Question(prompt, second, first))]
+        verdict = self.verdicts[self._key(Question(prompt, first, second, tools))]
+        swapped = self.verdicts[self._key(Question(prompt, second, first, tools))]
         if (verdict, swapped) == ("A", "B"):
             return 1.0
         return 0.0 if (verdict, swapped) == ("B", "A") else 0.5
 
-    def _ranks(self, prompt: Messages, answers: Sequence[str]) -> list[int]:
+    def _ranks(self, prompt: Messages, answers: Sequence[str], tools: Tools = None) -> list[int]:
         wins = dict.fromkeys(answers, 0.0)
         for first, second in combinations(wins, 2):
-            won = self.better(prompt, first, second)
+            won = self.better(prompt, first, second, tools)
             wins[first] += won
             wins[second] += 1 - won
         return ranks_of([wins[text] for text in answers])
@@ -224,9 +246,18 @@ class LLMJudge:
             )
 
     def _messages(self, question: Question) -> Messages:
-        dialogue = "\n\n".join(f"{m['role']}: {m['content']}" for m in question.prompt)
-        asked = ASKED.format(dialogue=dialogue, first=question.first, second=question.second)
+        dialogue = "\n\n".join(f"{m['role']}: {text_of(m)}" for m in question.prompt)
+        if question.tools:
+            dialogue = f"{TOOLS}{json.dumps(question.tools, ensure_ascii=False)}\n\n{dialogue}"
+        parts = (self._harmless(text) for text in (dialogue, question.first, question.second))
+        asked = ASKED.format(**dict(zip(("dialogue", "first", "second"), parts)))
         return [{"role": "system", "content": self.instruction}, {"role": "user", "content": asked}]
+
+    def _harmless(self, text: str) -> str:
+        """Without what the judge's own template might mean by its control tokens."""
+        if self.special_tokens == "refuse":
+            check(CONTROL, text)
+        return text if self.special_tokens == "rendered" else CONTROL.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
     def _key(self, question: Question) -> str:
         asked = json.dumps([self.model, self._messages(question)])

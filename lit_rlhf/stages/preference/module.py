@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, Waiting
 from lit_rlhf.models import Engine, Sampling, answer, context_length, freeze
+from lit_rlhf.stages.functions import with_tools
 from lit_rlhf.stages.preference.agreement import agreement
 from lit_rlhf.stages.preference.annotators import Annotator, annotate, name_of, place
 from lit_rlhf.stages.preference.journal import Journal
@@ -118,7 +119,8 @@ class PreferenceModule(LightningModule):
         if self._ranks_now and batch_idx not in self.ranked.batches:
             rows = [row for row in self.drawn.batches[batch_idx] if len(row["responses"]) > 1]
             prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
-            self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses) if rows else [])
+            tools = with_tools(self.annotator, [row.get("tools") for row in rows], self.trainer.datamodule.note)
+            self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses, **tools) if rows else [])
         return self.drawn.batches[batch_idx]
 
     @property
@@ -234,6 +236,7 @@ class PreferenceModule(LightningModule):
             )
         write_jsonl(file, self.answers)
         if isinstance(self.annotator, People):
+            with_tools(self.annotator, [row.get("tools") for row in self.answers], self.trainer.datamodule.note)
             todo = self.annotator.hand_out(self.answers, file)
             self._judged = with_lineage(judgements(self.annotator), self.answers)
             if not self._judged:

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling, answer, context_length, save_model, token_logprobs_of
+from lit_rlhf.models import Sampling, context_length, save_model, token_logprobs_of
 from lit_rlhf.stages.pretrain.data import TextRows
+from lit_rlhf.stages.prompts import written
 from lit_rlhf.text.special_tokens import encode_texts, text_start
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -77,11 +78,7 @@ class PretrainModule(StepLog):
         """(start, continuation): two texts of the model as it is now."""
         [prompt] = encode_texts(self.tokenizer, [self.sample_prompt])
         start = [*text_start(self.tokenizer), *prompt] or [self.tokenizer.eos_token_id]
-        self.policy.eval()
-        generator = seeded(self.trainer.global_step, device=self.device)
-        written = answer(self.policy, self.tokenizer, [start] * 2, self.sampling, generator)
-        self.policy.train()
-        return [(self.sample_prompt, text) for text in written.texts(self.tokenizer)]
+        return [(self.sample_prompt, text) for text in written(self, self.sampling, [start] * 2)]
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

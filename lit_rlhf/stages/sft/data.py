@@ -15,7 +15,7 @@ from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import Demonstration, Messages, OnBadRecord, parse_demonstration, text_of
+from lit_rlhf.text.records import Demonstration, Messages, OnBadRecord, is_learned, parse_demonstration, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
@@ -93,7 +93,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             else self._tokenizer(text_of(m) for record in train for m in record.messages)
         )
         ensure_chat_template(self.tokenizer)
-        self.sample_prompts = [record.messages[:-1] for record in held_out[: self.samples]]
+        self.sample_prompts = [(record.messages[:-1], record.tools) for record in held_out[: self.samples]]
         self._learned, self._held_out = train[: self.limit], held_out[: self.limit]
         self.encode()
 
@@ -109,7 +109,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         """What stands before each answer that is learned."""
         for record in self._learned:
             for i, message in enumerate(record.messages):
-                if message["role"] == "assistant" and i >= record.context:
+                if is_learned(message) and i >= record.context:
                     yield record.messages[:i]
 
     def _encode(self, records: list[Demonstration]) -> list[Encoded]:
@@ -142,7 +142,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
 
 def first_prompt(record: Demonstration) -> Messages:
     """What the split looks at: everything before the first answer that is learned."""
-    learned = next(i for i, m in enumerate(record.messages) if m["role"] == "assistant" and i >= record.context)
+    learned = next(i for i, m in enumerate(record.messages) if is_learned(m) and i >= record.context)
     return record.messages[:learned]
 
 

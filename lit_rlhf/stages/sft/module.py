@@ -8,18 +8,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import (
-    Sampling,
-    answer_texts,
-    packed_hidden,
-    save_adapter,
-    save_model,
-    token_logprobs_of,
-)
+from lit_rlhf.models import Sampling, packed_hidden, save_adapter, save_model, token_logprobs_of
+from lit_rlhf.stages.prompts import sample_texts
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.sft.data import SFTBatch
-from lit_rlhf.text.records import shown
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, seeded, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -72,12 +65,7 @@ class SFTModule(StepLog):
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the model as it is now."""
-        prompts = self.trainer.datamodule.sample_prompts
-        self.policy.eval()
-        generator = seeded(self.trainer.global_step, device=self.device)
-        texts = answer_texts(self.policy, self.tokenizer, prompts, self.sampling, generator)
-        self.policy.train()
-        return [(shown(prompt), text) for prompt, text in zip(prompts, texts)]
+        return sample_texts(self, self.sampling, self.trainer.datamodule.sample_prompts)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

@@ -16,7 +16,15 @@ from lit_rlhf.text.records.files import (
     read_records,
     write_jsonl,
 )
-from lit_rlhf.text.records.messages import Message, Messages, parse_messages, parse_transcript, shown, text_of
+from lit_rlhf.text.records.messages import (
+    Message,
+    Messages,
+    is_learned,
+    parse_messages,
+    parse_transcript,
+    shown,
+    text_of,
+)
 from lit_rlhf.text.records.prompts import PromptRecord, parse_prompt, parse_prompt_record, parse_text
 from lit_rlhf.text.records.rankings import Ranking, parse_ranking
 from lit_rlhf.text.records.split import Moved, is_held_out, prompt_fingerprint, prompt_key, split_by_prompt
@@ -53,6 +61,7 @@ __all__ = [
     "bad_record",
     "files_of",
     "is_held_out",
+    "is_learned",
     "load_records",
     "parse_demonstration",
     "parse_feedback",

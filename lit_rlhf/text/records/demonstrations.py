@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_rlhf.text.records.fields import short
-from lit_rlhf.text.records.messages import Messages, dialogue, dialogue_name, messages_of, text_of, tools_of
+from lit_rlhf.text.records.fields import WEIGHT, short
+from lit_rlhf.text.records.messages import Messages, dialogue, dialogue_name, is_learned, messages_of, text_of, tools_of
 from lit_rlhf.text.records.prompts import parse_prompt
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A dialogue to imitate; the assistant's turns from message ``context`` on are learned."""
+    """A dialogue to imitate; the assistant's turns from message ``context`` on are learned, but those of weight 0."""
 
     messages: Messages
     context: int
@@ -24,9 +24,22 @@ def parse_demonstration(row: dict[str, Any]) -> Demonstration:
     """``prompt`` + ``response`` (or ``completion``), ``instruction`` [+ ``input``] + ``output``, or ``messages``
     (or ``conversations``); with ``tools`` where the assistant calls some.
 
-    All assistant turns of ``messages`` are learned; of the others, the response."""
+    All assistant turns of ``messages`` are learned, but those whose ``weight`` is 0; of the others, the response."""
     prompt, answer = answered(row)
+    _check_weights([*prompt, *answer])
+    if not any(map(is_learned, answer)):
+        raise ValueError("every turn of the assistant has weight 0; nothing is left to learn")
+    getattr(row, "asked", set()).add(WEIGHT)
     return Demonstration([*prompt, *answer], len(prompt), tools_of(row))
+
+
+def _check_weights(messages: Messages) -> None:
+    for message in messages:
+        weight, role = message.get("weight", 0), message["role"]
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise ValueError(f"a message has the weight {short(weight)}; 0 (not learned) or 1 was expected")
+        if weight == 1 and role != "assistant":
+            raise ValueError(f"a message of the {role} has the weight 1; only the assistant's turns can be learned")
 
 
 def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:

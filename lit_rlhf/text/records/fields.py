@@ -15,6 +15,8 @@ MESSAGE_FIELDS = {
     "reasoning", "thinking",
 }  # fmt: skip
 
+WEIGHT = "weight of a message"  # as it stands among the fields that were asked for
+
 # What our own stages write beside a record is not news to anyone: answers that were drawn, judgements of people.
 _OURS = {
     frozenset({"sampling", "round"}): {"split", "equal"},
@@ -61,7 +63,8 @@ class Row(dict[str, Any]):
             if name in self.asked and isinstance(value, list):
                 for message in value:
                     if isinstance(message, dict) and ("role" in message or "from" in message):
-                        yield from (k for k, v in message.items() if k not in MESSAGE_FIELDS and v is not None)
+                        fields = (k for k, v in message.items() if k not in MESSAGE_FIELDS and v is not None)
+                        yield from (k for k in fields if k != "weight" or WEIGHT not in self.asked)
 
 
 def inside(values: Mapping[str, Any], address: str) -> Any:

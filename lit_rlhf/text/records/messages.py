@@ -81,6 +81,11 @@ def _message(value: Any, name: str) -> Message:
     return message
 
 
+def is_learned(message: Message) -> bool:
+    """Whether a message is a turn of the assistant that is to be imitated: its ``weight`` (OpenAI's) is not 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def _content(message: Message, name: str) -> str | list[dict[str, Any]] | None:
     content = message.get("content")
     if isinstance(content, str) or (content is None and message.get("tool_calls") and message["role"] == "assistant"):
