@@ -30,16 +30,15 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.models.quantization import is_quantized
 from lit_rlhf.text import pack
+from tests.conftest import FAMILIES
+from tests.models.test_lora import TOKENS, stirred
 
-TOKENS = tensor([[5, 6, 7, 8, 9, 10]])
 WIDE = {"gpt2": {"n_embd": 64}, "llama": {"hidden_size": 64, "intermediate_size": 128}}  # a block has 64 weights
 
 
 @pytest.fixture(params=WIDE)
 def folder(request, tokenizer, tmp_path):
     """A model that is large enough to have whole blocks."""
-    from tests.conftest import FAMILIES
-
     torch.manual_seed(0)
     config = {**FAMILIES[request.param], **WIDE[request.param]}
     save_model(policy_from_config(config, tokenizer), tokenizer, tmp_path / "base")
@@ -49,15 +48,6 @@ def folder(request, tokenizer, tmp_path):
 @pytest.fixture
 def policy(folder, tokenizer):
     return load_policy(folder, tokenizer, lora=LoRA(r=4), quantization="4bit").eval()
-
-
-def stirred(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
 
 
 def test_matrices_take_an_eighth_and_only_adapters_learn(policy, folder, tokenizer):

@@ -93,7 +93,8 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             else self._tokenizer(text_of(m) for record in train for m in record.messages)
         )
         ensure_chat_template(self.tokenizer)
-        self.sample_prompts = [(record.messages[:-1], record.tools) for record in held_out[: self.samples]]
+        self.sample_prompts = [record.messages[:-1] for record in held_out[: self.samples]]
+        self.sample_tools = [record.tools for record in held_out[: self.samples]]
         self._learned, self._held_out = train[: self.limit], held_out[: self.limit]
         self.encode()
 

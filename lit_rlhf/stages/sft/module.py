@@ -65,7 +65,8 @@ class SFTModule(StepLog):
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the model as it is now."""
-        return sample_texts(self, self.sampling, self.trainer.datamodule.sample_prompts)
+        data = self.trainer.datamodule
+        return sample_texts(self, self.sampling, [*zip(data.sample_prompts, data.sample_tools)])
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
