@@ -14,6 +14,8 @@ from lit_rlhf.errors import UserError
 # because a chat template has written the record already, or a corpus has it between its documents.
 SpecialTokens = Literal["plain", "refuse", "rendered"]
 
+HALF = re.compile("[\ud800-\udfff]")
+
 
 class Pieces(NamedTuple):
     """A text as tokens."""
@@ -52,6 +54,15 @@ def check(names: re.Pattern[str], value: Any) -> None:
         if found := names.search(text):
             around = text[max(0, found.start() - 30) : found.end() + 30]
             raise UserError(f"a text holds the special token {found[0]!r} ({around!r}), and special_tokens=refuse")
+
+
+def check_characters(value: Any) -> None:
+    """Raises ``UserError`` where a text in ``value`` is not Unicode: half of a pair of surrogates."""
+    for text in strings(value):
+        if found := HALF.search(text):
+            raise UserError(
+                f"a text holds half a character ({found[0]!a}), as one does that was cut inside an emoji or is no UTF-8"
+            )
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from lit_rlhf.text.special_tokens import (
     SpecialTokens,
     any_of,
     check,
+    check_characters,
     encode_marked,
     encode_texts,
     marked,
@@ -117,6 +118,7 @@ class Template:
         return Written(prompt, self._ended(reply), mark=mark), shielded, tools, start
 
     def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
+        check_characters((messages, tools))
         if self.special_tokens == "refuse":
             check(self._names, messages)
         return marked(self.tokenizer, self._names, ([self._as_wanted(m) for m in messages], tools))

@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
 from lit_rlhf.apps.chat.conversation import Answer, Conversation
 from lit_rlhf.apps.wording import printable
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.special_tokens import check_characters
 
 PLAIN, BOLD, SOFT = "\x1b[0m", "\x1b[1m", "\x1b[2m"
 
@@ -51,6 +53,8 @@ class Terminal:
 
     def run(self) -> None:
         """Until the person leaves or the input ends."""
+        if isinstance(self.source, TextIOWrapper):
+            self.source.reconfigure(errors="surrogateescape")  # what is no UTF-8 is said of its line, and no more
         self._greet()
         while True:
             try:
@@ -75,6 +79,7 @@ class Terminal:
     def _do(self, line: str) -> None:
         if not line:
             return
+        check_characters(line)
         if not line.startswith("/"):
             self._show(self.conversation.ask(line))
             return

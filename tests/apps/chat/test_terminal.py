@@ -37,6 +37,24 @@ def test_a_session_from_a_pipe(converse, judgements, tmp_path):
     assert json.loads(judgements.feedback_file.read_text())["rating"] == 1
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of a terminal in UTF-8, and in the C locale
+def test_bytes_that_are_no_text_are_said_and_the_talk_goes_on(converse, errors):
+    lines = b"\xff\xfe\n/system \xff\n\xf0\x9f cut\nWho are you?"
+    sink = io.StringIO()
+    talk = converse("ppo")
+    Terminal(talk, io.TextIOWrapper(io.BytesIO(lines), "utf-8", errors), sink).run()
+    assert sink.getvalue().count("[a text holds half a character ('\\udc") == 3
+    assert talk.system == "" and [m["role"] for m in talk.messages] == ["user", "assistant"]
+
+
+def test_half_a_character_that_was_loaded_is_said(converse, tmp_path):
+    turns = [{"role": "user", "content": "Hi \ud83d"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "talk.json").write_text(json.dumps(turns))
+    shown = session(converse("ppo"), f"/load {tmp_path / 'talk.json'}", "And?", "/new", "Who are you?")
+    assert any("half a character ('\\ud83d')" in line for line in shown)
+    assert any(line.startswith("ppo: ") for line in shown[shown.index("you: Who are you?") :])
+
+
 def test_two_models_blind(converse, judgements):
     talk = converse("ppo", "sft")
     shown = session(talk, "/a", "Who are you?", "/names", "/b")
