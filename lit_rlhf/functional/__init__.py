@@ -1,4 +1,4 @@
-"""Pure tensor math: every equation of the method, each with its source. Imports torch only.
+"""Pure tensor math: every equation of the method, each with its source and an example. Imports torch only.
 
 Shapes: B sequences (or N answers), T tokens, V vocabulary. Log-probs are in nats. Masks are True where a
 position counts."""

@@ -16,21 +16,34 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
     """Rewards (B, T): a penalty on every token and the score on the last real one (InstructGPT, eq. 2).
 
     ``r_t = -penalty_t + [t last] score``. ``scores`` (B,); ``penalties`` (B, T) in reward units, ``kl_coef`` times an
-    estimate of the KL divergence, say; mask True = response token; 0 elsewhere."""
+    estimate of the KL divergence, say; mask True = response token; 0 elsewhere.
+
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 0.25, 9.0]]), mask)
+    tensor([[-0.5000,  1.7500,  0.0000]])
+    """
     rewards = torch.where(mask, -penalties, torch.zeros_like(penalties))
     last = last_position(mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
 def whole_answer(x: Tensor, mask: Tensor) -> Tensor:
-    """Sums over an answer, (B, T) to (B, 1): log-probs and rewards where the whole answer is one action."""
+    """Sums over an answer, (B, T) to (B, 1): log-probs and rewards where the whole answer is one action.
+
+    >>> whole_answer(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[3.]])
+    """
     return masked_sum(x, mask, dim=-1)[:, None]
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """``G_t = sum_l gamma^l r_{t+l}`` (B, T), the discounted rewards from each token on (REINFORCE, Williams 1992).
 
-    Mask True on a run of response tokens, 0 comes back elsewhere."""
+    Mask True on a run of response tokens, 0 comes back elsewhere.
+
+    >>> reward_to_go(torch.tensor([[0.0, 0.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool), gamma=0.5)
+    tensor([[1., 2., 4.]])
+    """
     returns = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
@@ -45,7 +58,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     ``delta_t = r_t + gamma V(s_{t+1}) - V(s_t)`` and ``A_t = sum_l (gamma lam)^l delta_{t+l}``; the value after the
     last real token is 0. ``lam`` 1 is the actor-critic with Monte-Carlo targets, ``lam`` 0 the one with one-step TD.
     ``returns = advantages + values`` is the critic's target. Tensors are (B, T), the mask True
-    on a run of response tokens, 0 comes back elsewhere."""
+    on a run of response tokens, 0 comes back elsewhere.
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])  # deltas are -0.25 and 0.75
+    >>> gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=0.5)
+    (tensor([[0.1250, 0.7500]]), tensor([[0.6250, 1.0000]]))
+    """
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])  # A_{t+1}
     next_value = torch.zeros_like(values[:, 0])  # V(s_{t+1})
@@ -89,7 +107,11 @@ def group_std(returns: Tensor, answers_per_prompt: int, mask: Tensor | None = No
     ``mask`` (B,) is False for answers that nobody has scored, as in :func:`baseline`.
 
     GRPO (arXiv:2402.03300, section 4.1) divides by it, which lifts prompts whose answers hardly differ: the optimum is
-    then another one than that of the KL-regularized objective."""
+    then another one than that of the KL-regularized objective.
+
+    >>> group_std(torch.tensor([1.0, 3.0, 5.0, 7.0, 7.0, 7.0]), answers_per_prompt=3)
+    tensor([2., 2., 2., 0., 0., 0.])
+    """
     mask = torch.ones_like(returns, dtype=torch.bool) if mask is None else mask
     groups, counted = (_groups(x, answers_per_prompt) for x in (returns, mask))
     squares = (groups - masked_mean(groups, counted, dim=1)[:, None]) ** 2

@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 def percent_agreement(ratings: Tensor) -> Tensor:
-    """Fraction of (unit, two annotators) on which both say the same; NaN where no unit has two judgements."""
+    """Fraction of (unit, two annotators) on which both say the same; NaN where no unit has two judgements.
+
+    >>> percent_agreement(torch.tensor([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, torch.nan]]))  # 2 of the 3 judged by both
+    tensor(0.6667, dtype=torch.float64)
+    """
     counts, _ = _category_counts(ratings)
     judged = counts.sum(-1)
     return (counts * (counts - 1)).sum() / (judged * (judged - 1)).sum()
@@ -22,7 +26,11 @@ def cohen_kappa(ratings: Tensor) -> Tensor:
     """``(p_o - p_e) / (1 - p_e)`` of two annotators (Cohen 1960), over the units that both judged.
 
     1: they always agree, 0: as often as by chance given how often each uses each category. NaN where chance alone
-    agrees always (both use one and the same category), or where nothing was judged by both."""
+    agrees always (both use one and the same category), or where nothing was judged by both.
+
+    >>> cohen_kappa(torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))  # observed 3/4, by chance 1/2
+    tensor(0.5000, dtype=torch.float64)
+    """
     if len(ratings) != 2:
         raise ValueError(f"Cohen's kappa compares two annotators; {len(ratings)} were given")
     both = ratings[:, ~ratings.isnan().any(0)].double()
@@ -37,7 +45,12 @@ def krippendorff_alpha(ratings: Tensor, level: Literal["nominal", "ordinal"] = "
     """``1 - D_o / D_e`` (Krippendorff 2011, "Computing Krippendorff's alpha-reliability"); a scalar.
 
     Any number of annotators, each of any of the units. "ordinal": two annotators who take opposite sides differ by
-    more than one who ties what the other does not. NaN where nothing varies, or no unit has two judgements."""
+    more than one who ties what the other does not. NaN where nothing varies, or no unit has two judgements.
+
+    >>> ratings = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    >>> krippendorff_alpha(ratings)  # 1 - (2 / 8) / (30 / 56)
+    tensor(0.5333, dtype=torch.float64)
+    """
     counts, categories = _category_counts(ratings)
     counts = counts[counts.sum(-1) >= 2]  # a unit judged once has nothing to agree with
     judged = counts.sum(-1, keepdim=True)

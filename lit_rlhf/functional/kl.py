@@ -19,7 +19,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
     variance; k3 = ``exp(-d) - 1 + d``, unbiased and never negative. Expectations are over a ~ pi.
 
     As a *loss* they behave otherwise, for the derivative does not see how samples depend on the policy: that of k1 is 0
-    in expectation, that of k2 is the gradient of KL(pi || ref), that of k3 is the one of KL(ref || pi)."""
+    in expectation, that of k2 is the gradient of KL(pi || ref), that of k3 is the one of KL(ref || pi).
+
+    >>> logprobs, ref_logprobs = torch.tensor([0.5, 0.1]).log(), torch.tensor([0.25, 0.2]).log()
+    >>> kl_estimate(logprobs, ref_logprobs)  # log 2 and -log 2
+    tensor([ 0.6931, -0.6931])
+    >>> kl_estimate(logprobs, ref_logprobs, "k3")
+    tensor([0.1931, 0.3069])
+    """
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return d
@@ -31,7 +38,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(pi || ref) (...) of the next-token distributions ``logits`` and ``ref_logits`` (..., V), over all V tokens.
 
-    Tokens that are ruled out by both (-inf) add nothing."""
+    Tokens that are ruled out by both (-inf) add nothing.
+
+    >>> full_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())  # log(2) / 2 + log(2 / 3) / 2
+    tensor(0.1438)
+    """
     log_pi, log_ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     ruled_out = log_pi == float("-inf")
     terms = log_pi.exp() * (log_pi.masked_fill(ruled_out, 0.0) - log_ref.masked_fill(ruled_out, 0.0))
@@ -42,7 +53,12 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """``sum_t log pi(a_t|s_t) - log pi_ref(a_t|s_t)`` of each sampled answer, (B,) in nats.
 
     The k1 estimator summed over tokens: unbiased when the answers were sampled from pi,
-    and below 0 for a single answer now and then. Tensors are (B, T), mask True = response token."""
+    and below 0 for a single answer now and then. Tensors are (B, T), mask True = response token.
+
+    >>> logprobs = torch.tensor([[-1.0, -2.0, -9.0]])
+    >>> sequence_kl(logprobs, torch.tensor([[-1.5, -3.0, 0.0]]), torch.tensor([[True, True, False]]))
+    tensor([1.5000])
+    """
     return masked_sum(logprobs - ref_logprobs, mask, dim=-1)
 
 
@@ -50,7 +66,11 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
     """The coefficient after ``episodes`` answers whose mean divergence was ``kl``, in nats *an answer*.
 
     ``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)`` (arXiv:1909.08593, section 2.2): a
-    tenth of a change in ``horizon / 2`` episodes at most. Raises ``ValueError`` unless both are above 0."""
+    tenth of a change in ``horizon / 2`` episodes at most. Raises ``ValueError`` unless both are above 0.
+
+    >>> adapted_kl_coef(0.05, kl=12.0, target=6.0, episodes=100, horizon=1000.0)  # twice the target: 2% more
+    0.051000000000000004
+    """
     if not (target > 0 and horizon > 0):
         raise ValueError(f"target {target} (nats an answer) and horizon {horizon} (episodes) must be above 0")
     error = min(max(kl / target - 1, -0.2), 0.2)

@@ -12,7 +12,12 @@ from lit_rlhf.functional.masking import masked_mean
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability, in nats, of each of ``targets`` (...) under ``logits`` (..., V); same shape as targets.
 
-    ``cross_entropy`` is the fastest way to it on a CPU, and never holds a second (..., V) tensor of probabilities."""
+    ``cross_entropy`` is the fastest way to it on a CPU, and never holds a second (..., V) tensor of probabilities.
+
+    >>> logits = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    >>> token_logprobs(logits, torch.tensor([1, 0])).exp()
+    tensor([0.7500, 0.5000])
+    """
     flat = F.cross_entropy(_full(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
     return -flat.view(targets.shape)
 
@@ -21,7 +26,12 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
     """Mean negative log-likelihood a token, ``-log P(u_i | u_<i)`` (GPT-1, eq. 1), in nats; a scalar.
 
     ``logits`` (B, T, V) predict ``labels`` (B, T) at the same index (already shifted);
-    ``mask`` (B, T) is True where a label counts: response tokens in SFT; None, in pretraining: every token."""
+    ``mask`` (B, T) is True where a label counts: response tokens in SFT; None, in pretraining: every token.
+
+    >>> logits, labels = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]]).log(), torch.tensor([[1, 0]])
+    >>> lm_loss(logits, labels, mask=torch.tensor([[False, True]]))  # log 2
+    tensor(0.6931)
+    """
     if mask is None:
         return -token_logprobs(logits, labels).mean()
     # Filled before the arithmetic: 0 * NaN in the backward pass would spoil every gradient.
@@ -30,7 +40,11 @@ def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy (...) of the next-token distribution ``logits`` (..., V), in nats."""
+    """Entropy (...) of the next-token distribution ``logits`` (..., V), in nats.
+
+    >>> token_entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))  # log 2, and nothing left open
+    tensor([0.6931, 0.0000])
+    """
     entropies: Tensor = torch.special.entr(torch.softmax(_full(logits), dim=-1))
     return entropies.sum(-1)  # 0 log 0 = 0: tokens may be ruled out
 

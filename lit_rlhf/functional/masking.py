@@ -9,19 +9,31 @@ from torch import Tensor
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of ``values`` where ``mask`` is True, over ``dim`` or over everything.
 
-    ``values`` and ``mask`` have the same shape. What stands at masked positions never matters, NaN included."""
+    ``values`` and ``mask`` have the same shape. What stands at masked positions never matters, NaN included.
+
+    >>> masked_sum(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+    tensor(3.)
+    """
     kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of ``values`` where ``mask`` is True, over ``dim`` or over everything; 0 where nothing counts."""
+    """Mean of ``values`` where ``mask`` is True, over ``dim`` or over everything; 0 where nothing counts.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]), dim=1)
+    tensor([2., 5.])
+    """
     count = mask.sum() if dim is None else mask.sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
 def population_std(values: Tensor) -> Tensor:
-    """Population standard deviation of ``values`` (n,); NaN of none."""
+    """Population standard deviation of ``values`` (n,); NaN of none.
+
+    >>> population_std(torch.tensor([1.0, 3.0]))
+    tensor(1.)
+    """
     return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))
 
 
@@ -29,7 +41,11 @@ def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Centre and scale ``values`` (B, T) by the mean and standard deviation of all valid positions together.
 
     One mean and one (population) deviation for the batch, so the order between samples is kept; masked
-    positions come back as 0."""
+    positions come back as 0.
+
+    >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[-1.,  1.,  0.]])
+    """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
     return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), torch.zeros_like(values))
@@ -38,7 +54,11 @@ def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def last_position(mask: Tensor) -> Tensor:
     """Index (B,) of the last True of each row of ``mask`` (B, T); padding may lie on either side.
 
-    Raises ``ValueError`` if a row has no True."""
+    Raises ``ValueError`` if a row has no True.
+
+    >>> last_position(torch.tensor([[True, True, False], [False, True, True]]))
+    tensor([1, 2])
+    """
     if not mask.any(-1).all():
         raise ValueError("a row of the mask has no valid position; drop empty sequences first")
     positions = torch.arange(mask.shape[-1], device=mask.device)
@@ -46,5 +66,10 @@ def last_position(mask: Tensor) -> Tensor:
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions (B, T) that count real tokens only, so that padding on the left moves nothing."""
+    """Positions (B, T) that count real tokens only, so that padding on the left moves nothing.
+
+    >>> position_ids(torch.tensor([[False, False, True, True], [True, True, True, True]]))
+    tensor([[0, 0, 0, 1],
+            [0, 1, 2, 3]])
+    """
     return (mask.long().cumsum(-1) - 1).clamp(min=0)

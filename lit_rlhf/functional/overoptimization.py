@@ -20,22 +20,42 @@ class GainFit(NamedTuple):
 
 
 def fit_rl_gain(distance: Tensor, gain: Tensor) -> GainFit:
-    """Least squares of ``R(d) = d (alpha - beta log d)``, for RL (arXiv:2210.10760, section 1); (M,) each, d >= 0."""
+    """Least squares of ``R(d) = d (alpha - beta log d)``, for RL (arXiv:2210.10760, section 1); (M,) each, d >= 0.
+
+    >>> distance = torch.tensor([1.0, 2.0, 4.0])
+    >>> fit = fit_rl_gain(distance, rl_gain(distance, GainFit(alpha=2.0, beta=0.5, r2=1.0)))
+    >>> round(fit.alpha, 6), round(fit.beta, 6)
+    (2.0, 0.5)
+    """
     return _fit(distance, gain, _rl_loss(distance))
 
 
 def fit_best_of_n_gain(distance: Tensor, gain: Tensor) -> GainFit:
-    """Least squares of ``R(d) = d (alpha - beta d)``, for best-of-n (arXiv:2210.10760, section 1); (M,) each."""
+    """Least squares of ``R(d) = d (alpha - beta d)``, for best-of-n (arXiv:2210.10760, section 1); (M,) each.
+
+    >>> distance = torch.tensor([1.0, 2.0, 4.0])
+    >>> fit = fit_best_of_n_gain(distance, best_of_n_gain(distance, GainFit(alpha=2.0, beta=0.25, r2=1.0)))
+    >>> round(fit.alpha, 6), round(fit.beta, 6)
+    (2.0, 0.25)
+    """
     return _fit(distance, gain, distance.double() ** 2)
 
 
 def rl_gain(distance: Tensor, fit: GainFit) -> Tensor:
-    """``d (alpha - beta log d)``, and 0 at d = 0."""
+    """``d (alpha - beta log d)``, and 0 at d = 0.
+
+    >>> rl_gain(torch.tensor([0.0, 1.0]), GainFit(alpha=2.0, beta=0.5, r2=1.0))
+    tensor([0., 2.], dtype=torch.float64)
+    """
     return fit.alpha * distance.double() - fit.beta * _rl_loss(distance)
 
 
 def best_of_n_gain(distance: Tensor, fit: GainFit) -> Tensor:
-    """``d (alpha - beta d)``"""
+    """``d (alpha - beta d)``
+
+    >>> best_of_n_gain(torch.tensor([0.0, 2.0, 8.0]), GainFit(alpha=2.0, beta=0.25, r2=1.0))  # highest at d = 4
+    tensor([0., 3., 0.], dtype=torch.float64)
+    """
     return fit.alpha * distance.double() - fit.beta * distance.double() ** 2
 
 
@@ -43,7 +63,12 @@ def expected_best_of_n(worth: Tensor, scores: Tensor, n: int) -> Tensor:
     """Mean worth (P,) of the answer that scores best among n, over all subsets of n of a prompt's N answers.
 
     Unbiased, and of less variance than one draw of n (arXiv:2112.09332, appendix I). ``worth`` and ``scores`` are
-    (P, N), n <= N; the answer of rank i from below is the best of C(i - 1, n - 1) of the C(N, n) subsets."""
+    (P, N), n <= N; the answer of rank i from below is the best of C(i - 1, n - 1) of the C(N, n) subsets.
+
+    >>> worth, scores = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.1, 0.3, 0.2]])
+    >>> expected_best_of_n(worth, scores, n=2)  # the best of three pairs: 2, 6 and 2
+    tensor([3.3333], dtype=torch.float64)
+    """
     size = scores.shape[1]
     weights = [math.comb(rank - 1, n - 1) / math.comb(size, n) for rank in range(1, size + 1)]
     ranked = worth.double().gather(1, torch.sort(scores, dim=1, stable=True).indices)

@@ -23,7 +23,12 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> Pairs:
     """All C(K, 2) pairs inside each prompt, without the tied ones.
 
     ``ranks`` (N,) 1 = best; ``prompt_index`` (N,) says which prompt an answer belongs to. Pairs of one prompt
-    share the weight 1, so that a prompt counts once however many answers it has (InstructGPT, section 3.5)."""
+    share the weight 1, so that a prompt counts once however many answers it has (InstructGPT, section 3.5).
+
+    >>> pairs = ranking_pairs(torch.tensor([2, 1, 2]), torch.tensor([0, 0, 0]))  # the second answer beats both others
+    >>> pairs.better, pairs.worse, pairs.weight
+    (tensor([1, 1]), tensor([0, 2]), tensor([0.5000, 0.5000]))
+    """
     same_prompt = prompt_index[:, None] == prompt_index[None, :]
     better, worse = torch.nonzero(same_prompt & (ranks[:, None] < ranks[None, :]), as_tuple=True)
     owner = prompt_index[better]
@@ -39,7 +44,12 @@ def ranking_loss(
     ``scores`` (N,), one an answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied.
     ``margin`` is what ``r_w - r_l`` must exceed for each rank between the two (arXiv:2307.09288, eq. 2, with the rank
     distance as ``m``); ``margins`` (M,) is what it must exceed beside that in each pair, ``m(r)`` itself;
-    ``label_smoothing`` is how often the annotator is thought to have erred."""
+    ``label_smoothing`` is how often the annotator is thought to have erred.
+
+    >>> pairs = ranking_pairs(torch.tensor([1, 2]), torch.tensor([0, 0]))
+    >>> ranking_loss(torch.tensor([0.0, 0.0]), pairs)  # log 2: even odds
+    tensor(0.6931)
+    """
     gaps = scores[pairs.better] - scores[pairs.worse]
     if margin:
         gaps = gaps - margin * pairs.distance
@@ -54,7 +64,11 @@ def feedback_loss(scores: Tensor, ratings: Tensor, form: Literal["logistic", "sq
 
     ``scores`` (N,); ``ratings`` (N,) ``y`` from 0 (worst) to 1 (best), NaN where an answer was not rated. Logistic:
     ``-y log sigmoid(r) - (1 - y) log sigmoid(-r)``, for thumbs; squared: ``(r - (2 y - 1))^2``, for ratings that the
-    score itself is to repeat."""
+    score itself is to repeat.
+
+    >>> feedback_loss(torch.tensor([0.5, 3.0]), torch.tensor([1.0, torch.nan]), form="squared")
+    tensor(0.2500)
+    """
     rated = ~ratings.isnan()
     targets, given = ratings[rated], scores[rated]
     if form == "squared":
@@ -77,7 +91,12 @@ def calibration(probabilities: Tensor, outcomes: Tensor, bins: int = 10, low: fl
     """Reliability of predictions (arXiv:1706.04599, section 2): ``ECE = sum n_b / M |observed_b - predicted_b|``.
 
     ``probabilities`` (M,) between ``low`` and 1 fall into ``bins`` of equal width; ``outcomes`` (M,) is 1 where the
-    predicted came true. Raises ``ValueError`` without a prediction."""
+    predicted came true. Raises ``ValueError`` without a prediction.
+
+    >>> found = calibration(torch.tensor([0.8, 0.8, 0.8, 0.8]), torch.tensor([1, 1, 1, 0]))
+    >>> found.observed, found.counts, found.error
+    (tensor([0.7500], dtype=torch.float64), tensor([4]), tensor(0.0500, dtype=torch.float64))
+    """
     if not probabilities.numel():
         raise ValueError("there is no prediction to calibrate")
     probabilities, outcomes = probabilities.double(), outcomes.double()
@@ -94,7 +113,12 @@ def calibration(probabilities: Tensor, outcomes: Tensor, bins: int = 10, low: fl
 def correlation(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
     """Pearson's correlation of ``x`` and ``y`` (N,) inside groups (N,), whose means are taken away; a scalar.
 
-    NaN where one of them does not vary."""
+    NaN where one of them does not vary.
+
+    >>> x, y, group = torch.tensor([1.0, 2.0, 8.0, 9.0]), torch.tensor([5.0, 6.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    >>> correlation(x, y, group)  # inside both groups y rises with x, though it is lower in the second
+    tensor(1., dtype=torch.float64)
+    """
     _, member, counts = torch.unique(group, return_inverse=True, return_counts=True)
 
     def centred(values: Tensor) -> Tensor:
@@ -109,7 +133,12 @@ def correlation(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
 
 
 def pair_accuracy(scores: Tensor, pairs: Pairs) -> Tensor:
-    """Fraction of untied pairs that ``scores`` (N,) order rightly; equal scores count half. NaN without a pair."""
+    """Fraction of untied pairs that ``scores`` (N,) order rightly; equal scores count half. NaN without a pair.
+
+    >>> pairs = ranking_pairs(torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]))
+    >>> pair_accuracy(torch.tensor([2.0, 3.0, 1.0]), pairs)
+    tensor(0.6667)
+    """
     margins = scores[pairs.better] - scores[pairs.worse]
     return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean()
 
@@ -118,10 +147,20 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, pairs: Pairs, beta: float) 
     """``-E[log sigmoid(beta (log pi/ref (y_w) - log pi/ref (y_l)))]`` (arXiv:2305.18290, eq. 7); a scalar.
 
     ``logprobs`` and ``ref_logprobs`` (N,) are those of whole answers, in nats; ``beta`` in reward units a nat. It is
-    :func:`ranking_loss` of the rewards that the policy implies, :func:`implicit_rewards`."""
+    :func:`ranking_loss` of the rewards that the policy implies, :func:`implicit_rewards`.
+
+    >>> pairs = ranking_pairs(torch.tensor([1, 2]), torch.tensor([0, 0]))
+    >>> logprobs = torch.tensor([-5.0, -7.0])
+    >>> dpo_loss(logprobs, logprobs, pairs, beta=0.1)  # policy and reference are the same: log 2
+    tensor(0.6931)
+    """
     return ranking_loss(implicit_rewards(logprobs, ref_logprobs, beta), pairs)
 
 
 def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
-    """``beta log pi(y|x)/ref(y|x)`` (N,), the reward for which ``pi`` is optimal, up to a constant of the prompt."""
+    """``beta log pi(y|x)/ref(y|x)`` (N,), the reward for which ``pi`` is optimal, up to a constant of the prompt.
+
+    >>> implicit_rewards(torch.tensor([-5.0, -7.0]), torch.tensor([-6.0, -6.0]), beta=0.1)
+    tensor([ 0.1000, -0.1000])
+    """
     return beta * (logprobs - ref_logprobs)

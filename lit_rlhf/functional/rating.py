@@ -53,7 +53,11 @@ def win_rate(
     ``ours`` (P, A), ``theirs`` (P, B) and ``texts`` as in :func:`pairwise_wins`. Answers to one prompt are not
     independent, so the prompts are resampled, not the answers. Prompts without a comparison are left out; NaN where
     all are. Where every comparison is won, or every one lost, resampling shows no spread; the interval is Wilson's
-    then, over prompts. ``n`` counts our graded answers, ``prompts`` the rows."""
+    then, over prompts. ``n`` counts our graded answers, ``prompts`` the rows.
+
+    >>> win_rate(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([[2.0, 2.0], [2.0, 2.0]]))
+    WinRate(mean=0.375, low=0.25, high=0.5, n=4, prompts=2)
+    """
     wins = pairwise_wins(ours, theirs, texts)
     wins = wins[~wins.isnan()]
     if not len(wins):
@@ -70,7 +74,12 @@ def tournament(worths: Sequence[Tensor], texts: Sequence[Texts] | None = None) -
     """(P, M, M): the share of prompt p's comparisons that model i wins against model j, a tie half; 0 on the diagonal.
 
     ``worths`` are the M models' grades, (P, answers of that model) each, and ``texts`` their answers, of which equal
-    ones tie."""
+    ones tie.
+
+    >>> tournament([torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 1.0]])])
+    tensor([[[0.0000, 0.6250],
+             [0.3750, 0.0000]]], dtype=torch.float64)
+    """
     models = range(len(worths))
 
     def met(i: int, j: int) -> Tensor:
@@ -86,7 +95,13 @@ def bradley_terry(wins: Tensor, prior: float = 0.5) -> Tensor:
     Model i beats j with probability ``σ(s_i − s_j)`` (Bradley & Terry 1952); ``wins[..., i, j]`` is how often it did,
     a tie half on either side. ``prior`` wins are added to both sides of each pair that has met (with two models and
     1/2, the Jeffreys prior): a model that has always won would else be infinitely strong. Raises ``ValueError`` where
-    the models fall into groups that never met: nothing says how those compare."""
+    the models fall into groups that never met: nothing says how those compare.
+
+    >>> wins = torch.tensor([[0.0, 30.0], [10.0, 0.0]])
+    >>> strengths = bradley_terry(wins, prior=0.0)
+    >>> (strengths[0] - strengths[1]).exp()  # odds of 3 to 1
+    tensor(3.0000, dtype=torch.float64)
+    """
     met = _met(wins)
     if not bool(_connected(met).all()):
         raise ValueError("the models fall into groups that never met each other, so they have no common scale")
@@ -108,7 +123,12 @@ def ratings(wins: Tensor, anchor: int = 0, prior: float = 0.5) -> Ratings:
     of each prompt's share of the gradient (Huber 1967; White 1982): all models answer the same prompts, so one
     prompt's comparisons are not independent, and the information alone is too sure. Where a group of models has won,
     or lost, every comparison with the rest, there is no such spread; the errors are then at least those that the
-    information (with the prior) gives. Raises ``ValueError`` as :func:`bradley_terry` does."""
+    information (with the prior) gives. Raises ``ValueError`` as :func:`bradley_terry` does.
+
+    >>> wins = tournament([torch.tensor([[2.0], [1.0], [2.0]]), torch.tensor([[1.0], [2.0], [1.0]])])
+    >>> ratings(wins).strengths  # 2 of 3 prompts won, half a win added on either side: odds of 5 to 3
+    tensor([ 0.0000, -0.5108], dtype=torch.float64)
+    """
     total = wins.double().sum(-3)
     strengths = bradley_terry(total, prior)
     games = total + prior * _met(total)
@@ -129,7 +149,11 @@ def ratings(wins: Tensor, anchor: int = 0, prior: float = 0.5) -> Ratings:
 def elo(strengths: Tensor, anchor_rating: float = 1000.0) -> Tensor:
     """Strengths in nats on Elo's scale, where 400 points are odds of 10 to 1 (Elo 1978); 0 nats is the anchor's rating.
 
-    All games at once, by maximum likelihood: unlike the ratings of a club, they do not depend on the games' order."""
+    All games at once, by maximum likelihood: unlike the ratings of a club, they do not depend on the games' order.
+
+    >>> elo(torch.tensor([0.0, math.log(10)]))  # odds of 10 to 1
+    tensor([1000., 1400.])
+    """
     return anchor_rating + 400 / math.log(10) * strengths
 
 
@@ -177,12 +201,20 @@ def _most_likely(games: Tensor) -> Tensor:
 
 
 def best_of_n(grades: Tensor, scores: Tensor) -> Tensor:
-    """Grade (P,) of the answer with the highest score of each prompt; ``grades`` and ``scores`` are (P, n)."""
+    """Grade (P,) of the answer with the highest score of each prompt; ``grades`` and ``scores`` are (P, n).
+
+    >>> best_of_n(grades=torch.tensor([[1.0, 5.0, 3.0]]), scores=torch.tensor([[0.2, 0.1, 0.9]]))
+    tensor([3.])
+    """
     return grades.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
 
 
 def best_of_n_kl(n: int) -> float:
     """``log n - (n - 1) / n`` nats an answer: how far best-of-n is from the model it draws from (arXiv:2009.01325).
 
-    Exact where all answers differ; where they repeat, an upper bound (arXiv:2401.01879)."""
+    Exact where all answers differ; where they repeat, an upper bound (arXiv:2401.01879).
+
+    >>> best_of_n_kl(1), round(best_of_n_kl(16), 2)
+    (0.0, 1.84)
+    """
     return math.log(n) - (n - 1) / n

@@ -12,7 +12,14 @@ from torch import Generator, Tensor
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Keep the ``top_k`` most likely tokens (0: all) and of these the fewest of mass ``top_p`` (arXiv:1904.09751).
 
-    ``logits`` (B, V); the others become -inf. The most likely token is always kept."""
+    ``logits`` (B, V); the others become -inf. The most likely token is always kept.
+
+    >>> logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    >>> filter_logits(logits, top_k=3).softmax(-1)
+    tensor([[0.0000, 0.2222, 0.3333, 0.4444]])
+    >>> filter_logits(logits, top_p=0.5).softmax(-1)
+    tensor([[0.0000, 0.0000, 0.4286, 0.5714]])
+    """
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -26,7 +33,12 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def sample_token(logits: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
-    """One token id (B,) from each row of ``logits`` (B, V); see :func:`sample_index`."""
+    """One token id (B,) from each row of ``logits`` (B, V); see :func:`sample_index`.
+
+    >>> logits, uniform = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).log(), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    >>> sample_token(logits, uniform=uniform)
+    tensor([1, 0])
+    """
     return sample_index(logits.double().softmax(-1), generator, uniform)
 
 
@@ -35,7 +47,11 @@ def sample_index(probs: Tensor, generator: Generator | None = None, uniform: Ten
 
     The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw a row. The
     numbers drawn from [0, 1) can be given as ``uniform`` (B,) float64. Raises ``ValueError``
-    where a row is no distribution (a NaN: its logits were not finite)."""
+    where a row is no distribution (a NaN: its logits were not finite).
+
+    >>> sample_index(torch.tensor([[0.25, 0.75]]), uniform=torch.tensor([0.3], dtype=torch.float64))
+    tensor([1])
+    """
     size = probs.shape[-1]
     # Among sqrt(V) blocks first, then within one: sums over V are cheap, running sums over V in float64 are not.
     width = 1 << round(math.log2(size) / 2)
@@ -60,7 +76,12 @@ def drawn_figures(logits: Tensor, probs: Tensor, drawn: Tensor) -> tuple[Tensor,
     """(log-probability, entropy), both (B,) in nats, of tokens ``drawn`` (B,) and of their distributions.
 
     ``logits`` (B, V) and their softmax ``probs`` (B, V) are both at hand when a token is drawn: neither figure then
-    takes another pass of exponentials over the vocabulary."""
+    takes another pass of exponentials over the vocabulary.
+
+    >>> probs = torch.tensor([[0.5, 0.25, 0.25]])
+    >>> drawn_figures(probs.log(), probs, torch.tensor([0]))  # -log 2 and 1.5 log 2
+    (tensor([-0.6931]), tensor([1.0397]))
+    """
     logprobs = probs.gather(1, drawn[:, None]).log()
     # sum p (log Z - logit) = log Z - E[logit], where log Z = logit - log p at any token; one ruled out counts 0.
     mean = (probs * logits).sum(-1)
