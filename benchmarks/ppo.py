@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
 from trl_comparison.ours import ADAM_BETAS, ppo_module, prompt_data
-from users import fit
+from users import BF16, FLOAT32, fit
 from workload import NEVER, SHAPES, chance, end_chance, make_models, prompts
 
 from lit_rlhf.models import Sampling, load_policy, load_reward_model
@@ -44,6 +44,7 @@ class Case:
     minibatches: int = 4
     epochs: int = 4
     activation: str = "gelu_new"  # of the checkpoint
+    precision: str = FLOAT32
 
     @property
     def end_chance(self) -> float:
@@ -56,7 +57,11 @@ CASES = {
     "S, full length": Case("S", early=False, laps=6),
     "L, ending early": Case("L", early=True, laps=5, warmup=1),
     "L, full length": Case("L", early=False, laps=2, warmup=1),
-    "135M": Case("135M", early=False, laps=2, warmup=1, batch=16, new_tokens=32, minibatches=2, epochs=2),
+} | {
+    f"135M{', bfloat16' * (precision == BF16)}": Case(
+        "135M", early=False, laps=2, warmup=1, batch=16, new_tokens=32, minibatches=2, epochs=2, precision=precision
+    )
+    for precision in (FLOAT32, BF16)
 }
 
 
@@ -102,7 +107,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
             fit(
                 module, prompt_data(questions, tokenizer, case.batch), -1, end_lap, amount, max_epochs=1,
-                log_every_n_steps=1, limit_train_batches=iterations, gradient_clip_val=None,
+                log_every_n_steps=1, limit_train_batches=iterations, gradient_clip_val=None, precision=case.precision,
             )  # fmt: skip
 
         def theirs(end_lap: EndLap) -> None:
@@ -119,7 +124,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
                 Task(tokenizer, policy, reward_model, questions), policy, reference, critic,
                 total_episodes=iterations * case.batch, learning_rate=LR, optim="adamw_torch_fused",
                 per_device_train_batch_size=case.batch, num_mini_batches=case.minibatches,
-                num_ppo_epochs=case.epochs, response_length=case.new_tokens,
+                num_ppo_epochs=case.epochs, response_length=case.new_tokens, bf16=case.precision == BF16,
             )  # fmt: skip
             policy.generate = counted(policy.generate, tokenizer.eos_token_id, lengths)
             trainer.add_callback(Laps())
@@ -132,7 +137,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
 # Three laps, for the value loss of one iteration moves by half.
 GROWTH = vary(CASES["S, ending early"], 3, batch=(32, 64, 128), new_tokens=(32, 64, 128), shape=("S", "M", "L"))
-WORK = Work("ppo", "answers/s", CASES, measure, ("L, ending early", "L, full length", "135M"), GROWTH)
+WORK = Work("ppo", "answers/s", CASES, measure, ("L, ending early", "L, full length", "135M", "135M, bfloat16"), GROWTH)
 
 if __name__ == "__main__":
     main(WORK, __doc__)

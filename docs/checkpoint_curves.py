@@ -1,0 +1,66 @@
+"""The curves of docs/checkpoints.md, drawn from finished runs.
+
+    python docs/checkpoint_curves.py --runs runs
+
+Reads ``sentiment_{gae,rloo,grpo}_{0,1,2}``, made by the commands on that page; a run that is not there is left out, and
+a line says so."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from lit_rlhf.training import read_metrics
+
+HERE = Path(__file__).parent
+ADVANTAGES = {"gae": ("PPO with a critic", "#2b8a8a"), "rloo": ("RLOO", "#c2410c"), "grpo": ("GRPO", "#6d4bb3")}
+SEEDS = (0, 1, 2)
+
+
+def points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric of one stage; empty where the stage was not run."""
+    file = folder / "metrics.csv"
+    if not file.is_file():
+        print(f"{folder}: no such stage; it is left out", file=sys.stderr)
+        return [], []
+    rows = read_metrics(file)
+    found = [(step, row[metric]) for step, row in rows.items() if metric in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def axis(ax: Axes, title: str, x: str) -> None:
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlabel(x, fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_sentiment(runs: Path) -> None:
+    """Score and divergence of the rollouts, a line per seed."""
+    figure, (score, kl) = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
+    for name, (label, colour) in ADVANTAGES.items():
+        for seed in SEEDS:
+            folder = runs / f"sentiment_{name}_{seed}" / "ppo"
+            for ax, metric in ((score, "ppo/score"), (kl, "ppo/kl")):
+                ax.plot(*points(folder, metric), color=colour, lw=1.1, alpha=0.8, label=label if seed == 0 else None)
+    axis(score, "Sentiment of the rollouts, 1 at most", "iteration of 64 answers")
+    axis(kl, "KL to the checkpoint, nats per answer", "iteration of 64 answers")
+    kl.legend(fontsize=8, frameon=False)
+    figure.savefig(HERE / "checkpoints_sentiment.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    runs = parser.parse_args().runs
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "lit_rlhf"}  # small files, the same in each run
+    draw_sentiment(runs)
+
+
+if __name__ == "__main__":
+    main()
