@@ -3,7 +3,7 @@
 from lit_rlhf.models.adapters import adapters_off, effective_weight, lora_layers, merged, plain_weights
 from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
-from lit_rlhf.models.chunked import by_token, token_logprobs_of
+from lit_rlhf.models.chunked import adds_to_gradients, by_token, token_logprobs_of
 from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.generation import (
     Engine,
@@ -69,6 +69,7 @@ __all__ = [
     "VLLMEngine",
     "adapters_off",
     "add_lora",
+    "adds_to_gradients",
     "answer",
     "answer_texts",
     "by_token",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models.logits import next_token_logits
 
 LOGITS = 2**26  # bytes of float32 logits at once
+
+_adds: ContextVar[bool] = ContextVar("adds_to_gradients", default=False)
 
 Measure = Callable[..., Tensor]  # (logits (m, V), *what else is known of those tokens (m, ...)) -> (m, ...)
 
@@ -75,12 +78,36 @@ def token_logprobs_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, te
     return by_token(model, logprobs, hidden, tokens)
 
 
+@contextmanager
+def adds_to_gradients(module: nn.Module) -> Iterator[None]:
+    """What the models inside ``module`` compute within it adds the gradients of large embeddings, and of heads, where
+    ``backward`` keeps them (``weight.grad``).
+
+    Otherwise both fill a matrix of tokens times width, which is added then. Only for losses whose ``backward`` is
+    called: ``torch.autograd.grad`` would not see what is added, nor would hooks of a head's matrix."""
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    large = [m for m in embeddings if m.weight.nbytes > LOGITS and not m.sparse]
+    token = _adds.set(True)
+    try:
+        for embedding in large:
+            if embedding.weight.grad is None:
+                embedding.weight.grad = torch.zeros_like(embedding.weight)
+            # Of its gradient the rows that were read, which are added to all rows there are; meta has no such thing.
+            embedding.sparse = not embedding.weight.is_meta
+        yield
+    finally:
+        _adds.reset(token)
+        for embedding in large:
+            embedding.sparse = False
+
+
 def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(rows) for x in tensors))
 
 
 class _Chunked(torch.autograd.Function):
-    """Keeps hidden states alone. The gradient of the head's matrix is gathered in one place, chunk by chunk."""
+    """Keeps hidden states alone. The gradient of the head's matrix is gathered in one place, chunk by chunk; see
+    :func:`adds_to_gradients`."""
 
     @staticmethod
     def forward(
@@ -96,6 +123,7 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, *others)
         ctx.of = logits, head, measure, rows
+        ctx.adds = _adds.get()
         kind = hidden.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         return torch.cat([measure(logits(h), *o) for h, *o in _chunks(rows, hidden, *others)])
@@ -108,7 +136,8 @@ class _Chunked(torch.autograd.Function):
         kind, dtype, mixed = ctx.autocast
         for_weight, for_bias = ctx.needs_input_grad[5:7]
         of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros_like(weight) if for_weight else None
+        known = head.weight.grad if ctx.adds and for_weight else None
+        of_weight = known if known is not None or not for_weight else torch.zeros_like(weight)
         of_bias = torch.zeros_like(bias) if for_bias else None
         chunks = _chunks(rows, hidden, of_hidden, slope, *others)
         with torch.autocast(kind, dtype, enabled=mixed):
@@ -127,6 +156,7 @@ class _Chunked(torch.autograd.Function):
                     if of_bias is not None:
                         of_bias += of_left.flatten(0, -2).sum(0)
                 del given, measured, left, of_left
+        of_weight = None if known is not None else of_weight
         return None, None, None, None, of_hidden, of_weight, of_bias, *(None for _ in others)
 
 

@@ -10,19 +10,21 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.policy import layers
 
-LEARNING = 2**29  # bytes that forward passes may keep for their backward pass, logits apart
+LEARNING = 0.5  # GiB that forward passes may keep for their backward pass, logits apart
 LOOKING = 2**28  # bytes of one layer, where there is no backward pass
 
 
 def tokens_at_once(module: nn.Module, learning: bool) -> int:
     """Tokens that the models inside ``module`` may be given in a pass: ``learning``, those that are trained, all in one
-    backward pass; else one after another, without gradients.
+    backward pass, which may keep ``trunk.kept_gib`` for it (``LEARNING`` at first); else one after another, without
+    gradients.
 
     What a token takes is estimated by what enters and leaves the matrices."""
     models = list(trunks(module))
     if learning:
-        sizes = [_bytes_of_token(m) for m in models if any(p.requires_grad for p in m.parameters())]
-        return max(1, LEARNING // max(1, sum(sizes)))
+        trained = [m for m in models if any(p.requires_grad for p in m.parameters())]
+        room = min((getattr(m, "kept_gib", LEARNING) for m in trained), default=LEARNING)
+        return max(1, int(room * 2**30) // max(1, sum(map(_bytes_of_token, trained))))
     sizes = [_bytes_of_token(m) // max(1, len(layers(m))) for m in models]
     return max(1, LOOKING // max(1, *sizes))
 

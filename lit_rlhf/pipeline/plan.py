@@ -34,6 +34,7 @@ from lit_rlhf.functional import dpo_loss, ranking_pairs
 from lit_rlhf.models import (
     RewardEnsemble,
     Sampling,
+    adds_to_gradients,
     context_length,
     next_token_logits,
     packed_scores,
@@ -41,6 +42,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
 from lit_rlhf.models.generation import LeanDecoder, Trunk, rows_that_fit
+from lit_rlhf.models.generation.decoder import TransformersDecoder
 from lit_rlhf.models.generation.trunk import ROWS
 from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.pipeline.run import make_data
@@ -50,6 +52,7 @@ from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.training import ModelSettings, quiet, resident_bytes
+from lit_rlhf.training.parts import fit_memory
 from lit_rlhf.training.trace import KEPT, PREPARED, Heap, Rates, Trace, bytes_of, measure_rates, optimizer_bytes
 from lit_rlhf.training.trainer import precision_of
 
@@ -300,6 +303,7 @@ class Book:
             self._update(module, self._experience(module, written))
 
         with self.trace:
+            self._make_state(module)
             self._prepare(self._met([iteration] * MET_IN_PPO), self.steps)
             written, sampling = rollout()
             scoring = self._scored(module, written)
@@ -363,7 +367,9 @@ class Book:
             whole_last_layer=trainer.whole_last_layer,
             batched_attention=on_cpu and trainer.batched_attention,
             row_multiple=trainer.row_multiple if on_cpu else 1,
+            kept_gib=trainer.kept_gib,
         ).apply(model, on_cpu=True)  # tensors without numbers take the way of a CPU's; a GPU never batches attention
+        fit_memory(self.data, model)
         heap = None if device == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap, device)
 
@@ -384,14 +390,15 @@ class Book:
         batches, val_batches = sorted(read, key=_tokens), sorted(val_read, key=_tokens)
         look = look or loss
         with self.trace:
+            self._make_state(module)
             steps = self.steps * trainer.accumulate_grad_batches
-            met = self._met(partial(self._step, module, partial(loss, batch)) for batch in read[: min(MET, steps)])
+            met = self._met(partial(self._step, module, *_losses(loss, batch)) for batch in read[: min(MET, steps)])
             self._prepare(met, steps)
             met = self._met(partial(self._look, partial(look, batch)) for batch in val_read[:MET])
             self._prepare(met, self._batches(val_loader, trainer.limit_val_batches))
             for _ in range(STEPS):
                 before = self.trace.flops
-                seconds = self._step(module, lambda: loss(batches[-1]))
+                seconds = self._step(module, *_losses(loss, batches[-1]))
             usual = _tokens(batches[len(batches) // 2]) / _tokens(batches[-1]) * trainer.accumulate_grad_batches
             self.step_flops = (self.trace.flops - before) * usual
             self._checkpoint(module)
@@ -433,7 +440,8 @@ class Book:
         before, flops = self.trace.seconds, self.trace.flops
         for loss in losses[:PARTS]:
             static = self.trace.live
-            value = loss()
+            with adds_to_gradients(module):
+                value = loss()
             self.activations = max(self.activations, self.trace.live - static)
             value.backward()
             del value
@@ -443,13 +451,16 @@ class Book:
         trained = [p for p in module.parameters() if p.requires_grad]
         for _ in range(2):  # the guard against NaN, and clipping
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if not self._state:  # an optimizer makes it in its first step
-            each = self.optimizer / sum(p.numel() for p in trained)
-            shapes = [int(p.numel() * each / 2) for p in trained for _ in range(2)]
-            self._state = [torch.empty(size, dtype=torch.uint8, device="meta") for size in shapes]
         module.zero_grad()
         optimizing = 3 * bytes_of(trained) + 2 * self.optimizer  # reads and writes; the gradient is read
         return self.trace.seconds - before + (0.0 if self.rates is None else optimizing / self.rates.bytes)
+
+    def _make_state(self, module: nn.Module) -> None:
+        """What the optimizer keeps, which is there before the first step."""
+        trained = [p for p in module.parameters() if p.requires_grad]
+        each = self.optimizer / sum(p.numel() for p in trained)
+        shapes = [int(p.numel() * each / 2) for p in trained for _ in range(2)]
+        self._state = [torch.empty(size, dtype=torch.uint8, device="meta") for size in shapes]
 
     def _checkpoint(self, module: LightningModule) -> None:
         self.checkpoint = bytes_of(t for t in module.state_dict().values() if t.is_meta) + self.optimizer
@@ -523,10 +534,13 @@ class Book:
     def _growing(self, policy: PreTrainedModel, rows: int, width: int) -> Callable[[int, int], None]:
         """The same by transformers' modules and their growing cache."""
 
+        own_mask = TransformersDecoder(policy, 0).own_mask
+
         def forward(cache: DynamicCache, alive: int, new: int, seen: int) -> None:
+            mask = torch.empty(alive, 1, new, seen, dtype=torch.bool, device="meta")
             output = policy.base_model(
                 input_ids=torch.empty(alive, new, dtype=torch.long, device="meta"),
-                attention_mask=torch.empty(alive, 1, new, seen, dtype=torch.bool, device="meta"),
+                attention_mask=mask if own_mask else None,  # one for each kind of layer, which transformers makes
                 position_ids=torch.empty(alive, new, dtype=torch.long, device="meta"),
                 past_key_values=cache,
                 use_cache=True,
@@ -535,17 +549,20 @@ class Book:
 
         first = DynamicCache(config=policy.config)
         forward(first, rows, width, width)
-        layers = [layer.keys.shape for layer in first.layers]
-        element = first.layers[0].keys.element_size()
+        shapes = [layer.keys.shape for layer in first.layers]
 
         def step(alive: int, number: int) -> None:
-            cache = DynamicCache(config=policy.config)
-            for layer, shape in enumerate(layers):
-                keys, values = (torch.empty(alive, shape[1], width + number - 1, shape[3], device="meta") for _ in "kv")
+            cache, seen = DynamicCache(config=policy.config), width + number - 1
+            for layer, shape in enumerate(shapes):
+                window = getattr(cache.layers[layer], "sliding_window", None)
+                kept = seen if window is None else min(seen, window - 1)
+                keys, values = (torch.empty(alive, shape[1], kept, shape[3], device="meta") for _ in "kv")
                 cache.update(keys, values, layer)
+                if window is not None:
+                    cache.layers[layer].cumulative_length = seen  # it has let go of those before the window
                 del keys, values
-            self.cache = max(self.cache, 2 * sum(alive * s[1] * (width + number) * s[3] * element for s in layers))
-            forward(cache, alive, 1, width + number)
+            forward(cache, alive, 1, seen + 1)
+            self.cache = max(self.cache, bytes_of(t for layer in cache.layers for t in (layer.keys, layer.values)))
 
         return step
 
@@ -622,7 +639,16 @@ def distinct(samples: Sequence[set[Any]], count: int) -> int:
     return sum(often.values()) + round(min(unseen, often[1] / max(len(samples), 1) * max(count - len(samples), 0)))
 
 
+def _losses(loss: Callable[[Any], Tensor], batch: Any) -> list[Callable[[], Tensor]]:
+    """One for each part of a batch."""
+    if not isinstance(batch, list):
+        return [partial(loss, batch)]
+    return [lambda part=part, share=share: loss(part) * share for part, share in batch]
+
+
 def _tokens(batch: Any) -> int:
     """Size of a batch: the tokens of its rows, and those that are learned."""
+    if isinstance(batch, list):
+        return sum(_tokens(part) for part, _ in batch)
     rows = batch.packed.tokens if hasattr(batch, "packed") else batch.tokens
     return rows.numel() + len(getattr(batch, "learned", ()))

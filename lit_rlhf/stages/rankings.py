@@ -192,6 +192,9 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
             )
         return encoded
 
+    def tokens(self, item: EncodedRanking) -> int:
+        return sum(map(len, item.sequences))
+
     def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
         """The items ``mine`` of this micro-batch, out of ``everyones`` of the optimizer step."""
         chosen = [items[i] for i in mine]

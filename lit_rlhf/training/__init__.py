@@ -18,6 +18,7 @@ from lit_rlhf.training.memory import Peak, resident_bytes
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.notices import quiet
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.parts import Part
 from lit_rlhf.training.step_log import StepLog
 from lit_rlhf.training.trained_models import ModelSettings
 from lit_rlhf.training.trained_state import TrainedState
@@ -32,6 +33,7 @@ __all__ = [
     "MetricsFile",
     "ModelSettings",
     "OptimizerFactory",
+    "Part",
     "Peak",
     "RandomState",
     "Schedule",

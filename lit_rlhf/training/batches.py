@@ -9,6 +9,9 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch import Generator
 
+from lit_rlhf.text.packing import runs
+from lit_rlhf.training.parts import Part
+
 Batch = TypeVar("Batch")
 
 
@@ -27,6 +30,8 @@ class BatchLoader(Generic[Batch]):
         collate: (indices of this micro-batch, indices of the global batch) -> batch.
         world_size, rank: of the processes.
         accumulate: micro-batches an optimizer step.
+        cut: indices of a micro-batch -> those of the parts in which it is learned. One that is cut comes as a list of
+            :class:`Part`.
         keep_rest: for evaluation: give the last, smaller batch too, which a training epoch drops, and begin anew each
             time, also where the last time was broken off.
     """
@@ -40,8 +45,10 @@ class BatchLoader(Generic[Batch]):
         world_size: int = 1,
         rank: int = 0,
         accumulate: int = 1,
+        cut: Callable[[list[int]], list[list[int]]] = lambda mine: [mine],
         keep_rest: bool = False,
     ) -> None:
+        self.cut = cut
         self.order, self.batch_size, self.collate = order, batch_size, collate
         self.world_size, self.rank, self.accumulate, self.keep_rest = world_size, rank, accumulate, keep_rest
         self.epoch = 0
@@ -58,7 +65,7 @@ class BatchLoader(Generic[Batch]):
         batches = -(-count // size) if self.keep_rest else count // size
         return batches * self.accumulate
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | list[Part[Batch]]]:
         if self.keep_rest:
             self.cursor = 0
         # Lightning never asks a sized loader for the end of an epoch, so the next one begins here.
@@ -71,7 +78,11 @@ class BatchLoader(Generic[Batch]):
             mine = whole[part :: self.world_size * self.accumulate]
             # The place is moved before the batch is handed out: a checkpoint taken after its step goes on behind it.
             self.cursor = step + 1
-            yield self.collate(mine, whole)
+            parts = self.cut(mine)
+            if len(parts) > 1:
+                yield [Part(self.collate(part, whole), len(part) / len(mine)) for part in parts]
+            else:
+                yield self.collate(mine, whole)
 
     def _order(self) -> Sequence[int]:
         if self._known is None or self._known[0] != self.epoch:
@@ -118,7 +129,14 @@ def in_order(size: int) -> Callable[[int], range]:
 class ExampleDataModule(LightningDataModule):
     """Batches of the examples in ``train_set``, shuffled, and of those in ``val_set``, in order.
 
-    A subclass sets both, ``batch_size`` and ``seed``."""
+    A subclass sets both, ``batch_size`` and ``seed``. A batch is learned in parts of at most ``learned_at_once``
+    tokens, and those of validation have at most ``read_at_once``: see :func:`fit_memory`."""
+
+    learned_at_once = read_at_once = 2**31
+
+    def tokens(self, item: Any) -> int:
+        """How many a model reads of an example."""
+        raise NotImplementedError
 
     def collate(self, items: Sequence[Any], mine: list[int], everyones: list[int]) -> Any:
         """The batch of the items ``mine`` of a micro-batch, out of ``everyones`` of the optimizer step."""
@@ -129,16 +147,22 @@ class ExampleDataModule(LightningDataModule):
             shuffled(len(self.train_set), self.seed),
             min(self.batch_size, len(self.train_set)),
             lambda mine, everyones: self.collate(self.train_set, mine, everyones),
+            cut=lambda mine: [mine[run] for run in self._runs([self.train_set[i] for i in mine], self.learned_at_once)],
             **sharding(self.trainer),
         )
 
     def val_dataloader(self) -> BatchLoader[Any]:
+        batches = self._runs(self.val_set, self.read_at_once, 4 * self.batch_size)
+        indices = [list(range(len(self.val_set)))[batch] for batch in batches]
         return BatchLoader(
-            in_order(len(self.val_set)),
-            4 * self.batch_size,
-            lambda mine, everyones: self.collate(self.val_set, mine, everyones),
+            in_order(len(batches)),
+            1,
+            lambda mine, _: self.collate(self.val_set, indices[mine[0]], indices[mine[0]]),
             keep_rest=True,
         )
+
+    def _runs(self, items: Sequence[Any], tokens: int, most: int | None = None) -> list[slice]:
+        return runs([self.tokens(item) for item in items], tokens, most)
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> Generator:

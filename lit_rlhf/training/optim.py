@@ -31,11 +31,19 @@ def adamw(
     The learning rate is one for all weights of a checkpoint; adapters want ten times as much, small models made from
     scratch a hundred times.
 
-    With ``offload`` its state lies in the CPU's memory."""
+    Its state is there from the start: made in the first step, as PyTorch does it, it would lie in between what a step
+    takes and gives back, and what the next one takes would not fit there. With ``offload`` it lies in the CPU's
+    memory."""
     kind = OffloadedAdamW if offload else AdamW
     optimizer = kind(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
     # The fused step could unscale 16-bit gradients by itself, but Lightning then refuses to clip them before it.
     optimizer._step_supports_amp_scaling = False
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        device = torch.device("cpu") if offload else parameter.device
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=device if fused else "cpu"),
+            **{name: torch.zeros_like(parameter, device=device) for name in ("exp_avg", "exp_avg_sq")},
+        }
     return optimizer
 
 

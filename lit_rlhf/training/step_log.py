@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.training.trained_state import TrainedState
+from lit_rlhf.training.parts import LearnsInParts
 
 
-class StepLog(TrainedState):
+class StepLog(LearnsInParts):
     """A module whose training steps are logged where they are written down: every ``log_every_n_steps``.
 
     Lightning's ``log`` takes a third of a millisecond a value (tensors, metrics and checks made anew), on every step,

@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed._composable import checkpoint
 
 from lit_rlhf.models import layers, use_onednn, use_own_attention
-from lit_rlhf.models.micro_batches import trunks
+from lit_rlhf.models.micro_batches import LEARNING, trunks
 from lit_rlhf.models.onednn import uses_onednn
+from lit_rlhf.training.parts import fit_memory
 
 
 class ModelSettings(Callback):
@@ -29,6 +30,8 @@ class ModelSettings(Callback):
             :mod:`lit_rlhf.models.attention`.
         row_multiple: on a CPU, packed sequences and what is read of them are filled up to a multiple of so many tokens
             where products are oneDNN's: see :func:`lit_rlhf.models.onednn.rows_to_add`.
+        kept_gib: GiB that forward passes may keep for their backward pass, logits apart. A batch for which they would
+            keep more is learned in parts, whose gradients add up to its own.
     """
 
     def __init__(
@@ -39,13 +42,16 @@ class ModelSettings(Callback):
         whole_last_layer: bool = False,
         batched_attention: bool = True,
         row_multiple: int = 32,
+        kept_gib: float = LEARNING,
     ) -> None:
         self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
         self.whole_last_layer, self.batched_attention = whole_last_layer, batched_attention
-        self.row_multiple = row_multiple
+        self.row_multiple, self.kept_gib = row_multiple, kept_gib
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.apply(pl_module, on_cpu=trainer.strategy.root_device.type == "cpu")
+        if trainer.datamodule is not None:
+            fit_memory(trainer.datamodule, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,6 +65,7 @@ class ModelSettings(Callback):
             use_onednn(module, self.onednn)
         for trunk in trunks(module):
             trunk.whole_last_layer, trunk.row_multiple = self.whole_last_layer, self.row_multiple
+            trunk.kept_gib = self.kept_gib
             trunk.by_onednn = uses_onednn(trunk)
             if on_cpu:
                 use_own_attention(trunk, self.batched_attention)

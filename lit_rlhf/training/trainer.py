@@ -27,6 +27,7 @@ def make_trainer(
     whole_last_layer: bool = False,
     batched_attention: bool = True,
     row_multiple: Annotated[int, Field(ge=1)] = 32,
+    kept_gib: Annotated[float, Field(gt=0)] = 0.5,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 1.0,
@@ -42,13 +43,15 @@ def make_trainer(
 
     ``precision`` may be "auto": see :func:`best_precision`. ``matmul_precision`` is that of float32 matrix products,
     in the whole process (``torch.set_float32_matmul_precision``). For ``activation_checkpointing``, ``compile``,
-    ``onednn``, ``whole_last_layer``, ``batched_attention`` and ``row_multiple`` see
+    ``onednn``, ``whole_last_layer``, ``batched_attention``, ``row_multiple`` and ``kept_gib`` see
     :class:`lit_rlhf.training.ModelSettings`.
 
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
     business of :class:`lit_rlhf.training.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
-    models = ModelSettings(activation_checkpointing, compile, onednn, whole_last_layer, batched_attention, row_multiple)
+    models = ModelSettings(
+        activation_checkpointing, compile, onednn, whole_last_layer, batched_attention, row_multiple, kept_gib
+    )
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, ModernBertDecoderConfig
 
 from lit_rlhf.functional import full_kl, token_entropy, token_logprobs
-from lit_rlhf.models import LoRA, add_lora, next_token_logits, use_onednn
-from lit_rlhf.models.chunked import by_row, by_token, token_logprobs_of
+from lit_rlhf.models import LoRA, add_lora, chunked, next_token_logits, use_onednn
+from lit_rlhf.models.chunked import adds_to_gradients, by_row, by_token, token_logprobs_of
 from lit_rlhf.training.trace import Trace
 
 TOKENS, WIDTH = 37, 8
@@ -34,6 +39,23 @@ def gradients(model: nn.Module, hidden: Tensor, measured: Tensor) -> list[Tensor
     return list(torch.autograd.grad((measured * weights).sum(), wanted))
 
 
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that is made within it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_dense(t)}
+        made = [t for t in tree_leaves(out) if is_dense(t) and t.untyped_storage().data_ptr() not in given]
+        self.numel = max([self.numel, *(t.numel() for t in made)])
+        return out
+
+
+def is_dense(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout == torch.strided
+
+
 def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.stack([token_logprobs(logits, tokens), token_entropy(logits)], dim=-1)
 
@@ -48,6 +70,48 @@ def test_equal_to_all_at_once_in_float64(words, tied):
     assert_close(chunked, plain, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients(model, hidden, chunked), gradients(model, hidden, plain)):
         assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_gradients_that_are_added_in_their_place_are_the_same_in_float64(tied, earlier, monkeypatch):
+    monkeypatch.setattr(chunked, "LOGITS", 1)  # every embedding is a large one
+    model = model_of(50, tie_word_embeddings=tied)
+    read = torch.randint(50, (TOKENS,))
+    found = []
+    for adds in (nullcontext(), adds_to_gradients(model)):
+        model.zero_grad()
+        if earlier:
+            model(input_ids=read[None, :5]).logits.square().sum().backward()
+        places = {p: p.grad for p in model.parameters() if p.grad is not None}
+        with adds:
+            hidden = model.base_model(input_ids=read[None]).last_hidden_state[0]
+            logprobs = by_token(model, token_logprobs, hidden, read, size=4 * 50 * 10)
+        logprobs.square().sum().backward()
+        assert all(p.grad is place for p, place in places.items())
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert not model.get_input_embeddings().sparse
+    for plain, added in zip(*found):
+        assert_close(added, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_second_backward_pass_makes_no_second_matrix_of_the_vocabularys_size(tied, monkeypatch):
+    words = 4000
+    monkeypatch.setattr(chunked, "LOGITS", 1)
+    model = model_of(words, tie_word_embeddings=tied)
+    read = torch.randint(words, (TOKENS,))
+
+    def largest(adds: AbstractContextManager[None]) -> int:
+        with Largest() as seen:
+            with adds:
+                hidden = model.base_model(input_ids=read[None]).last_hidden_state[0]
+                logprobs = by_token(model, token_logprobs, hidden, read, size=4 * words)
+            logprobs.sum().backward()
+        return seen.numel
+
+    largest(adds_to_gradients(model))
+    assert largest(adds_to_gradients(model)) <= words < largest(nullcontext()) == words * WIDTH
 
 
 @pytest.mark.parametrize(
@@ -67,8 +131,8 @@ def test_all_weights_between_states_and_logits_get_their_gradients(kind, setting
     for size in (10**9, 4 * 50 * 10):
         logprobs = by_token(model, token_logprobs, hidden, tokens, size=size)
         found.append([logprobs, *torch.autograd.grad(logprobs.square().sum(), wanted)])
-    for all_at_once, chunked in zip(*found):
-        assert_close(chunked, all_at_once, rtol=1e-10, atol=1e-12)
+    for all_at_once, by_chunk in zip(*found):
+        assert_close(by_chunk, all_at_once, rtol=1e-10, atol=1e-12)
 
 
 def test_one_token_at_a_time_and_a_bias():

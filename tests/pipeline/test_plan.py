@@ -63,6 +63,20 @@ def test_settings_reach_the_plan(planned):
     assert less["sft"].activations < 0.8 * one["sft"].activations
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "mistral"])  # some layers have one, or all
+def test_sliding_windows_are_planned_and_keep_less(planned, kind, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.pipeline.plan.planned_stages", lambda cfg: ["pretrain", "preference"])
+    shape = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "
+    shape += "num_key_value_heads: 1, head_dim: 16, max_position_embeddings: 256"
+    caches = []
+    for window in (8, 128):
+        model = f"+model.config={{model_type: {kind}, {shape}, sliding_window: {window}}}"
+        needs, plan = planned("model=pico", "~model.config", model, f"run=w{window}")
+        assert plan.unplanned == {}
+        caches.append(needs["preference"].cache)
+    assert 0 < caches[0] < caches[1]
+
+
 def test_a_checkpoint_and_a_file_that_is_not_there(planned, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs" / "quickstart" / "sft" / "model", tmp_path / "mine")
     needs, plan = planned(

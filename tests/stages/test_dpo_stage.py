@@ -1,6 +1,7 @@
 import copy
 import math
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def step():
     def run(module, batch):
         logged = {}
         module.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
-        module._trainer = type("T", (), {"optimizers": [type("O", (), {"param_groups": [{"lr": 0.0}]})()]})()
+        optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+        module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer])
         return module.training_step(batch, 0), logged
 
     return run

@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +86,8 @@ def test_loss_is_the_mean_over_pairs_by_plain_transformers(data, tokenizer, rewa
         for margin in (best - worst, best - middle, middle - worst):
             losses.append(torch.nn.functional.softplus(torch.tensor(-margin)).item())
     module.log = lambda *_, **__: None
-    module._trainer = type("T", (), {"optimizers": [type("O", (), {"param_groups": [{"lr": 0.0}]})()]})()
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer])
     assert_close(module.training_step(batch, 0).item(), sum(losses) / 24, atol=1e-5, rtol=1e-5)
 
 
@@ -183,7 +185,8 @@ def step(module, batch):
     """The loss and what is logged of one training step, without a trainer."""
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
-    module._trainer = type("T", (), {"optimizers": [type("O", (), {"param_groups": [{"lr": 0.0}]})()]})()
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
+    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer])
     return module.training_step(batch, 0), logged
 
 

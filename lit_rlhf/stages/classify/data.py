@@ -137,6 +137,9 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
             kept.append(EncodedExample(list(tokens), label))
         return kept
 
+    def tokens(self, item: EncodedExample) -> int:
+        return sum(map(len, item.readings))
+
     def collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
         chosen = [items[i] for i in mine]
         readings = [r for item in chosen for r in item.readings]

@@ -16,7 +16,7 @@ from lit_rlhf.functional import added, classification_loss, side_by_side, wilson
 from lit_rlhf.models import RewardHead, packed_hidden, save_model, sequence_classifier, token_logprobs_of
 from lit_rlhf.stages.classify.data import ClassifyBatch
 from lit_rlhf.stages.records import fit_context
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -85,17 +85,22 @@ class ClassifyModule(StepLog):
         """L1: mean loss in nats a token, over the whole optimizer step's tokens, negated log-likelihood."""
         return -token_logprobs_of(self.policy, before, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
 
-    def training_step(self, batch: ClassifyBatch, batch_idx: int) -> Tensor:
+    def losses(self, batch: ClassifyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss of a batch, what is to be watched)."""
         last, before = self.hidden(batch)
         logits = self.logits(last, batch)
         loss = classification_loss(logits, batch.labels)
-        self.log("classify/loss", loss, prog_bar=True)
-        self.log("classify/accuracy", (logits.argmax(-1) == batch.labels).float().mean())
-        self.log("classify/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        watched = {"loss": loss, "accuracy": (logits.argmax(-1) == batch.labels).float().mean()}
         if self.lm_coef > 0:
-            lm_loss = self.lm_loss(before, batch)
-            self.log("classify/lm_loss", lm_loss)
-            loss = loss + self.lm_coef * lm_loss
+            watched["lm_loss"] = self.lm_loss(before, batch)
+            loss = loss + self.lm_coef * watched["lm_loss"]
+        return loss, watched
+
+    def training_step(self, batch: ClassifyBatch | list[Part[ClassifyBatch]], batch_idx: int) -> Tensor:
+        loss, watched = self.in_parts(batch, batch_idx, self.losses)
+        self.log("classify/loss", watched.pop("loss"), prog_bar=True)
+        self.log_dict({f"classify/{name}": value for name, value in watched.items()})
+        self.log("classify/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -18,7 +18,7 @@ from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.stages.prompts import sample_texts, spread
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import fit_context
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -65,18 +65,27 @@ class DPOModule(StepLog):
             ref_logprobs = response_logprobs(reference, batch.packed, batch.packed.response_lengths, 1.0).sum(-1)
         return response_logprobs(self.policy, batch.packed, batch.packed.response_lengths, 1.0).sum(-1), ref_logprobs
 
-    def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
+    def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss of a batch, what is to be watched)."""
         logprobs, ref_logprobs = self.logprobs(batch)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
-        loss = dpo_loss(logprobs, ref_logprobs, pairs, self.beta) * batch.share
-        self.log("dpo/loss", loss, prog_bar=True)
+        watched = {}
         if pairs.prompts:
             log_ratios = (logprobs - ref_logprobs).detach()
             chosen, rejected = log_ratios[pairs.better].mean(), log_ratios[pairs.worse].mean()
-            self.log("dpo/accuracy", pair_accuracy(log_ratios, pairs), prog_bar=True)
-            self.log("dpo/margin", self.beta * (chosen - rejected))
-            self.log("dpo/chosen_log_ratio", chosen)
-            self.log("dpo/rejected_log_ratio", rejected)
+            watched = {
+                "dpo/accuracy": pair_accuracy(log_ratios, pairs),
+                "dpo/margin": self.beta * (chosen - rejected),
+                "dpo/chosen_log_ratio": chosen,
+                "dpo/rejected_log_ratio": rejected,
+            }
+        return dpo_loss(logprobs, ref_logprobs, pairs, self.beta) * batch.share, watched
+
+    def training_step(self, batch: RankingBatch | list[Part[RankingBatch]], batch_idx: int) -> Tensor:
+        loss, watched = self.in_parts(batch, batch_idx, self.losses)
+        self.log("dpo/loss", loss, prog_bar=True)
+        for name, value in watched.items():
+            self.log(name, value, prog_bar=name == "dpo/accuracy")
         self.log("dpo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 

@@ -35,6 +35,7 @@ from lit_rlhf.models import (
     Engine,
     Responses,
     Sampling,
+    adds_to_gradients,
     answer,
     by_token,
     critic_from_reward_model,
@@ -443,7 +444,8 @@ class PPOModule(TrainedState):
         parts, share = self.micro_batches(minibatch), self._action_share(minibatch.mask)
         watched: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
-            policy_loss, value_loss, seen = self.losses(part)
+            with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
+                policy_loss, value_loss, seen = self.losses(part)
             # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
             loss = (policy_loss + self.value_coef * value_loss) * share * weight
             ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))

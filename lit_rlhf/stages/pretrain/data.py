@@ -23,6 +23,7 @@ from lit_rlhf import __version__ as version
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.records import FileDataModule
 from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK, behind_start
+from lit_rlhf.text.packing import runs
 from lit_rlhf.text.records import OnBadRecord, Seen, files_of, parse_text, read_pieces, read_records
 from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
@@ -85,6 +86,7 @@ class PretrainDataModule(FileDataModule):
 
     parse_record = staticmethod(parse_text)
     base_template = BASE_TEMPLATE
+    learned_at_once = read_at_once = 2**31  # tokens; see lit_rlhf.training.parts.fit_memory
 
     def __init__(
         self,
@@ -253,6 +255,7 @@ class PretrainDataModule(FileDataModule):
             self._order,
             self.batch_size,
             lambda mine, _: self._collate(self._tokens_of_all, mine),
+            cut=lambda mine: [mine[run] for run in runs([self.block_size] * len(mine), self.learned_at_once)],
             **sharding(self.trainer),
         )
 
@@ -265,7 +268,7 @@ class PretrainDataModule(FileDataModule):
         rows = (len(tokens) - 1) // self.block_size
         return BatchLoader(
             in_order(rows),
-            max(1, min(4 * self.batch_size, rows)),
+            max(1, min(4 * self.batch_size, rows, self.read_at_once // self.block_size)),
             lambda mine, _: self._collate(tokens, [i * self.block_size for i in mine]),
             keep_rest=True,
         )

@@ -14,7 +14,7 @@ from lit_rlhf.models import Sampling, context_length, save_model, token_logprobs
 from lit_rlhf.stages.pretrain.data import TextRows
 from lit_rlhf.stages.prompts import written
 from lit_rlhf.text.special_tokens import encode_texts, text_start
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -59,9 +59,10 @@ class PretrainModule(StepLog):
     def setup(self, stage: str) -> None:
         check_rows(self.policy, getattr(self.trainer.datamodule, "block_size", 0), "pretrain.data.block_size")
 
-    def training_step(self, batch: TextRows, batch_idx: int) -> Tensor:
-        loss = text_loss(self.policy, batch)
-        self.tokens_seen += batch.labels.numel() * self.trainer.world_size
+    def training_step(self, batch: TextRows | list[Part[TextRows]], batch_idx: int) -> Tensor:
+        loss, _ = self.in_parts(batch, batch_idx, lambda part: (text_loss(self.policy, part), {}))
+        rows = [part.batch for part in batch] if isinstance(batch, list) else [batch]
+        self.tokens_seen += sum(part.labels.numel() for part in rows) * self.trainer.world_size
         self.log("pretrain/loss", loss, prog_bar=True)
         self.log("pretrain/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss

@@ -30,7 +30,7 @@ from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -90,8 +90,8 @@ class RewardModule(StepLog):
     def setup(self, stage: str) -> None:
         fit_context(self)
 
-    def training_step(self, batch: RankingBatch, batch_idx: int) -> Tensor:
-        loss, watched = self.losses(batch)
+    def training_step(self, batch: RankingBatch | list[Part[RankingBatch]], batch_idx: int) -> Tensor:
+        loss, watched = self.in_parts(batch, batch_idx, self.losses)
         self.log("reward/loss", watched.pop("reward/loss"), prog_bar=True)
         self.log_dict(watched)
         self.log("reward/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

@@ -131,6 +131,9 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             kept.append(item)
         return kept
 
+    def tokens(self, item: Encoded) -> int:
+        return len(item.tokens)
+
     def collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
         chosen = [items[i] for i in mine]
         packed = pack([item.tokens for item in chosen], self.tokenizer.pad_token_id, padded=not self.packing)

@@ -12,7 +12,7 @@ from lit_rlhf.models import Sampling, packed_hidden, save_adapter, save_model, t
 from lit_rlhf.stages.prompts import sample_texts
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.sft.data import SFTBatch
-from lit_rlhf.training import OptimizerFactory, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -51,8 +51,8 @@ class SFTModule(StepLog):
         logprobs = token_logprobs_of(self.policy, hidden, batch.packed.tokens[batch.learned])
         return -logprobs.sum() / batch.normalizer
 
-    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+    def training_step(self, batch: SFTBatch | list[Part[SFTBatch]], batch_idx: int) -> Tensor:
+        loss, _ = self.in_parts(batch, batch_idx, lambda part: (self.loss(part), {}))
         self.log("sft/loss", loss, prog_bar=True)
         self.log("sft/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss

@@ -1,0 +1,83 @@
+"""A batch in parts, each with a backward pass of its own: memory follows from a part, the gradients are the batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor, nn
+
+from lit_rlhf.models import adds_to_gradients, tokens_at_once
+from lit_rlhf.training.trained_state import TrainedState
+
+Batch = TypeVar("Batch")
+
+
+class Part(NamedTuple, Generic[Batch]):
+    """What is learned in one backward pass."""
+
+    batch: Batch
+    share: float  # of its batch: losses of the parts, weighted so, add up to that of the whole
+
+
+def fit_memory(data: LightningDataModule, module: nn.Module) -> None:
+    """Let ``data`` know how many tokens the models inside ``module`` may be given at once; see
+    :func:`lit_rlhf.models.tokens_at_once`."""
+    data.learned_at_once = tokens_at_once(module, learning=True)
+    data.read_at_once = tokens_at_once(module, learning=False)
+
+
+class LearnsInParts(TrainedState):
+    """A module with automatic optimization whose batches may come as a list of :class:`Part`."""
+
+    _zeroed = False  # whether the gradients of the step before are gone, and there may be some of this one
+
+    def in_parts(
+        self,
+        batch: Batch | list[Part[Batch]],
+        batch_idx: int,
+        losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, what is to be watched) of a whole batch, from those of its parts by ``losses``.
+
+        The loss is that of the whole, and leads back to the last part alone: the gradients of those before it are there
+        already. What is watched is a mean over the parts that have it, weighted by their shares."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad()
+            self._zeroed = True
+        if not isinstance(batch, list):
+            return self._gathering(losses, batch)
+        total: Tensor | float = 0.0
+        seen: dict[str, list[tuple[Tensor, float]]] = {}
+        for i, (part, share) in enumerate(batch):
+            loss, watched = self._gathering(losses, part)
+            for name, value in watched.items():
+                seen.setdefault(name, []).append((value.detach(), share))
+            loss = loss * share
+            if i < len(batch) - 1:
+                self._add_gradients(loss)
+                loss = loss.detach()
+            total = total + loss
+        means = {name: sum(v * s for v, s in found) / sum(s for _, s in found) for name, found in seen.items()}
+        return total, means
+
+    def _gathering(self, losses: Callable[[Batch], Any], batch: Batch) -> Any:
+        # DDP waits for the gradient of each matrix.
+        with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
+            return losses(batch)
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        strategy = self.trainer.strategy
+        alone = nullcontext() if self.trainer.world_size == 1 else strategy.block_backward_sync()
+        # As Lightning does it: out of mixed precision, for an average over the micro-batches of a step.
+        with alone, torch.autocast(self.device.type, enabled=False):
+            strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
+
+    def optimizer_zero_grad(self, *arguments: Any) -> None:
+        """Lightning asks for it between forward and backward pass, when :meth:`in_parts` has seen to it."""
+        if not self._zeroed:
+            super().optimizer_zero_grad(*arguments)
+        self._zeroed = False
