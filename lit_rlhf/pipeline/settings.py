@@ -143,10 +143,17 @@ def _parsed(overrides: list[str]) -> list[Override]:
         raise UserError(" ".join(str(error).split())) from None
 
 
+# Addresses of earlier versions, which scripts may still have.
+RENAMED = {r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm"}
+
+
 def _composition_error(text: str, overrides: list[str]) -> str:
     text = text.split("Config search path")[0]
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
+        for old, new in RENAMED.items():
+            if renamed := re.fullmatch(old, key):
+                return f"{key}: there is no such setting any more; it is {renamed.expand(new)} now"
         base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0]])
         known = list(_addresses(base))
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)

@@ -163,7 +163,7 @@ class WorldPromptDataModule(PromptDataModule):
         world: World,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        prompts: Annotated[int, Field(ge=1)] = 3000,
+        prompts: Annotated[int, Field(ge=1)] = 4000,
         batch_size: Annotated[int, Field(ge=1)] = 128,
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,

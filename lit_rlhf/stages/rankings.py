@@ -239,7 +239,7 @@ class WorldRankingDataModule(RankingDataModule):
         tokenizer: PreTrainedTokenizerBase,
         world: World,
         *,
-        batch_size: Annotated[int, Field(ge=1)] = 8,
+        batch_size: Annotated[int, Field(ge=1)] = 24,
         packing: bool = True,
         share_prompts: bool = True,
         split_seed: int = 0,

@@ -2,18 +2,19 @@
 
 import inspect
 import sys
+from dataclasses import asdict, is_dataclass
 from functools import cache, partial
 
 import pytest
 import yaml
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.command import check_jobs, fit_options
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import fitted_settings, recipe_line
-from lit_rlhf.pipeline.settings import check_settings, compose_settings
+from lit_rlhf.pipeline.settings import STAGES, check_settings, compose_settings, conf_dir
 
 register_resolvers()
 MODEL = ("model=hf", "model.path=weights")
@@ -108,34 +109,80 @@ def test_sweeps_and_hydras_own_options_get_it_too(monkeypatch):
     check_jobs(["stage=sft", "model.path=null,weights", "recipe=checkpoint"], None)
 
 
-EXCEPTIONS = {  # not of the recipe: who samples, where things lie, and what a command seeds by itself
-    "seed", "split_seed", "cache", "path", "engine", "scoring", "kl", "reference", "ptx", "advantage", "loss", "critic",
-    "tokenizer", "val_samples", "sample_prompt",
+# Where a constructor leaves open what the command decides on; trainers, too, have budgets and the machine's settings.
+EXCEPTIONS = {
+    "data.cache", "module.journal", "health.path",  # places of files: a notebook has no run
+    "module.ptx",  # the text itself
+    "reward_model.new_head",  # whether a reward model is made or taken
+    "preference.data.batch_size",  # answers that are drawn at a time
 }  # fmt: skip
+PARTS = ("module", "data", "policy", "reward_model", "annotator", "health")
 
 
-def defaults(target):
-    return {n: p.default for n, p in inspect.signature(target).parameters.items() if p.default is not p.empty}
+def plain(value):
+    return [plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-def test_constructors_carry_the_checkpoints_settings(stage):
+def taken(made):
+    """(class or function, what it takes by default) of it, of a partial of it, or of a dataclass's object."""
+    if is_dataclass(made) and not isinstance(made, type):
+        return type(made), asdict(made)
+    function, given = (made.func, made.keywords) if isinstance(made, partial) else (made, {})
+    parameters = inspect.signature(function).parameters.values()
+    return function, {p.name: p.default for p in parameters if p.default is not p.empty} | given
+
+
+def differences(node, default, address):
+    """Addresses below the object ``node`` at which the settings are other than ``default``; None: its class's own."""
+    made = get_object(node["_target_"])
+    function, settled = taken(made if default is None else default)
+    if function is not made:
+        yield f"{address}: {made} for {function}"
+    elif is_dataclass(default) and not isinstance(default, type):
+        asked = taken(instantiate(node, _convert_="all"))[1]
+        yield from (f"{address}.{k}: {asked[k]} for {v}" for k, v in settled.items() if plain(asked[k]) != plain(v))
+    else:
+        for name in node.keys() & settled.keys():
+            value, place = node[name], f"{address}.{name}"
+            if any(place.endswith(exception) for exception in EXCEPTIONS):
+                continue
+            if isinstance(value, dict) and "_target_" in value:
+                yield from differences(value, settled[name], place)
+            elif plain(value) != plain(settled[name]):
+                yield f"{place}: {value} for {settled[name]}"
+
+
+@cache
+def given_a_checkpoint(files):
+    """The settings of all stages, whose data come from files or from the world."""
+    kinds = {stage: "world" if not files else "text" if stage == "pretrain" else "jsonl" for stage in STAGES}
+    data = [f"{stage}/data={kind}" for stage, kind in kinds.items()]
+    paths = [f"{stage}.data.path=a.jsonl" for stage in STAGES if files]
+    cfg = compose_settings([*MODEL, "recipe=checkpoint", *data, *paths, "seed=0", "split.seed=0", "world.seed=0"])
+    return {stage: OmegaConf.to_container(cfg[stage], resolve=True) for stage in STAGES}
+
+
+@pytest.mark.parametrize("files", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_constructors_and_the_checkpoints_recipe_have_one_set_of_defaults(stage, files):
     """In a notebook nothing is composed: what is left out there must be what the command takes for a checkpoint."""
-    data = "text" if stage == "pretrain" else "jsonl"
-    cfg = fitted_settings([*MODEL, f"{stage}/data={data}", f"{stage}.data.path=a.jsonl", "seed=0", "split.seed=0"])
-    node = OmegaConf.to_container(cfg[stage], resolve=True)
-    module = defaults(get_object(node["module"]["_target_"]))
-    for settings, taken in ((node["module"], module), (node["data"], defaults(get_object(node["data"]["_target_"])))):
-        for name in taken.keys() & settings.keys() - EXCEPTIONS - {"optimizer", "schedule", "sampling"}:
-            assert settings[name] == taken[name], (stage, name)
-    for part in ("optimizer", "schedule"):
-        made = module[part]
-        settled = {**defaults(made.func), **made.keywords} if isinstance(made, partial) else defaults(made)
-        asked = {k: tuple(v) if isinstance(v, list) else v for k, v in node[part].items() if k in settled}
-        assert asked == {k: settled[k] for k in asked}, (stage, part)
-    if stage in ("sft", "dpo", "ppo"):
-        sampling = node["module"]["sampling"]
-        assert sampling["max_new_tokens"] == defaults(get_object(sampling["_target_"]))["max_new_tokens"]
+    settings = given_a_checkpoint(files)[stage]
+    parts = {name: settings[name] for name in PARTS if "_target_" in (settings.get(name) or {})}
+    assert {"module", "data"} <= parts.keys()
+    assert [line for name, node in parts.items() for line in differences(node, None, f"{stage}.{name}")] == []
+
+
+def addresses(node, prefix=""):
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in addresses(child, f"{prefix}.{name}").items()}
+
+
+def test_the_recipe_of_fresh_models_changes_what_its_file_says_and_nothing_else():
+    said = addresses(OmegaConf.to_container(OmegaConf.load(conf_dir() / "recipe" / "scratch.yaml")))
+    both = (compose_settings([f"recipe={recipe}"]) for recipe in ("scratch", "checkpoint"))
+    made, given = (addresses(OmegaConf.to_container(cfg)) for cfg in both)
+    assert made.keys() == given.keys() and {k for k in made if made[k] != given[k]} <= said.keys() <= made.keys()
 
 
 @pytest.mark.parametrize("model", [(), MODEL])

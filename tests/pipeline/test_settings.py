@@ -81,6 +81,7 @@ def test_every_target_can_be_imported():
         ("sft.optimizer.lrr=1", "sft.optimizer.lrr: there is no such setting. Did you mean sft.optimizer.lr"),
         ("sft.optimizer.lr=fast", "sft.optimizer.lr=fast: it should be a valid number"),
         ("sft.optimizer.lr=0", "sft.optimizer.lr=0: it should be greater than 0"),
+        ("sft.trainer.gradient_clip_val=2", "there is no such setting any more; it is sft.module.max_grad_norm now"),
         ("ppo.advantage.lam=1.5", "ppo.advantage.lam=1.5: it should be less than or equal to 1"),
         ("ppo.module.ppo_epochs=2.5", "ppo.module.ppo_epochs=2.5: it should be a valid integer"),
         ("ppo.module.minibatch_size=true", "a number was expected, not true or false"),

@@ -70,3 +70,15 @@ def test_a_mean_over_the_epoch_is_refused(tmp_path):
         make_trainer("cpu", max_steps=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path).fit(
             Mean(), BatchLoader(in_order(2), 1, lambda mine, _: mine)
         )
+
+
+@pytest.mark.parametrize(("own", "trainers", "norm"), [(1e-3, None, 1e-3), (1e-3, 1e-4, 1e-4), (None, 1e-4, 1e-4)])
+def test_gradients_are_clipped_to_what_the_module_says_or_the_trainer(own, trainers, norm):
+    falling, settings = module(StepLog).double(), {"logger": False, "enable_progress_bar": False}
+    falling.max_grad_norm = own
+    before = nn.utils.parameters_to_vector(falling.parameters()).detach().clone()
+    make_trainer("cpu", precision="64-true", max_steps=1, gradient_clip_val=trainers, **settings).fit(
+        falling, BatchLoader(in_order(10), 1, lambda mine, _: mine)
+    )
+    step = nn.utils.parameters_to_vector(falling.parameters()).detach() - before
+    torch.testing.assert_close(step.norm().item(), 0.01 * norm, rtol=1e-3, atol=0.0)  # a learning rate of 0.01

@@ -32,6 +32,7 @@ class ClassifyModule(StepLog):
         tokenizer: of the data module, with the start, delimiter and extract tokens; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
         lm_coef: lambda, weight of the language-modelling loss on the readings (nats a token); 0: none.
     """
@@ -43,6 +44,7 @@ class ClassifyModule(StepLog):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
+        max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
         lm_coef: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
@@ -54,7 +56,7 @@ class ClassifyModule(StepLog):
             )
         self.policy = policy.train()
         self.tokenizer = tokenizer
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.head_lr, self.lm_coef = head_lr, lm_coef
         self.head: nn.Linear | None = None
         self._val: list[tuple[Tensor, ClassifyBatch]] = []

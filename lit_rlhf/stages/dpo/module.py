@@ -32,6 +32,7 @@ class DPOModule(StepLog):
         tokenizer: of the policy, with its chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
         beta: reward units a nat: the larger, the nearer the policy stays to the reference.
         sampling: how the samples during training are drawn.
     """
@@ -45,14 +46,15 @@ class DPOModule(StepLog):
         *,
         optimizer: OptimizerFactory = partial(adamw, lr=3e-6),
         schedule: Schedule = warmup_decay,
+        max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         beta: Annotated[float, Field(gt=0)] = 0.1,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__()
         self.policy, self.reference = policy, Reference(policy, ReferenceUpdate())
         self.tokenizer = tokenizer
-        self.optimizer, self.schedule = optimizer, schedule
-        self.beta, self.sampling = beta, sampling or Sampling()
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+        self.beta, self.sampling = beta, sampling
         self._val: list[tuple[Tensor, RankingBatch]] = []
         self.eval()  # see train(): models made from a config come in training mode
 

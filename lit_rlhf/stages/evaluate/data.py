@@ -17,7 +17,7 @@ from lit_rlhf.training import BatchLoader
 
 
 class EvaluateDataModule(PromptDataModule):
-    """The held-out prompts of a file.
+    """The held-out prompts of a file; the others are not needed, so that ``limit`` keeps one.
 
     Args:
         text: files of text that no model was trained on (.txt, or records with a field ``text``), for the perplexity;
@@ -30,7 +30,7 @@ class EvaluateDataModule(PromptDataModule):
         path: Paths,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_size: Annotated[int, Field(ge=1)] = 128,
+        batch_size: Annotated[int, Field(ge=1)] = 64,
         max_length: Annotated[int, Field(ge=1)] = 512,
         on_long: Literal["skip", "cut"] = "skip",
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
@@ -38,7 +38,7 @@ class EvaluateDataModule(PromptDataModule):
         split_seed: int = 0,
         special_tokens: SpecialTokens = "plain",
         seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
+        limit: Annotated[int, Field(ge=1)] | None = 1,
         on_bad_record: OnBadRecord = "fail",
         fields: dict[str, str] | None = None,
         text: Paths | None = None,
@@ -70,12 +70,12 @@ class WorldEvaluateDataModule(WorldPromptDataModule, EvaluateDataModule):
         world: World,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        prompts: Annotated[int, Field(ge=1)] = 3000,
-        batch_size: Annotated[int, Field(ge=1)] = 128,
+        prompts: Annotated[int, Field(ge=1)] = 1,
+        batch_size: Annotated[int, Field(ge=1)] = 64,
         limit_held_out: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,
         seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
+        limit: Annotated[int, Field(ge=1)] | None = 1,
         text_documents: Annotated[int, Field(ge=0)] = 300,
     ) -> None:
         super().__init__(

@@ -77,7 +77,7 @@ class EvaluateModule(LightningModule):
         anchor_rating: float = 1000.0,
         text_row_length: Annotated[int, Field(ge=2)] = 96,
         share_prompts: bool = True,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(),
         engine: Engine = answer,
         seed: int = 0,
     ) -> None:
@@ -88,7 +88,7 @@ class EvaluateModule(LightningModule):
         self.annotator, self.judge = annotator, judge
         self.samples, self.best_of, self.seed = samples, best_of, seed
         self.anchor_rating, self.text_row_length, self.share_prompts = anchor_rating, text_row_length, share_prompts
-        self.sampling, self.engine = sampling or Sampling(), engine
+        self.sampling, self.engine = sampling, engine
         names = list(policies)
         if prompted_base and "base" in names:
             names.insert(names.index("base") + 1, PROMPTED)

@@ -206,7 +206,7 @@ class WorldFewShotDataModule(WorldTasks, FewShotDataModule):
         separator: str = "\n",
         instruction: str = "",
         batch_size: Annotated[int, Field(ge=1)] = 16,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
+        limit_held_out: Annotated[int, Field(ge=1)] | None = 200,
         limit: Annotated[int, Field(ge=1)] | None = None,
         split_seed: int = 0,
         seed: int = 0,

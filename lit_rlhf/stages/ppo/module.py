@@ -162,7 +162,7 @@ class PPOModule(TrainedState):
         probe_rollouts: Annotated[int, Field(ge=0)] = 0,
         packing: bool = True,
         share_prompts: bool = True,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(),
         engine: Engine = answer,
         val_samples: Annotated[int, Field(ge=1)] = 4,
         seed: int = 0,
@@ -191,7 +191,7 @@ class PPOModule(TrainedState):
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
         self.micro_batch_size = micro_batch_size
         self.probe_rollouts = probe_rollouts
-        self.sampling, self.engine, self.seed = sampling or Sampling(), engine, seed
+        self.sampling, self.engine, self.seed = sampling, engine, seed
         check_sampling(self.sampling)
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))

@@ -72,7 +72,7 @@ class PreferenceModule(LightningModule):
         name: str = "sft",
         answers: Literal["draw", "given"] = "draw",
         answers_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(),
         engine: Engine = answer,
         temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None,
         redraws: Annotated[int, Field(ge=0)] = 2,
@@ -89,7 +89,7 @@ class PreferenceModule(LightningModule):
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
         self.name, self.annotator, self.how = name, annotator, answers
         self.answers_per_prompt, self.redraws = answers_per_prompt, redraws
-        self.sampling, self.engine, self.compare = sampling or Sampling(), engine, compare
+        self.sampling, self.engine, self.compare = sampling, engine, compare
         # Models change fastest: each prompt is answered by as many of them as possible.
         self.turns = [Turn(w, t) for t in temperatures or [self.sampling.temperature] for w in writers]
         self.seed, self.round = seed, round

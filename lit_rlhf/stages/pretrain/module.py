@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,6 +36,7 @@ class PretrainModule(StepLog):
         tokenizer: the one that made the rows; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
         sample_prompt: where the text samples during training begin; "" is end-of-text, the start of a document.
         sampling: how they are drawn.
     """
@@ -46,14 +48,15 @@ class PretrainModule(StepLog):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
+        max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         sample_prompt: str = "",
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(max_new_tokens=64),
     ) -> None:
         super().__init__()
         self.policy = policy.train()
         self.tokenizer = tokenizer
-        self.optimizer, self.schedule = optimizer, schedule
-        self.sample_prompt, self.sampling = sample_prompt, sampling or Sampling()
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+        self.sample_prompt, self.sampling = sample_prompt, sampling
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
     def setup(self, stage: str) -> None:

@@ -132,7 +132,7 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
         world: World,
         *,
         feedback: Paths | None = None,
-        batch_size: Annotated[int, Field(ge=1)] = 8,
+        batch_size: Annotated[int, Field(ge=1)] = 24,
         packing: bool = True,
         share_prompts: bool = True,
         split_seed: int = 0,

@@ -45,6 +45,7 @@ class RewardModule(StepLog):
         tokenizer: with the chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
         lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats a token), which keeps
             what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
@@ -63,6 +64,7 @@ class RewardModule(StepLog):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
+        max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
         lm_coef: Annotated[float, Field(ge=0)] = 0.0,
         margin: Annotated[float, Field(ge=0)] = 0.0,
@@ -74,7 +76,7 @@ class RewardModule(StepLog):
         super().__init__()
         self.reward_model = reward_model.train()
         self.tokenizer = tokenizer
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.head_lr, self.lm_coef, self.bag_of_words = head_lr, lm_coef, bag_of_words
         self.margin, self.label_smoothing = margin, label_smoothing
         self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ class SFTModule(StepLog):
         tokenizer: with its chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
         sampling: how the samples during training are drawn.
     """
 
@@ -34,13 +36,14 @@ class SFTModule(StepLog):
         *,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
-        sampling: Sampling | None = None,
+        max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
+        sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__()
         self.policy = policy.train()
         self.tokenizer = tokenizer
-        self.optimizer, self.schedule = optimizer, schedule
-        self.sampling = sampling or Sampling()
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+        self.sampling = sampling
 
     def setup(self, stage: str) -> None:
         fit_context(self)
