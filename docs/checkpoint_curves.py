@@ -2,13 +2,11 @@
 
     python docs/checkpoint_curves.py --runs runs
 
-Reads ``sentiment_{gae,rloo,grpo}_{0,1,2}``, made by the commands on that page; a run that is not there is left out, and
-a line says so."""
+Reads ``sentiment_{gae,rloo,grpo}_{0,1,2}``, made by the commands on that page; a run that is not there is left out."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -23,12 +21,8 @@ SEEDS = (0, 1, 2)
 
 
 def points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric of one stage; empty where the stage was not run."""
-    file = folder / "metrics.csv"
-    if not file.is_file():
-        print(f"{folder}: no such stage; it is left out", file=sys.stderr)
-        return [], []
-    rows = read_metrics(file)
+    """(steps, values) of a metric of one stage."""
+    rows = read_metrics(folder / "metrics.csv")
     found = [(step, row[metric]) for step, row in rows.items() if metric in row]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -44,10 +38,10 @@ def draw_sentiment(runs: Path) -> None:
     """Score and divergence of the rollouts, a line per seed."""
     figure, (score, kl) = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
     for name, (label, colour) in ADVANTAGES.items():
-        for seed in SEEDS:
-            folder = runs / f"sentiment_{name}_{seed}" / "ppo"
+        folders = [runs / f"sentiment_{name}_{seed}" / "ppo" for seed in SEEDS]
+        for i, folder in enumerate(filter(Path.is_dir, folders)):
             for ax, metric in ((score, "ppo/score"), (kl, "ppo/kl")):
-                ax.plot(*points(folder, metric), color=colour, lw=1.1, alpha=0.8, label=label if seed == 0 else None)
+                ax.plot(*points(folder, metric), color=colour, lw=1.1, alpha=0.8, label=None if i else label)
     axis(score, "Sentiment of the rollouts, 1 at most", "iteration of 64 answers")
     axis(kl, "KL to the checkpoint, nats per answer", "iteration of 64 answers")
     kl.legend(fontsize=8, frameon=False)
