@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -139,7 +139,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
     Raises ``UserError`` where the template cannot write a question and an answer, or leaves out what they say."""
     end = Template(tokenizer).end if tokenizer.chat_template is not None else None
-    return frozenset() if end is None else frozenset([tokenizer.convert_tokens_to_ids(end)])
+    return frozenset() if end is None else frozenset([cast(int, tokenizer.convert_tokens_to_ids(end))])
 
 
 def encode_prompts(

@@ -119,7 +119,7 @@ def _judgement(task: dict[str, Any], results: list[dict[str, Any]]) -> tuple[lis
 def _pair(task: dict[str, Any], result: dict[str, Any], tie: bool) -> tuple[list[str], list[int]]:
     data, names = task["data"], result.get("to_name")
     named = isinstance(names, list) and len(names) == 2 and all(isinstance(data.get(name), str) for name in names)
-    left, right = names if named else ("answer1", "answer2")
+    left, right = names if isinstance(names, list) and named else ("answer1", "answer2")
     answers = [data.get(left), data.get(right)]
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"its data has the fields {', '.join(data)}; 'prompt', 'answer1' and 'answer2' were expected")
@@ -132,7 +132,7 @@ def _pair(task: dict[str, Any], result: dict[str, Any], tie: bool) -> tuple[list
 
 
 def _ranked(task: dict[str, Any], result: dict[str, Any]) -> tuple[list[str], list[int]] | None:
-    texts = {item["id"]: item.get("body", item.get("title")) for item in _items(task)}
+    texts: dict[Any, Any] = {item["id"]: item.get("body", item.get("title")) for item in _items(task)}
     value = result.get("value", {}).get("ranker")
     groups = {"order": value} if isinstance(value, list) else {k: v for k, v in (value or {}).items() if v}
     # What was left in the list beside the buckets was not judged.

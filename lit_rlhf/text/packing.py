@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,26 +44,26 @@ class Packed(NamedTuple):
     @property
     def ends(self) -> Tensor:
         """Index (N,) of each sequence's last token."""
-        if self.response_starts is None:
+        if self.response_starts is None or self.response_lengths is None:
             return self.starts + self.lengths - 1
         return self.response_starts + self.response_lengths - 1
 
     @property
     def visible(self) -> list[Tensor] | None:
         """Which tokens of a row see which, (R, 1, W, W) bool of each block; None: each those before it."""
-        if self.parts is None:
+        if self.parts is None or self.after is None:
             return None
         return [_visible(*parts) for parts in zip(self.by_block(self.parts), self.by_block(self.after))]
 
     def by_block(self, x: Tensor) -> list[Tensor]:
         """(T, ...) as (R, W, ...) of each block."""
-        pieces = x.split([rows * width for rows, width in self.blocks])
+        pieces = torch.split(x, [rows * width for rows, width in self.blocks])
         return [piece.view(*block, *x.shape[1:]) for piece, block in zip(pieces, self.blocks)]
 
     def from_end(self, back: Tensor) -> Tensor:
         """Indices (N, S) of the tokens that stand ``back`` (N, S) places before the last one of each sequence."""
         flat = self.ends[:, None] - back
-        if self.response_starts is None:
+        if self.response_starts is None or self.response_lengths is None:
             return flat
         in_prompt = back - self.response_lengths[:, None]
         prompt_ends = self.starts + self.lengths - self.response_lengths - 1
@@ -71,7 +71,8 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device) -> Packed:
         """The same on another device."""
-        return Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        moved: dict[str, Any] = {k: x.to(device) for k, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved)
 
 
 def _visible(parts: Tensor, after: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ def pack(
     if share_prompts and response_lengths is not None and not padded:
         groups = list(_sharing(sequences, response_lengths))
     shared = any(len(group) > 1 for group in groups)
-    prompts = [lengths[g[0]] - response_lengths[g[0]] if shared else 0 for g in groups]
+    prompts = [0] * len(groups)
+    if shared and response_lengths is not None:
+        prompts = [lengths[group[0]] - response_lengths[group[0]] for group in groups]
     sizes = np.array([prompt + sum(lengths[i] - prompt for i in group) for prompt, group in zip(prompts, groups)])
     order = np.argsort(-sizes, kind="stable")
     blocks = [Block(len(sizes), int(sizes.max()))] if padded else _blocks(sizes[order])
@@ -168,7 +171,8 @@ def _sharing(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]
         by_prompt.setdefault(tuple(sequence[: len(sequence) - n]), []).append(i)
     for prompt, members in by_prompt.items():
         room = math.sqrt(len(prompt) * (len(prompt) + ATTENTION))
-        group, size = [], 0
+        group: list[int] = []
+        size = 0
         for i in members:
             if group and size + response_lengths[i] > room:
                 yield group

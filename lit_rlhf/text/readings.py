@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
@@ -48,7 +49,7 @@ def encode_readings(
 
     Where there are more than ``max_length`` tokens, the beginning of the first text is dropped, then the end of the
     second."""
-    start, delimiter, extract = tokenizer.convert_tokens_to_ids([START, DELIMITER, EXTRACT])
+    start, delimiter, extract = cast(list[int], tokenizer.convert_tokens_to_ids([START, DELIMITER, EXTRACT]))
     flat = [text for reading in texts for text in reading]
     encoded = iter(encode_texts(tokenizer, flat))
     found = []

@@ -26,7 +26,7 @@ class Pieces(NamedTuple):
 
 def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that a tokenizer puts in front of a text by itself: ``<bos>`` for many checkpoints, for many none."""
-    text, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    text, whole = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
     return whole[: next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)]
 
 
@@ -123,7 +123,8 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, mark: str) -> P
     own = [any(begin <= i < end for i in marks) for begin, end in found.spans]
     if any(mine and end - begin > 1 for mine, (begin, end) in zip(own, found.spans)):
         raise UserError(f"this tokenizer cannot write the name of a special token as plain text: {text[-80:]!r}")
-    return Pieces(*([item for item, mine in zip(column, own) if not mine] for column in found))
+    kept = [i for i, mine in enumerate(own) if not mine]
+    return Pieces([found.tokens[i] for i in kept], [found.spans[i] for i in kept])
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, split_special_tokens: bool = False) -> Pieces:

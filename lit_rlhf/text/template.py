@@ -80,8 +80,8 @@ class Template:
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Written:
         """The dialogue up to where the assistant answers."""
-        (messages, tools), mark = self._shielded([*messages], tools)
-        return Written(self._prompt(messages, tools), mark=mark)
+        (shielded, tools), mark = self._shielded([*messages], tools)
+        return Written(self._prompt(shielded, tools), mark=mark)
 
     def turn(self, messages: Sequence[Message], answer: Message, tools: Tools = None) -> Written:
         """The dialogue up to where the assistant answers, and the answer up to the end of its turn."""
@@ -147,13 +147,14 @@ class Template:
         if self.special_tokens == "rendered":
             return self._as_it_stands(messages)
         try:
-            written = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-            )
+            written = str(self._render(messages, tools, tokenize=False, add_generation_prompt=generation_prompt))
         except Exception as error:  # a template is a program, and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"this tokenizer's chat template refuses the dialogue: {reason}") from None
         return written if generation_prompt else written.removesuffix(self._opening)
+
+    def _render(self, messages: list[Message], tools: Any, **settings: Any) -> Any:
+        return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
 
     def _as_it_stands(self, messages: list[Message]) -> str:
         asked = [message for message in messages if message["role"] != "assistant"]
@@ -217,8 +218,8 @@ class Template:
 
     def _generated(self, messages: list[Message], tools: Tools, start: int) -> list[tuple[int, int]]:
         """Characters, counted from ``start``, that the template marks as the assistant's."""
-        found = self.tokenizer.apply_chat_template(
-            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True,
+        found = self._render(
+            messages, tools, return_dict=True, return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )  # fmt: skip
         spans: list[tuple[int, int]] = []
@@ -280,12 +281,12 @@ class Template:
             return ""
         begun = self._write_if_it_can([self._as_wanted({"role": "system", "content": SYSTEM}), asked])
         begins = [text.partition(mark)[0] for text, mark in ((begun, SYSTEM), (asking, QUESTION)) if mark in text]
-        begins = [self._pieces(text.removeprefix(self.tokenizer.bos_token or "")) for text in begins]
-        closed, between = self._pieces(closed), self._pieces(between)
-        same = between[: _in_common(between, closed)]
-        end = len(same) - len(_begins_a_turn(same, begins))
-        alike = _in_common(closed[::-1], self._pieces(_behind(asking, QUESTION))[::-1])
-        opening = "".join(closed[max(end, len(closed) - alike) :])
+        turns = [self._pieces(text.removeprefix(self.tokenizer.bos_token or "")) for text in begins]
+        ending, following = self._pieces(closed), self._pieces(between)
+        same = following[: _in_common(following, ending)]
+        end = len(same) - len(_begins_a_turn(same, turns))
+        alike = _in_common(ending[::-1], self._pieces(_behind(asking, QUESTION))[::-1])
+        opening = "".join(ending[max(end, len(ending) - alike) :])
         return opening if opening.strip() else ""
 
     def _write_if_it_can(self, messages: list[Message]) -> str:

@@ -178,7 +178,7 @@ def kept(
 def _is_whole(folder: Path) -> bool:
     try:
         note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
-        return (folder / "tokens.bin").stat().st_size == note["tokens"] * np.dtype(note["dtype"]).itemsize
+        return bool((folder / "tokens.bin").stat().st_size == note["tokens"] * np.dtype(note["dtype"]).itemsize)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -193,8 +193,7 @@ def _write(
     skipped: list[str] = []
     found = documents(skipped)
     first, second = next(found), next(found, None)
-    alone = second is None
-    if alone:
+    if second is None:
         size = sum(map(len, first))
         found = _parted(next(documents([])), int(size * (1 - held_out)))
     else:
@@ -214,7 +213,7 @@ def _write(
             tokens.write(np.array(numbers, dtype).tobytes())
             count += len(numbers)
         total = ends.tell() // 8
-        cut = 1 if alone else min(total - 1, int(total * (1 - held_out)))  # documents
+        cut = 1 if second is None else min(total - 1, int(total * (1 - held_out)))  # documents
         ends.seek(8 * max(0, cut - 1))
         cut = int(np.frombuffer(ends.read(8), np.int64)[0]) if cut else 0  # tokens
     (to / "ends.bin").unlink()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -65,7 +65,7 @@ def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerBase:
 
 
 def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerBase:
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         bos_token=END_OF_TEXT,
@@ -109,7 +109,10 @@ def _check_files(folder: Path) -> None:
     """Raise ``UserError`` with the name of the file for which a folder has no tokenizer, where it is a damaged one."""
     for name in ("config", "tokenizer_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab"):
         model_settings(folder, f"{name}.json")
-    readers = {"tokenizer.json": lambda file: Tokenizer.from_file(str(file)), TEMPLATE: Path.read_text}
+    readers: dict[str, Callable[[Path], Any]] = {
+        "tokenizer.json": lambda file: Tokenizer.from_file(str(file)),
+        TEMPLATE: Path.read_text,
+    }
     for name, read in readers.items():
         try:
             if (folder / name).is_file():
@@ -185,7 +188,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
     Where it leaves out the system message alone it says so: not every dialogue has one."""
     if tokenizer.chat_template is None:
         return
-    dropped, failures = set(), []
+    dropped: set[str] = set()
+    failures: list[str] = []
     for turns in (TURNS, [SYSTEM, *TURNS]):  # some templates know no system message, and some want one
         try:
             text = _rendered(tokenizer, turns)
@@ -195,9 +199,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
     if len(failures) == 2:
         file = TEMPLATE if (Path(path) / TEMPLATE).is_file() else "tokenizer_config.json"
         raise UserError(f"{path}: its chat template ({file}) fails on a plain dialogue ({failures[0]}); give another")
-    if turns := sorted(dropped - {"system"}):
+    if left_out := sorted(dropped - {"system"}):
         raise UserError(
-            f"{path}: its chat template leaves out what the {' and the '.join(turns)} says; give another, in "
+            f"{path}: its chat template leaves out what the {' and the '.join(left_out)} says; give another, in "
             "chat_template.jinja"
         )
     if dropped:
@@ -210,15 +214,18 @@ TURNS = [("user", "firstmark"), ("assistant", "replymark"), ("user", "lastmark")
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
     """A dialogue as the template writes it; of contents as text and as a list of parts, what keeps more."""
-    rendered, failure = [], None
+    rendered: list[str] = []
+    failures: list[Exception] = []
     for listed in (False, True):
-        messages = [{"role": role, "content": [{"type": "text", "text": t}] if listed else t} for role, t in turns]
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": t}] if listed else t} for role, t in turns
+        ]
         try:
-            rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            rendered.append(str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)))
         except Exception as error:  # whatever a template's own code raises
-            failure = failure or error
+            failures.append(error)
     if not rendered:
-        raise failure
+        raise failures[0]
     return max(rendered, key=lambda text: sum(said in text for _, said in turns))
 
 

@@ -29,7 +29,8 @@ def parse_demonstration(row: dict[str, Any]) -> Demonstration:
     _check_weights([*prompt, *answer])
     if not any(map(is_learned, answer)):
         raise ValueError("every turn of the assistant has weight 0; nothing is left to learn")
-    getattr(row, "asked", set()).add(WEIGHT)
+    asked: set[str] = getattr(row, "asked", set())
+    asked.add(WEIGHT)
     return Demonstration([*prompt, *answer], len(prompt), tools_of(row))
 
 

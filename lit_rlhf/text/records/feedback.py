@@ -39,7 +39,7 @@ def parse_feedback(row: dict[str, Any]) -> Feedback:
     else:
         name = "helpfulness" if "rating" not in row and "helpfulness" in row else "rating"
         rating = number(require(row, name), name, "1 or -1 for a thumb up or down, or a number,")
-    lineage = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
+    lineage: dict[str, Any] = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
     prompt, answer = answered(row)
     prompt, answer = (prompt, answer) if prompt else (answer[:-1], answer[-1:])
     return Feedback(prompt, transcript_tail(answer), rating, str(row.get("annotator", "")), lineage, tools_of(row))

@@ -114,7 +114,7 @@ def _placed(record: Any, place: str) -> Any:
     """The record with file and line, where it is of a kind that keeps them."""
     if not hasattr(record, "place"):
         return record
-    return record._replace(place=place) if isinstance(record, tuple) else replace(record, place=place)
+    return record._replace(place=place) if hasattr(record, "_replace") else replace(record, place=place)
 
 
 PIECE = 2**16  # characters
