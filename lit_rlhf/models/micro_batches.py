@@ -26,7 +26,7 @@ def tokens_at_once(module: nn.Module, learning: bool) -> int:
         room = min((getattr(m, "kept_gib", LEARNING) for m in trained), default=LEARNING)
         return max(1, int(room * 2**30) // max(1, sum(map(_bytes_of_token, trained))))
     sizes = [_bytes_of_token(m) // max(1, len(layers(m))) for m in models]
-    return max(1, LOOKING // max(1, *sizes))
+    return max(1, LOOKING // max([1, *sizes]))
 
 
 def trunks(module: nn.Module) -> Iterator[PreTrainedModel]:
