@@ -74,8 +74,8 @@ def test_losses_are_those_of_plain_transformers(kind, data, module):
             losses.append(-logits.log_softmax(0)[example.label])
             nats, tokens = nats + sum(a * b for a, b in zip(lm, counts)), tokens + sum(counts)
     total, watched = classifier.losses(batch)
-    assert_close(watched["loss"].item(), (sum(losses) / 8).item(), atol=1e-4, rtol=1e-4)
-    assert_close(watched["lm_loss"].item(), (nats / tokens).item(), atol=1e-4, rtol=1e-4)
+    assert_close(watched["classify/loss"].item(), (sum(losses) / 8).item(), atol=1e-4, rtol=1e-4)
+    assert_close(watched["classify/lm_loss"].item(), (nats / tokens).item(), atol=1e-4, rtol=1e-4)
     l3 = sum(losses) / 8 + 0.5 * nats / tokens  # L3 = L2 + lambda L1
     assert_close(total.item(), l3.item(), atol=1e-4, rtol=1e-4)
 

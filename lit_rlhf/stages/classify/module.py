@@ -92,16 +92,16 @@ class ClassifyModule(StepLog):
         last, before = self.hidden(batch)
         logits = self.logits(last, batch)
         loss = classification_loss(logits, batch.labels)
-        watched = {"loss": loss, "accuracy": (logits.argmax(-1) == batch.labels).float().mean()}
+        watched = {"classify/loss": loss, "classify/accuracy": (logits.argmax(-1) == batch.labels).float().mean()}
         if self.lm_coef > 0:
-            watched["lm_loss"] = self.lm_loss(before, batch)
-            loss = loss + self.lm_coef * watched["lm_loss"]
+            watched["classify/lm_loss"] = self.lm_loss(before, batch)
+            loss = loss + self.lm_coef * watched["classify/lm_loss"]
         return loss, watched
 
     def training_step(self, batch: ClassifyBatch | list[Part[ClassifyBatch]], batch_idx: int) -> Tensor:
         loss, watched = self.in_parts(batch, batch_idx, self.losses)
-        self.log("classify/loss", watched.pop("loss"), prog_bar=True)
-        self.log_dict({f"classify/{name}": value for name, value in watched.items()})
+        self.log("classify/loss", watched.pop("classify/loss"), prog_bar=True)
+        self.log_dict(watched)
         self.log("classify/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
