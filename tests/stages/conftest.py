@@ -28,10 +28,16 @@ def world():
 
 
 @pytest.fixture(scope="session")
-def tokenizer(world):
+def trained_tokenizer(world):
     tokenizer = train_bpe(world.corpus(400, 0), vocab_size=600)
     ensure_chat_template(tokenizer)
     return tokenizer
+
+
+@pytest.fixture
+def tokenizer(trained_tokenizer):
+    """A copy for each test: some change it."""
+    return copy.deepcopy(trained_tokenizer)
 
 
 @pytest.fixture
