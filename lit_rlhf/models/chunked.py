@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models.logits import next_token_logits
+from lit_rlhf.models.logits import check_logits, next_token_logits
 
 LOGITS = 2**26  # bytes of float32 logits at once
 
@@ -33,6 +33,7 @@ def by_token(model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: 
     ``others`` (M, ...), through which no gradient flows, are cut as ``hidden`` is. No more than ``size`` bytes of
     float32 logits are there at a time; where those of all tokens fit, ``hidden`` (..., D) is not cut at all."""
     head = model.get_output_embeddings()
+    check_logits(model)  # now: below, the head is not what it is
     # Some families train more than a matrix between hidden states and logits.
     beside = [m for m in model.children() if m is not model.base_model and m is not head]
     alone = not any(p.requires_grad for m in beside for p in m.parameters())
@@ -126,7 +127,9 @@ class _Chunked(torch.autograd.Function):
         ctx.adds = _adds.get()
         kind = hidden.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        return torch.cat([measure(logits(h), *o) for h, *o in _chunks(rows, hidden, *others)])
+        ctx.head_dtype = ctx.autocast[1] if ctx.autocast[2] else None
+        with _frozen(head, ctx.head_dtype):
+            return torch.cat([measure(logits(h), *o) for h, *o in _chunks(rows, hidden, *others)])
 
     @staticmethod
     @once_differentiable
@@ -140,7 +143,7 @@ class _Chunked(torch.autograd.Function):
         of_weight = known if known is not None or not for_weight else torch.zeros_like(weight)
         of_bias = torch.zeros_like(bias) if for_bias else None
         chunks = _chunks(rows, hidden, of_hidden, slope, *others)
-        with torch.autocast(kind, dtype, enabled=mixed):
+        with torch.autocast(kind, dtype, enabled=mixed), _frozen(head, ctx.head_dtype):
             for h, of_h, of_measured, *o in chunks:
                 h = h.detach().requires_grad_()
                 with torch.enable_grad():
@@ -161,24 +164,38 @@ class _Chunked(torch.autograd.Function):
 
 
 @contextmanager
+def _frozen(head: nn.Linear, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it ``head`` has its weights without gradients, in the ``dtype`` of mixed precision (None: in their own).
+
+    They are cast once for all chunks: autocast keeps no cast of weights without gradients."""
+    own = {name: p for name, p in head.named_parameters(recurse=False) if p.is_floating_point()}
+    try:
+        for name, parameter in own.items():
+            kept = dtype is None or parameter.dtype == torch.float64  # which autocast leaves alone, too
+            values = parameter.detach() if kept else parameter.detach().to(dtype)
+            head.register_parameter(name, nn.Parameter(values, requires_grad=False))
+        yield
+    finally:
+        for name, parameter in own.items():
+            head.register_parameter(name, parameter)
+
+
+@contextmanager
 def _watched(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Within it, ``head`` is frozen; gets what enters it (..., D) and what leaves it (..., V)."""
+    """Gets what enters ``head`` (..., D) and what leaves it (..., V)."""
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda _, entered, left: seen.extend((entered[0], left)))
-    trained = [p for p in head.parameters() if p.requires_grad]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
         yield seen
     finally:
         hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds ``left @ right``, in the precision of ``left``."""
+    """Adds ``left @ right``, in the precision of ``left``; in another one than that of ``total`` piece by piece."""
     if left.dtype == right.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
-        total.add_(left @ right.to(left.dtype))
+        return
+    right, rows = right.to(left.dtype), max(1, LOGITS // (4 * right.shape[1]))
+    for piece, of_piece in zip(total.split(rows), left.split(rows)):
+        piece.add_(of_piece @ right)

@@ -14,6 +14,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import lora_layers
 
 SAMPLED = 4096  # bytes of each tensor that are looked at one by one
+PIECE = 2**20  # numbers that are summed at once
 
 
 class TrainedState(LightningModule):
@@ -82,6 +83,8 @@ def weights_fingerprint(tensors: Iterator[Tensor]) -> str:
         numbers = tensor.detach().contiguous()
         bits = numbers.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
         sample = bits.flatten()[:: max(1, bits.numel() * numbers.element_size() // SAMPLED)]
-        digest.update(f"{tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()}".encode())
+        # Piece by piece: torch widens all that it sums.
+        total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.flatten().split(PIECE))
+        digest.update(f"{tuple(tensor.shape)} {total}".encode())
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

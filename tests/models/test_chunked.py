@@ -39,16 +39,18 @@ def gradients(model: nn.Module, hidden: Tensor, measured: Tensor) -> list[Tensor
     return list(torch.autograd.grad((measured * weights).sum(), wanted))
 
 
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that is made within it."""
+class Made(TorchDispatchMode):
+    """Numbers in each of the tensors that are made within it."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_dense(t)}
         made = [t for t in tree_leaves(out) if is_dense(t) and t.untyped_storage().data_ptr() not in given]
-        self.numel = max([self.numel, *(t.numel() for t in made)])
+        self.sizes += [t.numel() for t in made]
         return out
 
 
@@ -103,12 +105,12 @@ def test_a_second_backward_pass_makes_no_second_matrix_of_the_vocabularys_size(t
     read = torch.randint(words, (TOKENS,))
 
     def largest(adds: AbstractContextManager[None]) -> int:
-        with Largest() as seen:
+        with Made() as seen:
             with adds:
                 hidden = model.base_model(input_ids=read[None]).last_hidden_state[0]
                 logprobs = by_token(model, token_logprobs, hidden, read, size=4 * words)
             logprobs.sum().backward()
-        return seen.numel
+        return max(seen.sizes)
 
     largest(adds_to_gradients(model))
     assert largest(adds_to_gradients(model)) <= words < largest(nullcontext()) == words * WIDTH
@@ -213,6 +215,25 @@ def test_mixed_precision_and_onednn_are_those_of_the_forward_pass(mixed):
     for ours, theirs in zip(*results):
         assert ours.dtype == theirs.dtype == torch.float32
         assert_close(ours, theirs, **({"rtol": 2e-2, "atol": 2e-2} if mixed else {"rtol": 1e-4, "atol": 1e-6}))
+
+
+def test_in_mixed_precision_the_head_is_cast_once_a_pass_and_its_gradient_made_in_pieces(monkeypatch):
+    words = 4000
+    monkeypatch.setattr(chunked, "LOGITS", 4 * words)
+    model = model_of(words).float()
+    head, own = model.get_output_embeddings(), model.get_output_embeddings().weight
+    hidden, tokens = asked(model)
+
+    def made() -> int:
+        with Made() as seen:
+            with torch.autocast("cpu", torch.bfloat16), adds_to_gradients(model):
+                logprobs = by_token(model, token_logprobs, hidden, tokens, size=4 * words * 5)  # eight chunks
+            logprobs.sum().backward()
+        assert head.weight is own and own.requires_grad
+        return seen.sizes.count(own.numel())
+
+    made()
+    assert made() == 2  # casts, of the forward pass and of the backward pass
 
 
 def test_not_all_logits_are_there_at_once():

@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora
 from lit_rlhf.stages import SFTDataModule, SFTModule
 from lit_rlhf.text import write_jsonl
-from lit_rlhf.training import LastCheckpoint, RandomState, adamw, make_trainer, warmup_decay
+from lit_rlhf.training import LastCheckpoint, RandomState, adamw, make_trainer, trained_state, warmup_decay
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 KINDS = {
@@ -87,6 +88,21 @@ def test_weights_that_are_missing_are_an_error(run):
         module.load_state_dict(state)
     with pytest.raises(RuntimeError, match="odd"):
         module.load_state_dict({**module.state_dict(), "odd": torch.ones(1)})
+
+
+def test_a_fingerprint_never_widens_a_whole_matrix(monkeypatch):
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.sum:
+                sizes.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    weights, sizes = torch.randn(30, 70), []
+    whole = weights_fingerprint(iter([weights]))
+    monkeypatch.setattr(trained_state, "PIECE", 100)
+    with Sums():
+        assert weights_fingerprint(iter([weights])) == whole
+    assert sizes == [100] * 21
 
 
 def test_a_fingerprint_sees_any_number_in_any_precision():
