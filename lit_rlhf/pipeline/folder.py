@@ -37,16 +37,22 @@ class Origin(NamedTuple):
 def origin_of(run: Path) -> Origin:
     """What the stages of a run have written down beside their settings; nothing where there is no such run."""
     files = [*sorted(run.glob("*/config.yaml")), *sorted(run.glob("rounds/*/*/config.yaml"))]
-    written = [_origin(file, file.stat().st_mtime_ns) for file in files]
+    written = [origin_of_stage(file.parent) for file in files]
     seeds = {part: o.seeds[part] for o in reversed(written) for part in o.seeds}
     runs = list(dict.fromkeys(name for o in written for name in o.runs))
     checkpoint = next((o.checkpoint for o in written if o.checkpoint), None)
     return Origin(seeds, runs, checkpoint, next((o.recipe for o in written if o.recipe), None))
 
 
+def origin_of_stage(folder: Path) -> Origin:
+    """What one stage of a run has written down; nothing where ``folder`` is not that of a stage."""
+    file = folder / "config.yaml"
+    return _origin(file, file.stat().st_mtime_ns) if file.is_file() else Origin({}, [], None, None)
+
+
 @cache
 def _origin(file: Path, changed: int) -> Origin:
-    """Of one stage; read once, for many settings ask."""
+    """Read once, for many settings ask."""
     settings = read_yaml(file)
     seeds = {part: settings[part]["seed"] for part in ("world", "split") if part in settings}
     known = settings.get("origin") or {}

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_rlhf.pipeline.folder import lineage, origin_of
+from lit_rlhf.pipeline.folder import lineage, origin_of, origin_of_stage
 from lit_rlhf.pipeline.settings import check_top_level, compose_settings, planned_stages, stages_of
 
 CHECKPOINT = "recipe=checkpoint"
@@ -43,9 +42,7 @@ def weights_given(cfg: DictConfig) -> str | None:
             continue
         if not path.resolve().is_relative_to(Path(cfg.paths.runs).resolve()):
             return f"{path} gives weights"
-        notes = path.parent / "config.yaml"  # of the stage that made them
-        origin = yaml.safe_load(notes.read_text(encoding="utf-8")).get("origin", {}) if notes.is_file() else {}
-        if origin.get("recipe") == "checkpoint":
+        if origin_of_stage(path.parent).recipe == "checkpoint":
             return f"{path} came from a checkpoint"
     return None
 
