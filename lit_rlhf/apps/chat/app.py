@@ -44,7 +44,7 @@ class Chat:
         model: str | None = None,
         against: str | None = None,
         ui: Literal["terminal", "web"] = "terminal",
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(temperature=0.7),
         seed: Annotated[int, Field(ge=0)] = 0,
         system: str = "",
         transcript: Transcript | None = None,
@@ -55,7 +55,7 @@ class Chat:
     ) -> None:
         self.models, self.judgements, self.ui = models, judgements, ui
         self.model, self.against = model, against
-        self.sampling, self.seed, self.system = sampling or Sampling(), seed, system
+        self.sampling, self.seed, self.system = sampling, seed, system
         self.transcript, self.device = transcript, device
         self.special_tokens: SpecialTokens = special_tokens
         self.port, self.open_browser = port, open_browser
@@ -93,7 +93,8 @@ class Chat:
                 f"chat: this run has no model yet (looked for {looked}). Run lit-rlhf first, name a run that has one "
                 "by run=, or a model by chat.model="
             )
-        return self._there()[0]
+        best = self.models[self._there()[0]]
+        return [name for name, folder in self.models.items() if folder == best][-1]  # an untuned checkpoint is no "sft"
 
     def _folder(self, key: str, name: str) -> str:
         if name in self.models and name not in self._there():

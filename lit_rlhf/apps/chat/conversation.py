@@ -56,12 +56,12 @@ class Conversation:
         assistants: Sequence[Assistant],
         judgements: Judgements | None = None,
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(temperature=0.7),
         seed: int = 0,
         system: str = "",
     ) -> None:
         self.assistants, self._judgements = list(assistants), judgements
-        self.sampling, self.seed, self.system = sampling or Sampling(), seed, system
+        self.sampling, self.seed, self.system = sampling, seed, system
         self.revealed = False  # whether the models' names stand beside their answers
         self.shuffle = Random()  # not from the seed: who knows it would know which model stands where
         self.clear()

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from lit_rlhf.apps.label.tasks import Item, Task
 from lit_rlhf.apps.record_file import RecordFile
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.records.messages import text_of
 
 REPEAT_AFTER = 8  # other judgements, at least, before an item is shown again
 AWAY = 900.0  # seconds after which an item on a person's screen is no longer kept for them
@@ -217,7 +218,8 @@ class Labelling:
         return {
             "id": item.id,
             "again": again,
-            "prompt": item.prompt,
+            "prompt": [{"role": message["role"], "content": text_of(message)} for message in item.prompt],
+            "tools": item.others.get("tools"),
             "answers": [item.responses[i] for i in self._shown(annotator, item, again)],
             "before": self._before(annotator, item.id, again),
         }

@@ -211,6 +211,9 @@ def test_the_best_model_of_a_run_answers_unless_another_is_named(models, judgeme
     assert loaded() == [("ppo", ())]
     assert loaded(model="base", against="sft") == [("base", ("\nHuman:", "\nAssistant:")), ("sft", ())]
     assert loaded(model=models["sft"]) == [(models["sft"], ())]
+    untuned = {"sft": models["base"], "base": models["base"]}  # a checkpoint that is chatted with as it is
+    assert [a.name for a in Chat(untuned, judgements).load()] == ["base"]
+    assert Chat(models, judgements).sampling.temperature == 0.7
     reasons = {"dpo": "/nowhere is not there; this run has ppo, sft, base", "pp": "give one of ppo, sft, base"}
     for wrong, reason in reasons.items():
         with pytest.raises(UserError, match=reason):

@@ -1,5 +1,6 @@
 """The labelling page in a real browser, with the real server behind it."""
 
+import json
 import os
 import signal
 import socket
@@ -179,6 +180,28 @@ def test_answers_are_text_whatever_they_hold_and_long_ones_scroll(serve, visit, 
     keys(page, [best, *[k for k in "1234" if k != best], "Enter"])
     [record] = files.read(files.folder / "labels-390.jsonl")
     assert record["responses"] == [nasty, hebrew, long, ""] and record["ranks"][1] == 1
+
+
+def test_tools_their_calls_and_what_they_said_are_shown(serve, visit, files):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    prompt = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Is it "}, {"type": "text", "text": "cold?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "-3 degrees"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Of a city, now."}}]
+    page = visit(serve([{"prompt": prompt, "tools": tools, "responses": ["Yes.", "No."]}]), "ann")
+    shown = [
+        (t.locator(".role").inner_text(), t.locator(".text").inner_text()) for t in page.locator("#prompt .turn").all()
+    ]
+    assert [role for role, _ in shown] == ["Tools", "Setting", "Person", "Assistant", "Tool"]
+    assert json.loads(shown[0][1]) == tools
+    assert json.loads(shown[3][1]) == [call["function"]]
+    assert [text for _, text in (shown[1], shown[2], shown[4])] == ["Be brief.", "Is it cold?", "-3 degrees"]
+    keys(page, ["1", "2", "Enter"])
+    [record] = files.read(files.folder / "labels-0.jsonl")
+    assert record["tools"] == tools and record["prompt"] == prompt
 
 
 def test_ranking_by_dragging(serve, visit, files):

@@ -161,7 +161,7 @@ async function draw(next) {
   const draft = readDraft();
   $("note").value = draft?.note ?? item.before?.note ?? "";
   show("note-row", $("note").value !== "");
-  drawPrompt(item.prompt);
+  drawPrompt(item.prompt, item.tools);
   drawAnswers(item.answers);
   const before = item.before && (about.mode === "rank" ? tiersOf(item.before.verdict) : item.before.verdict);
   restore(draft?.verdict ?? before);
@@ -185,9 +185,10 @@ function drawFigures() {
   $("bar").setAttribute("aria-valuenow", total ? Math.round((100 * done) / total) : 0);
 }
 
-function drawPrompt(messages) {
-  const names = { user: "Person", assistant: "Assistant", system: "Setting" };
-  $("prompt").replaceChildren(...messages.map((message) => make("div", { class: `turn ${message.role}` },
+function drawPrompt(messages, tools) {
+  const names = { user: "Person", assistant: "Assistant", system: "Setting", developer: "Setting", tool: "Tool", tools: "Tools" };
+  const described = tools ? [{ role: "tools", content: JSON.stringify(tools, null, 1) }] : [];
+  $("prompt").replaceChildren(...[...described, ...messages].map((message) => make("div", { class: `turn ${message.role}` },
     make("span", { class: "role" }, names[message.role]), make("div", { class: "text", dir: "auto" }, message.content))));
   $("prompt").scrollTop = $("prompt").scrollHeight; // the last turn is the one that is answered
 }
