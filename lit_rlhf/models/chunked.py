@@ -126,9 +126,8 @@ class _Chunked(torch.autograd.Function):
         ctx.of = logits, head, measure, rows
         ctx.adds = _adds.get()
         kind = hidden.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
-        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        ctx.head_dtype = ctx.autocast[1] if ctx.autocast[2] else None
-        with _frozen(head, ctx.head_dtype):
+        ctx.autocast = kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with _frozen(head, ctx.autocast[1]):
             return torch.cat([measure(logits(h), *o) for h, *o in _chunks(rows, hidden, *others)])
 
     @staticmethod
@@ -136,14 +135,14 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *others = ctx.saved_tensors
         logits, head, measure, rows = ctx.of
-        kind, dtype, mixed = ctx.autocast
+        kind, dtype = ctx.autocast
         for_weight, for_bias = ctx.needs_input_grad[5:7]
         of_hidden = torch.empty_like(hidden)
         known = head.weight.grad if ctx.adds and for_weight else None
         of_weight = known if known is not None or not for_weight else torch.zeros_like(weight)
         of_bias = torch.zeros_like(bias) if for_bias else None
         chunks = _chunks(rows, hidden, of_hidden, slope, *others)
-        with torch.autocast(kind, dtype, enabled=mixed), _frozen(head, ctx.head_dtype):
+        with torch.autocast(kind, dtype, enabled=dtype is not None), _frozen(head, dtype):
             for h, of_h, of_measured, *o in chunks:
                 h = h.detach().requires_grad_()
                 with torch.enable_grad():

@@ -118,8 +118,9 @@ def _judgement(task: dict[str, Any], results: list[dict[str, Any]]) -> tuple[lis
 
 def _pair(task: dict[str, Any], result: dict[str, Any], tie: bool) -> tuple[list[str], list[int]]:
     data, names = task["data"], result.get("to_name")
-    named = isinstance(names, list) and len(names) == 2 and all(isinstance(data.get(name), str) for name in names)
-    left, right = names if isinstance(names, list) and named else ("answer1", "answer2")
+    left, right = "answer1", "answer2"
+    if isinstance(names, list) and len(names) == 2 and all(isinstance(data.get(name), str) for name in names):
+        left, right = names
     answers = [data.get(left), data.get(right)]
     if not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"its data has the fields {', '.join(data)}; 'prompt', 'answer1' and 'answer2' were expected")

@@ -84,7 +84,7 @@ def weights_fingerprint(tensors: Iterator[Tensor]) -> str:
         bits = numbers.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
         sample = bits.flatten()[:: max(1, bits.numel() * numbers.element_size() // SAMPLED)]
         # Piece by piece: torch widens all that it sums.
-        total = sum(int(piece.sum(dtype=torch.int64)) for piece in bits.flatten().split(PIECE))
+        total = int(sum(piece.sum(dtype=torch.int64) for piece in bits.flatten().split(PIECE)))
         digest.update(f"{tuple(tensor.shape)} {total}".encode())
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

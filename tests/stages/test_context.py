@@ -83,7 +83,6 @@ def stages(policy, reward_model, tokenizer):
 def test_what_does_not_fit_is_cut_or_left_out_and_said(
     name, on_long, gpt2, reward_model_of, tokenizer, long, tmp_path, make_trainer
 ):
-    tokenizer = copy.deepcopy(tokenizer)  # classification adds tokens to it
     kind, make, method = stages(gpt2, reward_model_of(gpt2), tokenizer)[name]
     data = kind(long, tokenizer, batch_size=4, max_length=512, on_long=on_long, held_out=0.3, limit=None)
     data.setup()

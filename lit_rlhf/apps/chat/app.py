@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lit_rlhf.apps.chat.assistant import Assistant, load_assistant
-from lit_rlhf.apps.chat.conversation import Conversation
+from lit_rlhf.apps.chat.conversation import SAMPLING, Conversation
 from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.apps.chat.terminal import Terminal
 from lit_rlhf.errors import UserError
@@ -44,7 +44,7 @@ class Chat:
         model: str | None = None,
         against: str | None = None,
         ui: Literal["terminal", "web"] = "terminal",
-        sampling: Sampling = Sampling(temperature=0.7),
+        sampling: Sampling = SAMPLING,
         seed: Annotated[int, Field(ge=0)] = 0,
         system: str = "",
         transcript: Transcript | None = None,

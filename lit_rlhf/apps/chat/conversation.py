@@ -20,6 +20,7 @@ from lit_rlhf.models import Sampling
 from lit_rlhf.text import Messages, parse_messages
 
 Choice = Literal["A", "B", "tie"]
+SAMPLING = Sampling(temperature=0.7)  # of conf/chat, too
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Conversation:
         assistants: Sequence[Assistant],
         judgements: Judgements | None = None,
         *,
-        sampling: Sampling = Sampling(temperature=0.7),
+        sampling: Sampling = SAMPLING,
         seed: int = 0,
         system: str = "",
     ) -> None:

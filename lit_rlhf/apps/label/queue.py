@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from lit_rlhf.apps.label.tasks import Item, Task
 from lit_rlhf.apps.record_file import RecordFile
 from lit_rlhf.errors import UserError
-from lit_rlhf.text.records.messages import text_of
+from lit_rlhf.text.records import text_of
 
 REPEAT_AFTER = 8  # other judgements, at least, before an item is shown again
 AWAY = 900.0  # seconds after which an item on a person's screen is no longer kept for them
