@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -167,4 +168,5 @@ class ExampleDataModule(LightningDataModule):
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> Generator:
     """A random generator that depends on ``numbers`` alone (a seed and a place, say), not on what was drawn before."""
-    return Generator(device).manual_seed(hash(numbers) % 2**63)  # hashes of whole numbers are the same everywhere
+    digest = hashlib.blake2b(",".join(str(int(number)) for number in numbers).encode(), digest_size=8).digest()
+    return Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, Sampling, VLLMEngine, adapters_off, add_lora, answer, merged, policy_from_config
 from lit_rlhf.models.adapters import lora_layers, plain_weights
-from lit_rlhf.models.generation.vllm import drawn_of, request, responses, seeds
+from lit_rlhf.models.generation.sampling import seeds
+from lit_rlhf.models.generation.vllm import drawn_of, request, responses
 
 THERE = importlib.util.find_spec("vllm") is not None
 

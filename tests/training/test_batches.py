@@ -107,6 +107,14 @@ def test_a_generator_depends_on_its_numbers_alone():
     assert len({tuple(draw(*n)) for n in [(1, 2), (2, 1), (1,), (1, 2, 0), (1, 3), (0, 2)]}) == 6
 
 
+def test_no_two_places_have_the_same_generator():  # Python's hash takes -1 for -2, and 2**61 - 1 for 0
+    near = [(a, b) for a in range(30) for b in range(30)]
+    places = [(5, -1), (5, -2), (51,), (), (0,), (2**61 - 1,), (5, 2**63), *near]
+    # Of a seed, a generator on the CPU takes 32 bits.
+    assert len({seeded(*place).initial_seed() % 2**32 for place in places}) == len(set(places))
+    assert seeded(1, 2).initial_seed() == 6288156900839449082  # the same on every machine
+
+
 def test_sharding_comes_from_the_trainer():
     assert sharding(None) == {}
     trainer = Trainer(accelerator="cpu", accumulate_grad_batches=3, logger=False, enable_checkpointing=False)

@@ -25,7 +25,7 @@ from lit_rlhf.models.generation.decoder import (
     WholeDecoder,
     goes_on_alike,
 )
-from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop
+from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop, seeds
 from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.onednn import compute_dtype
@@ -199,10 +199,15 @@ def _without_begun(text: str, stop: Sequence[str]) -> str:
 def _uniforms(
     answers: int, sampling: Sampling, generator: Generator | None, shard: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Random numbers (answers, steps) float64 from [0, 1), out of those of all ranks."""
-    rank, ranks = shard
-    shape = answers * ranks, sampling.max_new_tokens
-    return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)[rank::ranks]
+    """Random numbers (answers, steps) float64 from [0, 1), each answer's from a seed of its own.
+
+    They are drawn on the CPU, so that every device gets the same."""
+    own, steps = Generator(), sampling.max_new_tokens
+    rows = [
+        torch.rand(steps, generator=own.manual_seed(seed), dtype=torch.float64)
+        for seed in seeds(answers, generator, shard)
+    ]
+    return torch.stack(rows).to(device)
 
 
 class _Drawn(NamedTuple):

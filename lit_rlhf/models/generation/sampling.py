@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, Protocol
 
+import torch
 from pydantic import Field
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,3 +78,10 @@ class Engine(Protocol):
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """``text`` up to the first of the texts in ``stop``."""
     return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
+
+
+def seeds(answers: int, generator: Generator | None, shard: tuple[int, int]) -> list[int]:
+    """One for each answer of this process, out of those of all: an answer's random numbers are its own."""
+    rank, ranks = shard
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**31, (answers * ranks,), generator=generator, device=device)[rank::ranks].tolist()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import plain_weights
 from lit_rlhf.models.generation.engine import check_room
-from lit_rlhf.models.generation.sampling import Responses, Sampling
+from lit_rlhf.models.generation.sampling import Responses, Sampling, seeds
 from lit_rlhf.models.onednn import compute_dtype
 from lit_rlhf.models.policy import context_length, end_tokens
 
@@ -125,13 +125,6 @@ def request(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[s
         "seed": seed,
         "logprobs": 0,  # of the sampled token alone
     }
-
-
-def seeds(answers: int, generator: Generator | None, shard: tuple[int, int]) -> list[int]:
-    """One for each answer of this process, out of those of all: an answer's random numbers are its own."""
-    rank, ranks = shard
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(2**31, (answers * ranks,), generator=generator, device=device)[rank::ranks].tolist()
 
 
 def drawn_of(completion: Any) -> Drawn:
