@@ -297,10 +297,10 @@ def test_a_stream_ends_with_the_answer_of_the_same_seed(policy, tokenizer, sampl
     prompt = encode_prompts(tokenizer, [QUESTION])
     for end in (None, 7):  # cut off; ended by the model
         if end is not None:
-            row = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(3)).tokens[0].tolist()
+            row = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(4)).tokens[0].tolist()
             as_an_end(tokenizer, row[end])
-        whole = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(3))
-        *growing, last = stream(policy, tokenizer, QUESTION, sampling, Generator().manual_seed(3))
+        whole = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(4))
+        *growing, last = stream(policy, tokenizer, QUESTION, sampling, Generator().manual_seed(4))
         assert [last.text] == whole.texts(tokenizer)
         assert [last.finished] == whole.finished.tolist() == [end is not None]
         assert len(growing) + 1 == whole.tokens.shape[1]  # something after each token
@@ -517,7 +517,9 @@ def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
     sampling = Sampling(30, stop=[])
     whole = whole_answer(policy, tokenizer, prompts, sampling, Generator().manual_seed(1))
     texts = tokenizer.batch_decode(whole.token_lists(), skip_special_tokens=True)
-    stop = [texts[0][9:12], texts[3][5:8]]
+    # Whole characters: more bytes may turn what is none into another.
+    parts = [[text[i : i + 3] for i in range(1, len(text) - 2)] for text in (texts[0], texts[3])]
+    stop = [next(part for part in candidates if "\ufffd" not in part) for candidates in parts]
     cut = whole_answer(policy, tokenizer, prompts, Sampling(30, stop=stop), Generator().manual_seed(1))
     ends = [min((text.index(s) for s in stop if s in text), default=None) for text in texts]
     assert cut.texts(tokenizer) == [text[:end].strip() for text, end in zip(texts, ends)]
@@ -525,8 +527,8 @@ def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
         assert tokens == all_tokens[: len(tokens)]
         assert cut.finished[i] == (end is not None or whole.finished[i])
         if end is not None:  # it ends with the token that completes the text
-            assert any(s in tokenizer.decode(tokens) for s in stop)
-            assert not any(s in tokenizer.decode(tokens[:-1]) for s in stop)
+            assert any(s in tokenizer.decode(tokens, skip_special_tokens=True) for s in stop)
+            assert not any(s in tokenizer.decode(tokens[:-1], skip_special_tokens=True) for s in stop)
 
 
 @pytest.mark.parametrize("model_config", ["gpt2", "llama"], indirect=True)

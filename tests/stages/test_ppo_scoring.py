@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+import zlib
 
 import numpy as np
 import pytest
@@ -424,8 +425,8 @@ def test_someone_must_score(reward_model):
 def test_policy_and_sft_model_tie_where_they_write_the_same(ppo, prompts, fit):
     calls = itertools.count()
 
-    def noisy(prompts, responses, **_):  # no two calls agree in the last bits
-        return [len(r) + 1e-5 * next(calls) for r in responses]
+    def noisy(prompts, responses, **_):  # no two calls agree in the last bits; no two texts score alike
+        return [zlib.crc32(r.encode()) % 10**4 + 1e-5 * next(calls) for r in responses]
 
     module = ppo(scoring=Scoring(functions=[noisy], reward_model_weight=0.0), val_samples=2)
     data = prompts()

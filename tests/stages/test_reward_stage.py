@@ -217,7 +217,7 @@ def test_feedback_is_paired_where_it_differs_and_else_learned_one_by_one(data, f
 def test_feedback_alone_trains_a_model(data, feedback, tokenizer, reward_model, optimizer, fit, tmp_path):
     made = RewardDataModule(None, tokenizer, feedback=feedback, batch_size=8, held_out=0.3)
     module = RewardModule(reward_model, tokenizer, optimizer=optimizer)
-    fit(module, made, max_epochs=10)
+    fit(module, made, max_epochs=16)
     liked, disliked = [], []
     for item in made.val_set:
         if len(item.ranks) == 1:
@@ -320,7 +320,7 @@ def test_answers_that_the_gold_judge_grades_alike_say_nothing_by_gold():
 def test_every_head_learns_the_order_and_loads_again(tmp_path, data, tokenizer, policy, optimizer, fit, head):
     model = RewardTransformer.from_policy(policy, head)
     module, made = RewardModule(model, tokenizer, optimizer=optimizer, lm_coef=0.1), data()
-    trainer = fit(module, made, max_epochs=6)
+    trainer = fit(module, made, max_epochs=10)
     trainer.validate(module, datamodule=made, verbose=False)
     assert module.figures()["val_accuracy"] == 1.0
     assert module.lm_coef == 0.1  # the embedding is tied, so there is a language model to keep
