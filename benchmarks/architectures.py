@@ -25,10 +25,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import Sampling, generate, next_token_logits, packed_hidden, response_positions
-from lit_rlhf.models.generation.decoder import WholeDecoder
-from lit_rlhf.models.generation.engine import _decoder
+from lit_rlhf.models import next_token_logits, packed_hidden, response_positions
 from lit_rlhf.models.policy import packs
+from lit_rlhf.rollouts import Sampling, generate
+from lit_rlhf.rollouts.decoder import WholeDecoder
+from lit_rlhf.rollouts.fast import _decoder
 from lit_rlhf.text.packing import Packed, pack
 
 ARCHITECTURES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

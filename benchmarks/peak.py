@@ -21,7 +21,8 @@ from trl_comparison.ours import prompt_data
 from users import CONSTANT, ONEDNN, OPTIMIZER, fit
 from workload import SHAPES, Shape, make_models, prompts, write_text
 
-from lit_rlhf.models import Sampling, generate, load_policy
+from lit_rlhf.models import load_policy
+from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.stages import PPOModule, PretrainDataModule, PretrainModule
 from lit_rlhf.text import load_tokenizer
 

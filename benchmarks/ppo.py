@@ -25,7 +25,8 @@ from trl_comparison.ours import ADAM_BETAS, ppo_module, prompt_data
 from users import BF16, FLOAT32, fit
 from workload import NEVER, SHAPES, chance, end_chance, make_models, prompts
 
-from lit_rlhf.models import Sampling, load_policy, load_reward_model
+from lit_rlhf.models import load_policy, load_reward_model
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.training import adamw

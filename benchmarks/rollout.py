@@ -17,7 +17,8 @@ from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, va
 from transformers import AutoModelForCausalLM, GenerationConfig
 from workload import NEVER, SHAPES, chance, end_chance, make_models, prompts
 
-from lit_rlhf.models import Sampling, generate, load_policy
+from lit_rlhf.models import load_policy
+from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.text.packing import left_pad
 
@@ -68,9 +69,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
         def ours(end_lap: EndLap, lean: bool = True) -> None:
             model = load_policy(policy, tokenizer, dtype=case.dtype).eval()
-            generator = torch.Generator().manual_seed(0)
             for batch in batches:
-                answers = generate(model, batch, Sampling(case.new_tokens), generator=generator, lean=lean, **ends)
+                answers = generate(model, batch, Sampling(case.new_tokens), seeds=range(len(batch)), lean=lean, **ends)
                 logprobs, tokens = answers.logprobs.sum().item(), answers.mask.sum().item()
                 end_lap(tokens, logprob=logprobs / tokens, answers=len(answers.tokens))
 

@@ -18,9 +18,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from lit_rlhf.models import Responses
+from lit_rlhf.models import response_logprobs
+from lit_rlhf.rollouts import Responses
 from lit_rlhf.stages import PPOModule
-from lit_rlhf.stages.ppo.rollout import ROLLOUT, response_logprobs
+from lit_rlhf.stages.ppo.rollout import ROLLOUT
 from lit_rlhf.text.world import World
 from lit_rlhf.training import read_metrics
 

@@ -1,4 +1,4 @@
-"""Imports point down, never up."""
+"""Imports point down, never up, and never from stage to stage."""
 
 import ast
 import sys
@@ -9,8 +9,19 @@ import pytest
 import lit_rlhf
 
 PACKAGE = Path(lit_rlhf.__file__).parent
-LAYERS = ("pipeline", "apps", "stages", "training", "models", "text", "functional", "errors")  # top to bottom
+LAYERS = (
+    "pipeline",
+    "apps",
+    "stages",
+    "rollouts",
+    "training",
+    "models",
+    "text",
+    "functional",
+    "errors",
+)  # top to bottom
 FILES = sorted(PACKAGE.rglob("*.py"))
+STAGES = {folder.parent.name for folder in PACKAGE.glob("stages/*/__init__.py")}
 
 
 def module_name(file):
@@ -48,6 +59,8 @@ def faults(source, module, is_package=False):
             yield f"{'.'.join(module)}:{line} imports {name}; the package itself imports no layer"
         elif LAYERS.index(rest[0]) < LAYERS.index(layer):
             yield f"{'.'.join(module)}:{line} imports {name}, which is above it"
+        elif layer == "stages" and len(module) > 2 and rest[0] == "stages" and {*rest[1:2]} & STAGES - {module[2]}:
+            yield f"{'.'.join(module)}:{line} imports {name}, another stage; what several use belongs to a layer below"
         elif layer == "functional" and rest[0] != "functional":
             yield f"{'.'.join(module)}:{line} imports {name}; functional/ imports nothing else of the package"
 
@@ -66,17 +79,21 @@ def test_every_file_belongs_to_a_layer():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("text.chat", "from lit_rlhf.models import generate"),
+        ("text.chat", "from lit_rlhf.models import answer"),
         ("text.chat", "import lit_rlhf.models.policy as policy"),
         ("text.chat", "from lit_rlhf import stages"),
         ("text.chat", "from ..training import adamw"),
         ("text.chat", "def f():\n    from lit_rlhf.apps import report"),
-        ("text.chat", "if TYPE_CHECKING:\n    from lit_rlhf.models import generate"),
+        ("text.chat", "if TYPE_CHECKING:\n    from lit_rlhf.models import answer"),
         ("stages.sft.module", "import hydra"),
         ("stages.sft.module", "from omegaconf import DictConfig"),
         ("functional.kl", "import numpy as np"),
         ("functional.kl", "from lit_rlhf.errors import UserError"),
         ("errors", "from lit_rlhf.functional import kl"),
+        ("rollouts.fast", "from lit_rlhf.stages.ppo import Scoring"),
+        ("stages.dpo.module", "from lit_rlhf.stages.ppo.rollout import Rollout"),
+        ("stages.dpo.module", "if TYPE_CHECKING:\n    from lit_rlhf.stages.ppo.module import PPOModule"),
+        ("stages.rankings", "from lit_rlhf.stages.pretrain.data import TextRows"),
     ],
 )
 def test_an_import_that_points_up_is_found(module, source):
@@ -92,6 +109,8 @@ def test_an_import_that_points_up_is_found(module, source):
         ("functional.kl", "import math\nimport torch.nn.functional as F\nfrom lit_rlhf.functional.lm import lm_loss"),
         ("functional.kl", "from .lm import lm_loss"),
         ("text.chat", "from lit_rlhf.errors import UserError"),
+        ("stages.dpo.module", "from lit_rlhf.stages.rankings import ranked\nfrom lit_rlhf.stages.dpo.data import D"),
+        ("stages", "from lit_rlhf.stages.dpo import DPOModule"),
     ],
 )
 def test_an_import_that_points_down_is_not(module, source):

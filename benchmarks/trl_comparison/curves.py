@@ -13,7 +13,7 @@ import matplotlib
 import torch
 from transformers import set_seed
 
-from lit_rlhf.models import Sampling
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.training import adamw, make_trainer
 from trl_comparison.ours import ADAM_BETAS, ppo_module, prompt_data
 from trl_comparison.task import LONGEST_ANSWER, Task, train_quietly, trl_trainer

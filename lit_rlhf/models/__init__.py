@@ -1,22 +1,10 @@
-"""Neural networks: loading, heads, sampling, model folders."""
+"""Neural networks: loading, heads, log-probs, the reference, model folders."""
 
 from lit_rlhf.models.adapters import adapters_off, effective_weight, lora_layers, merged, plain_weights
 from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
 from lit_rlhf.models.chunked import adds_to_gradients, by_token, token_logprobs_of
 from lit_rlhf.models.fused import fuse
-from lit_rlhf.models.generation import (
-    Engine,
-    Growing,
-    Responses,
-    Sampling,
-    VLLMEngine,
-    answer,
-    answer_texts,
-    fitted,
-    generate,
-    stream,
-)
 from lit_rlhf.models.heads import (
     Critic,
     CriticFactory,
@@ -52,27 +40,28 @@ from lit_rlhf.models.policy import (
     response_positions,
     shares_prompts,
 )
+from lit_rlhf.models.reference import Reference, ReferenceUpdate
+from lit_rlhf.models.responses import Responding, response_logprobs, scatter, stacked
 from lit_rlhf.models.reward_head import RewardEnsemble, RewardHead, RewardTransformer, ScoreHead
+from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
 
 __all__ = [
     "Critic",
     "CriticFactory",
-    "Engine",
-    "Growing",
     "LoRA",
-    "Responses",
+    "Reference",
+    "ReferenceUpdate",
+    "Responding",
     "RewardEnsemble",
     "RewardHead",
     "RewardTransformer",
-    "Sampling",
     "ScoreHead",
-    "VLLMEngine",
+    "TextRows",
     "adapters_off",
     "add_lora",
     "adds_to_gradients",
-    "answer",
-    "answer_texts",
     "by_token",
+    "check_rows",
     "context_length",
     "critic_from_policy",
     "critic_from_reward_model",
@@ -80,10 +69,8 @@ __all__ = [
     "effective_weight",
     "end_tokens",
     "fingerprint",
-    "fitted",
     "freeze",
     "fuse",
-    "generate",
     "head_parameters",
     "kept_language_model",
     "layers",
@@ -98,10 +85,12 @@ __all__ = [
     "plain_weights",
     "policy_from_config",
     "predicting_positions",
+    "response_logprobs",
     "response_positions",
     "reward_model_from_config",
     "save_adapter",
     "save_model",
+    "scatter",
     "score_answers",
     "score_mean",
     "score_shift",
@@ -109,8 +98,9 @@ __all__ = [
     "scores_and_hidden",
     "sequence_classifier",
     "shares_prompts",
+    "stacked",
     "starts_unchanged",
-    "stream",
+    "text_loss",
     "token_logprobs_of",
     "tokens_at_once",
     "train_adapters",

@@ -33,22 +33,21 @@ from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.functional import dpo_loss, ranking_pairs
 from lit_rlhf.models import (
     RewardEnsemble,
-    Sampling,
     adds_to_gradients,
     context_length,
     next_token_logits,
     packed_scores,
+    text_loss,
     tokens_at_once,
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
-from lit_rlhf.models.generation import LeanDecoder, Trunk, rows_that_fit
-from lit_rlhf.models.generation.decoder import TransformersDecoder
-from lit_rlhf.models.generation.trunk import ROWS
 from lit_rlhf.models.onednn import rows_up_to
 from lit_rlhf.pipeline.run import make_data
 from lit_rlhf.pipeline.settings import planned_stages, resolved
+from lit_rlhf.rollouts import Sampling, rows_that_fit
+from lit_rlhf.rollouts.decoder import LeanDecoder, TransformersDecoder
+from lit_rlhf.rollouts.trunk import ROWS, Trunk
 from lit_rlhf.stages.ppo.rollout import Rollout
-from lit_rlhf.stages.pretrain.module import text_loss
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.training import ModelSettings, quiet, resident_bytes

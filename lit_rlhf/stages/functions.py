@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.text.records import Messages
 from lit_rlhf.text.template import Note, Tools
+
+Ranks = list[list[int]]  # of the answers to each prompt, 1 = best
+
+
+class Annotator(Protocol):
+    """Whoever ranks answers: a simulated labeler, a reward model, a function, a language model.
+
+    One that has ``takes_tools = True`` gets a further argument, ``tools``: what the assistant may call, of each prompt;
+    it is given where a prompt's record has some."""
+
+    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
+        """The answers to each prompt in, as many as there are; a rank for each out, 1 = best, ties allowed."""
+        ...
 
 
 def name_of(function: Any) -> str:

@@ -9,7 +9,8 @@ from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, answer, context_length, fitted
+from lit_rlhf.models import context_length
+from lit_rlhf.rollouts import FastEngine, Sampling, fitted, sample
 from lit_rlhf.stages.records import FileDataModule, Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, ensure_template
 from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record, shown
@@ -212,11 +213,11 @@ def written(module: LightningModule, sampling: Sampling, prompts: Sequence[list[
             f"samples while training: the model's context of {context_length(policy)} has room for answers of "
             f"{fitting.max_new_tokens} tokens{', and for the end of the longer prompts' if cut else ''}"
         )
-    generator = seeded(module.trainer.global_step, device=module.device)
+    generator = seeded(module.trainer.global_step)
     policy.eval()
-    answers = answer(policy, module.tokenizer, tokens, fitting, generator)
+    responses = sample(FastEngine(), policy, module.tokenizer, tokens, fitting, generator)
     policy.train(training)
-    return answers.texts(module.tokenizer)
+    return responses.texts(module.tokenizer)
 
 
 def last_tokens(module: LightningModule, name: str, prompts: Sequence[list[int]], room: int) -> list[list[int]]:

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import predicting_positions, response_positions
-from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.prompts import Judge
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, parse_ranking, shown, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 

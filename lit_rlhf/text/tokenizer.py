@@ -20,6 +20,8 @@ from transformers import (
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.model_folder import base_of_adapter, is_adapter, model_settings
 
+TokenizerTrainer = Callable[[Iterable[str]], PreTrainedTokenizerBase]
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 TEMPLATE = "chat_template.jinja"

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from lit_rlhf.models import (
-    generate,
     layers,
     packed_hidden,
     policy_from_config,
@@ -17,8 +16,9 @@ from lit_rlhf.models import (
     use_own_attention,
 )
 from lit_rlhf.models.attention import BATCHED, BY_SDPA, LONGEST, Layout, Tile, attend, own_attention, sees_before_it
-from lit_rlhf.models.generation import Sampling, Trunk
 from lit_rlhf.models.policy import packs
+from lit_rlhf.rollouts import Sampling, generate
+from lit_rlhf.rollouts.trunk import Trunk
 from lit_rlhf.text import pack
 from lit_rlhf.text.packing import Block
 
@@ -323,7 +323,7 @@ def test_the_rollout_engine_and_saved_models_know_it(policy, tokenizer, tmp_path
     ends = {"eos_id": -7, "pad_id": 1}
 
     def drawn(**settings):
-        return generate(policy, prompts, sampling, generator=torch.Generator().manual_seed(0), **ends, **settings)
+        return generate(policy, prompts, sampling, seeds=[0, 1], **ends, **settings)
 
     before = drawn()
     use_own_attention(policy)

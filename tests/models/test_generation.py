@@ -10,25 +10,33 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import (
     LoRA,
-    Sampling,
     adapters_off,
     add_lora,
-    answer_texts,
     context_length,
     end_tokens,
-    generate,
     lora_layers,
     next_token_logits,
     packed_hidden,
     policy_from_config,
     predicting_positions,
     response_positions,
+)
+from lit_rlhf.rollouts import (
+    Ended,
+    FastEngine,
+    Request,
+    Sampling,
+    TransformersEngine,
+    answer_texts,
+    draw_seeds,
+    fast,
+    generate,
+    sample,
     stream,
 )
-from lit_rlhf.models import answer as whole_answer
-from lit_rlhf.models.generation import Trunk, engine
-from lit_rlhf.models.generation import trunk as trunk_module
-from lit_rlhf.models.generation.decoder import StaticDecoder
+from lit_rlhf.rollouts import trunk as trunk_module
+from lit_rlhf.rollouts.decoder import StaticDecoder
+from lit_rlhf.rollouts.trunk import Trunk
 from lit_rlhf.text import encode_prompts, ensure_chat_template, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
 from lit_rlhf.training import seeded
@@ -52,8 +60,16 @@ def prompts(tokenizer):
     return [torch.randint(5, len(tokenizer), (n,), generator=generator).tolist() for n in LENGTHS]
 
 
+def whole_answer(policy, tokenizer, prompts, sampling, generator):
+    return sample(FastEngine(), policy, tokenizer, prompts, sampling, generator)
+
+
+def seeds_of(prompts, seed=0, shard=(0, 1)):
+    return draw_seeds(len(prompts), Generator().manual_seed(seed), shard)
+
+
 def answer(policy, prompts, sampling, seed=0, eos_id=NO_END):
-    return generate(policy, prompts, sampling, eos_id=eos_id, pad_id=1, generator=Generator().manual_seed(seed))
+    return generate(policy, prompts, sampling, eos_id=eos_id, pad_id=1, seeds=seeds_of(prompts, seed))
 
 
 @torch.no_grad()
@@ -233,7 +249,11 @@ def test_an_answers_random_numbers_are_its_own(policy, prompts):
     for row, response in zip(endless.tokens.tolist(), answer(policy, prompts, Sampling(20), eos_id=eos).token_lists()):
         assert response == row[: len(response)]  # whenever others end
     for rank in range(3):  # and whichever process has it
-        settings = {"eos_id": NO_END, "pad_id": 1, "shard": (rank, 3), "generator": Generator().manual_seed(0)}
+        settings = {
+            "eos_id": NO_END,
+            "pad_id": 1,
+            "seeds": seeds_of(prompts[rank::3], shard=(rank, 3)),
+        }
         assert torch.equal(generate(policy, prompts[rank::3], Sampling(20), **settings).tokens, endless.tokens[rank::3])
 
 
@@ -345,8 +365,7 @@ def by_both(policy, prompts, sampling, **settings):
     """The same answers by the lean forward pass and by transformers'."""
     ends = {"eos_id": NO_END, "pad_id": 1} | settings
     return [
-        generate(policy, prompts, sampling, **ends, lean=lean, generator=Generator().manual_seed(4))
-        for lean in (True, False)
+        generate(policy, prompts, sampling, **ends, lean=lean, seeds=seeds_of(prompts, 4)) for lean in (True, False)
     ]
 
 
@@ -421,8 +440,8 @@ def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, lean):
 
 def test_as_many_answers_at_a_time_as_fit_into_memory(policy, prompts, monkeypatch):
     prompts, begun, policy = [*prompts, *prompts[::-1]], [], policy.double()
-    real = engine._decoder
-    monkeypatch.setattr(engine, "_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
+    real = fast._decoder
+    monkeypatch.setattr(fast, "_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
     whole = by_both(policy, prompts, Sampling(20))[0]
     # Keys and values in float64, for prompts of 11 tokens and 20 new ones; float32 logits, and three as large.
     trunk = Trunk.of(policy, 31)
@@ -450,18 +469,17 @@ def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
 
 
 def by_both_seed_zero(policy, prompts, sampling):
-    generator = Generator().manual_seed(0)
-    return generate(policy, prompts, sampling, eos_id=NO_END, pad_id=1, generator=generator, lean=False)
+    seeds = seeds_of(prompts)
+    return generate(policy, prompts, sampling, eos_id=NO_END, pad_id=1, seeds=seeds, lean=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lean": False}, {"rows": 2}], ids=str)
 def test_an_answer_ends_with_any_of_several_tokens(policy, prompts, settings):
-    drawn = Generator().manual_seed(0)
-    endless = generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, generator=drawn)
+    seeds = seeds_of(prompts)
+    endless = generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, seeds=seeds)
     rows = endless.tokens.tolist()
     ends = {rows[0][5], rows[1][3]}
-    drawn = Generator().manual_seed(0)
-    found = generate(policy, prompts, Sampling(20), eos_id=ends, pad_id=1, generator=drawn, **settings)
+    found = generate(policy, prompts, Sampling(20), eos_id=ends, pad_id=1, seeds=seeds, **settings)
     for row, answered, finished in zip(rows, found.token_lists(), found.finished.tolist()):
         first = next((i for i, token in enumerate(row) if token in ends), None)
         assert answered == (row if first is None else row[: first + 1])  # the token that came is kept
@@ -563,7 +581,7 @@ def static_steps(monkeypatch):
     """Steps in fixed shapes, as a GPU replays them; here they run as they are. The rows of each step."""
     taken, run = [], StaticDecoder._run
     monkeypatch.setattr(StaticDecoder, "_run", lambda self, rows: taken.append(rows) or run(self, rows))
-    monkeypatch.setattr(engine, "LeanDecoder", StaticDecoder)
+    monkeypatch.setattr(fast, "LeanDecoder", StaticDecoder)
     return taken
 
 
@@ -574,7 +592,12 @@ def test_steps_of_fixed_shape_give_the_same(policy, prompts, sampling, rows, req
     eos = an_end(answer(policy, prompts, sampling).tokens)
 
     def drawn():
-        settings = {"eos_id": eos, "pad_id": 1, "generator": Generator().manual_seed(0), "rows": rows}
+        settings = {
+            "eos_id": eos,
+            "pad_id": 1,
+            "seeds": seeds_of(prompts),
+            "rows": rows,
+        }
         return generate(policy, prompts, sampling, **settings)
 
     plain = drawn()
@@ -598,7 +621,7 @@ def test_steps_of_fixed_shape_in_half_precision(policy, prompts, request):
 
 
 def test_a_cpu_takes_no_cuda_graphs(policy, prompts, monkeypatch):
-    monkeypatch.setattr(engine, "StaticDecoder", None)
+    monkeypatch.setattr(fast, "StaticDecoder", None)
     settings = {"eos_id": NO_END, "pad_id": 1, "cuda_graphs": True}
     assert generate(policy, prompts, Sampling(2), **settings).tokens.shape == (len(prompts), 2)
 
@@ -608,9 +631,60 @@ def test_replayed_steps_give_the_same(policy, prompts):
     policy = policy.cuda()
 
     def drawn(**settings):
-        generator = Generator("cuda").manual_seed(0)
-        return generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, generator=generator, **settings)
+        return generate(
+            policy,
+            prompts,
+            Sampling(20),
+            eos_id=NO_END,
+            pad_id=1,
+            seeds=seeds_of(prompts),
+            **settings,
+        )
 
     plain, replayed = drawn(), drawn(cuda_graphs=True)
     assert torch.equal(replayed.tokens, plain.tokens)
     assert_close(replayed.logprobs, plain.logprobs, rtol=0, atol=1e-4)
+
+
+def test_each_request_is_drawn_by_its_own_settings(policy, tokenizer, prompts):
+    engine = FastEngine()
+    assert [engine.sync(policy, tokenizer) for _ in range(2)] == [1, 2]
+    kinds = [Sampling(9), Sampling(4, temperature=0.0), Sampling(9, temperature=0.5)]
+    requests = [Request(prompt, kinds[i % 3], seed=i) for i, prompt in enumerate(prompts * 2)]
+    together = engine.generate(requests, states=True)
+    assert together.version == 2 and together.tokens.shape[1] <= 9
+    for i, request in enumerate(requests):
+        alone = engine.generate([request], states=True)
+        n = int(alone.lengths)
+        assert together.token_lists()[i] == alone.token_lists()[0]
+        assert together.ended[i] == alone.ended[0] and not together.mask[i, n:].any()
+        close(together.logprobs[i, :n], alone.logprobs[0, :n], atol=1e-5)
+        close(together.states[i, :n], alone.states[0, :n], atol=1e-4)
+
+
+def test_the_reference_engine_writes_the_same(policy, tokenizer, prompts):
+    greedy = Sampling(12, temperature=0.0, min_new_tokens=2)
+    engines = FastEngine(), TransformersEngine()
+    fast_one, reference = (sample(engine, policy, tokenizer, prompts, greedy) for engine in engines)
+    assert torch.equal(fast_one.tokens, reference.tokens) and torch.equal(fast_one.mask, reference.mask)
+    assert torch.equal(fast_one.ended, reference.ended)
+    close(fast_one.logprobs, reference.logprobs, atol=1e-4)
+    close(fast_one.entropy, reference.entropy, atol=1e-4)
+    asked = {"sampling": Sampling(8, temperature=0.7, top_k=20), "seeds": range(len(prompts))}
+    drawn, again = (sample(engines[1], policy, tokenizer, prompts, **asked) for _ in range(2))
+    assert torch.equal(drawn.tokens, again.tokens) and drawn.version == 2
+    alone = sample(engines[1], policy, tokenizer, prompts[1:2], asked["sampling"], [1])
+    assert alone.token_lists()[0] == drawn.token_lists()[1]  # its seed alone decides
+
+
+@pytest.mark.parametrize("engine", [FastEngine(), TransformersEngine()], ids=lambda e: type(e).__name__)
+def test_why_a_response_ended(policy, tokenizer, prompts, engine, monkeypatch):
+    greedy = Sampling(6, temperature=0.0)
+    endless = sample(engine, policy, tokenizer, prompts[:1], greedy)
+    tokens = endless.token_lists()[0]
+    assert endless.ended.tolist() == [Ended.LENGTH] and not endless.finished.any()
+    stop = Sampling(6, temperature=0.0, stop=[tokenizer.decode(tokens[2:3])])
+    stopped = sample(engine, policy, tokenizer, prompts[:1], stop)
+    assert stopped.ended.tolist() == [Ended.STOP] and stopped.lengths <= 3 and stopped.finished.all()
+    monkeypatch.setattr(policy.generation_config, "eos_token_id", tokens[3])
+    assert sample(engine, policy, tokenizer, prompts[:1], greedy).ended.tolist() == [Ended.TOKEN]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lit_rlhf.models import Sampling, answer, next_token_logits, packed_hidden, policy_from_config, token_logprobs_of
+from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config, token_logprobs_of
+from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.stages import SFTModule
 from lit_rlhf.stages.evaluate.text import text_nats
 from lit_rlhf.text.packing import pack
@@ -106,7 +107,7 @@ def test_losses_are_those_of_the_model(model, tokenizer):
 def test_the_logprobs_of_what_was_sampled(model, tokenizer):
     """By sampling, by PPO's pass over packed answers, and by the model itself."""
     model = model.float()
-    responses = answer(model, tokenizer, TEXTS, Sampling(max_new_tokens=6), torch.Generator().manual_seed(0))
+    responses = sample(FastEngine(), model, tokenizer, TEXTS, Sampling(max_new_tokens=6), range(len(TEXTS)))
     written = [prompt + tokens for prompt, tokens in zip(TEXTS, responses.token_lists())]
     packed = pack(written, tokenizer.pad_token_id, responses.lengths.tolist())
     for i, (text, n) in enumerate(zip(written, responses.lengths.tolist())):

@@ -11,11 +11,9 @@ from transformers import AutoModelForCausalLM
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
     LoRA,
-    Sampling,
     adapters_off,
     critic_from_policy,
     critic_from_reward_model,
-    generate,
     load_policy,
     load_reward_model,
     lora_layers,
@@ -29,6 +27,7 @@ from lit_rlhf.models import (
     save_model,
 )
 from lit_rlhf.models.quantization import is_quantized
+from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import pack
 from tests.conftest import FAMILIES
 from tests.models.test_lora import TOKENS, stirred

@@ -3,9 +3,7 @@
 import torch
 
 from lit_rlhf.models import (
-    Sampling,
     critic_from_policy,
-    generate,
     load_policy,
     load_reward_model,
     packed_hidden,
@@ -15,6 +13,7 @@ from lit_rlhf.models import (
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.policy import packs
 from lit_rlhf.models.self_check import LENGTH, read
+from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import pack
 
 # A shape that no other test has: verdicts are kept for each config.

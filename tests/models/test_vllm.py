@@ -9,30 +9,31 @@ from torch import Generator
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import LoRA, Sampling, VLLMEngine, adapters_off, add_lora, answer, merged, policy_from_config
+from lit_rlhf.models import LoRA, adapters_off, add_lora, merged, policy_from_config
 from lit_rlhf.models.adapters import lora_layers, plain_weights
-from lit_rlhf.models.generation.sampling import seeds
-from lit_rlhf.models.generation.vllm import drawn_of, request, responses
+from lit_rlhf.rollouts import Ended, FastEngine, Request, Sampling, VLLMEngine, draw_seeds, sample, side_by_side
+from lit_rlhf.rollouts.vllm import response_of, settings_of
 
 THERE = importlib.util.find_spec("vllm") is not None
 
 
 def test_what_vllm_is_asked_for():
     sampling = Sampling(7, temperature=0.5, top_k=3, top_p=0.9, min_new_tokens=2, stop=["\n"])
-    assert request(sampling, 5, {9, 3}) == {
+    assert settings_of(Request([4], sampling, 5), {9, 3}) == {
         "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_tokens": 2, "max_tokens": 7, "stop": ["\n"],
         "include_stop_str_in_output": True, "detokenize": True, "seed": 5, "logprobs": 0,
         "stop_token_ids": [3, 9],
     }  # fmt: skip
-    assert request(Sampling(), 5)["stop"] is None and not request(Sampling(), 5)["detokenize"]
+    plain = settings_of(Request([4], Sampling(), 5))
+    assert plain["stop"] is None and not plain["detokenize"]
 
 
 def test_an_answers_seed_is_its_own():
-    whole = seeds(6, Generator().manual_seed(3), (0, 1))
+    whole = draw_seeds(6, Generator().manual_seed(3), (0, 1))
     assert len(set(whole)) == 6 and all(0 <= seed < 2**31 for seed in whole)
-    assert seeds(6, Generator().manual_seed(4), (0, 1)) != whole
+    assert draw_seeds(6, Generator().manual_seed(4), (0, 1)) != whole
     for rank in range(2):  # dealt out to two processes
-        assert seeds(3, Generator().manual_seed(3), (rank, 2)) == whole[rank::2]
+        assert draw_seeds(3, Generator().manual_seed(3), (rank, 2)) == whole[rank::2]
 
 
 def completion(tokens, logprobs, reason):
@@ -46,14 +47,17 @@ def completion(tokens, logprobs, reason):
 
 def test_what_vllm_answers():
     outputs = [completion([4, 5, 2], [-1.0, -2.0, -0.5], "stop"), completion([7], [-3.0], "length")]
-    found = responses([drawn_of(o) for o in outputs], 1, Sampling(stop=["x"]), torch.device("cpu"))
+    drawn = [response_of(output, {2}) for output in outputs]
+    requests = [Request([5], Sampling(stop=["x"]), seed) for seed in range(2)]
+    found = side_by_side(drawn, requests, 1, {2}, 3, torch.device("cpu"))
     assert found.tokens.tolist() == [[4, 5, 2], [7, 1, 1]]
     assert found.mask.tolist() == [[True] * 3, [True, False, False]]
     assert_close(found.logprobs, torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 0, 0]]))
     assert found.entropy.isnan().tolist() == found.mask.tolist()  # vLLM does not tell it
     assert found.entropy[1, 1:].tolist() == [0, 0]
     assert found.finished.tolist() == [True, False]
-    assert found.stop == ["x"] and found.token_lists() == [[4, 5, 2], [7]]
+    assert found.ended.tolist() == [Ended.TOKEN, Ended.LENGTH] and found.version == 3
+    assert found.stops == [("x",)] * 2 and found.token_lists() == [[4, 5, 2], [7]]
 
 
 def test_weights_are_handed_over_as_a_checkpoint_has_them(policy):
@@ -92,18 +96,18 @@ def test_vllm_writes_what_the_own_engine_writes(model_config, tokenizer):
     prompts, engine = [[5, 6, 7], [8], [9, 10, 11, 12]], VLLMEngine(eager=True)
     greedy = Sampling(8, temperature=0)
     for _ in range(2):  # the second time after an update
-        mine, theirs = answer(policy, tokenizer, prompts, greedy), engine(policy, tokenizer, prompts, greedy)
+        mine, theirs = (sample(e, policy, tokenizer, prompts, greedy) for e in (FastEngine(), engine))
         assert torch.equal(theirs.tokens, mine.tokens) and torch.equal(theirs.mask, mine.mask)
         # Of one token alone, it is the certainty; so the temperature is 1 where log-probs are compared.
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.mul_(1.1)
-    mine = answer(policy, tokenizer, prompts, Sampling(8, top_k=1))
-    theirs = engine(policy, tokenizer, prompts, Sampling(8, top_k=1))
+    mine = sample(FastEngine(), policy, tokenizer, prompts, Sampling(8, top_k=1))
+    theirs = sample(engine, policy, tokenizer, prompts, Sampling(8, top_k=1))
     assert torch.equal(theirs.tokens, mine.tokens)
     assert_close(theirs.logprobs, mine.logprobs, rtol=0, atol=1e-4)
-    drawn = [engine(policy, tokenizer, prompts, Sampling(8), Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    drawn = [sample(engine, policy, tokenizer, prompts, Sampling(8), [s, s + 9, s + 99]) for s in (1, 1, 2)]
     assert torch.equal(drawn[0].tokens, drawn[1].tokens) and not torch.equal(drawn[0].tokens, drawn[2].tokens)
     ended = Sampling(8, stop=[tokenizer.decode([int(drawn[0].tokens[0, 2])])])
-    stopped = engine(policy, tokenizer, prompts, ended, Generator().manual_seed(1))
+    stopped = sample(engine, policy, tokenizer, prompts, ended, [1, 10, 100])
     assert stopped.finished[0] and stopped.lengths[0] <= 3

@@ -10,7 +10,8 @@ import torch
 from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification
 
-from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.models import policy_from_config
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule, WorldPPODataModule
 from lit_rlhf.text import ensure_chat_template, train_bpe
 from lit_rlhf.text.world import World

@@ -7,7 +7,8 @@ import torch
 from lightning import seed_everything
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling, answer, policy_from_config
+from lit_rlhf.models import policy_from_config
+from lit_rlhf.rollouts import Sampling, sample
 from lit_rlhf.stages import (
     ClassifyDataModule,
     ClassifyModule,
@@ -129,7 +130,7 @@ def test_samples_are_asked_as_their_records_say(gpt2, tokenizer, tmp_path, make_
 
     seen = []
     monkeypatch.setattr(
-        prompts, "answer", lambda p, t, tokens, *rest: seen.extend(tokens) or answer(p, t, tokens, *rest)
+        prompts, "sample", lambda e, p, t, tokens, *rest: seen.extend(tokens) or sample(e, p, t, tokens, *rest)
     )
     tokenizer.chat_template = (
         "{% for tool in tools or [] %}{{ tool.name + ' ' }}{% endfor %}{% for m in messages %}"

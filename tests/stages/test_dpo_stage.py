@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_rlhf.models import LoRA, Sampling, add_lora, policy_from_config
+from lit_rlhf.models import LoRA, add_lora, policy_from_config
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import DPODataModule, DPOModule
 from lit_rlhf.text import write_jsonl
 

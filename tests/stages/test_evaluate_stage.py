@@ -9,7 +9,8 @@ from torchmetrics.text import Perplexity
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import win_rate
-from lit_rlhf.models import Sampling, policy_from_config
+from lit_rlhf.models import policy_from_config
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import EvaluateDataModule, EvaluateModule, WorldEvaluateDataModule
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures
 from lit_rlhf.stages.evaluate.text import text_figures, text_nats

@@ -99,11 +99,11 @@ def test_an_open_answer_is_met_word_for_word_up_to_the_end_of_its_line(data, ask
 
     texts = ["yes\nQ 2", " it  is so", "Yes", "no"]
 
-    def answer(policy, tokenizer, prompts, sampling):
+    def sample(engine, policy, tokenizer, prompts, sampling):
         assert sampling.temperature == 0
         return SimpleNamespace(texts=lambda _: [texts[i % 4] for i in range(len(prompts))])
 
-    monkeypatch.setattr(written, "answer", answer)
+    monkeypatch.setattr(written, "sample", sample)
     made = data(OPEN, batch_size=4, limit_held_out=4)
     assert made.task == "exact match" and len(made.val_set) == 4
     module = ask(family, made)

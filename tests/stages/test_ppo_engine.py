@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_rlhf.models import Sampling, VLLMEngine, generate, policy_from_config
+from lit_rlhf.models import policy_from_config
+from lit_rlhf.rollouts import Sampling, VLLMEngine, generate
 from lit_rlhf.stages import PreferenceModule
 
 
@@ -44,9 +45,8 @@ class PlayedLLM:
 
     def _one(self, prompt, params):
         sampling = Sampling(params.max_tokens, params.temperature)
-        generator = torch.Generator().manual_seed(params.seed)
         eos_id = self.model.config.eos_token_id
-        drawn = generate(self.model, [prompt], sampling, eos_id=eos_id, pad_id=1, generator=generator)
+        drawn = generate(self.model, [prompt], sampling, eos_id=eos_id, pad_id=1, seeds=[params.seed])
         tokens, logprobs = drawn.token_lists()[0], drawn.logprobs[0].tolist()
         positions = [{t: SimpleNamespace(logprob=x - 0.3)} for t, x in zip(tokens, logprobs)]
         reason = "stop" if drawn.finished[0] else "length"

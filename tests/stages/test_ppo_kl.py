@@ -9,7 +9,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate, Scoring
 
 PLAIN = {  # rewards are the penalty alone, and advantages take nothing away from it

@@ -9,7 +9,8 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lit_rlhf.functional import importance_weighted_loss, policy_gradient_loss
-from lit_rlhf.models import Sampling, critic_from_policy, critic_on_policy
+from lit_rlhf.models import critic_from_policy, critic_on_policy
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.stages.ppo import GAE, ClippedLoss, KLPenaltyLoss, MonteCarlo, Scoring
 from lit_rlhf.training import adamw

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf.models import LoRA, Sampling, add_lora, policy_from_config
+from lit_rlhf.models import LoRA, add_lora, policy_from_config
 from lit_rlhf.pipeline.settings import compose_settings
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.stages.ppo import GAE, KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
 from lit_rlhf.stages.ppo.probe import gradient_noise

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lit_rlhf.errors import UserError, Waiting
-from lit_rlhf.models import Sampling, answer, policy_from_config
+from lit_rlhf.models import policy_from_config
+from lit_rlhf.rollouts import FastEngine, Sampling
 from lit_rlhf.stages import PreferenceDataModule, PreferenceModule, WorldPreferenceDataModule
 from lit_rlhf.stages.preference import Labels, LabelStudio, agreement
 from lit_rlhf.text import load_records, parse_ranking, write_jsonl
@@ -22,6 +23,18 @@ CONFIG = {
 
 def by_length(prompts, responses):
     return [[1 + sum(len(o) > len(a) for o in answers) for a in answers] for answers in responses]
+
+
+class Watched(FastEngine):
+    """Shows ``look`` the tokenizer and all requests."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def generate(self, requests, **settings):
+        self.look(self.tokenizer, requests)
+        return super().generate(requests, **settings)
 
 
 @pytest.fixture
@@ -78,11 +91,11 @@ def test_with_fewer_answers_than_turns_all_turns_come_up(collect, base):
 def test_each_model_is_prompted_by_its_own_template(collect, base):
     seen = {}
 
-    def engine(policy, tokenizer, tokens, *more):
-        seen.setdefault(tokenizer.chat_template == BASE_TEMPLATE, []).extend(tokenizer.batch_decode(tokens))
-        return answer(policy, tokenizer, tokens, *more)
+    def look(tokenizer, requests):
+        texts = tokenizer.batch_decode([request.prompt for request in requests])
+        seen.setdefault(tokenizer.chat_template == BASE_TEMPLATE, []).extend(texts)
 
-    collect(others={"base": base}, engine=engine)
+    collect(others={"base": base}, engine=Watched(look))
     assert all(text.endswith("<|assistant|>") for text in seen[False])
     assert not any("<|" in text for text in seen[True])
 
@@ -210,11 +223,10 @@ def test_tools_stand_in_front_of_prompts_and_in_the_records(collect, base, token
     data = PreferenceDataModule(tmp_path / "p.jsonl", tokenizer, batch_size=8, held_out=0.2)
     seen = []
 
-    def engine(policy, tokenizer, prompts, *settings):
-        seen.extend(tokenizer.batch_decode(prompts))
-        return answer(policy, tokenizer, prompts, *settings)
+    def look(tokenizer, requests):
+        seen.extend(tokenizer.batch_decode([request.prompt for request in requests]))
 
-    module, folder = collect(data=data, others={"base": base}, engine=engine, redraws=0)
+    module, folder = collect(data=data, others={"base": base}, engine=Watched(look), redraws=0)
     module.export(folder)
     assert seen and all(text.startswith("multiply ") for text in seen)
     records = rows(folder.parent / "data/rankings-0.jsonl")
@@ -231,12 +243,11 @@ def test_a_base_model_as_the_policy_goes_on_with_a_transcript(collect, base, tmp
     data = PreferenceDataModule(tmp_path / "p.jsonl", tokenizer, **settings)
     seen, stops = [], set()
 
-    def engine(policy, tokenizer, prompts, sampling, *settings):
-        seen.extend(tokenizer.batch_decode(prompts))
-        stops.add(sampling.stop)
-        return answer(policy, tokenizer, prompts, sampling, *settings)
+    def look(tokenizer, requests):
+        seen.extend(tokenizer.batch_decode([request.prompt for request in requests]))
+        stops.update(request.sampling.stop for request in requests)
 
-    collect(data=data, policy=policy, tokenizer=tokenizer, engine=engine, redraws=0)
+    collect(data=data, policy=policy, tokenizer=tokenizer, engine=Watched(look), redraws=0)
     if special_tokens == "rendered":  # as it stands in the file
         assert stops == {()} and all(text.startswith("What is ") for text in seen)
         return

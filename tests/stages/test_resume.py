@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_rlhf.models import LoRA, Sampling, add_lora, critic_from_reward_model, critic_on_policy
+from lit_rlhf.models import LoRA, add_lora, critic_from_reward_model, critic_on_policy
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import (
     ClassifyModule,
     DPOModule,

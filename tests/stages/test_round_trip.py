@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_rlhf.models import (
     LoRA,
     RewardHead,
-    Sampling,
     load_policy,
     load_policy_and_tokenizer,
     load_reward_model,
@@ -21,6 +20,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.models.checkpoint import rounded_back
 from lit_rlhf.models.loading import listed
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import (
     DPODataModule,
     DPOModule,

@@ -12,7 +12,7 @@ from lit_rlhf.apps.chat.conversation import SAMPLING, Conversation
 from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.apps.chat.terminal import Terminal
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.text import Transcript
 from lit_rlhf.text.special_tokens import SpecialTokens
 

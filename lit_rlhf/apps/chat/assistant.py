@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Growing, Sampling, context_length, freeze, load_policy_and_tokenizer, stream
+from lit_rlhf.models import context_length, freeze, load_policy_and_tokenizer
+from lit_rlhf.rollouts import Growing, Sampling, stream
 from lit_rlhf.text import Messages, Transcript, encode_prompts, is_base, transcript_for
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.training import seeded
@@ -27,7 +28,7 @@ class Assistant:
 
     def answer(self, messages: Messages, sampling: Sampling, seed: Sequence[int]) -> Iterator[Growing]:
         """The answer after each token; the same numbers in ``seed`` give the same answer."""
-        generator = seeded(*seed, device=self.policy.device)
+        generator = seeded(*seed)
         settings = replace(sampling, stop=self.stops)
         return stream(self.policy, self.tokenizer, messages, settings, generator, self.special_tokens)
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from lit_rlhf.apps.chat.assistant import Assistant, fitted
 from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.text import Messages, parse_messages
 
 Choice = Literal["A", "B", "tie"]

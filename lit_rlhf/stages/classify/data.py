@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.records import Paths
 from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
 from lit_rlhf.text.packing import Packed, pack
@@ -22,6 +21,7 @@ from lit_rlhf.text.records import (
     Similarity,
     parse_labelled,
 )
+from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import dpo_loss, implicit_rewards, pair_accuracy, ranking_pairs
-from lit_rlhf.models import Sampling, save_adapter, save_model
-from lit_rlhf.stages.ppo.reference import Reference, ReferenceUpdate
-from lit_rlhf.stages.ppo.rollout import response_logprobs
+from lit_rlhf.models import Reference, ReferenceUpdate, response_logprobs, save_adapter, save_model
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import sample_texts, spread
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import fit_context

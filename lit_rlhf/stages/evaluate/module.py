@@ -17,22 +17,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import Estimate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
 from lit_rlhf.models import (
-    Engine,
-    Responses,
-    Sampling,
-    answer,
     context_length,
     freeze,
     packed_scores,
+    response_logprobs,
     score_shift,
     score_std,
     shares_prompts,
 )
+from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
-from lit_rlhf.stages.functions import name_of, with_tools
-from lit_rlhf.stages.ppo.rollout import response_logprobs
-from lit_rlhf.stages.preference.module import Annotator
+from lit_rlhf.stages.functions import Annotator, name_of, with_tools
 from lit_rlhf.stages.prompts import PromptBatch, last_tokens
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.chat import encode_prompts, encode_responses
@@ -60,7 +56,7 @@ class EvaluateModule(LightningModule):
         text_row_length: tokens of a row of held-out text, for the perplexity.
         share_prompts: read a prompt once for all its answers, where attention can be told so.
         sampling: how answers are drawn.
-        engine: what draws them.
+        engine: what draws them; None: :class:`FastEngine`.
         seed: of the sampling.
     """
 
@@ -78,7 +74,7 @@ class EvaluateModule(LightningModule):
         text_row_length: Annotated[int, Field(ge=2)] = 96,
         share_prompts: bool = True,
         sampling: Sampling = Sampling(),
-        engine: Engine = answer,
+        engine: Engine | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,7 +84,7 @@ class EvaluateModule(LightningModule):
         self.annotator, self.judge = annotator, judge
         self.samples, self.best_of, self.seed = samples, best_of, seed
         self.anchor_rating, self.text_row_length, self.share_prompts = anchor_rating, text_row_length, share_prompts
-        self.sampling, self.engine = sampling, engine
+        self.sampling, self.engine = sampling, engine or FastEngine()
         names = list(policies)
         if prompted_base and "base" in names:
             names.insert(names.index("base") + 1, PROMPTED)
@@ -164,7 +160,7 @@ class EvaluateModule(LightningModule):
         tools, kind = [record.get("tools") for record in batch.records], data.special_tokens
         prompts = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=data.note)
         repeated = [tokens for tokens in last_tokens(self, name, prompts, room) for _ in range(n)]
-        answers = self.engine(policy, tokenizer, repeated, sampling, seeded(self.seed, *place, device=self.device))
+        answers = sample(self.engine, policy, tokenizer, repeated, sampling, seeded(self.seed, *place))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
             cut = [self.transcript.answer(text) for text in texts]

@@ -10,9 +10,9 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import wilson_interval
-from lit_rlhf.models import Sampling, answer, context_length, freeze
+from lit_rlhf.models import context_length, freeze, response_logprobs
+from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.stages.few_shot.data import Shot, ShotBatch
-from lit_rlhf.stages.ppo.rollout import response_logprobs
 from lit_rlhf.text.packing import pack
 from lit_rlhf.text.records import write_jsonl
 
@@ -78,8 +78,8 @@ class FewShotModule(LightningModule):
 
     def _write(self, batch: ShotBatch) -> list[dict[str, str]]:
         """What the model writes up to the end of the line."""
-        texts = answer(self.policy, self.tokenizer, batch.prompts, self.sampling).texts(self.tokenizer)
-        return [{"greedy": " ".join(text.split("\n")[0].split())} for text in texts]
+        responses = sample(FastEngine(), self.policy, self.tokenizer, batch.prompts, self.sampling)
+        return [{"greedy": " ".join(text.split("\n")[0].split())} for text in responses.texts(self.tokenizer)]
 
     def on_test_epoch_end(self) -> None:
         """Accuracies go to the loggers too, as ``few_shot/accuracy_<k>``."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling
+from lit_rlhf.rollouts import Sampling
 
 
 def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import WinRate, population_std, sequence_kl, win_rate
-from lit_rlhf.models import Responses
-from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of, response_logprobs, stacked
+from lit_rlhf.models import response_logprobs, stacked
+from lit_rlhf.rollouts import Responses
+from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of
 from lit_rlhf.stages.prompts import PromptBatch, repeated
 from lit_rlhf.text.packing import Packed
 

@@ -32,44 +32,37 @@ from lit_rlhf.functional import (
 )
 from lit_rlhf.models import (
     CriticFactory,
-    Engine,
-    Responses,
-    Sampling,
+    Reference,
+    ReferenceUpdate,
+    Responding,
+    TextRows,
     adds_to_gradients,
-    answer,
     by_token,
+    check_rows,
     critic_from_reward_model,
     head_parameters,
     next_token_logits,
     packed_hidden,
     save_adapter,
     save_model,
+    scatter,
     shares_prompts,
+    stacked,
+    text_loss,
     token_logprobs_of,
     tokens_at_once,
     train_adapters,
 )
+from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, draw_seeds, sample
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary
 from lit_rlhf.stages.ppo.held_out import HeldOut
+from lit_rlhf.stages.ppo.kl import KLPenalty
 from lit_rlhf.stages.ppo.loss import ClippedLoss, KLPenaltyLoss, PolicyLoss
 from lit_rlhf.stages.ppo.probe import gradient_noise
-from lit_rlhf.stages.ppo.ptx import gradient_norm, held_out_text_loss, pretraining_text
-from lit_rlhf.stages.ppo.reference import KLPenalty, Reference, ReferenceUpdate
-from lit_rlhf.stages.ppo.rollout import (
-    ORDER,
-    ROLLOUT,
-    SAMPLES,
-    TEXT,
-    Responding,
-    Rollout,
-    record_of,
-    scatter,
-    stacked,
-)
+from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, held_out_text_loss, pretraining_text
+from lit_rlhf.stages.ppo.rollout import ORDER, ROLLOUT, SAMPLES, TEXT, Rollout, record_of
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
-from lit_rlhf.stages.pretrain.data import PretrainDataModule, TextRows
-from lit_rlhf.stages.pretrain.module import check_rows, text_loss
 from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.text.packing import Packed, pack, runs
@@ -110,7 +103,7 @@ class PPOModule(TrainedState):
         value_clip_range: how far a value may move in one rollout, in reward units; None: unlimited.
         value_coef: weight of the critic's loss.
         whiten: centre and scale the advantages over all actions of a rollout.
-        ptx: makes the pretraining text, ``(tokenizer=...) -> PretrainDataModule``; not asked while ``ptx_coef`` is 0.
+        ptx: makes the pretraining text, ``(tokenizer=...) -> PretrainingText``; not asked while ``ptx_coef`` is 0.
         ptx_coef: weight of the language-modelling loss on that text, per nat a token (InstructGPT, eq. 2).
         ptx_ratio: rows of that text an answer.
         ppo_epochs: optimization epochs a rollout.
@@ -122,7 +115,7 @@ class PPOModule(TrainedState):
         packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
         share_prompts: read a prompt once for all its answers in a batch, where attention can be told so.
         sampling: how answers are drawn in rollouts and in validation.
-        engine: what draws them.
+        engine: what draws them; None: :class:`FastEngine`.
         val_samples: answers a held-out prompt in validation.
         seed: of sampling and of the order of minibatches.
     """
@@ -152,7 +145,7 @@ class PPOModule(TrainedState):
         value_clip_range: Annotated[float, Field(gt=0)] | None = 0.2,
         value_coef: Annotated[float, Field(ge=0)] = 0.5,
         whiten: bool = True,
-        ptx: Callable[..., PretrainDataModule] | None = None,
+        ptx: Callable[..., PretrainingText] | None = None,
         ptx_coef: Annotated[float, Field(ge=0)] = 0.0,
         ptx_ratio: Annotated[float, Field(gt=0)] = 0.25,
         ppo_epochs: Annotated[int, Field(ge=1)] = 1,
@@ -163,7 +156,7 @@ class PPOModule(TrainedState):
         packing: bool = True,
         share_prompts: bool = True,
         sampling: Sampling = Sampling(),
-        engine: Engine = answer,
+        engine: Engine | None = None,
         val_samples: Annotated[int, Field(ge=1)] = 4,
         seed: int = 0,
     ) -> None:
@@ -191,7 +184,7 @@ class PPOModule(TrainedState):
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
         self.micro_batch_size = micro_batch_size
         self.probe_rollouts = probe_rollouts
-        self.sampling, self.engine, self.seed = sampling, engine, seed
+        self.sampling, self.engine, self.seed = sampling, engine or FastEngine(), seed
         check_sampling(self.sampling)
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
@@ -215,9 +208,9 @@ class PPOModule(TrainedState):
         """Sample answers, score them, and work out what each action was worth; ``place`` sets off other draws."""
         prompts = repeated(prompts, self.answers_per_prompt)
         # A critic on the policy's trunk needs no other pass: it values the states that the answers were drawn from.
-        kept = {"states": True} if self._critic_on_policy and not self._reads_policy else {}
+        states = self._critic_on_policy and not self._reads_policy and self.engine.gives_states
         place_of_draw = place or (int(self.iteration),)
-        answers = self.sample(self.policy, prompts.tokens, *place_of_draw, shard=self._shard, **kept)
+        answers = self.sample(self.policy, prompts.tokens, *place_of_draw, shard=self._shard, states=states)
         sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
         lengths, mask = answers.lengths, answers.mask
         packed = self.in_batches(sequences, lengths)
@@ -290,7 +283,7 @@ class PPOModule(TrainedState):
     @property
     def _exact(self) -> bool:
         """Whether log-probs of the rollout engine are those of a training pass; in half precision they are not."""
-        return getattr(self.engine, "exact", True) and str(self.trainer.precision).startswith(("32", "64"))
+        return self.engine.exact and str(self.trainer.precision).startswith(("32", "64"))
 
     @property
     def _reads_policy(self) -> bool:
@@ -358,13 +351,12 @@ class PPOModule(TrainedState):
         prompts: list[list[int]],
         *place: int,
         purpose: int = ROLLOUT,
-        **settings: Any,
+        shard: tuple[int, int] = (0, 1),
+        states: bool = False,
     ) -> Responses:
-        """One answer to each prompt; the draw depends on the seed, ``place`` and ``purpose`` alone.
-
-        ``settings`` go to the engine."""
-        generator = seeded(self.seed, *place, purpose, device=self.device)
-        return self.engine(policy, self.tokenizer, prompts, self.sampling, generator, **settings)
+        """One answer to each prompt; the draw depends on the seed, ``place`` and ``purpose`` alone."""
+        seeds = draw_seeds(len(prompts), seeded(self.seed, *place, purpose), shard)
+        return sample(self.engine, policy, self.tokenizer, prompts, self.sampling, seeds, states=states)
 
     def whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
         """Centred and scaled over all actions of the rollout, over all processes together."""

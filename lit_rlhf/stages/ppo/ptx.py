@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.pretrain.data import PretrainDataModule
-from lit_rlhf.stages.pretrain.module import text_loss
+from lit_rlhf.models import TextRows, text_loss
+
+
+class PretrainingText(Protocol):
+    """Text in rows, as the pretraining stage's data module has it."""
+
+    paths: list[str]  # empty: there is none
+    block_size: int  # tokens per row
+
+    def setup(self) -> None:
+        """Read it."""
+        ...
+
+    def rows(self, count: int, generator: Generator) -> TextRows:
+        """``count`` rows to train on, drawn from ``generator``."""
+        ...
+
+    def val_dataloader(self) -> Iterable[TextRows]:
+        """Held-out rows."""
+        ...
 
 
 def pretraining_text(
-    make: Callable[..., PretrainDataModule] | None, tokenizer: PreTrainedTokenizerBase
-) -> PretrainDataModule:
+    make: Callable[..., PretrainingText] | None, tokenizer: PreTrainedTokenizerBase
+) -> PretrainingText:
     """The text of the language-modelling term, read. Raises ``UserError`` where there is none."""
     text = None if make is None else make(tokenizer=tokenizer)
     if text is None or not text.paths:
@@ -28,7 +47,7 @@ def pretraining_text(
 
 
 @torch.no_grad()
-def held_out_text_loss(policy: PreTrainedModel, text: PretrainDataModule, device: torch.device) -> Tensor:
+def held_out_text_loss(policy: PreTrainedModel, text: PretrainingText, device: torch.device) -> Tensor:
     """Mean loss on the held-out pretraining text, in nats a token."""
     batches = [rows.to(device) for rows in text.val_dataloader()]
     losses = torch.stack([text_loss(policy, rows) * rows.labels.numel() for rows in batches])

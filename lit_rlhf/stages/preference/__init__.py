@@ -1,5 +1,6 @@
+from lit_rlhf.stages.functions import Annotator
 from lit_rlhf.stages.preference.agreement import Agreement, agreement, majority
-from lit_rlhf.stages.preference.annotators import Annotator, CallableAnnotator, RewardModelAnnotator
+from lit_rlhf.stages.preference.annotators import CallableAnnotator, RewardModelAnnotator
 from lit_rlhf.stages.preference.data import PreferenceDataModule, WorldPreferenceDataModule
 from lit_rlhf.stages.preference.judge import LLMJudge
 from lit_rlhf.stages.preference.module import PreferenceModule

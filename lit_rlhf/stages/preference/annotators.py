@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -16,24 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, load_reward_model, score_answers
-from lit_rlhf.stages.functions import name_of, resolve
+from lit_rlhf.stages.functions import Annotator, Ranks, name_of, resolve
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import load_tokenizer
 
-Ranks = list[list[int]]
 Result = TypeVar("Result")
-
-
-class Annotator(Protocol):
-    """Whoever ranks answers: a simulated labeler, a reward model, a function, a language model.
-
-    One that has ``takes_tools = True`` gets a further argument, ``tools``: what the assistant may call, of each prompt;
-    it is given where a prompt's record has some."""
-
-    def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
-        """The answers to each prompt in, as many as there are; a rank for each out, 1 = best, ties allowed."""
-        ...
 
 
 def annotate(

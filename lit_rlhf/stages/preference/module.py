@@ -15,10 +15,11 @@ from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, Waiting
-from lit_rlhf.models import Engine, Sampling, answer, context_length, freeze
-from lit_rlhf.stages.functions import with_tools
+from lit_rlhf.models import context_length, freeze
+from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
+from lit_rlhf.stages.functions import Annotator, with_tools
 from lit_rlhf.stages.preference.agreement import agreement
-from lit_rlhf.stages.preference.annotators import Annotator, annotate, name_of, place
+from lit_rlhf.stages.preference.annotators import annotate, name_of, place
 from lit_rlhf.stages.preference.journal import Journal
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
 from lit_rlhf.stages.prompts import PromptBatch, last_tokens
@@ -53,7 +54,7 @@ class PreferenceModule(LightningModule):
         answers: "draw" samples them, "given" takes the ``responses`` of the prompts' records, to have them ranked.
         answers_per_prompt: K; they are dealt in turn over the models, then over the temperatures.
         sampling: how answers are drawn.
-        engine: what draws them.
+        engine: what draws them; None: :class:`FastEngine`.
         temperatures: several, in place of that of ``sampling``; None: that one.
         redraws: times that an answer which is equal to another one is drawn again.
         compare: ranking files of others about the same answers; agreement with them is among the figures.
@@ -73,7 +74,7 @@ class PreferenceModule(LightningModule):
         answers: Literal["draw", "given"] = "draw",
         answers_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4,
         sampling: Sampling = Sampling(),
-        engine: Engine = answer,
+        engine: Engine | None = None,
         temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None,
         redraws: Annotated[int, Field(ge=0)] = 2,
         compare: str | Sequence[str] | None = None,
@@ -89,7 +90,7 @@ class PreferenceModule(LightningModule):
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
         self.name, self.annotator, self.how = name, annotator, answers
         self.answers_per_prompt, self.redraws = answers_per_prompt, redraws
-        self.sampling, self.engine, self.compare = sampling, engine, compare
+        self.sampling, self.engine, self.compare = sampling, engine or FastEngine(), compare
         # Models change fastest: each prompt is answered by as many of them as possible.
         self.turns = [Turn(w, t) for t in temperatures or [self.sampling.temperature] for w in writers]
         self.seed, self.round = seed, round
@@ -136,7 +137,7 @@ class PreferenceModule(LightningModule):
         for attempt in range(self.redraws + 1):
             for number, turn in enumerate(self.turns):
                 mine = [(i, j) for i, j in places if turns[i][j] == number]
-                generator = seeded(self.seed, self.round, batch_idx, number, attempt, device=self.device)
+                generator = seeded(self.seed, self.round, batch_idx, number, attempt)
                 for (i, j), drawn in zip(mine, self._sample(turn, batch, [i for i, _ in mine], generator)):
                     texts[i][j], finished[i][j] = drawn
             places = [(i, j) for i, row in enumerate(texts) for j in range(k) if row[j] in row[:j]]
@@ -169,7 +170,7 @@ class PreferenceModule(LightningModule):
         stops = () if transcript is None else transcript.stops
         sampling = replace(self.sampling, temperature=turn.temperature, stop=(*self.sampling.stop, *stops))
         tokens = last_tokens(self, turn.model, [tokens[i] for i in prompts], room)
-        answers = self.engine(policy, tokenizer, tokens, sampling, generator)
+        answers = sample(self.engine, policy, tokenizer, tokens, sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
 
     def _given(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import inspect
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -16,42 +16,21 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Generator
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import __version__ as version
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.text_rows import TextRows
 from lit_rlhf.stages.records import FileDataModule
 from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK, behind_start
 from lit_rlhf.text.packing import runs
 from lit_rlhf.text.records import OnBadRecord, Seen, files_of, parse_text, read_pieces, read_records
 from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
-from lit_rlhf.text.tokenizer import load_tokenizer, train_bpe, train_characters
+from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
 from lit_rlhf.training import BatchLoader, in_order, seeded, sharding
-
-TokenizerTrainer = Callable[[Iterable[str]], PreTrainedTokenizerBase]
-
-
-class TextRows(NamedTuple):
-    """B windows of T + 1 tokens: each token predicts the next."""
-
-    tokens: Tensor  # (B, T + 1) int64
-
-    def to(self, device: torch.device) -> TextRows:
-        """The rows on ``device``."""
-        return TextRows(self.tokens.to(device))
-
-    @property
-    def inputs(self) -> Tensor:
-        """(B, T)"""
-        return self.tokens[:, :-1]
-
-    @property
-    def labels(self) -> Tensor:
-        """(B, T)"""
-        return self.tokens[:, 1:]
 
 
 class Source(NamedTuple):

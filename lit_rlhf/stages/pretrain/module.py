@@ -10,22 +10,12 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling, context_length, save_model, token_logprobs_of
-from lit_rlhf.stages.pretrain.data import TextRows
+from lit_rlhf.models import TextRows, check_rows, save_model, text_loss
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import written
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
-
-
-def check_rows(policy: PreTrainedModel, block_size: int, address: str) -> None:
-    """Raise ``UserError`` where rows of ``block_size`` tokens do not fit into the model's context."""
-    if block_size > context_length(policy):
-        raise UserError(
-            f"{address}={block_size} is more than the model's context of {context_length(policy)} tokens; give that or "
-            "fewer"
-        )
 
 
 class PretrainModule(StepLog):
@@ -93,9 +83,3 @@ class PretrainModule(StepLog):
     def export(self, folder: Path) -> None:
         """Write ``model/``: a causal language model that transformers loads."""
         save_model(self.policy, self.tokenizer, folder / "model")
-
-
-def text_loss(policy: PreTrainedModel, rows: TextRows) -> Tensor:
-    """Mean next-token loss on rows of text, in nats a token (GPT-1, eq. 1)."""
-    hidden = policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
-    return -token_logprobs_of(policy, hidden, rows.labels).mean()

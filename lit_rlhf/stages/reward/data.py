@@ -9,7 +9,6 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
 from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.chat import encode_prompts, encode_responses
@@ -26,6 +25,7 @@ from lit_rlhf.text.records import (
 )
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Tools
+from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
 
 

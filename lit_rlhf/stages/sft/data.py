@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.stages.pretrain.data import TokenizerTrainer
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Demonstration, Messages, OnBadRecord, is_learned, parse_demonstration, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
 from lit_rlhf.training import ExampleDataModule
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Sampling, packed_hidden, save_adapter, save_model, token_logprobs_of
+from lit_rlhf.models import packed_hidden, save_adapter, save_model, token_logprobs_of
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import sample_texts
 from lit_rlhf.stages.records import fit_context
 from lit_rlhf.stages.sft.data import SFTBatch

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lit_rlhf.apps.chat import Conversation, Judgements, load_assistant
-from lit_rlhf.models import Sampling, policy_from_config, save_model
+from lit_rlhf.models import policy_from_config, save_model
+from lit_rlhf.rollouts import Sampling
 from lit_rlhf.text import Transcript, ensure_chat_template, train_bpe
 
 TEXTS = ["What is 12 + 30? It is 42.", "Who are you? I am the cat.", "You are the cat! Hello there, Human: and others."]

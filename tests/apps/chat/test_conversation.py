@@ -7,7 +7,8 @@ import pytest
 
 from lit_rlhf.apps.chat import Chat, Conversation, load_assistant
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling, answer, load_policy_and_tokenizer
+from lit_rlhf.models import load_policy_and_tokenizer
+from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.text import encode_prompts, load_records, parse_ranking
 from lit_rlhf.training import seeded
 
@@ -36,7 +37,8 @@ def test_an_answer_is_the_models_own_turn_after_turn(converse, models):
     texts = []
     for turn, given in ((1, first), (2, second)):
         tokens = encode_prompts(tokenizer, [prompt])
-        texts += answer(policy.eval(), tokenizer, tokens, Sampling(8), seeded(5, turn, 0)).texts(tokenizer)
+        drawn = sample(FastEngine(), policy.eval(), tokenizer, tokens, Sampling(8), seeded(5, turn, 0))
+        texts += drawn.texts(tokenizer)
         assert given.prompt == prompt
         prompt = [*prompt, {"role": "assistant", "content": texts[-1]}, user("And then?")]
     assert [first.text, second.text] == texts

@@ -10,7 +10,7 @@ import pytest
 from lit_rlhf.apps.chat.assistant import Assistant
 from lit_rlhf.apps.wording import printable
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import Sampling
+from lit_rlhf.rollouts import Sampling
 
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'lit-rlhf[ui]')")
 HOSTILE = "<img src=http://evil.test/x onerror=alert(1)><b>Who</b> & **you**?"

@@ -1,29 +1,26 @@
-"""vLLM as a rollout engine, in the place of :func:`lit_rlhf.models.answer`.
+"""vLLM as a rollout engine.
 
 Written against vLLM 0.32. It runs in this process, so weights are handed over as they are, through vLLM's own reloading
-of a checkpoint (its worker's ``reload_weights``), before each batch of prompts: there is no update to forget."""
+of a checkpoint (its worker's ``reload_weights``)."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Generator, Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.adapters import plain_weights
-from lit_rlhf.models.generation.engine import check_room
-from lit_rlhf.models.generation.sampling import Responses, Sampling, seeds
+from lit_rlhf.models import context_length, end_tokens, plain_weights
 from lit_rlhf.models.onednn import compute_dtype
-from lit_rlhf.models.policy import context_length, end_tokens
+from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, side_by_side
 
 
 class VLLMEngine:
@@ -39,6 +36,8 @@ class VLLMEngine:
     """
 
     exact = False
+    gives_states = False
+    version = 0
 
     def __init__(self, gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3, eager: bool = False) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -47,27 +46,26 @@ class VLLMEngine:
         self._models: dict[str, Any] = {}  # a model's config -> vLLM's model of that kind
 
     @torch.no_grad()
-    def __call__(
-        self,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        generator: Generator | None = None,
-        shard: tuple[int, int] = (0, 1),
-    ) -> Responses:
-        """One answer to each of ``prompts``, as :func:`lit_rlhf.models.answer` gives them."""
-        check_room(policy, prompts, sampling)
-        from vllm import SamplingParams
-
+    def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+        self.policy, self.tokenizer, self.version = policy, tokenizer, self.version + 1
         model = self._model(policy, tokenizer)
         model.collective_rpc("reload_weights", kwargs={"weights_iterator": plain_weights(policy)})
         model.reset_prefix_cache()  # what it remembers of prompts comes from the weights before
-        ends = end_tokens(policy, tokenizer)
-        params = [SamplingParams(**request(sampling, seed, ends)) for seed in seeds(len(prompts), generator, shard)]
-        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        drawn = [drawn_of(output.outputs[0]) for output in model.generate(asked, params, use_tqdm=False)]
-        return responses(drawn, tokenizer.pad_token_id, sampling, policy.device)._replace(ends=ends)
+        return self.version
+
+    def generate(self, requests: Sequence[Request], *, states: bool = False) -> Responses:
+        from vllm import SamplingParams
+
+        if states:
+            raise ValueError("vLLM gives no hidden states; see gives_states")
+        for request in requests:
+            check_room(self.policy, [request.prompt], request.sampling)
+        ends = end_tokens(self.policy, self.tokenizer)
+        params = [SamplingParams(**settings_of(request, ends)) for request in requests]
+        asked = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+        outputs = self._model(self.policy, self.tokenizer).generate(asked, params, use_tqdm=False)
+        drawn = [response_of(output.outputs[0], ends) for output in outputs]
+        return side_by_side(drawn, requests, self.tokenizer.pad_token_id, ends, self.version, self.policy.device)
 
     def _model(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         config = copy.deepcopy(policy.config)
@@ -102,16 +100,10 @@ class VLLMEngine:
             )
 
 
-class Drawn(NamedTuple):
-    """One answer."""
-
-    tokens: list[int]
-    logprobs: list[float]  # nats
-    finished: bool
-
-
-def request(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[str, Any]:
-    """vLLM's ``SamplingParams`` of one answer, which ends with any of ``ends`` besides the config's end-of-text."""
+def settings_of(request: Request, ends: Collection[int] = ()) -> dict[str, Any]:
+    """vLLM's ``SamplingParams`` of a request, whose response ends with any of ``ends`` besides the config's
+    end-of-text."""
+    _, sampling, seed = request
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -120,29 +112,18 @@ def request(sampling: Sampling, seed: int, ends: Collection[int] = ()) -> dict[s
         "max_tokens": sampling.max_new_tokens,
         "stop": list(sampling.stop) or None,
         "stop_token_ids": sorted(ends),
-        "include_stop_str_in_output": True,  # ids of the tokens that write it stay in the answer
+        "include_stop_str_in_output": True,  # ids of the tokens that write it stay in the response
         "detokenize": bool(sampling.stop),
         "seed": seed,
         "logprobs": 0,  # of the sampled token alone
     }
 
 
-def drawn_of(completion: Any) -> Drawn:
+def response_of(completion: Any, ends: Collection[int]) -> Response:
     """What vLLM's ``CompletionOutput`` says; it is finished where an end token or a stop text ended it."""
     tokens = list(completion.token_ids)
     logprobs = [position[token].logprob for token, position in zip(tokens, completion.logprobs)]
-    return Drawn(tokens, logprobs, completion.finish_reason == "stop")
-
-
-def responses(drawn: Sequence[Drawn], pad_id: int, sampling: Sampling, device: torch.device) -> Responses:
-    """Answers side by side, padded on the right."""
-
-    def laid_out(rows: list[list[Any]], fill: int, dtype: torch.dtype) -> Tensor:
-        return pad_sequence([torch.tensor(r, dtype=dtype) for r in rows], batch_first=True, padding_value=fill)
-
-    tokens = laid_out([d.tokens for d in drawn], pad_id, torch.int64)
-    mask = laid_out([[1] * len(d.tokens) for d in drawn], 0, torch.bool)
-    logprobs = laid_out([d.logprobs for d in drawn], 0, torch.float32)
-    entropy = torch.zeros_like(logprobs).masked_fill_(mask, torch.nan)
-    finished = torch.tensor([d.finished for d in drawn])
-    return Responses(*(x.to(device) for x in (tokens, mask, logprobs, entropy, finished)), sampling.stop)
+    ended = Ended.LENGTH
+    if completion.finish_reason == "stop":
+        ended = Ended.TOKEN if tokens[-1] in ends else Ended.STOP
+    return Response(tokens, logprobs, [math.nan] * len(tokens), ended)

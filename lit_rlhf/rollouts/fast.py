@@ -1,4 +1,4 @@
-"""The rollout engine: sampling from transformers' causal language models, with log-probs of what was sampled.
+"""Our own engine: sampling from transformers' causal language models, with log-probs of what was sampled.
 
 Answers that end leave the batch, so that no step is spent on them, and token ids and log-probs are kept as they are
 drawn: nothing is decoded and tokenized again, and no second forward pass is needed to know how likely an answer was."""
@@ -15,9 +15,12 @@ from pydantic import Field
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
-from lit_rlhf.models.generation.decoder import (
+from lit_rlhf.models import context_length, end_tokens
+from lit_rlhf.models.logits import check_logits
+from lit_rlhf.models.onednn import compute_dtype
+from lit_rlhf.models.self_check import LENGTH, agrees
+from lit_rlhf.rollouts.decoder import (
     Decoder,
     LeanDecoder,
     StaticDecoder,
@@ -25,49 +28,77 @@ from lit_rlhf.models.generation.decoder import (
     WholeDecoder,
     goes_on_alike,
 )
-from lit_rlhf.models.generation.sampling import Responses, Sampling, before_stop, seeds
-from lit_rlhf.models.generation.trunk import Trunk
-from lit_rlhf.models.logits import check_logits
-from lit_rlhf.models.onednn import compute_dtype
-from lit_rlhf.models.policy import context_length, end_tokens
-from lit_rlhf.models.self_check import LENGTH, agrees
+from lit_rlhf.rollouts.engine import (
+    Ended,
+    Request,
+    Responses,
+    Sampling,
+    before_stop,
+    by_sampling,
+    check_room,
+    draw_seeds,
+    sample,
+)
+from lit_rlhf.rollouts.trunk import Trunk
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
 
-# (an answer's tokens so far) -> whether it has come to its end
-Ended = Callable[[list[int]], bool]
+# (an answer's tokens so far) -> whether a stop text has ended it
+Stopped = Callable[[list[int]], bool]
 
 
-def answer(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    generator: Generator | None = None,
-    shard: tuple[int, int] = (0, 1),
-    *,
-    states: bool = False,
-    lean: bool = True,
-    rows: Annotated[int, Field(ge=1)] | None = None,
-    cache_gib: Annotated[float, Field(gt=0)] = 1.0,
-    cuda_graphs: bool = False,
-) -> Responses:
-    """:func:`generate` with all :func:`end_tokens`, the tokenizer's padding, and ``sampling.stop``."""
-    ended = None
-    if sampling.stop:
-        longest = max(map(len, sampling.stop))
+class FastEngine:
+    """Draws responses together, each with random numbers of its own; it shares the policy's weights.
 
-        def ended(tokens: list[int]) -> bool:
+    What ``sync`` was given is sampled from as it is when ``generate`` is called.
+
+    Args:
+        lean: run a forward pass of our own where there is one for the model; False: transformers' modules.
+        rows: responses that are written at a time; None: as many as fit into ``cache_gib``.
+        cache_gib: GiB for keys, values and logits.
+        cuda_graphs: on a GPU, replay a step of the lean pass as one graph.
+    """
+
+    exact = True
+    gives_states = True
+    version = 0
+
+    def __init__(
+        self,
+        lean: bool = True,
+        rows: Annotated[int, Field(ge=1)] | None = None,
+        cache_gib: Annotated[float, Field(gt=0)] = 1.0,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.settings = {"lean": lean, "rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
+
+    def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+        self.policy, self.tokenizer, self.version = policy, tokenizer, self.version + 1
+        return self.version
+
+    def generate(self, requests: Sequence[Request], *, states: bool = False) -> Responses:
+        ends, pad_id = end_tokens(self.policy, self.tokenizer), self.tokenizer.pad_token_id
+
+        def draw(sampling: Sampling, requests: list[Request]) -> Responses:
+            prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+            settings = {"eos_id": ends, "pad_id": pad_id, "seeds": seeds, "stopped": self._stopped(sampling.stop)}
+            drawn = generate(self.policy, prompts, sampling, states=states, **settings, **self.settings)
+            return drawn._replace(stops=[sampling.stop] * len(prompts), ends=ends, version=self.version)
+
+        return by_sampling(requests, draw, pad_id)
+
+    def _stopped(self, stop: Sequence[str]) -> Stopped | None:
+        if not stop:
+            return None
+        longest = max(map(len, stop))
+
+        def stopped(tokens: list[int]) -> bool:
             # A token is a byte at the least, a character at most four of them, and the last token has just been added.
-            tail = tokenizer.decode(tokens[-4 * longest - 4 :], skip_special_tokens=True)
-            return any(s in tail for s in sampling.stop)
+            tail = self.tokenizer.decode(tokens[-4 * longest - 4 :], skip_special_tokens=True)
+            return any(text in tail for text in stop)
 
-    ends = end_tokens(policy, tokenizer)
-    settings = {"generator": generator, "shard": shard, "states": states, "ended": ended}
-    engine = {"lean": lean, "rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
-    drawn = generate(policy, prompts, sampling, eos_id=ends, pad_id=tokenizer.pad_token_id, **settings, **engine)
-    return drawn._replace(stop=sampling.stop, ends=ends)
+        return stopped
 
 
 def answer_texts(
@@ -81,7 +112,7 @@ def answer_texts(
 
     ``sampling`` is ``Sampling()`` by default."""
     tokens, sampling = fitted(policy, encode_prompts(tokenizer, prompts), sampling or Sampling())
-    return answer(policy, tokenizer, tokens, sampling, generator).texts(tokenizer)
+    return sample(FastEngine(), policy, tokenizer, tokens, sampling, generator).texts(tokenizer)
 
 
 def fitted(
@@ -106,9 +137,8 @@ def generate(
     *,
     eos_id: int | Collection[int],
     pad_id: int,
-    generator: Generator | None = None,
-    shard: tuple[int, int] = (0, 1),
-    ended: Ended | None = None,
+    seeds: Sequence[int] | None = None,
+    stopped: Stopped | None = None,
     states: bool = False,
     lean: bool = True,
     rows: int | None = None,
@@ -117,23 +147,22 @@ def generate(
 ) -> Responses:
     """Sample one answer to each of ``prompts`` (B token lists of any lengths).
 
-    Each answer has random numbers of its own, which depend on the generator and on the answer's place in the batch
-    alone: not on when others end, nor, with ``shard`` = (rank, number of ranks), on how a batch is dealt out to ranks.
+    Each answer has random numbers of its own, which its seed alone decides (``seeds`` (B,); None: any): others do not.
     It ends with ``eos_id``, or with any of several.
     With ``states`` the hidden states are kept: a head on them needs no other pass over the answers.
-    ``ended`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
+    ``stopped`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
     At most ``rows`` answers are written at a time (None: :func:`rows_that_fit` into ``cache_gib``); others take the
     places of those that end. ``lean`` runs a forward pass of our own where there is one for the model (:class:`Trunk`),
     else transformers'; on a GPU its steps can be replayed as ``cuda_graphs``. No dropout.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
     device = model.device
-    uniforms = _uniforms(len(prompts), sampling, generator, shard, device)
+    uniforms = _uniforms(draw_seeds(len(prompts)) if seeds is None else seeds, sampling, device)
     places, tokens, logprobs, entropies, ended_there, hidden = [], [], [], [], [], []
     ends = [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
     width = max(map(len, prompts)) + sampling.max_new_tokens
     rows = rows or rows_that_fit(model, width, cache_gib)
-    for drawn in _draw(model, prompts, sampling, uniforms, ends, pad_id, ended, lean, rows, cuda_graphs):
+    for drawn in _draw(model, prompts, sampling, uniforms, ends, pad_id, stopped, lean, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
         for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
@@ -151,7 +180,11 @@ def generate(
         table = torch.full((*shape, *values[0].shape[1:]), fill, dtype=values[0].dtype, device=device)
         return table.index_put_(tuple(place), torch.cat(values))
 
-    figures = laid_out(tokens, pad_id), mask, laid_out(logprobs, 0), laid_out(entropies, 0), finished
+    table = laid_out(tokens, pad_id)
+    last = table.gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(1)
+    by_token = torch.isin(last, torch.tensor(ends, device=device))
+    ended = torch.where(finished, torch.where(by_token, int(Ended.TOKEN), int(Ended.STOP)), int(Ended.LENGTH))
+    figures = table, mask, laid_out(logprobs, 0), laid_out(entropies, 0), ended
     return Responses(*figures, states=laid_out(hidden, 0) if states else None)
 
 
@@ -170,14 +203,14 @@ def stream(
     generator: Generator | None = None,
     special_tokens: SpecialTokens = "plain",
 ) -> Iterator[Growing]:
-    """The answer to ``messages``, after each token; in the end it is that of :func:`answer` from the same generator.
+    """The answer to ``messages``, after each token; in the end it is that of :func:`sample` by the same generator.
 
     No part of a text in ``sampling.stop`` is shown. A character of which some bytes are still to come is held back."""
     [prompt] = encode_prompts(tokenizer, [messages], special_tokens=special_tokens)
     ends, pad_id = sorted(end_tokens(policy, tokenizer)), tokenizer.pad_token_id
     tokens: list[int] = []
     text = ""
-    uniforms = _uniforms(1, sampling, generator, (0, 1), policy.device)
+    uniforms = _uniforms(draw_seeds(1, generator), sampling, policy.device)
     for drawn in _draw(policy, [prompt], sampling, uniforms, ends, pad_id):
         tokens.append(int(drawn.tokens))
         finished = tokens[-1] in ends
@@ -196,17 +229,10 @@ def _without_begun(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max(begun, default=0)]
 
 
-def _uniforms(
-    answers: int, sampling: Sampling, generator: Generator | None, shard: tuple[int, int], device: torch.device
-) -> Tensor:
-    """Random numbers (answers, steps) float64 from [0, 1), each answer's from a seed of its own.
-
-    They are drawn on the CPU, so that every device gets the same."""
+def _uniforms(seeds: Sequence[int], sampling: Sampling, device: torch.device) -> Tensor:
+    """Random numbers (answers, steps) float64 from [0, 1), a seed's in each row; the same on every device."""
     own, steps = Generator(), sampling.max_new_tokens
-    rows = [
-        torch.rand(steps, generator=own.manual_seed(seed), dtype=torch.float64)
-        for seed in seeds(answers, generator, shard)
-    ]
+    rows = [torch.rand(steps, generator=own.manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows).to(device)
 
 
@@ -230,7 +256,7 @@ def _draw(
     uniforms: Tensor,
     ends: list[int],
     pad_id: int,
-    ended: Ended | None = None,
+    stopped: Stopped | None = None,
     lean: bool = True,
     rows: int | None = None,
     cuda_graphs: bool = False,
@@ -243,7 +269,7 @@ def _draw(
     ends_there = torch.tensor(ends, device=device)
     begun = rows
     answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-    written: list[list[int]] = [[] for _ in prompts]  # kept where `ended` wants them
+    written: list[list[int]] = [[] for _ in prompts]  # kept where `stopped` wants them
     hidden = decoder.begin(prompts[:rows])
     while True:
         logits = decoder.logits(hidden)
@@ -252,10 +278,10 @@ def _draw(
         greedy = sampling.temperature == 0
         drawn = logits.argmax(-1) if greedy else sample_index(probs, uniform=uniforms[answers, steps])
         stops = torch.isin(drawn, ends_there)
-        if ended is not None:
+        if stopped is not None:
             for row, (i, token) in enumerate(zip(answers.tolist(), drawn.tolist())):
                 written[i].append(token)
-                stops[row] |= ended(written[i])
+                stops[row] |= stopped(written[i])
         yield _Drawn(answers, steps, drawn, logits, probs, hidden, stops)
         going = ~stops & (steps + 1 < limit)
         if not going.all():
@@ -288,16 +314,6 @@ def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
     size = of("head_dim") or (of("hidden_size") or 1) // heads
     cached = width * (of("num_hidden_layers") or 1) * 2 * (of("num_key_value_heads") or heads) * size
     return max(1, int(gib * 2**30) // (cached * compute_dtype(model).itemsize + 4 * 4 * config.vocab_size))
-
-
-def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """Raises ``UserError`` where prompt and answer do not fit into the model's context."""
-    longest, limit = max(map(len, prompts)), sampling.max_new_tokens
-    if longest + limit > context_length(model):
-        raise UserError(
-            f"a prompt of {longest} tokens and {limit} new ones (sampling.max_new_tokens) do not fit "
-            f"into the model's context of {context_length(model)}; shorten one of them, or skip long prompts"
-        )
 
 
 def _closed_up(going: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the policy must not stray from, and at what price."""
+"""Frozen reference policy, and whether it follows the policy."""
 
 from __future__ import annotations
 
@@ -15,30 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import Estimator
-from lit_rlhf.models import adapters_off, freeze, starts_unchanged
-from lit_rlhf.models.adapters import adapted_modules
-
-
-@dataclass(frozen=True)
-class KLPenalty:
-    """The penalty for leaving the reference; its coefficient is ``ppo.module.kl_coef``."""
-
-    estimator: Estimator = "k1"  # k1, k2, k3, or full: over the whole vocabulary
-    in_loss: bool = False  # False: taken from the rewards, token by token; True: added to the loss
-    adaptive: bool = False  # move the coefficient until the divergence is at the target
-    target: Annotated[float, Field(gt=0)] | None = None  # nats an answer
-    horizon: Annotated[float, Field(gt=0)] = 1000.0  # episodes; the shorter, the faster the coefficient moves
-    stop: Annotated[float, Field(gt=0)] | None = None  # nats a token; a rollout's updates end beyond it
-
-    def __post_init__(self) -> None:
-        if self.in_loss and self.estimator == "k1":
-            raise UserError(
-                "ppo.kl.estimator=k1 with ppo.kl.in_loss=true: the gradient of k1 is 0 in expectation, so it would "
-                "hold nothing back; take k2 (the gradient of KL(policy || reference)), full, or in_loss=false"
-            )
-        if self.adaptive and self.target is None:
-            raise UserError("ppo.kl.adaptive=true needs ppo.kl.target, in nats an answer (6 is a common value)")
+from lit_rlhf.models.adapters import adapted_modules, adapters_off
+from lit_rlhf.models.lora import starts_unchanged
+from lit_rlhf.models.policy import freeze
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.functional import position_ids
 from lit_rlhf.models.attention import Layout, attend, has_window, sees_before_it
-from lit_rlhf.models.generation.trunk import Trunk
 from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.self_check import SHORTER, read, texts
+from lit_rlhf.rollouts.trunk import Trunk
 from lit_rlhf.text.packing import Packed, left_pad, pack
 
 

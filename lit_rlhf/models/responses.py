@@ -1,0 +1,47 @@
+"""Log-probs of the responses in packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.policy import packed_hidden, predicting_positions, response_positions
+from lit_rlhf.text.packing import Packed
+
+
+class Responding(NamedTuple):
+    """The M response tokens of N packed sequences, sequence by sequence."""
+
+    tokens: Tensor  # (M,) int64
+    before: Tensor  # (M,) int64, flat indices of the tokens that predict them
+    mask: Tensor  # (N, T) bool with M Trues, where T is the longest response
+
+    @classmethod
+    def of(cls, packed: Packed, lengths: Tensor) -> Responding:
+        """The last ``lengths`` (N,) tokens of the sequences."""
+        (positions, mask), (before, _) = response_positions(packed, lengths), predicting_positions(packed, lengths)
+        return cls(packed.tokens[positions[mask]], before[mask], mask)
+
+
+def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
+    """Log-probs (N, T) of the response tokens, in nats, of logits divided by the ``temperature``; 0 elsewhere."""
+    response = Responding.of(packed, lengths)
+    hidden = packed_hidden(policy, packed, at=response.before)
+    return scatter(token_logprobs_of(policy, hidden, response.tokens, temperature), response.mask)
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, T) with ``values`` (M,) where ``mask`` is True, in order, and 0 elsewhere; gradients pass through."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def stacked(tables: Sequence[Tensor]) -> Tensor:
+    """(n, T) of several batches as one (N, T), filled up by 0 to the widest."""
+    width = max(table.shape[1] for table in tables)
+    return torch.cat([F.pad(table, (0, width - table.shape[1])) for table in tables])
