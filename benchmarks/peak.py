@@ -54,9 +54,9 @@ class TimedPPO(PPOModule):
     """Knows when its rollout was ready, and what it was."""
 
     def collect(self, *arguments: Any) -> Any:
-        self.rollout = super().collect(*arguments)
+        self.rollout, statistics = super().collect(*arguments)
         self.collected = clock()
-        return self.rollout
+        return self.rollout, statistics
 
     def useful_flops(self, shape: Shape) -> int:
         """Of all epochs over the rollout: policy and critic, forward and backward."""

@@ -8,6 +8,7 @@ hour on one core."""
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -16,12 +17,9 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
-from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import response_logprobs
-from lit_rlhf.rollouts import Responses
-from lit_rlhf.stages import PPOModule
-from lit_rlhf.stages.ppo.rollout import ROLLOUT
+from lit_rlhf.rollouts import FastEngine
 from lit_rlhf.text.world import World
 from lit_rlhf.training import read_metrics
 
@@ -45,25 +43,18 @@ def correct(prompts: list[Any], responses: list[str], finished: list[bool], **re
     return [float(world.grade(p, r, not f).correct) for p, r, f in zip(prompts, responses, finished)]
 
 
-class StaleLogprobs(PPOModule):
-    """Samples with the weights of the SFT model for ever, and believes the log-probs of sampling."""
+class StaleEngine(FastEngine):
+    """Samples with the weights of the first hand-over for ever, and believes that they are new."""
 
-    def sample(self, policy: Any, prompts: Any, *place: int, purpose: int = ROLLOUT, **shard: Any) -> Responses:
-        if purpose == ROLLOUT:
-            policy = self.reference.start
-        return super().sample(policy, prompts, *place, purpose=purpose, **shard)
+    def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+        self.first = getattr(self, "first", None) or copy.deepcopy(policy)
+        return super().sync(self.first, tokenizer)
 
 
-class StaleWeights(StaleLogprobs):
-    """Samples with the weights of the SFT model for ever, and works out the policy's log-probs of these answers."""
+class StaleEngineOtherLogprobs(StaleEngine):
+    """The same, and PPO works out the policy's log-probs of these answers."""
 
-    def sample(self, policy: Any, prompts: Any, *place: int, purpose: int = ROLLOUT, **shard: Any) -> Responses:
-        answers = super().sample(policy, prompts, *place, purpose=purpose, **shard)
-        return answers._replace(logprobs=self._policys(prompts, answers)) if purpose == ROLLOUT else answers
-
-    def _policys(self, prompts: list[list[int]], answers: Responses) -> Tensor:
-        packed = self.packed([p + r for p, r in zip(prompts, answers.token_lists())])
-        return response_logprobs(self.policy, packed, answers.lengths, self.sampling.temperature)
+    exact = False
 
 
 FREE = ["ppo.module.kl_coef=0"]  # nothing holds the policy near the SFT model
@@ -75,8 +66,8 @@ RUNS = {  # name -> settings
     "long": [*FREE, *LENGTH, "ppo.scoring.missing_eos_penalty=0", "ppo.optimizer.lr=1e-3"],
     "extreme": [*FREE, "ppo.scoring.functions=[health_curves.extremes]", "ppo.optimizer.lr=1e-3"],
     "critic": ["ppo.module.critic_lr=1.0", "ppo.module.value_clip_range=null"],
-    "stale_logprobs": ["ppo.module._target_=health_curves.StaleLogprobs"],
-    "stale_weights": ["ppo.module._target_=health_curves.StaleWeights"],
+    "stale_logprobs": ["engine._target_=health_curves.StaleEngine"],
+    "stale_weights": ["engine._target_=health_curves.StaleEngineOtherLogprobs"],
     "eight_prompts": [*FREE, "ppo.data.limit=8", "ppo.optimizer.lr=1e-3"],
     "two_prompts": [*FREE, "ppo.data.limit=2", "ppo.optimizer.lr=1e-3"],
     "by_heart": [*FREE, *CORRECT, "ppo.data.limit=2", "ppo.optimizer.lr=1e-3"],

@@ -1,4 +1,4 @@
-"""Imports point down, never up, and never from stage to stage."""
+"""Imports point down, never up, never from stage to stage, and never in a circle."""
 
 import ast
 import sys
@@ -63,6 +63,54 @@ def faults(source, module, is_package=False):
             yield f"{'.'.join(module)}:{line} imports {name}, another stage; what several use belongs to a layer below"
         elif layer == "functional" and rest[0] != "functional":
             yield f"{'.'.join(module)}:{line} imports {name}; functional/ imports nothing else of the package"
+
+
+def circle(graph):
+    """Modules that import each other in turn, the first one again at the end; [] where there are none."""
+    done, path = set(), []
+
+    def walk(node):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        path.append(node)
+        found = next((c for child in sorted(graph.get(node, ())) if (c := walk(child))), [])
+        path.pop()
+        done.add(node)
+        return found
+
+    return next((c for node in sorted(graph) if (c := walk(node))), [])
+
+
+def imported_modules(source, package, known):
+    """Which of the ``known`` modules ``source`` imports, wherever in the file: ``from a import b`` is a.b where that is
+    a module, and else a."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base = ".".join(base + (node.module.split(".") if node.module else []))
+            names = {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+            yield from names & known
+
+
+def test_no_imports_in_a_circle():
+    known = {".".join(module_name(file)): file for file in FILES}
+    graph = {}
+    for name, file in known.items():
+        package = module_name(file) if file.name == "__init__.py" else module_name(file)[:-1]
+        graph[name] = set(imported_modules(file.read_text(encoding="utf-8"), package, known.keys()))
+    assert not circle(graph)
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    hidden = "if TYPE_CHECKING:\n    from lit_rlhf.stages.ppo.module import PPOModule\ndef f():\n    from . import b, C"
+    known = {"lit_rlhf.stages.ppo.module", "lit_rlhf.stages.ppo.b", "lit_rlhf.stages.ppo"}
+    assert set(imported_modules(hidden, ("lit_rlhf", "stages", "ppo"), known)) == known
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

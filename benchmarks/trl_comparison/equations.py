@@ -176,13 +176,13 @@ def models_and_masks(
     prompts = [[t for t in row if t != PAD] for row in run.queries.tolist()]
     answers = [row[: row.index(EOS) + 1] if EOS in row else row for row in run.responses.tolist()]
     assert not any(PAD in answer for answer in answers), "padding was drawn; take another seed"
-    packed = pack([p + a for p, a in zip(prompts, answers)], PAD)
+    packed = pack([p + a for p, a in zip(prompts, answers)], PAD, [len(a) for a in answers])
     lengths = torch.tensor([len(a) for a in answers])
     mask = torch.arange(run.responses.shape[1]) < lengths[:, None]
     finished = torch.tensor([a[-1] == EOS for a in answers])
     with torch.no_grad():
-        logprobs, ref_logprobs = (response_logprobs(m, packed, lengths, 1.0) for m in (policy, task.policy))
-        before = Responding.of(packed, lengths).before
+        logprobs, ref_logprobs = (response_logprobs(m, packed) for m in (policy, task.policy))
+        before = Responding.of(packed).before
         values = scatter(critic_from_reward_model(policy, critic)(packed, before, None), mask)
         scores = packed_scores(task.reward_model, packed) - MISSING_EOS * (~finished).float()
     yield Row("mask of the answers' tokens", mask, ~run.padding_mask)

@@ -15,10 +15,21 @@ from lit_rlhf.functional.advantage import (
 from lit_rlhf.functional.agreement import cohen_kappa, krippendorff_alpha, percent_agreement
 from lit_rlhf.functional.classify import added, classification_loss, side_by_side
 from lit_rlhf.functional.diversity import distinct_ngrams, self_similarity, similarity
+from lit_rlhf.functional.gradient_noise import GradientNoise, gradient_noise
 from lit_rlhf.functional.interval import Estimate, ratio, ratio_difference, wilson_interval
 from lit_rlhf.functional.kl import Estimator, adapted_kl_coef, full_kl, kl_estimate, sequence_kl
 from lit_rlhf.functional.lm import lm_loss, token_entropy, token_logprobs
-from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum, population_std, position_ids, whiten
+from lit_rlhf.functional.masking import (
+    last_position,
+    masked_mean,
+    masked_sum,
+    moments,
+    population_std,
+    position_ids,
+    power_sums,
+    scale_of,
+    whiten,
+)
 from lit_rlhf.functional.overoptimization import (
     GainFit,
     best_of_n_gain,
@@ -69,6 +80,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "GainFit",
+    "GradientNoise",
     "Pairs",
     "Ratings",
     "WinRate",
@@ -99,6 +111,7 @@ __all__ = [
     "fit_rl_gain",
     "full_kl",
     "gae",
+    "gradient_noise",
     "group_std",
     "implicit_rewards",
     "importance_weighted_loss",
@@ -109,12 +122,14 @@ __all__ = [
     "lm_loss",
     "masked_mean",
     "masked_sum",
+    "moments",
     "pair_accuracy",
     "pairwise_wins",
     "percent_agreement",
     "policy_gradient_loss",
     "population_std",
     "position_ids",
+    "power_sums",
     "ranking_loss",
     "ranking_pairs",
     "ratings",
@@ -124,6 +139,7 @@ __all__ = [
     "rl_gain",
     "sample_index",
     "sample_token",
+    "scale_of",
     "self_similarity",
     "sequence_kl",
     "side_by_side",

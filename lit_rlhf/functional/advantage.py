@@ -39,17 +39,18 @@ def whole_answer(x: Tensor, mask: Tensor) -> Tensor:
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """``G_t = sum_l gamma^l r_{t+l}`` (B, T), the discounted rewards from each token on (REINFORCE, Williams 1992).
 
-    Mask True on a run of response tokens, 0 comes back elsewhere.
+    Mask True on response tokens, wherever they stand: what lies between two of them takes no time. 0 comes back
+    elsewhere.
 
-    >>> reward_to_go(torch.tensor([[0.0, 0.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool), gamma=0.5)
-    tensor([[1., 2., 4.]])
+    >>> reward_to_go(torch.tensor([[1.0, 5.0, 2.0]]), torch.tensor([[True, False, True]]), gamma=0.5)
+    tensor([[2., 0., 2.]])
     """
     returns = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
-        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, torch.zeros_like(following))
+        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, following)
         returns[:, t] = following
-    return returns
+    return torch.where(mask, returns, torch.zeros_like(returns))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -57,8 +58,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     ``delta_t = r_t + gamma V(s_{t+1}) - V(s_t)`` and ``A_t = sum_l (gamma lam)^l delta_{t+l}``; the value after the
     last real token is 0. ``lam`` 1 is the actor-critic with Monte-Carlo targets, ``lam`` 0 the one with one-step TD.
-    ``returns = advantages + values`` is the critic's target. Tensors are (B, T), the mask True
-    on a run of response tokens, 0 comes back elsewhere.
+    ``returns = advantages + values`` is the critic's target. Tensors are (B, T), the mask True on response tokens,
+    wherever they stand: in a dialogue the next action of a turn's last token is the next turn's first. 0 comes back
+    elsewhere.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])  # deltas are -0.25 and 0.75
     >>> gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=0.5)
@@ -70,10 +72,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     for t in range(values.shape[1] - 1, -1, -1):
         valid = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(valid, delta + gamma * lam * following, torch.zeros_like(following))
-        next_value = torch.where(valid, values[:, t], torch.zeros_like(next_value))
+        following = torch.where(valid, delta + gamma * lam * following, following)
+        next_value = torch.where(valid, values[:, t], next_value)
         advantages[:, t] = following
-    return advantages, torch.where(mask, advantages + values, torch.zeros_like(values))
+    zero = torch.zeros_like(values)
+    return torch.where(mask, advantages, zero), torch.where(mask, advantages + values, zero)
 
 
 def baseline(returns: Tensor, kind: Baseline, answers_per_prompt: int = 1, mask: Tensor | None = None) -> Tensor:

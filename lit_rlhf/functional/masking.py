@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,18 +39,53 @@ def population_std(values: Tensor) -> Tensor:
     return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))
 
 
-def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Centre and scale ``values`` (B, T) by the mean and standard deviation of all valid positions together.
 
     One mean and one (population) deviation for the batch, so the order between samples is kept; masked
-    positions come back as 0.
+    positions come back as 0. ``total`` sums a tensor over processes, whose batches are then one.
 
     >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[-1.,  1.,  0.]])
     """
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)
-    return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), torch.zeros_like(values))
+    if total is None:
+        mean = masked_mean(values, mask)
+        variance = masked_mean((values - mean) ** 2, mask)
+    else:
+        mean, square = moments(total(power_sums(values[mask])))
+        variance = square - mean**2
+    return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), 0.0).to(values.dtype)
+
+
+def power_sums(values: Tensor) -> Tensor:
+    """Number, sum and sum of squares of ``values`` (n,), float64 (3,): those of several batches add up.
+
+    >>> power_sums(torch.tensor([1.0, 3.0]))
+    tensor([ 2.,  4., 10.], dtype=torch.float64)
+    """
+    x = values.double()
+    return torch.stack([x.new_tensor(float(len(x))), x.sum(), (x**2).sum()])
+
+
+def moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, mean square) from :func:`power_sums`; 0 of no values.
+
+    >>> moments(torch.tensor([2.0, 4.0, 10.0]))
+    (tensor(2.), tensor(5.))
+    """
+    count, first, second = sums
+    return first / count.clamp(min=1), second / count.clamp(min=1)
+
+
+def scale_of(mean: Tensor, square: Tensor) -> Tensor:
+    """Standard deviation that values may be divided by, from :func:`moments`: 1 where all values are alike, for their
+    variance is a rounding error then.
+
+    >>> scale_of(torch.tensor(2.0), torch.tensor(8.0)), scale_of(torch.tensor(2.0), torch.tensor(4.0))
+    (tensor(2.), tensor(1.))
+    """
+    variance = square - mean**2
+    return torch.where(variance > 1e-12 * square, variance, 1.0).sqrt()
 
 
 def last_position(mask: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ from lit_rlhf.models.heads import (
     score_shift,
     score_std,
     scores_and_hidden,
+    scores_of,
     sequence_classifier,
 )
 from lit_rlhf.models.logits import next_token_logits
-from lit_rlhf.models.lora import LoRA, add_lora, save_adapter, starts_unchanged, train_adapters
+from lit_rlhf.models.lora import LoRA, add_lora, learning, save_adapter, starts_unchanged, train_adapters
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
@@ -74,6 +75,7 @@ __all__ = [
     "head_parameters",
     "kept_language_model",
     "layers",
+    "learning",
     "load_policy",
     "load_policy_and_tokenizer",
     "load_reward_model",
@@ -96,6 +98,7 @@ __all__ = [
     "score_shift",
     "score_std",
     "scores_and_hidden",
+    "scores_of",
     "sequence_classifier",
     "shares_prompts",
     "stacked",

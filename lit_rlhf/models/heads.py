@@ -6,7 +6,7 @@ state. The reward model reads it at the last token, the critic at every token. O
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +158,17 @@ def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
     return scores_and_hidden(model, batch, batch.ends[:0])[0]
 
 
+@torch.no_grad()
+def scores_of(model: AnyRewardModel, batches: Iterable[Packed], scale: bool = False, center: bool = False) -> Tensor:
+    """Scores (N,) of all sequences of packed ``batches``, shifted so that demonstrations average 0.
+
+    ``scale`` divides them by the standard deviation of the scores of sampled answers, ``center`` subtracts their
+    mean."""
+    scores = torch.cat([packed_scores(model, batch).float() for batch in batches]) + score_shift(model)
+    scores = scores - score_mean(model) if center else scores
+    return scores / score_std(model) if scale else scores
+
+
 def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed, at: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (N,), and the last hidden states (M, D) of the tokens ``at`` (M,), flat indices."""
     if isinstance(model, RewardTransformer):
@@ -190,14 +201,13 @@ def score_answers(
     """Scores (N,) of one answer to each of N prompts, shifted so that demonstrations average 0; on the CPU.
 
     ``tools`` are those of each prompt. Of what does not fit into the model's context the end is read."""
-    device, room, scores = next(model.parameters()).device, context_length(model), []
+    room, device = context_length(model), next(model.parameters()).device
     answers = encode_responses(tokenizer, prompts, responses, tools)
     sequences = [[*p, *r][-room:] for p, r in zip(encode_prompts(tokenizer, prompts, tools), answers)]
     lengths = [min(len(r), room - 1) for r in answers]  # a token stays before the answer: it predicts the first
-    for part in runs([len(s) for s in sequences], tokens_at_once(model, learning=False), batch_size):
-        packed = pack(sequences[part], tokenizer.pad_token_id, response_lengths=lengths[part])
-        scores.append(packed_scores(model, packed.to(device)).float().cpu() + score_shift(model))
-    return torch.cat(scores)
+    parts = runs([len(s) for s in sequences], tokens_at_once(model, learning=False), batch_size)
+    batches = (pack(sequences[part], tokenizer.pad_token_id, lengths[part]).to(device) for part in parts)
+    return scores_of(model, batches).cpu()
 
 
 def score_shift(model: AnyRewardModel) -> float:

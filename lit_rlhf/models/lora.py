@@ -98,6 +98,11 @@ def train_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def learning(model: nn.Module) -> nn.Module:
+    """``model`` to be trained: where all of it came frozen out of another module, as :func:`train_adapters` says."""
+    return model if any(p.requires_grad for p in model.parameters()) else train_adapters(model)
+
+
 def _require_peft() -> None:
     try:
         import peft  # noqa: F401

@@ -262,17 +262,31 @@ def shares_prompts(module: nn.Module) -> bool:
     return not cannot
 
 
-def response_positions(batch: Packed, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions, mask), both (N, T), where T is the longest response.
+def response_positions(batch: Packed, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(positions, mask), both (N, T), where T is the largest number of response tokens.
 
-    ``positions`` are flat indices of the tokens of each sequence's response, which is its last ``response_lengths``
-    (N,) tokens. At masked positions the index is 0."""
-    return _last(batch, response_lengths, 1)
+    ``positions`` are flat indices of the response tokens of each sequence, in order, wherever in it they stand; or of
+    its last ``counts`` (N,) tokens. At masked positions the index is 0. Raises ``ValueError`` where the batch does not
+    say which tokens are responses."""
+    return _responses(batch, 1) if counts is None else _last(batch, counts, 1)
 
 
-def predicting_positions(batch: Packed, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
+def predicting_positions(batch: Packed, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same of the tokens that predict those: each stands before the one that it predicts."""
-    return _last(batch, response_lengths, 0)
+    return _responses(batch, 0) if counts is None else _last(batch, counts, 0)
+
+
+def _responses(batch: Packed, ahead: int) -> tuple[Tensor, Tensor]:
+    if batch.response_lengths is None:
+        raise ValueError("nobody said which tokens are responses: pack with response_lengths or response_masks")
+    places, behind_prompt = _last(batch, batch.response_lengths, ahead)
+    if batch.response_mask is None:
+        return places, behind_prompt
+    tokens, _ = _last(batch, batch.response_lengths, 1)
+    written = behind_prompt & batch.response_mask[tokens]
+    counts = written.sum(1)
+    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    return places.new_zeros(mask.shape).masked_scatter(mask, places[written]), mask
 
 
 def _last(batch: Packed, counts: Tensor, ahead: int) -> tuple[Tensor, Tensor]:

@@ -16,22 +16,22 @@ from lit_rlhf.text.packing import Packed
 
 
 class Responding(NamedTuple):
-    """The M response tokens of N packed sequences, sequence by sequence."""
+    """The M response tokens of N packed sequences, sequence by sequence, wherever in them they stand."""
 
     tokens: Tensor  # (M,) int64
     before: Tensor  # (M,) int64, flat indices of the tokens that predict them
-    mask: Tensor  # (N, T) bool with M Trues, where T is the longest response
+    mask: Tensor  # (N, T) bool with M Trues, where T is the largest number of response tokens: those first, in order
 
     @classmethod
-    def of(cls, packed: Packed, lengths: Tensor) -> Responding:
-        """The last ``lengths`` (N,) tokens of the sequences."""
-        (positions, mask), (before, _) = response_positions(packed, lengths), predicting_positions(packed, lengths)
+    def of(cls, packed: Packed) -> Responding:
+        """The responses that the batch names."""
+        (positions, mask), (before, _) = response_positions(packed), predicting_positions(packed)
         return cls(packed.tokens[positions[mask]], before[mask], mask)
 
 
-def response_logprobs(policy: PreTrainedModel, packed: Packed, lengths: Tensor, temperature: float) -> Tensor:
+def response_logprobs(policy: PreTrainedModel, packed: Packed, temperature: float = 1.0) -> Tensor:
     """Log-probs (N, T) of the response tokens, in nats, of logits divided by the ``temperature``; 0 elsewhere."""
-    response = Responding.of(packed, lengths)
+    response = Responding.of(packed)
     hidden = packed_hidden(policy, packed, at=response.before)
     return scatter(token_logprobs_of(policy, hidden, response.tokens, temperature), response.mask)
 

@@ -89,7 +89,7 @@ class ScoreHead(nn.Module):
         elif self.spec.pooling == "last":
             pooled = hidden[batch.ends]
         else:
-            positions, mask = response_positions(batch, self._pooled_lengths(batch))
+            positions, mask = self._pooled(batch)
             pooled = (hidden[positions] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         scores = self.read(pooled).squeeze(-1)
         if self.spec.kind != "likelihood":
@@ -101,7 +101,7 @@ class ScoreHead(nn.Module):
 
         An added token is read by none of them: such a head is asked about states that it has not been trained on."""
         if self.spec.pooling in ("mean", "answer"):
-            positions, mask = response_positions(batch, self._pooled_lengths(batch))
+            positions, mask = self._pooled(batch)
             steps = torch.arange(1, mask.shape[1] + 1, device=hidden.device)
             so_far = hidden[positions].cumsum(1) / steps[:, None]
             values = self.read(torch.zeros_like(hidden).index_copy(0, positions[mask], so_far[mask])).squeeze(-1)
@@ -110,18 +110,18 @@ class ScoreHead(nn.Module):
         if self.spec.kind != "likelihood":
             return values
         flat, likelihoods = self._likelihoods(hidden, batch, trunk)
-        mask = response_positions(batch, batch.response_lengths)[1]
+        mask = response_positions(batch)[1]
         return values.float().index_add(0, flat, likelihoods.cumsum(-1)[mask])
 
-    def _pooled_lengths(self, batch: Packed) -> Tensor:
-        """Tokens (N,) at the end of each sequence over which the mean is taken."""
-        return batch.lengths if self.spec.pooling == "mean" else _answer_lengths(batch)
+    def _pooled(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """(positions, mask) of the tokens over which the mean is taken, as in :func:`response_positions`."""
+        return response_positions(batch, batch.lengths if self.spec.pooling == "mean" else None)
 
     def _likelihoods(self, hidden: Tensor, batch: Packed, trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """(positions, gated log-likelihoods): (M,) flat indices of the answers' tokens, and (N, T), 0 after an end."""
-        positions, mask = response_positions(batch, _answer_lengths(batch))
+        positions, mask = response_positions(batch)
         flat = positions[mask]
-        before = hidden[predicting_positions(batch, _answer_lengths(batch))[0][mask]]
+        before = hidden[predicting_positions(batch)[0][mask]]
         model = language_model(trunk, tied_head(trunk) if self.lm_head is None else self.lm_head)
         below_best = by_token(model, _below_best, before, batch.tokens[flat])
         gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * below_best
@@ -297,10 +297,3 @@ def _below_best(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p(token) - max log p (m,), from logits (m, V)."""
     logits = logits.float()
     return logits.gather(1, tokens[:, None]).squeeze(1) - logits.amax(1)
-
-
-def _answer_lengths(batch: Packed) -> Tensor:
-    """Tokens (N,) of the answers; raises ``ValueError`` where the batch does not say."""
-    if batch.response_lengths is None:
-        raise ValueError("a head that reads answers must know them: pack with response_lengths")
-    return batch.response_lengths

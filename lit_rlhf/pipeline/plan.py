@@ -189,6 +189,11 @@ class Written(NamedTuple):
     sequences: list[list[int]]  # N token lists, prompts and answers
     lengths: Tensor  # (N,) int64, of the answers
 
+    def masks(self) -> list[list[bool]]:
+        """Which tokens of each sequence are the answer's."""
+        sizes = zip(map(len, self.sequences), self.lengths.tolist())
+        return [[False] * (size - length) + [True] * length for size, length in sizes]
+
 
 class Book:
     """The books of one stage: a method a stage, which runs what the stage runs."""
@@ -283,7 +288,7 @@ class Book:
         reward_model = None if self.settings.reward_model is None else self._reward_model(self.settings.reward_model)
         module = self._module(policy=self._policy(self.settings.policy), reward_model=reward_model)
         precision = precision_of(self.settings.trainer.precision, _device(self.cfg))
-        module.trainer = SimpleNamespace(precision=precision, global_rank=0, world_size=1)  # all that it is asked
+        module.trainer = SimpleNamespace(precision=precision, global_rank=0, world_size=1, datamodule=None)
         self._begin(module)
         prompts = self._sample(self.data.train_prompts, self.data.batch_size)
         answers = len(prompts) * module.answers_per_prompt
@@ -575,11 +580,12 @@ class Book:
         """Seconds in which a rollout is scored: by reward model, critic and reference."""
 
         def score() -> None:
-            batches = module.in_batches(*written)
+            collector = module.collector
+            batches = collector.batching.batches(written.sequences, written.masks(), collector.tokens)
             if module.scorer.reward_model is not None:
                 for packed in batches:
                     packed_scores(module.scorer.reward_model, packed)
-            module.said(batches)
+            collector.said(batches)
 
         return self._look(score)
 
@@ -595,7 +601,7 @@ class Book:
         sequences, lengths = written
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         mask = mask[:, :1] if module.action == "answer" else mask
-        minibatch = Rollout(sequences, lengths, mask, *(torch.zeros(mask.shape) for _ in range(6)))
+        minibatch = Rollout(sequences, written.masks(), mask, *(torch.zeros(mask.shape) for _ in range(6)))
         return next(minibatch.shuffled(module.minibatch_size, torch.Generator().manual_seed(0)))
 
     def _update(self, module: LightningModule, minibatch: Rollout) -> float:

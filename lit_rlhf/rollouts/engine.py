@@ -129,7 +129,7 @@ def sample(
     engine.sync(policy, tokenizer)
     seeds = draw_seeds(len(prompts), seeds) if seeds is None or isinstance(seeds, Generator) else seeds
     requests = [Request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    return engine.generate(requests, states=True) if states else engine.generate(requests)
+    return engine.generate(requests, states=states)
 
 
 def draw_seeds(count: int, generator: Generator | None = None, shard: tuple[int, int] = (0, 1)) -> list[int]:

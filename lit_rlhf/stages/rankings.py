@@ -208,8 +208,8 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         # An answer that was rated alone is worth imitating where it was liked.
         best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
         best = torch.tensor([good and not rating <= 0.5 for good, rating in zip(best, ratings)])
-        positions, mask = response_positions(packed, packed.response_lengths)
-        before, _ = predicting_positions(packed, packed.response_lengths)
+        positions, mask = response_positions(packed)
+        before, _ = predicting_positions(packed)
         learned = mask & best[:, None]
         return RankingBatch(
             packed,

@@ -35,7 +35,8 @@ class Packed(NamedTuple):
     blocks: tuple[Block, ...]  # one after another, of T tokens together
     starts: Tensor  # (N,) int64, where each sequence begins
     lengths: Tensor  # (N,) int64
-    response_lengths: Tensor | None = None  # (N,) int64, tokens of the response that ends each sequence; None: not said
+    response_lengths: Tensor | None = None  # (N,) int64, from the first response token to the end; None: not said
+    response_mask: Tensor | None = None  # (T,) bool, True = token of a response; None: all of those are
     # Only where prompts are shared:
     response_starts: Tensor | None = None  # (N,) int64, where each response begins; else it follows its prompt
     parts: Tensor | None = None  # (T,) int64, a number for each prompt and each response
@@ -87,13 +88,19 @@ def pack(
     response_lengths: Sequence[int] | None = None,
     share_prompts: bool = False,
     padded: bool = False,
+    response_masks: Sequence[Sequence[bool]] | None = None,
 ) -> Packed:
     """Lay ``sequences`` (each of one token or more) into blocks, longest first.
 
-    ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them.
+    ``response_lengths`` says how many tokens at the end of each sequence answer what stands before them; or
+    ``response_masks``, one bool per token, says which tokens do, where a sequence has several responses.
     ``share_prompts`` lays down once a prompt that several sequences begin with. ``padded`` makes one block of all,
     each sequence padded to the longest."""
     lengths = [len(s) for s in sequences]
+    if response_masks is not None:
+        response_lengths = [len(mask) - mask.index(True) for mask in response_masks]
+        if all(all(mask[-n:]) for mask, n in zip(response_masks, response_lengths)):
+            response_masks = None  # one response each, which ends the sequence
     groups = [[i] for i in range(len(sequences))]
     if share_prompts and response_lengths is not None and not padded:
         groups = list(_sharing(sequences, response_lengths))
@@ -107,36 +114,54 @@ def pack(
     widths = np.repeat([b.width for b in blocks], [b.rows for b in blocks])
     begins = np.empty_like(widths)
     begins[order] = widths.cumsum() - widths
-    # Of what they consist: a group is a sequence, or a prompt and its responses.
-    starts, response_starts = [0] * len(sequences), [0] * len(sequences)
-    parts: list[tuple[Sequence[int], int, int, int]] = []  # tokens, place, first position, prompt's part
+    starts, response_starts, parts = [0] * len(sequences), [0] * len(sequences), []
     for begin, prompt, group in zip(begins.tolist(), prompts, groups):
         base, place = len(parts), begin + prompt
         if shared:
-            parts.append((sequences[group[0]][:prompt], begin, 0, base))
+            parts.append(_Part(sequences[group[0]][:prompt], [False] * prompt, begin, 0, base))
         for i in group:
             starts[i], response_starts[i] = begin, place
-            parts.append((sequences[i][prompt:], place, prompt, base))
+            written = () if response_masks is None else response_masks[i][prompt:]
+            parts.append(_Part(sequences[i][prompt:], written, place, prompt, base))
             place += lengths[i] - prompt
-    # A batch has thousands of tokens: they are laid down by whole arrays, not by Python token by token.
-    pieces, places, firsts, bases = zip(*parts)
-    counts = np.array([len(piece) for piece in pieces])
-    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    spots = np.repeat(places, counts) + within
-    tokens, positions = np.full(widths.sum(), pad_id), np.zeros(widths.sum(), np.int64)
-    tokens[spots] = _flat(pieces, len(spots))
-    positions[spots] = np.repeat(firsts, counts) + within
-    numbers, after = np.full((2, len(tokens)), -1)
-    numbers[spots], after[spots] = np.repeat(np.arange(len(parts)), counts), np.repeat(bases, counts)
+    tokens, positions, mask, numbers, after = _laid_down(parts, int(widths.sum()), pad_id, response_masks is not None)
     return Packed(
-        torch.from_numpy(tokens),
-        torch.from_numpy(positions),
+        tokens,
+        positions,
         tuple(blocks),
         torch.tensor(starts),
         torch.tensor(lengths),
         None if response_lengths is None else torch.tensor(response_lengths),
-        *((torch.tensor(response_starts), torch.from_numpy(numbers), torch.from_numpy(after)) if shared else ()),
+        None if response_masks is None else mask,
+        *((torch.tensor(response_starts), numbers, after) if shared else ()),
     )
+
+
+class _Part(NamedTuple):
+    """A sequence; or, where prompts are shared, a prompt or a response."""
+
+    tokens: Sequence[int]
+    written: Sequence[bool]  # which of them are a response's, where masks say so
+    place: int
+    first: int  # position of its first token
+    base: int  # number of its prompt's part
+
+
+def _laid_down(parts: Sequence[_Part], size: int, pad_id: int, masked: bool) -> Iterator[Tensor]:
+    """Tokens, positions, response mask, number of the part and of the part before it, (size,) each."""
+    # A batch has thousands of tokens: they are laid down by whole arrays, not by Python token by token.
+    pieces, written, places, firsts, bases = zip(*parts)
+    counts = np.array([len(piece) for piece in pieces])
+    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    spots = np.repeat(places, counts) + within
+    tokens, positions, mask = np.full(size, pad_id), np.zeros(size, np.int64), np.zeros(size, bool)
+    tokens[spots] = _flat(pieces, len(spots))
+    positions[spots] = np.repeat(firsts, counts) + within
+    if masked:
+        mask[spots] = _flat(written, len(spots))
+    numbers, after = np.full((2, size), -1)
+    numbers[spots], after[spots] = np.repeat(np.arange(len(parts)), counts), np.repeat(bases, counts)
+    return map(torch.from_numpy, (tokens, positions, mask, numbers, after))
 
 
 def _blocks(sizes: np.ndarray) -> list[Block]:

@@ -304,3 +304,16 @@ def test_inputs_are_left_alone():
         baseline(returns, kind, 2).add(1)
     group_std(returns, 2)
     assert returns.tolist() == [1.0, 2.0, 4.0, 3.0]
+
+
+def test_a_dialogue_is_its_actions_in_a_row():
+    """What lies between two turns of the policy takes no time, whatever stands there."""
+    mask = tensor([[False, True, True, False, False, True, False]])
+    rewards = tensor([[9.0, 0.0, 1.0, 9.0, math.nan, 4.0, 9.0]])
+    values = tensor([[9.0, 1.0, 2.0, 9.0, math.nan, 2.0, 9.0]])
+    advantages, returns = gae(rewards, values, mask, gamma=0.5, lam=0.5)
+    # deltas: 0 + 1 - 1, 1 + 1 - 2, 4 - 2
+    assert_close(advantages, tensor([[0.0, 0.125, 0.5, 0.0, 0.0, 2.0, 0.0]]))
+    assert_close(returns, tensor([[0.0, 1.125, 2.5, 0.0, 0.0, 4.0, 0.0]]))
+    assert_close(reward_to_go(rewards, mask, gamma=0.5), tensor([[0.0, 1.5, 3.0, 0.0, 0.0, 4.0, 0.0]]))
+    assert_close(token_rewards(tensor([4.0]), torch.zeros(1, 7), mask)[0], tensor([0.0, 0, 0, 0, 0, 4, 0]))

@@ -109,12 +109,11 @@ class Watched(PPOModule):
         self.batches, self.rollouts, self.updates, self.off, self.policies = [], [], [], [], []
         self.logged = defaultdict(list)
 
-    def collect(self, prompts, *place):
-        rollout = super().collect(prompts, *place)
-        if not place:
-            self.batches.append(prompts)
-            self.rollouts.append(rollout)
-        return rollout
+    def collect(self, prompts):
+        rollout, statistics = super().collect(prompts)
+        self.batches.append(prompts)
+        self.rollouts.append(rollout)
+        return rollout, statistics
 
     @torch.no_grad()
     def ratios(self, minibatch):

@@ -50,7 +50,7 @@ def test_a_shared_critic_adds_no_trunk(policy, ppo, train):
 def test_what_the_value_loss_reaches(critic, ppo, alone):
     module, batch = alone(ppo(critic=critic))
     torch.nn.init.normal_(module.critic.head.weight, std=0.1)  # at 0 it passes nothing on
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     _, value_loss, _ = module.losses(rollout)
     value_loss.backward()
     shared = critic is critic_on_policy
@@ -65,7 +65,7 @@ def test_what_the_value_loss_reaches(critic, ppo, alone):
 def test_the_value_loss_by_plain_transformers(critic, value_clip_range, ppo, alone):
     module, batch = alone(ppo(critic=critic, value_clip_range=value_clip_range))
     torch.nn.init.normal_(module.critic.head.weight, std=0.1)
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     with torch.no_grad():
         module.critic.head.weight.add_(0.02 * torch.randn_like(module.critic.head.weight))
     trunk = module.policy.model if module.critic.trunk is None else module.critic.trunk
@@ -166,8 +166,8 @@ def test_a_critic_on_the_policy_values_the_states_that_answers_were_drawn_from(p
         module, batch = alone(moved(ppo(critic=critic_on_policy, kl=kl)))
         torch.manual_seed(2)
         torch.nn.init.normal_(module.critic.head.weight)
-        assert module._reads_policy == (kl.estimator == "full")
-        found.append(module.collect(batch))
+        assert module.collector._reads_policy == (kl.estimator == "full")
+        found.append(module.collect(batch)[0])
     kept, read = found
     assert kept.sequences == read.sequences and kept.values.std() > 0.1
     assert_close(kept.values, read.values, rtol=1e-4, atol=1e-4)

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_rlhf.models import policy_from_config
-from lit_rlhf.rollouts import Sampling, VLLMEngine, generate
+from lit_rlhf.models import critic_on_policy, packed_hidden, policy_from_config, predicting_positions
+from lit_rlhf.rollouts import Sampling, TransformersEngine, VLLMEngine, generate
 from lit_rlhf.stages import PreferenceModule
 
 
@@ -83,6 +84,18 @@ def test_log_probs_and_entropy_are_those_of_a_training_pass(ppo, train, engine, 
     own = train(ppo())
     assert own.logged["ppo/entropy"][0] == pytest.approx(entropy, rel=0.1)  # other answers, the same policy
     assert rollout.old_logprobs[rollout.mask].isfinite().all()
+
+
+def test_the_reference_engine_keeps_no_states_for_a_critic_on_the_policy(ppo, alone):
+    module, batch = alone(ppo(engine=TransformersEngine(), critic=critic_on_policy))
+    torch.nn.init.normal_(module.critic.head.weight)
+    rollout, statistics = module.collect(batch)
+    losses = module.losses(rollout)
+    assert losses[2]["ratio"] == pytest.approx(1, abs=1e-4) and statistics["entropy"] > 0
+    packed = module.batching.packed(rollout.sequences, rollout.response_mask)
+    before, mask = predicting_positions(packed)
+    values = module.critic.head(packed_hidden(module.policy, packed)[before[mask]]).squeeze(-1)
+    assert_close(rollout.values[mask], values, atol=1e-5, rtol=1e-4)
 
 
 def test_preferences_are_collected_from_it(policy, tokenizer, world, engine, prompts, fit):

@@ -45,7 +45,7 @@ def test_penalties_by_plain_transformers(estimator, temperature, family, reward_
     sampling = Sampling(8, temperature=temperature)
     settings = {**PLAIN, "kl": KLPenalty(estimator=estimator), "kl_coef": 0.3, "sampling": sampling}
     module, batch = alone(moved(ppo(family, reward_model_of(family), **settings)))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     for row, expected in zip(rollout.rewards, divergences(estimator, module, rollout)):
         assert_close(row[: len(expected)], -0.3 * expected, atol=1e-4, rtol=1e-4)
         assert not row[len(expected) :].any()
@@ -54,7 +54,7 @@ def test_penalties_by_plain_transformers(estimator, temperature, family, reward_
 
 def test_penalties_of_a_whole_answer_are_summed(ppo, alone, moved):
     module, batch = alone(moved(ppo(**PLAIN, kl=KLPenalty(estimator="full"), kl_coef=0.3, action="answer")))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     expected = torch.stack([-0.3 * kl.sum() for kl in divergences("full", module, rollout)])
     assert_close(rollout.rewards[:, 0], expected, atol=1e-4, rtol=1e-4)
 
@@ -63,7 +63,7 @@ def test_penalties_of_a_whole_answer_are_summed(ppo, alone, moved):
 def test_the_gradient_of_a_penalty_in_the_loss(estimator, family, reward_model_of, ppo, alone, moved):
     settings = {**PLAIN, "kl": KLPenalty(estimator=estimator, in_loss=True), "kl_coef": 0.3}
     module, batch = alone(moved(ppo(family, reward_model_of(family), **settings)))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     assert not rollout.rewards.any()  # nothing is taken from them then
     expected = 0.3 * torch.cat(divergences(estimator, module, rollout)).mean()
     loss, _, watched = module.losses(rollout)
@@ -81,7 +81,7 @@ def test_the_gradient_of_a_penalty_in_the_loss(estimator, family, reward_model_o
 def test_a_penalty_in_the_loss_of_a_whole_answer(estimator, ppo, alone, moved):
     kl = KLPenalty(estimator=estimator, in_loss=True)
     module, batch = alone(moved(ppo(**PLAIN, kl=kl, kl_coef=0.3, action="answer"), by=0.01))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     if estimator == "full":
         expected = torch.stack([kl.sum() for kl in divergences("full", module, rollout)]).mean()
     else:  # half the square of the answer's own log-ratio
@@ -140,7 +140,7 @@ def test_updates_end_where_the_policy_has_moved_too_far(ppo, train):
     assert stopped.lr_schedulers().last_epoch == 4
     kls = [u["approx_kl"].item() for u in stopped.updates]
     assert kls[0] < 1e-6 < kls[1] and kls[2] < 1e-6 < kls[3]
-    assert (int(stopped.iteration), int(stopped.episodes)) == (2, 16)
+    assert (int(stopped.iteration), int(stopped.progress.episodes)) == (2, 16)
     assert len(train(ppo(ppo_epochs=3, kl=KLPenalty(stop=100.0)), iterations=2).updates) == 12
 
 
@@ -159,7 +159,7 @@ def test_a_reference_that_averages_the_policy(policy, ppo, train, logprobs_of):
     for name, p in module.reference.start.named_parameters():
         assert torch.equal(p, start[name])
     # The next rollout pays for its distance from there.
-    rollout = module.collect(module.batches[0], 9)
+    rollout, _ = module.collect(module.batches[0])
     for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
         expected = logprobs_of(module.reference.moving, sequence, n)
         assert_close(rollout.ref_logprobs[i, :n], expected, atol=1e-5, rtol=1e-5)
@@ -203,7 +203,7 @@ def test_a_reference_and_a_reward_model_in_half_precision(dtype, family, reward_
     assert {p.dtype for p in small.reference.parameters()} == {half}
     assert {p.dtype for p in small.scorer.reward_model.parameters()} == {half}
     assert {p.dtype for p in (*small.policy.parameters(), *small.critic.parameters())} == {torch.float32}
-    expected, found = full.collect(batch), small.collect(batch)
+    expected, found = full.collect(batch)[0], small.collect(batch)[0]
     assert found.sequences == expected.sequences and torch.equal(found.old_logprobs, expected.old_logprobs)
     assert found.ref_logprobs.dtype == found.rewards.dtype == torch.float32
     difference = (found.ref_logprobs - expected.ref_logprobs).abs()

@@ -48,7 +48,7 @@ def test_only_adapters_change_and_what_is_exported_is_plain(adapted, reward_mode
 def test_the_reference_is_the_model_without_adapters(adapted, reward_model_of, ppo, alone, moved, logprobs_of):
     plain, policy = adapted
     module, batch = alone(moved(ppo(policy, reward_model_of(plain), advantage=MonteCarlo())))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
         assert_close(rollout.ref_logprobs[i, :n], logprobs_of(plain.eval(), sequence, n), atol=1e-4, rtol=1e-4)
     assert (rollout.old_logprobs - rollout.ref_logprobs).abs().max() > 0.01
@@ -59,7 +59,7 @@ def test_a_penalty_in_the_loss_reaches_the_adapters(estimator, policy, reward_mo
     plain, kl = copy.deepcopy(policy).eval(), KLPenalty(estimator=estimator, in_loss=True)
     module = moved(ppo(add_lora(policy, R4), reward_model, advantage=MonteCarlo(baseline="batch"), kl=kl))
     module, batch = alone(module)
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     rollout.advantages.zero_()
     module.losses(rollout)[0].backward()
     gradients = {name: p.grad.clone() for name, p in module.policy.named_parameters() if p.requires_grad}
@@ -125,8 +125,9 @@ def test_the_reward_stage_with_adapters(tmp_path, family, reward_model_of, token
     loaded, said = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not lora_layers(loaded)
     sequences = [s for item in data.val_set for s in item.sequences]
-    expected = module.raw_scores(sequences)
+    expected = module.scores(sequences)
     with torch.no_grad():
         plain = torch.cat([loaded(torch.tensor([s])).logits[:, 0] for s in sequences])
-    assert_close(plain, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    shifted = plain + loaded.config.score_shift
+    assert_close(shifted, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
     assert loaded.config.score_shift == model.config.score_shift != 0

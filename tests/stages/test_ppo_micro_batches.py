@@ -36,7 +36,7 @@ def test_gradients_add_up_to_the_minibatchs_in_float64(kind, policy, reward_mode
     if temperature := settings.pop("sampling_temperature", None):
         settings["sampling"] = type(short)(max_new_tokens=6, temperature=temperature)
     module, batch = alone(ppo(policy.double(), reward_model.double(), minibatch_size=8, **settings))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     rollout.mask[4] = False  # nobody has scored it: parts have unequal numbers of actions
     moved(module)
     whole = gradients(module, rollout, None)
@@ -53,7 +53,7 @@ def test_what_the_models_say_does_not_depend_on_how_many_are_read_at_once(ppo, a
     found = []
     for size in (None, 3, 1):
         module, batch = alone(ppo(kl=KLPenalty(estimator="full"), minibatch_size=8, micro_batch_size=size))
-        found.append(module.collect(batch))
+        found.append(module.collect(batch)[0])
     for other in found[1:]:
         assert other.sequences == found[0].sequences
         for name in ("mask", "old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
@@ -93,7 +93,7 @@ def test_large_models_are_given_less(make, ppo, monkeypatch):
 
 def test_a_minibatch_is_cut_where_its_tokens_are_too_many(ppo, alone, monkeypatch):
     module, batch = alone(ppo(minibatch_size=8))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     monkeypatch.setattr("lit_rlhf.stages.ppo.module.tokens_at_once", lambda module, learning: 40)
     parts = [part for part, _ in module.micro_batches(rollout)]
     assert [s for part in parts for s in part.sequences] == rollout.sequences

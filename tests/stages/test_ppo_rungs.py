@@ -134,7 +134,7 @@ def test_an_answers_value_is_that_of_its_prompt(ppo, train, reward_model):
 @pytest.mark.parametrize("loss", [ClippedLoss(0.1), policy_gradient_loss, importance_weighted_loss, KLPenaltyLoss(0.7)])
 def test_losses_by_plain_transformers(loss, action, ppo, alone, moved, logprobs_of):
     module, batch = alone(ppo(loss=loss, action=action, advantage=MonteCarlo(baseline="batch"), kl_coef=0.5))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     moved(module, by=0.02)
     terms = []
     for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
@@ -163,7 +163,7 @@ def test_losses_by_plain_transformers(loss, action, ppo, alone, moved, logprobs_
 
 def test_minibatches_of_all_sizes_cover_a_rollout_once(ppo, alone):
     module, batch = alone(ppo(minibatch_size=3, action="answer"))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     parts = list(rollout.shuffled(3, torch.Generator().manual_seed(0)))
     assert [len(part) for part in parts] == [3, 3, 2]
     assert sorted(s for part in parts for s in part.sequences) == sorted(rollout.sequences)
@@ -207,8 +207,8 @@ def test_shared_prompts_change_nothing_that_is_learned(critic, ppo, alone, moved
     for share in (False, True):
         module = moved(ppo(critic=critic, answers_per_prompt=4, minibatch_size=16, share_prompts=share))
         module, batch = alone(module)
-        rollout = module.collect(batch)
-        cells = module.packed(rollout.sequences, rollout.lengths).tokens.numel()
+        rollout, _ = module.collect(batch)
+        cells = module.batching.packed(rollout.sequences, rollout.response_mask).tokens.numel()
         policy_loss, value_loss, _ = module.losses(rollout)
         (policy_loss + value_loss).backward()
         gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}

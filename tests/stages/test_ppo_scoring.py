@@ -13,6 +13,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.functional import whiten
 from lit_rlhf.stages import PPODataModule
 from lit_rlhf.stages.ppo import GAE, MonteCarlo, Scoring
 from lit_rlhf.stages.ppo.reward_functions import sentiment
@@ -297,12 +298,12 @@ def test_an_unscored_answer_is_as_if_it_had_not_been_drawn(advantage, action, pp
 
     scoring = Scoring(functions=[two_of_three], reward_model_weight=0.0, **FREE)
     module, batch = alone(ppo(advantage=advantage, action=action, scoring=scoring, answers_per_prompt=3))
-    rollout = module.collect(batch)
+    rollout, _ = module.collect(batch)
     kept = torch.arange(len(rollout)) % 3 != 1
     assert torch.equal(rollout.mask.any(-1), kept) and (rollout.advantages[~kept] == 0).all()
     rest = rollout.select(kept.nonzero()[:, 0])
     again, _ = advantage(rest.rewards, rest.values, rest.mask, 2)
-    assert_close(rest.advantages, module.whiten(again, rest.mask))
+    assert_close(rest.advantages, whiten(again, rest.mask))
     losses = [module.losses(r)[:2] for r in (rollout, rest)]
     assert_close(losses[0], losses[1])
     gradients = [
@@ -315,7 +316,7 @@ def test_an_unscored_answer_is_as_if_it_had_not_been_drawn(advantage, action, pp
 def test_an_answer_without_another_scored_one_is_not_compared(ppo, alone):
     scoring = Scoring(functions=[lambda p, r, **_: [1.0, *[None] * (len(r) - 3), 2.0, 3.0]], reward_model_weight=0.0)
     module, batch = alone(ppo(advantage=MonteCarlo(baseline="others"), scoring=scoring, answers_per_prompt=2))
-    assert module.collect(batch).mask.any(-1).nonzero()[:, 0].tolist() == [14, 15]  # 8 prompts
+    assert module.collect(batch)[0].mask.any(-1).nonzero()[:, 0].tolist() == [14, 15]  # 8 prompts
 
 
 def test_rollouts_without_a_score_take_no_step_and_say_so(ppo, train, capsys):
@@ -332,7 +333,7 @@ def test_rollouts_without_a_score_take_no_step_and_say_so(ppo, train, capsys):
     assert module.logged["ppo/unscored"] == [1.0, 1 / 8]
     assert math.isnan(module.logged["ppo/score"][0]) and math.isfinite(module.logged["ppo/score"][1])
     lengths = module.rollouts[1].rewards
-    assert module.unscored == 9 and math.isfinite(lengths.sum())
+    assert module.progress.unscored == 9 and math.isfinite(lengths.sum())
 
 
 def test_the_held_out_scores_of_the_sft_model_are_the_policys_before_its_first_step(ppo, prompts, fit):

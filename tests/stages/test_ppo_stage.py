@@ -17,7 +17,6 @@ from lit_rlhf.pipeline.settings import compose_settings
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.stages.ppo import GAE, KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
-from lit_rlhf.stages.ppo.probe import gradient_noise
 from lit_rlhf.training import adamw
 
 CONF = Path(__file__).parents[2] / "conf" / "ppo"
@@ -127,13 +126,13 @@ def test_it_learns_what_the_reward_model_likes(ppo, train):
     settings = {"kl_coef": 0.0, "ppo_epochs": 4, "minibatch_size": 32, "scoring": Scoring(missing_eos_penalty=0.0)}
     settings |= {"sampling": Sampling(max_new_tokens=2), "optimizer": partial(adamw, lr=2e-2)}
     modules = [train(ppo(kind=PPOModule, seed=seed, **settings), iterations=6, batch_size=64) for seed in range(3)]
-    gained = [float(m.score_last - m.score_first) for m in modules]
+    gained = [float(m.progress.score_last - m.progress.score_first) for m in modules]
     assert sum(gained) > 3 * 0.3  # one alone may draw badly
 
 
 def test_iterations_counted_in_the_trainer(ppo, train):
     module = train(ppo(ppo_epochs=2, advantage=MonteCarlo(baseline="others"), answers_per_prompt=2), iterations=3)
-    assert (int(module.iteration), int(module.episodes)) == (3, 48)
+    assert (int(module.iteration), int(module.progress.episodes)) == (3, 48)
     assert len(module.updates) == 3 * 2 * 4  # iterations, epochs, minibatches
     assert module.lr_schedulers().last_epoch == 24
     assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(0.1 * 1e-2)  # the schedule ends where training does
@@ -199,28 +198,14 @@ def test_the_probe_measures_the_covariance_of_gradients(ppo, alone):
         return made
 
     module.losses = watched
-    figures = gradient_noise(module, batch, 3)
+    module.probe_rollouts = 3
+    figures = module._probe(batch)
     gradients = torch.stack(kept)
     variance = gradients.var(0).sum().item()
     signal = gradients.mean(0).square().sum().item() - variance / len(kept)
     assert len(kept) == 3 * 4
     assert figures["ppo/gradient_variance"].item() == pytest.approx(variance, rel=1e-4)
     assert figures["ppo/gradient_signal"].item() == pytest.approx(signal, rel=1e-3)
-
-
-def test_whitening_over_processes_is_that_over_all_answers(ppo, alone):
-    module, _ = alone(ppo())
-    torch.manual_seed(0)
-    advantages, mask = torch.randn(8, 5), torch.arange(5) < torch.randint(1, 6, (8, 1))
-    expected = module.whiten(advantages, mask)
-    rest = advantages[4:], mask[4:]
-
-    def reduce(sums, reduce_op):
-        x = rest[0][rest[1]].double()  # the other process's
-        return sums + torch.stack([x.sum(), (x**2).sum(), x.new_tensor(float(len(x)))])
-
-    module.trainer.world_size, module.trainer.strategy.reduce = 2, reduce
-    assert_close(module.whiten(advantages[:4], mask[:4]), expected[:4])
 
 
 def test_defaults_in_the_module_are_those_of_the_settings():

@@ -15,6 +15,7 @@ from lit_rlhf.models import (
     load_reward_model,
     packed_scores,
     score_answers,
+    score_shift,
 )
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.rankings import EncodedRanking
@@ -140,7 +141,7 @@ def test_plain_transformers_scores_batches_alike(tmp_path, data, tokenizer, rewa
         batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
         with torch.no_grad():
             plain = model(**batch).logits[:, 0]
-        assert_close(plain, module.raw_scores(sequences), atol=1e-5, rtol=0)
+        assert_close(plain + score_shift(module.reward_model), module.scores(sequences), atol=1e-5, rtol=0)
 
 
 def test_transcripts_as_in_hh_rlhf(tmp_path, tokenizer):
@@ -343,7 +344,7 @@ def test_ppo_is_scored_and_valued_by_a_likelihood_head(ensemble, policy, ppo, pr
     data = prompts()
     train(module, 1, batch_size=8)
     rollout = module.rollouts[0]
-    packed = module.packed(rollout.sequences, rollout.lengths)
+    packed = module.batching.packed(rollout.sequences, rollout.response_mask)
     raw = packed_scores(module.scorer.reward_model, packed)
     expected = packed_scores(members[0].eval(), packed)
     assert_close(raw, torch.minimum(expected, expected / 2) if ensemble else expected)

@@ -63,8 +63,8 @@ class DPOModule(StepLog):
     def logprobs(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
         """Log-probs (N,) of whole answers in nats, end-of-text included, under the policy and under the reference."""
         with torch.no_grad(), self.reference.as_it_began(self.policy) as reference:
-            ref_logprobs = response_logprobs(reference, batch.packed, batch.packed.response_lengths, 1.0).sum(-1)
-        return response_logprobs(self.policy, batch.packed, batch.packed.response_lengths, 1.0).sum(-1), ref_logprobs
+            ref_logprobs = response_logprobs(reference, batch.packed).sum(-1)
+        return response_logprobs(self.policy, batch.packed).sum(-1), ref_logprobs
 
     def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss of a batch, what is to be watched)."""

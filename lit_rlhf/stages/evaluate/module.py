@@ -19,10 +19,8 @@ from lit_rlhf.functional import Estimate, elo, masked_sum, ratings, sequence_kl,
 from lit_rlhf.models import (
     context_length,
     freeze,
-    packed_scores,
     response_logprobs,
-    score_shift,
-    score_std,
+    scores_of,
     shares_prompts,
 )
 from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
@@ -191,15 +189,13 @@ class EvaluateModule(LightningModule):
         sequences = [p + r for p, r in zip(prompts, responses)]
         lengths = [len(r) for r in responses]
         packed = self._packed(sequences, self.reward_model.config.pad_token_id, lengths, self.reward_model)
-        return (packed_scores(self.reward_model, packed) + score_shift(self.reward_model)) / score_std(
-            self.reward_model
-        )
+        return scores_of(self.reward_model, [packed], scale=True)
 
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
         pad_id, lengths = self.tokenizers["sft"].pad_token_id, answers.lengths.tolist()
         packed = self._packed(sequences, pad_id, lengths, self.policies["sft"])
-        ref = response_logprobs(self.policies["sft"], packed, answers.lengths, self.sampling.temperature)
+        ref = response_logprobs(self.policies["sft"], packed, self.sampling.temperature)
         return sequence_kl(answers.logprobs, ref, answers.mask)
 
     def _packed(self, sequences: list[list[int]], pad_id: int, lengths: list[int], reader: nn.Module) -> Packed:

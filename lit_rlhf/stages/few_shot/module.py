@@ -66,9 +66,8 @@ class FewShotModule(LightningModule):
         """The likeliest choice of each task, in each way."""
         sequences = [[*p, *choice] for p, choices in zip(batch.prompts, batch.choices) for choice in choices]
         lengths = [len(choice) for choices in batch.choices for choice in choices]
-        packed = pack(sequences, self.tokenizer.pad_token_id).to(self.device)
-        counts = packed.lengths.new_tensor(lengths)
-        sums = response_logprobs(self.policy, packed, counts, 1.0).sum(-1).tolist()
+        packed = pack(sequences, self.tokenizer.pad_token_id, lengths).to(self.device)
+        sums = response_logprobs(self.policy, packed).sum(-1).tolist()
         told, at = [], 0
         for task in batch.tasks:
             mine = slice(at, at := at + len(task.choices))

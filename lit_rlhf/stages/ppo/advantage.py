@@ -58,7 +58,8 @@ class MonteCarlo:
         self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int = 1
     ) -> tuple[Tensor, None]:
         returns = reward_to_go(rewards, mask, self.gamma)
-        totals, scored = returns[:, 0], mask.any(-1)
+        first = mask.int().argmax(-1, keepdim=True)  # action of each answer
+        totals, scored = returns.gather(1, first).squeeze(1), mask.any(-1)
         advantages = returns - baseline(totals, self.baseline, answers_per_prompt, scored)[:, None]
         if self.divide_by_std:
             advantages = advantages / (group_std(totals, answers_per_prompt, scored)[:, None] + 1e-4)

@@ -11,6 +11,19 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.rollouts import Sampling
 
 
+def check(
+    policy: PreTrainedModel,
+    reward_model: PreTrainedModel | None,
+    advantage: Callable[..., Any],
+    answers_per_prompt: int,
+    sampling: Sampling,
+) -> None:
+    """Raise ``UserError`` where PPO could not learn from what these settings make."""
+    check_vocabulary(policy, reward_model)
+    check_group(advantage, answers_per_prompt)
+    check_sampling(sampling)
+
+
 def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> None:
     """Raise ``UserError`` where the reward model would read other words than the policy wrote."""
     if reward_model is None:

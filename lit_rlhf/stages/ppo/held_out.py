@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lit_rlhf.functional import WinRate, population_std, sequence_kl, win_rate
 from lit_rlhf.models import response_logprobs, stacked
-from lit_rlhf.rollouts import Responses
-from lit_rlhf.stages.ppo.rollout import VALIDATION, record_of
+from lit_rlhf.stages.ppo.collector import Answered, Collector
 from lit_rlhf.stages.prompts import PromptBatch, repeated
-from lit_rlhf.text.packing import Packed
-
-if TYPE_CHECKING:
-    from lit_rlhf.stages.ppo.module import PPOModule
 
 
 class Compared(NamedTuple):
@@ -25,15 +19,6 @@ class Compared(NamedTuple):
     worth: Tensor  # (P, K) gold grades, or scores where there is no judge
     scores: Tensor  # (P, K) reward units
     texts: list[list[str]]  # (P, K), of which equal ones tie
-
-
-class Answered(NamedTuple):
-    """N answers to held-out prompts, K to each of P."""
-
-    answers: Responses
-    packed: list[Packed]
-    correct: Tensor | None  # (N,) by the gold judge
-    compared: Compared
 
 
 class HeldOut:
@@ -54,41 +39,38 @@ class HeldOut:
 
     def begin(self) -> None:
         """Forget the answers of the last validation."""
-        self._answered: list[Answered] = []
+        self._policy: list[Compared] = []
         self._beside: list[Compared] = []  # the SFT model's, to the same prompts
         self._kl: list[Tensor] = []  # (N,) nats an answer, against the SFT model
+        self._correct: list[Tensor] = []  # (N,) by the judge, of the policy's answers
 
-    def add(self, module: PPOModule, batch: PromptBatch, place: int) -> None:
-        """Both models answer the prompts of batch number ``place``."""
-        batch = repeated(batch, self.samples)
-        answered = self._answer(module, module.policy, batch, place)
-        answers = answered.answers
-        with module.reference.as_it_began(module.policy) as sft:
-            temperature = module.sampling.temperature
-            ref_logprobs = stacked(
-                [response_logprobs(sft, p, p.response_lengths, temperature) for p in answered.packed]
-            )
-            if place not in self._reference or module.scorer.scoring.scale == "running":  # which goes on
-                self._reference[place] = self._answer(module, sft, batch, place).compared
-        self._answered.append(answered)
+    def add(self, collector: Collector, batch: PromptBatch, place: int, seeds: list[int]) -> None:
+        """Both models answer the prompts of batch number ``place``, from a seed an answer."""
+        prompts, policy = repeated(batch, self.samples), collector.policy
+        answered = collector.answer(policy, prompts, seeds)
+        grades = collector.grades(answered)
+        self._policy.append(self._compared(collector, answered, grades))
+        if grades is not None:
+            self._correct.append(grades["correct"])
+        with collector.reference.as_it_began(policy) as sft:
+            temperature = collector.sampling.temperature
+            ref_logprobs = stacked([response_logprobs(sft, packed, temperature) for packed in answered.batches])
+            if place not in self._reference or collector.scorer.scoring.scale == "running":  # which goes on
+                beside = collector.answer(sft, prompts, seeds)
+                self._reference[place] = self._compared(collector, beside, collector.grades(beside))
         self._beside.append(self._reference[place])
-        self._kl.append(sequence_kl(answers.logprobs, ref_logprobs, answers.mask))
+        self._kl.append(sequence_kl(answered.responses.logprobs, ref_logprobs, answered.responses.mask))
 
-    def _answer(self, module: PPOModule, policy: PreTrainedModel, batch: PromptBatch, place: int) -> Answered:
-        answers = module.sample(policy, batch.tokens, place, purpose=VALIDATION)
-        packed = module.in_batches([p + r for p, r in zip(batch.tokens, answers.token_lists())], answers.lengths)
-        texts = answers.texts(module.tokenizer)
-        raw = module.scorer.raw(packed, batch.messages, texts, record_of(batch, answers))
-        scores = module.scorer.shape(raw, answers.lengths, answers.finished)
-        grades = module.grades(batch.messages, texts, answers.finished)
-        correct, worth = (None, scores) if grades is None else (grades["correct"], grades["gold"])
-        grouped = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
-        compared = Compared(worth.view(-1, self.samples), scores.view(-1, self.samples), grouped)
-        return Answered(answers, packed, correct, compared)
+    def _compared(self, collector: Collector, answered: Answered, grades: dict[str, Tensor] | None) -> Compared:
+        responses, texts, k = answered.responses, answered.texts, self.samples
+        scores = collector.scorer.shape(answered.raw, responses.lengths, responses.finished)
+        worth = scores if grades is None else grades["gold"]
+        grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
+        return Compared(worth.view(-1, k), scores.view(-1, k), grouped)
 
     def metrics(self) -> dict[str, Tensor]:
         """Means over all batches; ``wins`` has the win rate's interval."""
-        policy, sft = _together([a.compared for a in self._answered]), _together(self._beside)
+        policy, sft = _together(self._policy), _together(self._beside)
         self.wins = win_rate(policy.worth.cpu(), sft.worth.cpu(), (policy.texts, sft.texts))
         scored = sft.scores[~sft.scores.isnan()]  # by anybody
         metrics = {
@@ -98,8 +80,9 @@ class HeldOut:
             "sft_score": scored.mean(),
             "sft_score_std": population_std(scored),
         }
-        correct = [a.correct for a in self._answered if a.correct is not None]
-        return metrics | {"gold": policy.worth.mean(), "correct": torch.cat(correct).mean()} if correct else metrics
+        if self._correct:
+            metrics |= {"gold": policy.worth.mean(), "correct": torch.cat(self._correct).mean()}
+        return metrics
 
 
 def _together(batches: list[Compared]) -> Compared:

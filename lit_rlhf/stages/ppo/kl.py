@@ -1,14 +1,18 @@
-"""KL penalty settings."""
+"""KL penalty: its settings, and what is measured of next-token distributions for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import Estimator
+from lit_rlhf.functional import Estimator, full_kl, token_entropy, token_logprobs
+from lit_rlhf.models import Reference, next_token_logits
 
 
 @dataclass(frozen=True)
@@ -30,3 +34,32 @@ class KLPenalty:
             )
         if self.adaptive and self.target is None:
             raise UserError("ppo.kl.adaptive=true needs ppo.kl.target, in nats an answer (6 is a common value)")
+
+
+def logprob_and_entropy(temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:
+    """(M, 2), nats, of ``tokens`` (M,) from the policy's ``logits`` (M, V)."""
+    tempered = _tempered(logits, temperature)
+    return torch.stack([token_logprobs(tempered, tokens), token_entropy(tempered)], dim=-1)
+
+
+def logprob_and_kl(
+    policy: PreTrainedModel,
+    reference: Reference,
+    temperature: float,
+    logits: Tensor,
+    tokens: Tensor,
+    ref_hidden: Tensor,
+) -> Tensor:
+    """(M, 2), nats, of ``tokens`` (M,) from the policy's ``logits`` (M, V) and the reference's hidden states (M, D).
+
+    The divergence is over all tokens."""
+    with torch.no_grad(), reference.for_penalty(policy) as model:
+        ref_logits = _tempered(next_token_logits(model, ref_hidden), temperature).float()
+    tempered = _tempered(logits, temperature)
+    return torch.stack([token_logprobs(tempered, tokens), full_kl(tempered.float(), ref_logits)], dim=-1)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Divided by the temperature that was sampled with, in the reference too: both are then distributions over what
+    could have been drawn."""
+    return logits if temperature == 1 else logits / temperature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,58 +16,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import (
     adapted_kl_coef,
-    clip_fraction,
-    clipped_value_loss,
-    explained_variance,
-    full_kl,
-    kl_estimate,
-    masked_mean,
-    masked_sum,
-    population_std,
-    sequence_kl,
-    token_entropy,
-    token_logprobs,
-    token_rewards,
-    whiten,
-    whole_answer,
 )
 from lit_rlhf.models import (
     CriticFactory,
     Reference,
     ReferenceUpdate,
-    Responding,
     TextRows,
     adds_to_gradients,
-    by_token,
-    check_rows,
     critic_from_reward_model,
     head_parameters,
-    next_token_logits,
-    packed_hidden,
+    learning,
     save_adapter,
     save_model,
-    scatter,
     shares_prompts,
-    stacked,
     text_loss,
-    token_logprobs_of,
     tokens_at_once,
-    train_adapters,
 )
-from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, draw_seeds, sample
+from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, sample
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
-from lit_rlhf.stages.ppo.checks import check_group, check_sampling, check_vocabulary
+from lit_rlhf.stages.ppo.batching import Batching
+from lit_rlhf.stages.ppo.checks import check
+from lit_rlhf.stages.ppo.collector import Collector, Statistics
 from lit_rlhf.stages.ppo.held_out import HeldOut
 from lit_rlhf.stages.ppo.kl import KLPenalty
 from lit_rlhf.stages.ppo.loss import ClippedLoss, KLPenaltyLoss, PolicyLoss
-from lit_rlhf.stages.ppo.probe import gradient_noise
+from lit_rlhf.stages.ppo.objective import Objective
+from lit_rlhf.stages.ppo.probe import probe
+from lit_rlhf.stages.ppo.progress import Progress, headline
 from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, held_out_text_loss, pretraining_text
-from lit_rlhf.stages.ppo.rollout import ORDER, ROLLOUT, SAMPLES, TEXT, Rollout, record_of
+from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, SAMPLES, TEXT, VALIDATION, Rollout
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
-from lit_rlhf.stages.prompts import PromptBatch, repeated, spread
+from lit_rlhf.stages.prompts import Judge, PromptBatch, spread
 from lit_rlhf.stages.records import fit_context
-from lit_rlhf.text.packing import Packed, pack, runs
-from lit_rlhf.text.records import Messages, shown
+from lit_rlhf.text.records import shown
 from lit_rlhf.training import (
     OptimizerFactory,
     Schedule,
@@ -162,238 +144,114 @@ class PPOModule(TrainedState):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        check_vocabulary(policy, reward_model)
-        check_group(advantage, answers_per_prompt)
-        self.tokenizer = tokenizer
-        self.policy = policy
-        if not any(p.requires_grad for p in policy.parameters()):  # it came frozen out of another module
-            train_adapters(policy)
+        self.sampling, self.engine, self.seed = sampling, engine or FastEngine(), seed
+        check(policy, reward_model, advantage, answers_per_prompt, self.sampling)
+        self.policy, self.tokenizer = learning(policy), tokenizer
         self.reference = Reference(policy, reference)
         self.critic = critic(policy, reward_model) if getattr(advantage, "needs_critic", True) else None
         self.scorer = Scorer(reward_model, scoring)
-        self.advantage, self.loss, self.kl = advantage, loss, kl
-        self.action, self.answers_per_prompt = action, answers_per_prompt
-        self.optimizer, self.schedule = optimizer, schedule
+        self.advantage, self.loss, self.kl, self.action = advantage, loss, kl, action
+        self.optimizer, self.schedule, self.answers_per_prompt = optimizer, schedule, answers_per_prompt
         self.critic_lr, self.critic_head_lr = critic_lr, critic_head_lr
         self.critic_warmup = critic_warmup if self.critic is not None else 0
         self.value_clip_range, self.value_coef, self.whiten_advantages = value_clip_range, value_coef, whiten
-        self.ptx_coef, self.ptx_ratio = ptx_coef, ptx_ratio
-        self.ptx = pretraining_text(ptx, tokenizer) if ptx_coef > 0 else None
-        if self.ptx is not None:
-            check_rows(policy, self.ptx.block_size, "ppo.ptx.block_size")
+        self.ptx = pretraining_text(ptx, policy, tokenizer) if ptx_coef > 0 else None
+        self.ptx_coef, self.ptx_ratio, self.probe_rollouts = ptx_coef, ptx_ratio, probe_rollouts
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
-        self.micro_batch_size = micro_batch_size
-        self.probe_rollouts = probe_rollouts
-        self.sampling, self.engine, self.seed = sampling, engine or FastEngine(), seed
-        check_sampling(self.sampling)
+        self.micro_batch_size, self.packing = micro_batch_size, packing
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("episodes", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("score_first", torch.zeros(()))  # mean score of the first rollout and of the last
-        self.register_buffer("score_last", torch.zeros(()))
-        self.register_buffer("entropy_last", torch.zeros(()))  # nats a token, of the last rollout
-        self.register_buffer("unscored", torch.zeros((), dtype=torch.int64))  # answers that nobody has scored
-        self.held_out = HeldOut(val_samples)
-        self.packing = packing
+        self.progress, self.held_out = Progress(), HeldOut(val_samples)
         self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(self)
         self.eval()  # see train(): models made from a config come in training mode
 
     def setup(self, stage: str) -> None:
         fit_context(self, self.sampling.max_new_tokens)
 
-    # ---------------------------------------------------------------- rollout
-
-    @torch.no_grad()
-    def collect(self, prompts: PromptBatch, *place: int) -> Rollout:
-        """Sample answers, score them, and work out what each action was worth; ``place`` sets off other draws."""
-        prompts = repeated(prompts, self.answers_per_prompt)
-        # A critic on the policy's trunk needs no other pass: it values the states that the answers were drawn from.
-        states = self._critic_on_policy and not self._reads_policy and self.engine.gives_states
-        place_of_draw = place or (int(self.iteration),)
-        answers = self.sample(self.policy, prompts.tokens, *place_of_draw, shard=self._shard, states=states)
-        sequences = [p + r for p, r in zip(prompts.tokens, answers.token_lists())]
-        lengths, mask = answers.lengths, answers.mask
-        packed = self.in_batches(sequences, lengths)
-        texts = answers.texts(self.tokenizer)
-        raw = self.scorer.raw(packed, prompts.messages, texts, record_of(prompts, answers))
-        if not place:
-            self.scorer.observe(raw, lambda x: self._reduce(x, "sum"))
-        scores = self.scorer.shape(raw, lengths, answers.finished)
-        said = self.said(packed)
-        if answers.states is not None:
-            said["values"] = torch.where(mask, self.critic.head(answers.states).squeeze(-1).float(), 0.0)
-        values, ref_logprobs = said.get("values", torch.zeros_like(answers.logprobs)), said["ref_logprobs"]
-        if not self._exact:  # then the figures are those of a training pass
-            answers = answers._replace(logprobs=said["logprobs"], entropy=said["entropy"])
-        kl = said["kl"] if "kl" in said else self._sampled_kl(answers.logprobs, ref_logprobs)
-        penalties = torch.zeros_like(kl) if self.kl.in_loss else self.kl_coef * kl
-        rewards = token_rewards(scores.nan_to_num(), penalties, mask)
-        token_mask, ref_tokens, old_logprobs = mask, ref_logprobs, answers.logprobs
-        mask = mask & self._learned(scores)[:, None]  # what nobody has scored is in no baseline, mean or loss
-        if self.action == "answer":  # one action: what is taken in tokens is summed, and judged at its start
-            rewards, old_logprobs, ref_logprobs = (
-                whole_answer(x, token_mask) for x in (rewards, old_logprobs, ref_logprobs)
-            )
-            values, mask = values[:, :1], mask[:, :1]
-        advantages, returns = self.advantage(rewards, values, mask, self.answers_per_prompt)
-        spread = population_std(advantages[mask])
-        if self.whiten_advantages:
-            advantages = self.whiten(advantages, mask)
-        returns = torch.zeros_like(values) if returns is None else returns
-        rollout = Rollout(sequences, lengths, mask, old_logprobs, ref_logprobs, values, rewards, advantages, returns)
-        if not place:
-            self._log_rollout(rollout, scores, answers, sequence_kl(answers.logprobs, ref_tokens, token_mask))
-            self.log("ppo/advantage_std", spread, sync_dist=True, batch_size=len(rollout))
-            grades = self.grades(prompts.messages, texts, answers.finished)
-            if grades is not None:  # nothing is learned from it
-                self.log("ppo/gold", grades["gold"].mean(), sync_dist=True, batch_size=len(texts))
-        return rollout
-
-    def packed(self, sequences: list[list[int]], lengths: Tensor) -> Packed:
-        """Without padding, on this module's device; responses of ``lengths`` (N,) tokens end the sequences."""
-        pad_id, shared = self.tokenizer.pad_token_id, self.share_prompts
-        packed = pack(sequences, pad_id, lengths.tolist(), shared, padded=not self.packing)
-        return packed.to(self.device)
-
-    def in_batches(self, sequences: list[list[int]], lengths: Tensor) -> list[Packed]:
-        """The same, no more in one than a pass without gradients may take."""
-        return [self.packed(sequences[run], lengths[run]) for run in self._runs(sequences, learning=False)]
-
-    def micro_batches(self, minibatch: Rollout) -> list[tuple[Rollout, float]]:
-        """(a part that a backward pass may take, its share of the actions): gradients of the parts, weighted so, add up
-        to those of the whole."""
-        actions = max(1, int(minibatch.mask.sum()))
-        places = torch.arange(len(minibatch), device=minibatch.lengths.device)
-        parts = [minibatch.select(places[run]) for run in self._runs(minibatch.sequences, learning=True)]
-        return [(part, int(part.mask.sum()) / actions) for part in parts]
-
-    def _runs(self, sequences: list[list[int]], learning: bool) -> list[slice]:
-        if self.micro_batch_size is not None:
-            return [slice(i, i + self.micro_batch_size) for i in range(0, len(sequences), self.micro_batch_size)]
-        return runs([len(s) for s in sequences], tokens_at_once(self, learning))
-
-    def _learned(self, scores: Tensor) -> Tensor:
-        """Which answers (N,) are learned from: the scored ones, where they are compared with others two or more."""
-        scored = ~scores.isnan()
-        if not getattr(self.advantage, "compares_answers", False):
-            return scored
-        of_prompt = scored.view(-1, self.answers_per_prompt)
-        return (of_prompt & (of_prompt.sum(1, keepdim=True) > 1)).view(-1)
+    # ------------------------------------------------------------- collecting
 
     @property
-    def _exact(self) -> bool:
-        """Whether log-probs of the rollout engine are those of a training pass; in half precision they are not."""
-        return self.engine.exact and str(self.trainer.precision).startswith(("32", "64"))
+    def collector(self) -> Collector:
+        """What samples and appraises for this module, with models and coefficients as they are now."""
+        precise = str(self.trainer.precision).startswith(("32", "64"))  # else sampling and training round differently
+        return Collector(
+            **self._shared,
+            scorer=self.scorer,
+            judge=self._judge,
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+            sampling=self.sampling,
+            exact=self.engine.exact and precise,
+            tokens=tokens_at_once(self, learning=False),
+            advantage=self.advantage,
+            answers_per_prompt=self.answers_per_prompt,
+            whiten=self.whiten_advantages,
+            total=None if self.trainer.world_size == 1 else self._total,
+        )
 
     @property
-    def _reads_policy(self) -> bool:
-        """Whether a rollout needs another pass of the policy over what it wrote."""
-        return not self._exact or (self.kl.estimator == "full" and not self.kl.in_loss)
+    def _shared(self) -> dict[str, Any]:
+        """What collecting and learning have in common."""
+        names = ("policy", "reference", "critic", "kl", "kl_coef", "action", "batching")
+        return {name: getattr(self, name) for name in names}
 
     @property
-    def _critic_on_policy(self) -> bool:
-        return self.critic is not None and self.critic.trunk is None
+    def batching(self) -> Batching:
+        """How sequences are laid out for a pass through a model."""
+        pad_id, size = self.tokenizer.pad_token_id, self.micro_batch_size
+        return Batching(pad_id, self.device, self.packing, self.share_prompts, size)
 
-    @torch.no_grad()
-    def said(self, batches: list[Packed]) -> dict[str, Tensor]:
-        """What the models say of N answers of up to T tokens, which end the sequences of the batches, (N, T) each.
+    @property
+    def _judge(self) -> Judge | None:
+        return getattr(self.trainer.datamodule, "judge", None)
 
-        ``ref_logprobs`` of the reference; ``values`` of a critic that must read the answers; ``logprobs`` and
-        ``entropy`` of a training pass, where those of the engine are others; ``kl``, where it is over all tokens."""
-        found = [self._said_of(packed, Responding.of(packed, packed.response_lengths)) for packed in batches]
-        return {name: stacked([said[name] for said in found]) for name in found[0]}
+    def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
+        """This iteration's rollout."""
+        return self.collector.collect(prompts, self._seeds(prompts, int(self.iteration), ROLLOUT))
 
-    def _said_of(self, packed: Packed, response: Responding) -> dict[str, Tensor]:
-        before, tokens = response.before, response.tokens
-        said = {}
-        hidden = packed_hidden(self.policy, packed, at=before) if self._reads_policy else None
-        if self.critic is not None and (hidden is not None or not self._critic_on_policy):
-            said["values"] = self.critic(packed, before, hidden)
-        with self.reference.for_penalty(self.policy) as reference:
-            ref_hidden = packed_hidden(reference, packed, at=before)
-            said["ref_logprobs"] = token_logprobs_of(reference, ref_hidden, tokens, self.sampling.temperature)
-        if hidden is not None and not self._exact:
-            figures = by_token(self.policy, self._logprob_and_entropy, hidden, tokens)
-            said["logprobs"], said["entropy"] = figures.unbind(-1)
-        if hidden is not None and self.kl.estimator == "full" and not self.kl.in_loss:
-            said["kl"] = by_token(self.policy, self._logprob_and_kl, hidden, tokens, ref_hidden)[:, 1]
-        return {name: scatter(x, response.mask) for name, x in said.items()}
+    def _seeds(self, prompts: PromptBatch, *place: int) -> list[int]:
+        """Of this process's responses in a rollout; they depend on the module's seed and on ``place`` alone."""
+        count = len(prompts.tokens) * self.answers_per_prompt
+        return draw_seeds(count, seeded(self.seed, *place), self._shard)
 
-    def _logprob_and_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """(M, 2) from the policy's logits (M, V)."""
-        logits = self._tempered(logits)
-        return torch.stack([token_logprobs(logits, tokens), token_entropy(logits)], dim=-1)
-
-    def _logprob_and_kl(self, logits: Tensor, tokens: Tensor, ref_hidden: Tensor) -> Tensor:
-        """(M, 2) from the policy's logits (M, V) and the reference's hidden states (M, D); the divergence is over all
-        tokens."""
-        with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
-            ref_logits = self._tempered(next_token_logits(reference, ref_hidden)).float()
-        logits = self._tempered(logits)
-        return torch.stack([token_logprobs(logits, tokens), full_kl(logits.float(), ref_logits)], dim=-1)
-
-    def _tempered(self, logits: Tensor) -> Tensor:
-        """Divided by the temperature that was sampled with, in the reference too: both are then distributions over what
-        could have been drawn."""
-        return logits if self.sampling.temperature == 1 else logits / self.sampling.temperature
-
-    def _sampled_kl(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        # Full, in the loss: a rollout needs none.
-        return kl_estimate(logprobs, ref_logprobs, "k1" if self.kl.estimator == "full" else self.kl.estimator)
+    def _probe(self, prompts: PromptBatch) -> dict[str, Tensor]:
+        """Noise of the gradient, over ``probe_rollouts`` other rollouts of the policy as it is."""
+        collector = replace(self.collector, moves_scale=False)
+        rollouts = (
+            collector.collect(prompts, self._seeds(prompts, i, PROBE, ROLLOUT))[0] for i in range(self.probe_rollouts)
+        )
+        minibatches = (
+            minibatch
+            for i, rollout in enumerate(rollouts)
+            for minibatch in rollout.shuffled(self.minibatch_size, seeded(self.seed, i, PROBE))
+        )
+        return probe(self.policy, minibatches, self.micro_batches, lambda part: self.losses(part)[0])
 
     @property
     def _shard(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size
 
-    def sample(
-        self,
-        policy: PreTrainedModel,
-        prompts: list[list[int]],
-        *place: int,
-        purpose: int = ROLLOUT,
-        shard: tuple[int, int] = (0, 1),
-        states: bool = False,
-    ) -> Responses:
-        """One answer to each prompt; the draw depends on the seed, ``place`` and ``purpose`` alone."""
-        seeds = draw_seeds(len(prompts), seeded(self.seed, *place, purpose), shard)
-        return sample(self.engine, policy, self.tokenizer, prompts, self.sampling, seeds, states=states)
-
-    def whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Centred and scaled over all actions of the rollout, over all processes together."""
-        if self.trainer.world_size == 1:
-            return whiten(advantages, mask)
-        x = advantages[mask].double()
-        sums = torch.stack([x.sum(), (x**2).sum(), x.new_tensor(float(len(x)))])
-        total, squares, count = self._reduce(sums, "sum")
-        count = count.clamp(min=1)
-        mean = total / count
-        scaled = (advantages - mean) * (squares / count - mean**2 + 1e-8).rsqrt()
-        return torch.where(mask, scaled, 0.0).to(advantages.dtype)
+    def micro_batches(self, minibatch: Rollout) -> list[tuple[Rollout, float]]:
+        """(a part that a backward pass may take, its share of the actions): gradients of the parts, weighted so, add up
+        to those of the whole."""
+        actions = max(1, int(minibatch.mask.sum()))
+        places = torch.arange(len(minibatch), device=minibatch.mask.device)
+        runs = self.batching.runs(minibatch.sequences, tokens_at_once(self, learning=True))
+        parts = [minibatch.select(places[run]) for run in runs]
+        return [(part, int(part.mask.sum()) / actions) for part in parts]
 
     # ------------------------------------------------------------ optimization
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """One iteration: a rollout, then ``ppo_epochs`` passes over it in minibatches."""
-        iteration = int(self.iteration)
-        if self.probe_rollouts and iteration == self.critic_warmup:
-            self.log_once(gradient_noise(self, batch, self.probe_rollouts))
-        rollout = self.collect(batch)
-        updates = self._optimize(rollout, seeded(self.seed, iteration, ORDER))
+        """One iteration: collect a rollout, log it, learn from it in ``ppo_epochs`` passes, adapt what follows."""
+        if self.probe_rollouts and self.iteration == self.critic_warmup:
+            self.log_once(self._probe(batch))
+        rollout, statistics = self.collect(batch)
+        self._log_rollout(rollout, statistics)
+        updates = self._optimize(rollout, seeded(self.seed, int(self.iteration), ORDER))
         self.iteration += 1
-        self.episodes += len(rollout) * self.trainer.world_size
-        self.log("ppo/episodes", self.episodes.float())
-        self.log("ppo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("ppo/kl_coef", self.kl_coef)
-        if not updates:
-            self.print(f"  ppo: iteration {iteration + 1} has no scored answer to learn from, so no step was taken")
-            self.reference.follow(self.policy, int(self.iteration))
-            return
-        # Logged once an iteration: a value logged in each inner step would keep only the last one.
-        means = {f"ppo/{n}": torch.stack([u[n] for u in updates if n in u]).mean() for n in updates[0]}
-        means["ppo/first_ratio"], means["ppo/first_kl"] = updates[0]["ratio"], updates[0]["approx_kl"]
-        del means["ppo/ratio"]
-        self.log_dict(means, sync_dist=True, batch_size=len(rollout))
-        self._adapt(rollout, self._mean(means["ppo/approx_kl"]).item())
+        means = self._log_updates(rollout, updates)
+        self._adapt(rollout, means)
 
     def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:
         """The optimization epochs; they end early where the policy has moved further than ``kl.stop``.
@@ -469,48 +327,9 @@ class PPOModule(TrainedState):
 
     def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(policy's loss, critic's, what is to be watched) of a minibatch."""
-        packed = self.packed(minibatch.sequences, minibatch.lengths)
-        response = Responding.of(packed, minibatch.lengths)
-        hidden = packed_hidden(self.policy, packed, at=response.before)
-        logprobs, kl = self._logprobs_and_kl(packed, response, hidden)
-        logprobs = self._actions(scatter(logprobs, response.mask), response.mask)
-        actions, old = minibatch.mask, minibatch.old_logprobs
-        policy_loss = self.loss(logprobs, old, minibatch.advantages, actions)
-        detached = logprobs.detach()
-        watched = {
-            "policy_loss": policy_loss.detach(),
-            "clip_fraction": clip_fraction(detached, old, actions, getattr(self.loss, "clip_range", 0.2)),
-            "approx_kl": masked_mean(kl_estimate(old, detached, "k3"), actions),
-            "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
-        }
-        if self.kl.in_loss:
-            if kl is None:
-                kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
-            else:
-                kl = self._actions(scatter(kl, response.mask), response.mask)
-            kl = masked_mean(kl, actions)  # from the reference, in nats an action; its gradient is the penalty
-            watched["kl_loss"] = kl.detach()
-            policy_loss = policy_loss + self.kl_coef * kl
-        if self.critic is None:
-            return policy_loss, policy_loss.new_zeros(()), watched
-        values = scatter(self.critic(packed, response.before, hidden), response.mask)[:, : actions.shape[1]]
-        value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, actions, self.value_clip_range)
-        watched["value_loss"] = value_loss.detach()
-        return policy_loss, value_loss, watched
-
-    def _actions(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Per action from per token: (N, A) from (N, T)."""
-        return whole_answer(x, mask) if self.action == "answer" else x
-
-    def _logprobs_and_kl(self, packed: Packed, response: Responding, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (M,) of the responses' tokens from the policy's hidden states (M, D) before them; and, where the
-        loss has it, the divergence (M,) from the reference over all tokens."""
-        if not (self.kl.in_loss and self.kl.estimator == "full"):
-            return token_logprobs_of(self.policy, hidden, response.tokens, self.sampling.temperature), None
-        with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
-            ref_hidden = packed_hidden(reference, packed, at=response.before)
-        both = by_token(self.policy, self._logprob_and_kl, hidden, response.tokens, ref_hidden)
-        return both[:, 0], both[:, 1]
+        clip, temperature = self.value_clip_range, self.sampling.temperature
+        objective = Objective(**self._shared, loss=self.loss, value_clip_range=clip, temperature=temperature)
+        return objective.losses(minibatch)
 
     def text_parts(self, number: int) -> list[TextRows]:
         """Pretraining text for optimizer step ``number``, in micro-batches; which text depends on iteration, step and
@@ -526,17 +345,17 @@ class PPOModule(TrainedState):
         if self.trainer.world_size == 1:
             return 1.0
         mine = mask.sum().float()
-        return mine / self._reduce(mine.clone(), "mean")
+        return mine / self._mean(mine)
 
-    def _adapt(self, rollout: Rollout, moved: float) -> None:
-        """What follows the policy from iteration to iteration: coefficients and reference."""
-        if self.kl.adaptive and self.kl.target is not None:
+    def _adapt(self, rollout: Rollout, means: dict[str, Tensor]) -> None:
+        """What follows the policy from iteration to iteration: coefficients, where a step was taken, and reference."""
+        if means and self.kl.adaptive and self.kl.target is not None:
             kl = self._mean(self.trainer.callback_metrics["ppo/kl"].to(self.device)).item()
             episodes = len(rollout) * self.trainer.world_size
             self.kl_coef.fill_(adapted_kl_coef(self.kl_coef.item(), kl, self.kl.target, episodes, self.kl.horizon))
-        if isinstance(self.loss, KLPenaltyLoss):
+        if means and isinstance(self.loss, KLPenaltyLoss):
             self.log("ppo/beta", self.loss.beta.clone())
-            self.loss.adapt(moved)
+            self.loss.adapt(self._mean(means["ppo/approx_kl"]).item())
         self.reference.follow(self.policy, int(self.iteration))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -552,64 +371,47 @@ class PPOModule(TrainedState):
 
     # ---------------------------------------------------------------- watching
 
-    def _log_rollout(self, rollout: Rollout, scores: Tensor, answers: Responses, kl: Tensor) -> None:
-        scored = ~scores.isnan()
-        metrics = {
-            "ppo/score": self._mean_of(scores, scored),
-            "ppo/score_std": population_std(scores[scored]),
-            "ppo/reward": self._mean_of(rollout.rewards.sum(-1), scored),
-            "ppo/kl": kl.mean(),
-            "ppo/entropy": masked_mean(answers.entropy, answers.mask),
-            "ppo/response_length": answers.lengths.float().mean(),
-            "ppo/finished": answers.finished.float().mean(),
-        }
-        if self.critic is not None:
-            metrics["ppo/value"] = masked_mean(rollout.values, rollout.mask)
-            metrics["ppo/explained_variance"] = explained_variance(rollout.values, rollout.returns, rollout.mask)
-        if self.scorer.scoring.functions:  # which may say nothing
-            metrics["ppo/unscored"] = 1 - scored.float().mean()
-            self.unscored += self._reduce((~scored).sum(), "sum").long()
-        if self.iteration == 0 or self.score_first.isnan():
-            self.score_first.copy_(metrics["ppo/score"])
-        if not metrics["ppo/score"].isnan():
-            self.score_last.copy_(metrics["ppo/score"])
-        self.entropy_last.copy_(self._mean(metrics["ppo/entropy"]))
+    def _log_rollout(self, rollout: Rollout, statistics: Statistics) -> None:
+        self.progress.add(statistics, len(rollout), self._total, self.trainer.world_size)
+        metrics = {f"ppo/{name}": value for name, value in statistics.items()}
         self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
+
+    def _log_updates(self, rollout: Rollout, updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Log the means over the optimizer steps of an iteration; returns them, {} where there was no step."""
+        self.log("ppo/episodes", self.progress.episodes.float())
+        self.log("ppo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("ppo/kl_coef", self.kl_coef)
+        if not updates:
+            iteration = int(self.iteration)
+            self.print(f"  ppo: iteration {iteration} has no scored answer to learn from, so no step was taken")
+            return {}
+        # Logged once an iteration: a value logged in each inner step would keep only the last one.
+        means = {f"ppo/{n}": torch.stack([u[n] for u in updates if n in u]).mean() for n in updates[0]}
+        means["ppo/first_ratio"], means["ppo/first_kl"] = updates[0]["ratio"], updates[0]["approx_kl"]
+        del means["ppo/ratio"]
+        self.log_dict(means, sync_dist=True, batch_size=len(rollout))
+        return means
 
     def log_once(self, metrics: dict[str, Tensor]) -> None:
         """Log in this iteration alone: what ``log`` gets, Lightning would repeat in every later one."""
         for logger in self.loggers:
             logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=int(self.iteration))
 
-    def _reduce(self, value: Tensor, how: str) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op=how)
+    def _total(self, value: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def _mean(self, value: Tensor) -> Tensor:
         """Over all processes."""
-        return self._reduce(value.clone(), "mean")
-
-    def _mean_of(self, values: Tensor, counted: Tensor) -> Tensor:
-        """Of the ``values`` (N,) that are ``counted`` (N,), over all processes; NaN without any."""
-        total, count = self._reduce(torch.stack([masked_sum(values, counted), counted.sum().to(values)]), "sum")
-        return total / count
-
-    def grades(self, prompts: list[Messages], texts: list[str], finished: Tensor) -> dict[str, Tensor] | None:
-        """``gold`` and ``correct`` (N,) by the gold judge; None where there is none."""
-        judge = getattr(self.trainer.datamodule, "judge", None)
-        if judge is None:
-            return None
-        grades = [judge.grade(m, t, not f) for m, t, f in zip(prompts, texts, finished.tolist())]
-        return {
-            name: torch.tensor([float(getattr(g, name)) for g in grades], device=self.device)
-            for name in ("gold", "correct")
-        }
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""
         prompts = spread(self.trainer.datamodule.held_out_prompts, 4)
-        answers = self.sample(self.policy, [p.tokens for p in prompts], int(self.iteration), purpose=SAMPLES)
-        return [(shown(p.messages), text) for p, text in zip(prompts, answers.texts(self.tokenizer))]
+        tokens, generator = [p.tokens for p in prompts], seeded(self.seed, int(self.iteration), SAMPLES)
+        responses = sample(self.engine, self.policy, self.tokenizer, tokens, self.sampling, generator)
+        return [(shown(p.messages), text) for p, text in zip(prompts, responses.texts(self.tokenizer))]
 
     # -------------------------------------------------------------- validation
 
@@ -618,7 +420,9 @@ class PPOModule(TrainedState):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answers of policy and SFT model to held-out prompts, graded by gold or, without it, by the score."""
-        self.held_out.add(self, batch, batch_idx)
+        # Every process answers all held-out prompts with the same random numbers.
+        seeds = draw_seeds(len(batch.tokens) * self.held_out.samples, seeded(self.seed, batch_idx, VALIDATION))
+        self.held_out.add(self.collector, batch, batch_idx, seeds)
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.held_out.metrics()
@@ -631,29 +435,8 @@ class PPOModule(TrainedState):
     def figures(self) -> dict[str, Any]:
         """Headline figures; ``kl`` in nats an answer and the win rate against SFT, both on held-out prompts."""
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        gold, wins = getattr(self.trainer.datamodule, "judge", None) is not None, self.held_out.wins
-        scorer = self.scorer.name
-        figures: dict[str, Any] = {
-            "score_first": self.score_first.item(),
-            "score_last": self.score_last.item(),
-            "kl": metrics["val/ppo/kl"],
-            "entropy": self.entropy_last.item(),
-            "episodes": int(self.episodes),
-            "val_score": metrics["val/ppo/score"],
-            "val_sft_score": metrics["val/ppo/sft_score"],
-            "val_sft_score_std": metrics["val/ppo/sft_score_std"],
-            "gold": metrics.get("val/ppo/gold"),
-            "correct": metrics.get("val/ppo/correct"),
-            "kl_coef": self.kl_coef.item(),
-            "win_rate": {**wins._asdict(), "judge": "gold" if gold else f"{scorer} (proxy)"} if wins.n else None,
-            "scored_by": scorer,
-            "score_unit": self.scorer.unit,
-        }
-        if self.unscored:
-            figures["unscored"] = int(self.unscored)
-        if "val/ppo/ptx_loss" in metrics:
-            figures["ptx_loss"] = metrics["val/ppo/ptx_loss"]
-        return {name: None if figure != figure else figure for name, figure in figures.items()}  # NaN: nothing scored
+        judge = "gold" if self._judge is not None else f"{self.scorer.name} (proxy)"
+        return headline(metrics, self.progress, self.held_out.wins, self.scorer, judge, self.kl_coef.item())
 
     def export(self, folder: Path) -> None:
         """Write ``model/``, a causal language model like the SFT model it began as; with LoRA also ``adapter/``."""

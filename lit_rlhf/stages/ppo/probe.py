@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_rlhf.stages.ppo.rollout import PROBE
-from lit_rlhf.stages.prompts import PromptBatch
-from lit_rlhf.training import seeded
+from lit_rlhf.functional import gradient_noise
+from lit_rlhf.stages.ppo.rollout import Rollout
 
-if TYPE_CHECKING:
-    from lit_rlhf.stages.ppo.module import PPOModule
+# minibatch -> (what a backward pass may take of it, its share of the actions)
+Parts = Callable[[Rollout], list[tuple[Rollout, float]]]
 
 
-def gradient_noise(module: PPOModule, prompts: PromptBatch, rollouts: int) -> dict[str, Tensor]:
-    """Noise of one minibatch's policy gradient, over ``rollouts`` fresh rollouts of the policy as it is.
+def probe(
+    policy: nn.Module, minibatches: Iterable[Rollout], parts: Parts, loss: Callable[[Rollout], Tensor]
+) -> dict[str, Tensor]:
+    """Noise of a minibatch's policy gradient, ``ppo/gradient_variance``, ``_signal`` and ``_noise``: see
+    :class:`lit_rlhf.functional.GradientNoise`."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
 
-    ``ppo/gradient_variance`` is the trace of the gradient's covariance between minibatches, ``ppo/gradient_signal`` the
-    squared norm of its mean (the square of the mean's own error taken off, so it may come out below 0), and
-    ``ppo/gradient_noise`` their ratio, which no scaling of advantages changes."""
-    parameters = [p for p in module.policy.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    squares, count = 0.0, 0
-    for i in range(rollouts):
-        rollout = module.collect(prompts, i, PROBE)
-        for minibatch in rollout.shuffled(module.minibatch_size, seeded(module.seed, i, PROBE)):
-            gradients = [torch.zeros_like(p) for p in parameters]
-            for part, share in module.micro_batches(minibatch):
-                found = torch.autograd.grad(module.losses(part)[0] * share, parameters, allow_unused=True)
-                for known, new in zip(gradients, found):
+    def gradients() -> Iterator[list[Tensor]]:
+        for minibatch in minibatches:
+            total = [torch.zeros_like(p) for p in parameters]
+            for part, share in parts(minibatch):
+                found = torch.autograd.grad(loss(part) * share, parameters, allow_unused=True)
+                for known, new in zip(total, found):
                     if new is not None:
                         known += new
-            for known, new in zip(total, gradients):
-                known += new
-                squares += new.double().square().sum().item()
-            count += 1
-    mean_square = sum(g.square().sum().item() for g in total) / count**2
-    variance = (squares / count - mean_square) * count / max(count - 1, 1)
-    signal = mean_square - variance / count
-    named = {"variance": variance, "signal": signal, "noise": variance / max(signal, 1e-12)}
-    return {f"ppo/gradient_{name}": torch.tensor(value) for name, value in named.items()}
+            yield total
+
+    measured = gradient_noise(gradients())
+    return {f"ppo/gradient_{name}": torch.tensor(value) for name, value in measured._asdict().items()}

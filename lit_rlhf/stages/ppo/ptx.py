@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import TextRows, text_loss
+from lit_rlhf.models import TextRows, check_rows, text_loss
 
 
 class PretrainingText(Protocol):
@@ -33,9 +33,11 @@ class PretrainingText(Protocol):
 
 
 def pretraining_text(
-    make: Callable[..., PretrainingText] | None, tokenizer: PreTrainedTokenizerBase
+    make: Callable[..., PretrainingText] | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PretrainingText:
-    """The text of the language-modelling term, read. Raises ``UserError`` where there is none."""
+    """The text of the language-modelling term, read.
+
+    Raises ``UserError`` where there is none, and where its rows do not fit into the policy's context."""
     text = None if make is None else make(tokenizer=tokenizer)
     if text is None or not text.paths:
         raise UserError(
@@ -43,6 +45,7 @@ def pretraining_text(
             "(a .txt file, or records with a field text)"
         )
     text.setup()
+    check_rows(policy, text.block_size, "ppo.ptx.block_size")
     return text
 
 

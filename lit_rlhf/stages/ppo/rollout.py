@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from lit_rlhf.rollouts import Responses
-from lit_rlhf.stages.prompts import PromptBatch
-
-ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)  # what PPO draws random numbers for
+# What PPO draws random numbers for.
+ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)
 
 
 @dataclass
 class Rollout:
-    """N sampled answers of up to T tokens with everything that is learned from them.
+    """N sequences, with up to T tokens that the policy wrote, and everything that is learned from them.
 
-    A is T where every token is an action, and 1 where the whole answer is one. The token ids are those that were
-    sampled: never decoded and tokenized again."""
+    The policy's tokens may stand anywhere in a sequence (a dialogue has several of its turns, with tokens from
+    elsewhere between them): ``response_mask`` says where. Tensors hold those tokens alone, in order. A is T where every
+    token is an action, and 1 where all of a sequence's are one. The token ids are those that were sampled: never
+    decoded and tokenized again."""
 
     sequences: list[list[int]]  # N token lists, prompt and response
-    lengths: Tensor  # (N,) int64, tokens of each response, end-of-text included
-    mask: Tensor  # (N, A) bool, True = action
+    response_mask: list[list[bool]]  # one per token of each sequence, True = written by the policy
+    mask: Tensor  # (N, A) bool, True = action that is learned from
     old_logprobs: Tensor  # (N, A) nats, under the policy that sampled
     ref_logprobs: Tensor  # (N, A) nats, under the reference
     values: Tensor  # (N, A) the critic's, before each action; 0 without one
@@ -35,24 +34,21 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens (N,) that the policy wrote in each sequence."""
+        return torch.tensor([sum(mask) for mask in self.response_mask], device=self.mask.device)
+
     def select(self, index: Tensor) -> Rollout:
-        """The answers at ``index`` (M,), cut to the longest of them."""
-        width = int(self.lengths[index].max())
+        """The sequences at ``index`` (M,), cut to the widest of them."""
+        chosen = index.tolist()
+        masks = [self.response_mask[i] for i in chosen]
+        width = max(sum(mask) for mask in masks)
         names = ("mask", "old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
-        return Rollout(
-            [self.sequences[i] for i in index.tolist()],
-            self.lengths[index],
-            **{name: getattr(self, name)[index, :width] for name in names},
-        )
+        tensors = {name: getattr(self, name)[index, :width] for name in names}
+        return Rollout([self.sequences[i] for i in chosen], masks, **tensors)
 
     def shuffled(self, minibatch_size: int, generator: Generator) -> Iterator[Rollout]:
-        """Minibatches of all answers, in an order drawn from ``generator`` (on the CPU)."""
+        """Minibatches of all sequences, in an order drawn from ``generator`` (on the CPU)."""
         for index in torch.randperm(len(self), generator=generator).split(minibatch_size):
-            yield self.select(index.to(self.lengths.device))
-
-
-def record_of(prompts: PromptBatch, answers: Responses) -> dict[str, list[Any]]:
-    """What reward functions get to know besides prompts and answers, a list each."""
-    names = dict.fromkeys(name for record in prompts.records for name in record)
-    columns = {name: [record.get(name) for record in prompts.records] for name in names}
-    return {**columns, "kind": prompts.kinds, "finished": answers.finished.tolist()}
+            yield self.select(index.to(self.mask.device))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import freeze, packed_scores, score_mean, score_shift, score_std
+from lit_rlhf.functional import moments, power_sums, scale_of
+from lit_rlhf.models import freeze, scores_of
 from lit_rlhf.stages.functions import name_of, resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
@@ -91,11 +92,8 @@ class Scorer(nn.Module):
         said = torch.zeros(len(responses), device=packed[0].tokens.device)
         scored = torch.zeros_like(said, dtype=torch.bool)
         if self._asks_model:
-            logits = torch.cat([packed_scores(self.reward_model, batch).float() for batch in packed])
-            logits = logits + score_shift(self.reward_model)
-            if settings.scale == "reference":
-                mean = score_mean(self.reward_model) if settings.center else 0.0
-                logits = (logits - mean) / score_std(self.reward_model)
+            scale = settings.scale == "reference"
+            logits = scores_of(self.reward_model, packed, scale=scale, center=scale and settings.center)
             said, scored = said + settings.reward_model_weight * logits, ~scored
         for function, weight in zip(settings.functions, settings.weights or ()):
             scores = call(function, prompts, responses, record)
@@ -103,11 +101,10 @@ class Scorer(nn.Module):
             scored |= scored.new_tensor([score is not None for score in scores])
         return said.masked_fill(~scored, math.nan)
 
-    def observe(self, raw: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Take a rollout's ``raw`` scores (N,) into the running statistics; ``reduce`` sums over processes."""
-        x = raw[~raw.isnan()].double()
-        sums = reduce(torch.stack([x.new_tensor(float(len(x))), x.sum(), (x**2).sum()]))
-        for known, new in zip((self.count, self.total, self.squares), sums):
+    def observe(self, raw: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take a rollout's ``raw`` scores (N,) into the running statistics; ``total`` sums over processes."""
+        own = power_sums(raw[~raw.isnan()])
+        for known, new in zip((self.count, self.total, self.squares), own if total is None else total(own)):
             known.add_(new)
 
     def shape(self, raw: Tensor, lengths: Tensor, finished: Tensor) -> Tensor:
@@ -116,10 +113,8 @@ class Scorer(nn.Module):
         NaN stays NaN: penalties alone are no score."""
         settings, scores = self.scoring, raw
         if settings.scale == "running":
-            mean, square = (x / self.count.clamp(min=1) for x in (self.total, self.squares))
-            # Where all scores are alike, their variance is a rounding error, which must not divide.
-            std = torch.where(square - mean**2 > 1e-12 * square, square - mean**2, 1.0).sqrt()
-            scores = ((raw - mean if settings.center else raw) / std).float()
+            mean, square = moments(torch.stack([self.count, self.total, self.squares]))
+            scores = ((raw - mean if settings.center else raw) / scale_of(mean, square)).float()
         if settings.clip is not None:
             scores = scores.clamp(-settings.clip, settings.clip)
         return scores - settings.missing_eos_penalty * (~finished).float() - settings.length_penalty * lengths

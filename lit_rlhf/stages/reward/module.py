@@ -22,6 +22,7 @@ from lit_rlhf.models import (
     save_adapter,
     save_model,
     scores_and_hidden,
+    scores_of,
     token_logprobs_of,
     tokens_at_once,
 )
@@ -150,37 +151,33 @@ class RewardModule(StepLog):
         return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)
 
     @torch.no_grad()
-    def raw_scores(
+    def scores(
         self, sequences: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, batch_size: int = 64
     ) -> Tensor:
-        """Scores (N,) of token sequences, before the shift; ``lengths`` of the answers, which end them."""
+        """Scores (N,) of token sequences, of which ``lengths`` (N,) tokens at the end are the answers."""
         training = self.reward_model.training
         self.reward_model.eval()
         parts = runs([len(s) for s in sequences], tokens_at_once(self.reward_model, learning=False), batch_size)
-        scores = [
-            packed_scores(
-                self.reward_model,
-                pack(
-                    sequences[part],
-                    self.tokenizer.pad_token_id,
-                    response_lengths=None if lengths is None else lengths[part],
-                ).to(self.device),
-            )
+        pad_id = self.tokenizer.pad_token_id
+        batches = (
+            pack(sequences[part], pad_id, None if lengths is None else lengths[part]).to(self.device)
             for part in inner_bar(self._trainer, parts, "reward: calibration")
-        ]
+        )
+        scores = scores_of(self.reward_model, batches)
         self.reward_model.train(training)
-        return torch.cat(scores).float()
+        return scores
 
     def calibrate(self) -> None:
         """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note how they are spread.
 
         All goes into config.json: ``score = logit + score_shift``, and PPO divides by ``score_std``."""
         data = self.trainer.datamodule
-        demonstrations = self.raw_scores(data.demonstration_sequences, data.demonstration_lengths)
+        self.reward_model.config.score_shift = 0.0
+        demonstrations = self.scores(data.demonstration_sequences, data.demonstration_lengths)
         self.reward_model.config.score_shift = -demonstrations.mean().item()
         answers = [sequence for ranking in data.train_set[:512] for sequence in ranking.sequences]
         lengths = [length for ranking in data.train_set[:512] for length in ranking.response_lengths]
-        scores = self.raw_scores(answers, lengths) + self.reward_model.config.score_shift
+        scores = self.scores(answers, lengths)
         self.reward_model.config.score_mean = scores.mean().item()
         self.reward_model.config.score_std = max(scores.std().item(), 1e-6)
 

@@ -1,0 +1,249 @@
+"""From prompts to a rollout: sample, score, divergence and values, rewards, actions, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.functional import (
+    explained_variance,
+    kl_estimate,
+    masked_mean,
+    masked_sum,
+    population_std,
+    sequence_kl,
+    token_rewards,
+    whiten,
+    whole_answer,
+)
+from lit_rlhf.models import (
+    Critic,
+    Reference,
+    Responding,
+    by_token,
+    packed_hidden,
+    scatter,
+    stacked,
+    token_logprobs_of,
+)
+from lit_rlhf.rollouts import Engine, Responses, Sampling, sample
+from lit_rlhf.stages.ppo.advantage import AdvantageEstimator
+from lit_rlhf.stages.ppo.batching import Batching
+from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_entropy, logprob_and_kl
+from lit_rlhf.stages.ppo.rollout import Rollout
+from lit_rlhf.stages.ppo.scoring import Scorer
+from lit_rlhf.stages.prompts import Judge, PromptBatch, repeated
+from lit_rlhf.text.packing import Packed
+
+Statistics = dict[str, Tensor]  # name -> scalar
+
+
+class Answered(NamedTuple):
+    """N sampled responses to N prompts, before they are scored."""
+
+    prompts: PromptBatch
+    responses: Responses  # (N, T)
+    sequences: list[list[int]]  # prompt and response
+    response_mask: list[list[bool]]  # one per token of each sequence, True = written by the policy
+    batches: list[Packed]  # the sequences, laid out for models that read them
+    texts: list[str]
+    raw: Tensor  # (N,) what is said of each response, before it is scaled; NaN: nobody says anything
+
+
+class Readings(NamedTuple):
+    """What the models say of N responses, token by token; 0 elsewhere."""
+
+    logprobs: Tensor  # (N, T) nats, of the policy
+    entropy: Tensor  # (N, T) nats, of the policy
+    ref_logprobs: Tensor  # (N, T) nats, of the reference
+    kl: Tensor  # (N, T) nats, an estimate of the policy's divergence from the reference
+    values: Tensor  # (N, T) of the state before each token, in reward units; 0 without a critic
+
+
+@dataclass
+class Collector:
+    """Prompts in, a rollout and its statistics out. It changes no weights and logs nothing.
+
+    It sees the models as they are. ``exact`` says whether the engine's log-probs are those of a training pass; else
+    they are computed anew. ``total`` sums a tensor over all processes; None: there is one. With ``moves_scale`` the
+    scores enter the scorer's running scale; a rollout that is only looked at leaves it as it is."""
+
+    policy: PreTrainedModel
+    reference: Reference
+    critic: Critic | None
+    scorer: Scorer
+    judge: Judge | None  # grades that are watched and not learned from
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    sampling: Sampling
+    exact: bool
+    batching: Batching
+    tokens: int  # in a pass without gradients
+    kl: KLPenalty
+    kl_coef: Tensor  # () reward units per nat
+    advantage: AdvantageEstimator
+    action: Literal["token", "answer"]
+    answers_per_prompt: int
+    whiten: bool
+    total: Callable[[Tensor], Tensor] | None = None
+    moves_scale: bool = True
+
+    @torch.no_grad()
+    def collect(self, prompts: PromptBatch, seeds: Sequence[int]) -> tuple[Rollout, Statistics]:
+        """A rollout of K = ``answers_per_prompt`` responses to each of B prompts, from N = B * K ``seeds``.
+
+        T is the length of the longest response; A is T where every token is an action, 1 where a response is one."""
+        # 1. Sample N responses, and let the reward model and functions read them.
+        # A critic on the policy's trunk needs no other pass: it values the states that the responses were drawn from.
+        states = self._critic_on_policy and not self._reads_policy
+        answered = self.answer(self.policy, repeated(prompts, self.answers_per_prompt), seeds, states=states)
+        responses, token_mask = answered.responses, answered.responses.mask  # (N, T)
+        # 2. Scores (N,): scaled, clipped, less the penalties for length and for a missing end; NaN: nobody has scored.
+        if self.moves_scale:
+            self.scorer.observe(answered.raw, self.total)
+        scores = self.scorer.shape(answered.raw, responses.lengths, responses.finished)
+        # 3. Log-probs, divergence from the reference, values: (N, T).
+        readings = self.read(answered)
+        # 4. Token rewards (N, T): the penalty on every token, the score on the last.
+        penalties = torch.zeros_like(readings.kl) if self.kl.in_loss else self.kl_coef * readings.kl
+        token_reward = token_rewards(scores.nan_to_num(), penalties, token_mask)
+        # 5. From tokens to actions, (N, A). What nobody has scored is in no baseline, mean or loss.
+        learned_mask = token_mask & self._learned(scores)[:, None]
+        rewards, old_logprobs, ref_logprobs = (
+            self._actions(x, token_mask) for x in (token_reward, readings.logprobs, readings.ref_logprobs)
+        )
+        values, mask = readings.values[:, : rewards.shape[1]], learned_mask[:, : rewards.shape[1]]
+        # 6. Advantages and the critic's targets, (N, A).
+        raw_advantages, targets = self.advantage(rewards, values, mask, self.answers_per_prompt)
+        advantages = whiten(raw_advantages, mask, total=self.total) if self.whiten else raw_advantages
+        returns = torch.zeros_like(values) if targets is None else targets
+        experience = (mask, old_logprobs, ref_logprobs, values, rewards, advantages, returns)
+        rollout = Rollout(answered.sequences, answered.response_mask, *experience)
+        return rollout, self._statistics(rollout, answered, scores, readings, population_std(raw_advantages[mask]))
+
+    @torch.no_grad()
+    def answer(
+        self, policy: PreTrainedModel, prompts: PromptBatch, seeds: Sequence[int], *, states: bool = False
+    ) -> Answered:
+        """One response of ``policy`` to each of N prompts, and what is said of it; ``states`` as in ``Responses``."""
+        responses = sample(self.engine, policy, self.tokenizer, prompts.tokens, self.sampling, seeds, states=states)
+        written = responses.token_lists()
+        sequences = [prompt + response for prompt, response in zip(prompts.tokens, written)]
+        masks = [[False] * len(p) + [True] * len(r) for p, r in zip(prompts.tokens, written)]
+        batches, texts = self.batching.batches(sequences, masks, self.tokens), responses.texts(self.tokenizer)
+        raw = self.scorer.raw(batches, prompts.messages, texts, _record(prompts, responses))
+        return Answered(prompts, responses, sequences, masks, batches, texts, raw)
+
+    def grades(self, answered: Answered) -> dict[str, Tensor] | None:
+        """``gold`` and ``correct`` (N,) by the judge; None where there is none."""
+        if self.judge is None:
+            return None
+        cut = (~answered.responses.finished).tolist()
+        given = [self.judge.grade(*each) for each in zip(answered.prompts.messages, answered.texts, cut)]
+        names, like = ("gold", "correct"), answered.responses.logprobs
+        return {name: like.new_tensor([float(getattr(grade, name)) for grade in given]) for name in names}
+
+    @torch.no_grad()
+    def read(self, answered: Answered) -> Readings:
+        """Log-probs, divergence and values of all responses."""
+        responses = answered.responses
+        found = self.said(answered.batches)
+        if responses.states is not None:
+            values = self.critic.head(responses.states).squeeze(-1).float()
+            found["values"] = torch.where(responses.mask, values, 0.0)
+        logprobs, ref_logprobs = found.get("logprobs", responses.logprobs), found["ref_logprobs"]
+        if "kl" not in found:  # of what was drawn; where the loss has the full one, a rollout needs none
+            estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator
+            found["kl"] = kl_estimate(logprobs, ref_logprobs, estimator)
+        values = found.get("values", torch.zeros_like(responses.logprobs))
+        return Readings(logprobs, found.get("entropy", responses.entropy), ref_logprobs, found["kl"], values)
+
+    @torch.no_grad()
+    def said(self, batches: Sequence[Packed]) -> dict[str, Tensor]:
+        """What must be computed in passes over the responses, (N, T) each.
+
+        ``ref_logprobs`` of the reference; ``values`` of a critic that must read the responses; ``logprobs`` and
+        ``entropy`` of a training pass, where those of the engine are others; ``kl``, where it is over all tokens."""
+        found = [self._said_of(packed, Responding.of(packed)) for packed in batches]
+        return {name: stacked([said[name] for said in found]) for name in found[0]}
+
+    def _said_of(self, packed: Packed, response: Responding) -> dict[str, Tensor]:
+        before, tokens, temperature = response.before, response.tokens, self.sampling.temperature
+        said = {}
+        hidden = packed_hidden(self.policy, packed, at=before) if self._reads_policy else None
+        if self.critic is not None and (hidden is not None or not self._critic_on_policy):
+            said["values"] = self.critic(packed, before, hidden)
+        with self.reference.for_penalty(self.policy) as reference:
+            ref_hidden = packed_hidden(reference, packed, at=before)
+            said["ref_logprobs"] = token_logprobs_of(reference, ref_hidden, tokens, temperature)
+        if hidden is not None and not self.exact:
+            figures = by_token(self.policy, partial(logprob_and_entropy, temperature), hidden, tokens)
+            said["logprobs"], said["entropy"] = figures.unbind(-1)
+        if hidden is not None and self.kl.estimator == "full" and not self.kl.in_loss:
+            measure = partial(logprob_and_kl, self.policy, self.reference, temperature)
+            said["kl"] = by_token(self.policy, measure, hidden, tokens, ref_hidden)[:, 1]
+        return {name: scatter(x, response.mask) for name, x in said.items()}
+
+    @property
+    def _critic_on_policy(self) -> bool:
+        return self.critic is not None and self.critic.trunk is None
+
+    @property
+    def _reads_policy(self) -> bool:
+        """Whether a rollout needs another pass of the policy over what it wrote."""
+        stateless = self._critic_on_policy and not self.engine.gives_states
+        return not self.exact or stateless or (self.kl.estimator == "full" and not self.kl.in_loss)
+
+    def _learned(self, scores: Tensor) -> Tensor:
+        """Which responses (N,) are learned from: the scored ones, where they are compared with others two or more."""
+        scored = ~scores.isnan()
+        if not getattr(self.advantage, "compares_answers", False):
+            return scored
+        of_prompt = scored.view(-1, self.answers_per_prompt)
+        return (of_prompt & (of_prompt.sum(1, keepdim=True) > 1)).view(-1)
+
+    def _actions(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Per action from per token: (N, A) from (N, T)."""
+        return whole_answer(x, mask) if self.action == "answer" else x
+
+    def _statistics(
+        self, rollout: Rollout, answered: Answered, scores: Tensor, readings: Readings, advantage_std: Tensor
+    ) -> Statistics:
+        """Of a rollout whose responses have ``scores`` (N,), NaN where nobody has scored."""
+        responses, scored = answered.responses, ~scores.isnan()
+        found = {
+            "score": self._mean_of(scores, scored),
+            "score_std": population_std(scores[scored]),
+            "reward": self._mean_of(rollout.rewards.sum(-1), scored),
+            "kl": sequence_kl(readings.logprobs, readings.ref_logprobs, responses.mask).mean(),
+            "entropy": masked_mean(readings.entropy, responses.mask),
+            "response_length": responses.lengths.float().mean(),
+            "finished": responses.finished.float().mean(),
+        }
+        if self.critic is not None:
+            found["value"] = masked_mean(rollout.values, rollout.mask)
+            found["explained_variance"] = explained_variance(rollout.values, rollout.returns, rollout.mask)
+        if self.scorer.scoring.functions:  # which may say nothing
+            found["unscored"] = 1 - scored.float().mean()
+        found["advantage_std"] = advantage_std
+        grades = self.grades(answered)
+        return found if grades is None else {**found, "gold": grades["gold"].mean()}
+
+    def _mean_of(self, values: Tensor, counted: Tensor) -> Tensor:
+        """Of the ``values`` (N,) that are ``counted`` (N,), over all processes; NaN without any."""
+        sums = torch.stack([masked_sum(values, counted), counted.sum().to(values)])
+        total, count = sums if self.total is None else self.total(sums)
+        return total / count
+
+
+def _record(prompts: PromptBatch, responses: Responses) -> dict[str, list[Any]]:
+    """What reward functions get to know besides prompts and responses, a list each."""
+    names = dict.fromkeys(name for record in prompts.records for name in record)
+    columns = {name: [record.get(name) for record in prompts.records] for name in names}
+    return {**columns, "kind": prompts.kinds, "finished": responses.finished.tolist()}

@@ -1,0 +1,82 @@
+"""What is minimized on a minibatch of a rollout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_rlhf.functional import clip_fraction, clipped_value_loss, kl_estimate, masked_mean, whole_answer
+from lit_rlhf.models import Critic, Reference, Responding, by_token, packed_hidden, scatter, token_logprobs_of
+from lit_rlhf.stages.ppo.batching import Batching
+from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_kl
+from lit_rlhf.stages.ppo.loss import PolicyLoss
+from lit_rlhf.stages.ppo.rollout import Rollout
+from lit_rlhf.text.packing import Packed
+
+
+@dataclass
+class Objective:
+    """Losses of policy and critic, means over the actions."""
+
+    policy: PreTrainedModel
+    reference: Reference
+    critic: Critic | None
+    loss: PolicyLoss
+    kl: KLPenalty
+    kl_coef: Tensor  # () reward units per nat
+    value_clip_range: float | None  # reward units
+    temperature: float
+    action: Literal["token", "answer"]
+    batching: Batching
+
+    def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(policy's loss, critic's, what is to be watched) of N sequences, with M tokens of the policy in all."""
+        packed = self.batching.packed(minibatch.sequences, minibatch.response_mask)
+        response = Responding.of(packed)
+        hidden = packed_hidden(self.policy, packed, at=response.before)  # (M, D)
+        flat_logprobs, flat_kl = self._logprobs_and_kl(packed, response, hidden)  # (M,)
+        logprobs = self._actions(flat_logprobs, response.mask)  # (N, A)
+        actions, old = minibatch.mask, minibatch.old_logprobs
+        policy_loss = self.loss(logprobs, old, minibatch.advantages, actions)
+        detached = logprobs.detach()
+        watched = {
+            "policy_loss": policy_loss.detach(),
+            "clip_fraction": clip_fraction(detached, old, actions, getattr(self.loss, "clip_range", 0.2)),
+            "approx_kl": masked_mean(kl_estimate(old, detached, "k3"), actions),
+            "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
+        }
+        if self.kl.in_loss:
+            if flat_kl is None:
+                kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
+            else:
+                kl = self._actions(flat_kl, response.mask)
+            mean_kl = masked_mean(kl, actions)  # from the reference, in nats per action; its gradient is the penalty
+            watched["kl_loss"] = mean_kl.detach()
+            policy_loss = policy_loss + self.kl_coef * mean_kl
+        if self.critic is None:
+            return policy_loss, policy_loss.new_zeros(()), watched
+        values = scatter(self.critic(packed, response.before, hidden), response.mask)[:, : actions.shape[1]]
+        value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, actions, self.value_clip_range)
+        watched["value_loss"] = value_loss.detach()
+        return policy_loss, value_loss, watched
+
+    def _actions(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Per action (N, A) from per token (M,), which stand where ``mask`` (N, T) is True."""
+        tokens = scatter(x, mask)
+        return whole_answer(tokens, mask) if self.action == "answer" else tokens
+
+    def _logprobs_and_kl(self, packed: Packed, response: Responding, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (M,) of the responses' tokens from the policy's hidden states (M, D) before them; and, where the
+        loss has it, the divergence (M,) from the reference over all tokens."""
+        if not (self.kl.in_loss and self.kl.estimator == "full"):
+            return token_logprobs_of(self.policy, hidden, response.tokens, self.temperature), None
+        with torch.no_grad(), self.reference.for_penalty(self.policy) as reference:
+            ref_hidden = packed_hidden(reference, packed, at=response.before)
+        measure = partial(logprob_and_kl, self.policy, self.reference, self.temperature)
+        both = by_token(self.policy, measure, hidden, response.tokens, ref_hidden)
+        return both[:, 0], both[:, 1]
