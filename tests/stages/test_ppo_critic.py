@@ -51,7 +51,7 @@ def test_what_the_value_loss_reaches(critic, ppo, alone):
     module, batch = alone(ppo(critic=critic))
     torch.nn.init.normal_(module.critic.head.weight, std=0.1)  # at 0 it passes nothing on
     rollout, _ = module.collect(batch)
-    _, value_loss, _ = module.losses(rollout)
+    _, value_loss, _ = module.objective.losses(rollout)
     value_loss.backward()
     shared = critic is critic_on_policy
     reached = [n for n, p in module.policy.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
@@ -79,7 +79,7 @@ def test_the_value_loss_by_plain_transformers(critic, value_clip_range, ppo, alo
             clipped += int((near != values).sum())
             error = torch.maximum(error, (near - target) ** 2)
         errors.append(error)
-    assert_close(module.losses(rollout)[1], 0.5 * torch.cat(errors).mean(), atol=1e-5, rtol=1e-4)
+    assert_close(module.objective.losses(rollout)[1], 0.5 * torch.cat(errors).mean(), atol=1e-5, rtol=1e-4)
     assert value_clip_range is None or clipped > 0
 
 

@@ -60,7 +60,7 @@ def test_training_on_a_dialogue_is_training_on_its_turns(kind, share, policy, re
         optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05)
         losses = []
         for _ in range(3):
-            losses.append(module.losses(rollout)[:2])
+            losses.append(module.objective.losses(rollout)[:2])
             optimizer.zero_grad()
             (losses[-1][0] + module.value_coef * losses[-1][1]).backward()
             optimizer.step()

@@ -90,7 +90,7 @@ def test_the_reference_engine_keeps_no_states_for_a_critic_on_the_policy(ppo, al
     module, batch = alone(ppo(engine=TransformersEngine(), critic=critic_on_policy))
     torch.nn.init.normal_(module.critic.head.weight)
     rollout, statistics = module.collect(batch)
-    losses = module.losses(rollout)
+    losses = module.objective.losses(rollout)
     assert losses[2]["ratio"] == pytest.approx(1, abs=1e-4) and statistics["entropy"] > 0
     packed = module.batching.packed(rollout.sequences, rollout.response_mask)
     before, mask = predicting_positions(packed)

@@ -66,7 +66,7 @@ def test_the_gradient_of_a_penalty_in_the_loss(estimator, family, reward_model_o
     rollout, _ = module.collect(batch)
     assert not rollout.rewards.any()  # nothing is taken from them then
     expected = 0.3 * torch.cat(divergences(estimator, module, rollout)).mean()
-    loss, _, watched = module.losses(rollout)
+    loss, _, watched = module.objective.losses(rollout)
     assert_close(loss, expected, atol=1e-5, rtol=1e-4)
     assert_close(watched["kl_loss"], expected.detach() / 0.3, atol=1e-5, rtol=1e-4)
     assert watched["policy_loss"] == 0
@@ -86,7 +86,7 @@ def test_a_penalty_in_the_loss_of_a_whole_answer(estimator, ppo, alone, moved):
         expected = torch.stack([kl.sum() for kl in divergences("full", module, rollout)]).mean()
     else:  # half the square of the answer's own log-ratio
         expected = torch.stack([kl.sum() ** 2 / 2 for kl in divergences("k1", module, rollout)]).mean()
-    assert_close(module.losses(rollout)[0], 0.3 * expected, atol=1e-5, rtol=1e-4)
+    assert_close(module.objective.losses(rollout)[0], 0.3 * expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_penalty_in_the_loss_holds_the_policy_back(ppo, train):

@@ -61,7 +61,7 @@ def test_a_penalty_in_the_loss_reaches_the_adapters(estimator, policy, reward_mo
     module, batch = alone(module)
     rollout, _ = module.collect(batch)
     rollout.advantages.zero_()
-    module.losses(rollout)[0].backward()
+    module.objective.losses(rollout)[0].backward()
     gradients = {name: p.grad.clone() for name, p in module.policy.named_parameters() if p.requires_grad}
     module.policy.zero_grad()
     terms = []

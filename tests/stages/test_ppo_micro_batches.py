@@ -24,8 +24,8 @@ def gradients(module, rollout, size):
     """Of the loss of a minibatch, by parameter, in parts of ``size`` answers."""
     module.micro_batch_size = size
     module.zero_grad()
-    for part, share in module.micro_batches(rollout):
-        policy_loss, value_loss, _ = module.losses(part)
+    for part, share in module.objective.micro_batches(rollout):
+        policy_loss, value_loss, _ = module.objective.losses(part)
         ((policy_loss + module.value_coef * value_loss) * share).backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -40,9 +40,9 @@ def test_gradients_add_up_to_the_minibatchs_in_float64(kind, policy, reward_mode
     rollout.mask[4] = False  # nobody has scored it: parts have unequal numbers of actions
     moved(module)
     whole = gradients(module, rollout, None)
-    assert len(module.micro_batches(rollout)) == 1
+    assert len(module.objective.micro_batches(rollout)) == 1
     parts = gradients(module, rollout, 3)
-    assert len(module.micro_batches(rollout)) == -(-len(rollout) // 3)
+    assert len(module.objective.micro_batches(rollout)) == -(-len(rollout) // 3)
     assert whole.keys() == parts.keys()
     for name, expected in whole.items():
         near = 1e-9 if module.critic is None else 1e-6  # values are float32 whatever the model is
@@ -95,6 +95,6 @@ def test_a_minibatch_is_cut_where_its_tokens_are_too_many(ppo, alone, monkeypatc
     module, batch = alone(ppo(minibatch_size=8))
     rollout, _ = module.collect(batch)
     monkeypatch.setattr("lit_rlhf.stages.ppo.module.tokens_at_once", lambda module, learning: 40)
-    parts = [part for part, _ in module.micro_batches(rollout)]
+    parts = [part for part, _ in module.objective.micro_batches(rollout)]
     assert [s for part in parts for s in part.sequences] == rollout.sequences
     assert len(parts) > 1 and all(sum(map(len, part.sequences)) <= 40 or len(part) == 1 for part in parts)

@@ -152,7 +152,7 @@ def test_losses_by_plain_transformers(loss, action, ppo, alone, moved, logprobs_
         else:
             terms.append(ratio * advantages - 0.7 * (ratio - 1 - ratio.log()))
     expected = -torch.cat(terms).mean()  # over all actions of the minibatch
-    policy_loss, value_loss, watched = module.losses(rollout)
+    policy_loss, value_loss, watched = module.objective.losses(rollout)
     assert_close(policy_loss, expected, atol=1e-4, rtol=1e-4)
     assert value_loss == 0
     assert watched["clip_fraction"] > 0 and watched["approx_kl"] > 0
@@ -209,7 +209,7 @@ def test_shared_prompts_change_nothing_that_is_learned(critic, ppo, alone, moved
         module, batch = alone(module)
         rollout, _ = module.collect(batch)
         cells = module.batching.packed(rollout.sequences, rollout.response_mask).tokens.numel()
-        policy_loss, value_loss, _ = module.losses(rollout)
+        policy_loss, value_loss, _ = module.objective.losses(rollout)
         (policy_loss + value_loss).backward()
         gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
         found.append((cells, rollout, gradients))

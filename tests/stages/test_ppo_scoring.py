@@ -304,7 +304,7 @@ def test_an_unscored_answer_is_as_if_it_had_not_been_drawn(advantage, action, pp
     rest = rollout.select(kept.nonzero()[:, 0])
     again, _ = advantage(rest.rewards, rest.values, rest.mask, 2)
     assert_close(rest.advantages, whiten(again, rest.mask))
-    losses = [module.losses(r)[:2] for r in (rollout, rest)]
+    losses = [module.objective.losses(r)[:2] for r in (rollout, rest)]
     assert_close(losses[0], losses[1])
     gradients = [
         torch.autograd.grad(sum(pair), module.policy.parameters(), allow_unused=True, materialize_grads=True)

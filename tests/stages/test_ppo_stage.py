@@ -17,6 +17,7 @@ from lit_rlhf.pipeline.settings import compose_settings
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule
 from lit_rlhf.stages.ppo import GAE, KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
+from lit_rlhf.stages.ppo.objective import Objective
 from lit_rlhf.training import adamw
 
 CONF = Path(__file__).parents[2] / "conf" / "ppo"
@@ -187,17 +188,17 @@ def test_the_probe_changes_nothing(ppo, train):
         assert torch.equal(a, b), name
 
 
-def test_the_probe_measures_the_covariance_of_gradients(ppo, alone):
+def test_the_probe_measures_the_covariance_of_gradients(ppo, alone, monkeypatch):
     module, batch = alone(ppo(), batch_size=16)
-    kept, losses = [], module.losses
+    kept, losses = [], Objective.losses
 
-    def watched(minibatch):
-        made = losses(minibatch)
+    def watched(objective, minibatch):
+        made = losses(objective, minibatch)
         gradients = torch.autograd.grad(made[0], list(module.policy.parameters()), retain_graph=True)
         kept.append(torch.cat([g.flatten() for g in gradients]).double())
         return made
 
-    module.losses = watched
+    monkeypatch.setattr(Objective, "losses", watched)
     module.probe_rollouts = 3
     figures = module._probe(batch)
     gradients = torch.stack(kept)

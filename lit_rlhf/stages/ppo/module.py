@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,37 +13,31 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.functional import (
-    adapted_kl_coef,
-)
+from lit_rlhf.functional import adapted_kl_coef
 from lit_rlhf.models import (
     CriticFactory,
     Reference,
     ReferenceUpdate,
-    TextRows,
-    adds_to_gradients,
     critic_from_reward_model,
     head_parameters,
     learning,
     save_adapter,
     save_model,
     shares_prompts,
-    text_loss,
     tokens_at_once,
 )
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, sample
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
-from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.checks import check
 from lit_rlhf.stages.ppo.collector import Collector, Statistics
 from lit_rlhf.stages.ppo.held_out import HeldOut
 from lit_rlhf.stages.ppo.kl import KLPenalty
+from lit_rlhf.stages.ppo.learning import LearnsFromRollouts
 from lit_rlhf.stages.ppo.loss import ClippedLoss, KLPenaltyLoss, PolicyLoss
-from lit_rlhf.stages.ppo.objective import Objective
 from lit_rlhf.stages.ppo.probe import probe
-from lit_rlhf.stages.ppo.progress import Progress, headline
-from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, held_out_text_loss, pretraining_text
-from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, SAMPLES, TEXT, VALIDATION, Rollout
+from lit_rlhf.stages.ppo.progress import Progress, headline, means_over
+from lit_rlhf.stages.ppo.ptx import PretrainingText, held_out_text_loss, pretraining_text
+from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, SAMPLES, VALIDATION, Rollout
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.prompts import Judge, PromptBatch, spread
 from lit_rlhf.stages.records import fit_context
@@ -52,16 +45,14 @@ from lit_rlhf.text.records import shown
 from lit_rlhf.training import (
     OptimizerFactory,
     Schedule,
-    TrainedState,
     adamw,
     decay_groups,
-    inner_bar,
     seeded,
     warmup_decay,
 )
 
 
-class PPOModule(TrainedState):
+class PPOModule(LearnsFromRollouts):
     """Alternates rollouts and optimization epochs: one ``training_step`` is one iteration.
 
     Args:
@@ -190,18 +181,6 @@ class PPOModule(TrainedState):
         )
 
     @property
-    def _shared(self) -> dict[str, Any]:
-        """What collecting and learning have in common."""
-        names = ("policy", "reference", "critic", "kl", "kl_coef", "action", "batching")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def batching(self) -> Batching:
-        """How sequences are laid out for a pass through a model."""
-        pad_id, size = self.tokenizer.pad_token_id, self.micro_batch_size
-        return Batching(pad_id, self.device, self.packing, self.share_prompts, size)
-
-    @property
     def _judge(self) -> Judge | None:
         return getattr(self.trainer.datamodule, "judge", None)
 
@@ -225,20 +204,7 @@ class PPOModule(TrainedState):
             for i, rollout in enumerate(rollouts)
             for minibatch in rollout.shuffled(self.minibatch_size, seeded(self.seed, i, PROBE))
         )
-        return probe(self.policy, minibatches, self.micro_batches, lambda part: self.losses(part)[0])
-
-    @property
-    def _shard(self) -> tuple[int, int]:
-        return self.trainer.global_rank, self.trainer.world_size
-
-    def micro_batches(self, minibatch: Rollout) -> list[tuple[Rollout, float]]:
-        """(a part that a backward pass may take, its share of the actions): gradients of the parts, weighted so, add up
-        to those of the whole."""
-        actions = max(1, int(minibatch.mask.sum()))
-        places = torch.arange(len(minibatch), device=minibatch.mask.device)
-        runs = self.batching.runs(minibatch.sequences, tokens_at_once(self, learning=True))
-        parts = [minibatch.select(places[run]) for run in runs]
-        return [(part, int(part.mask.sum()) / actions) for part in parts]
+        return probe(self.objective, minibatches)
 
     # ------------------------------------------------------------ optimization
 
@@ -252,100 +218,6 @@ class PPOModule(TrainedState):
         self.iteration += 1
         means = self._log_updates(rollout, updates)
         self._adapt(rollout, means)
-
-    def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:
-        """The optimization epochs; they end early where the policy has moved further than ``kl.stop``.
-
-        A minibatch in which no process has a scored answer takes no step."""
-        updates: list[dict[str, Tensor]] = []
-        for _ in inner_bar(self.trainer, range(self.ppo_epochs), "optimization epochs"):
-            for minibatch in rollout.shuffled(self.minibatch_size, order):
-                if not self.trainer.strategy.reduce_boolean_decision(bool(minibatch.mask.any()), all=False):
-                    continue
-                updates.append(self.update(minibatch, len(updates)))
-                too_far = self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop
-                # All processes stop together: one that went on alone would wait for the others forever.
-                if self.trainer.strategy.reduce_boolean_decision(too_far, all=False):
-                    return updates
-        return updates
-
-    def update(self, minibatch: Rollout, number: int = 0) -> dict[str, Tensor]:
-        """Optimizer step ``number`` of a rollout, on a minibatch; returns what is to be watched."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        optimizer.zero_grad()
-        # The text comes first: the last backward pass is of all that is trained, as DDP wants the one that it averages.
-        watched = {} if self.ptx is None else self._learn_text(minibatch, number)
-        watched |= self._backward(minibatch)
-        if self.iteration < self.critic_warmup:
-            for parameter in self.policy.parameters():
-                parameter.grad = None  # the optimizer leaves it alone
-        watched["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        if self.critic is not None:
-            watched["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()  # a rollout needs their memory
-        return watched
-
-    def _backward(self, minibatch: Rollout, synced: bool = True) -> dict[str, Tensor]:
-        """Adds the gradients of a minibatch to those there are; returns what is to be watched.
-
-        ``synced``: the last micro-batch averages them over all processes."""
-        parts, share = self.micro_batches(minibatch), self._action_share(minibatch.mask)
-        watched: dict[str, Tensor] = {}
-        for i, (part, weight) in enumerate(parts):
-            with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
-                policy_loss, value_loss, seen = self.losses(part)
-            # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
-            loss = (policy_loss + self.value_coef * value_loss) * share * weight
-            ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
-            for name, value in seen.items():
-                watched[name] = watched.get(name, 0.0) + value * weight
-            watched |= {"loss": watched.get("loss", 0.0) + loss.detach(), "ratio": ratio}
-            self._add_gradients(loss, synced and i == len(parts) - 1)
-        return watched
-
-    def _add_gradients(self, loss: Tensor, synced: bool) -> None:
-        strategy = self.trainer.strategy
-        with nullcontext() if synced or self.trainer.world_size == 1 else strategy.block_backward_sync():
-            self.manual_backward(loss)
-
-    def _learn_text(self, minibatch: Rollout, number: int) -> dict[str, Tensor]:
-        """Adds the gradients of pretraining text; before the first step of a rollout, the norms of both parts too."""
-        watched = {}
-        if number == 0:
-            self._backward(minibatch, synced=False)
-            watched["rl_grad_norm"] = gradient_norm(self.policy)
-            self.zero_grad()
-        parts, losses = self.text_parts(number), []
-        for part in parts:
-            share = part.labels.numel() / sum(p.labels.numel() for p in parts)
-            losses.append(text_loss(self.policy, part) * share)
-            self._add_gradients(self.ptx_coef * losses[-1], synced=False)
-        watched["ptx_loss"] = torch.stack(losses).detach().sum()
-        return watched | ({"ptx_grad_norm": gradient_norm(self.policy)} if number == 0 else {})
-
-    def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(policy's loss, critic's, what is to be watched) of a minibatch."""
-        clip, temperature = self.value_clip_range, self.sampling.temperature
-        objective = Objective(**self._shared, loss=self.loss, value_clip_range=clip, temperature=temperature)
-        return objective.losses(minibatch)
-
-    def text_parts(self, number: int) -> list[TextRows]:
-        """Pretraining text for optimizer step ``number``, in micro-batches; which text depends on iteration, step and
-        process alone."""
-        count = max(1, round(self.ptx_ratio * self.minibatch_size))
-        generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
-        rows = self.ptx.rows(count, generator).to(self.device)
-        size = self.micro_batch_size or max(1, tokens_at_once(self, learning=True) // rows.labels.shape[1])
-        return [TextRows(part) for part in rows.tokens.split(size)]
-
-    def _action_share(self, mask: Tensor) -> Tensor | float:
-        """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""
-        if self.trainer.world_size == 1:
-            return 1.0
-        mine = mask.sum().float()
-        return mine / self._mean(mine)
 
     def _adapt(self, rollout: Rollout, means: dict[str, Tensor]) -> None:
         """What follows the policy from iteration to iteration: coefficients, where a step was taken, and reference."""
@@ -386,10 +258,7 @@ class PPOModule(TrainedState):
             iteration = int(self.iteration)
             self.print(f"  ppo: iteration {iteration} has no scored answer to learn from, so no step was taken")
             return {}
-        # Logged once an iteration: a value logged in each inner step would keep only the last one.
-        means = {f"ppo/{n}": torch.stack([u[n] for u in updates if n in u]).mean() for n in updates[0]}
-        means["ppo/first_ratio"], means["ppo/first_kl"] = updates[0]["ratio"], updates[0]["approx_kl"]
-        del means["ppo/ratio"]
+        means = {f"ppo/{name}": value for name, value in means_over(updates).items()}
         self.log_dict(means, sync_dist=True, batch_size=len(rollout))
         return means
 
@@ -397,14 +266,6 @@ class PPOModule(TrainedState):
         """Log in this iteration alone: what ``log`` gets, Lightning would repeat in every later one."""
         for logger in self.loggers:
             logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=int(self.iteration))
-
-    def _total(self, value: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
-
-    def _mean(self, value: Tensor) -> Tensor:
-        """Over all processes."""
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, answer) of some held-out prompts, by the policy as it is now."""

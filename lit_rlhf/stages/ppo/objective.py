@@ -1,7 +1,8 @@
-"""What is minimized on a minibatch of a rollout."""
+"""What is minimized on a minibatch of a rollout, and its gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -30,9 +31,40 @@ class Objective:
     kl: KLPenalty
     kl_coef: Tensor  # () reward units per nat
     value_clip_range: float | None  # reward units
+    value_coef: float  # weight of the critic's loss
     temperature: float
     action: Literal["token", "answer"]
     batching: Batching
+    tokens: int  # in a backward pass
+
+    def gradients(
+        self, minibatch: Rollout, share: Tensor | float, backward: Callable[[Tensor, bool], None]
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of a minibatch to those there are, micro-batch by micro-batch.
+
+        ``backward`` takes a loss, and whether it is the last one; ``share`` weights them all. Returns what is to be
+        watched."""
+        parts = self.micro_batches(minibatch)
+        watched: dict[str, Tensor] = {}
+        for i, (part, weight) in enumerate(parts):
+            policy_loss, value_loss, seen = self.losses(part)
+            # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
+            loss = (policy_loss + self.value_coef * value_loss) * share * weight
+            ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
+            for name, value in seen.items():
+                watched[name] = watched.get(name, 0.0) + value * weight
+            watched |= {"loss": watched.get("loss", 0.0) + loss.detach(), "ratio": ratio}
+            backward(loss, i == len(parts) - 1)
+        return watched
+
+    def micro_batches(self, minibatch: Rollout) -> list[tuple[Rollout, float]]:
+        """(a part that a backward pass may take, its share of the actions): gradients of the parts, weighted so, add up
+        to those of the whole."""
+        actions = max(1, int(minibatch.mask.sum()))
+        places = torch.arange(len(minibatch), device=minibatch.mask.device)
+        runs = self.batching.runs(minibatch.sequences, self.tokens)
+        parts = [minibatch.select(places[run]) for run in runs]
+        return [(part, int(part.mask.sum()) / actions) for part in parts]
 
     def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(policy's loss, critic's, what is to be watched) of N sequences, with M tokens of the policy in all."""

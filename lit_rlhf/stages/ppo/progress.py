@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ class Progress(nn.Module):
         if "unscored" in statistics:
             self.unscored += total((statistics["unscored"] * size).round()).long()
         self.episodes += size * processes
+
+
+def means_over(updates: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What was watched in the optimizer steps of an iteration: means, and ratio and divergence before the first step.
+
+    To be logged once per iteration: of a value that is logged in each step, Lightning would keep only the last."""
+    means = {
+        name: torch.stack([u[name] for u in updates if name in u]).mean() for name in updates[0] if name != "ratio"
+    }
+    return {**means, "first_ratio": updates[0]["ratio"], "first_kl": updates[0]["approx_kl"]}
 
 
 def headline(

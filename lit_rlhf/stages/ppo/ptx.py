@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -47,6 +47,20 @@ def pretraining_text(
     text.setup()
     check_rows(policy, text.block_size, "ppo.ptx.block_size")
     return text
+
+
+def text_gradients(
+    policy: PreTrainedModel, parts: Sequence[TextRows], coef: float, backward: Callable[[Tensor], None]
+) -> Tensor:
+    """Adds ``coef`` times the gradients of the mean loss on ``parts`` to those there are; ``backward`` takes a loss.
+
+    Returns that mean, in nats per token."""
+    total = torch.zeros((), device=parts[0].labels.device)
+    for part in parts:
+        loss = text_loss(policy, part) * (part.labels.numel() / sum(p.labels.numel() for p in parts))
+        backward(coef * loss)
+        total += loss.detach()
+    return total
 
 
 @torch.no_grad()

@@ -1,0 +1,147 @@
+"""How PPO learns from a rollout: optimization epochs over minibatches, and the gradients of a step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_rlhf.models import Critic, Reference, TextRows, adds_to_gradients, tokens_at_once
+from lit_rlhf.rollouts import Sampling
+from lit_rlhf.stages.ppo.batching import Batching
+from lit_rlhf.stages.ppo.kl import KLPenalty
+from lit_rlhf.stages.ppo.loss import PolicyLoss
+from lit_rlhf.stages.ppo.objective import Objective
+from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, text_gradients
+from lit_rlhf.stages.ppo.rollout import TEXT, Rollout
+from lit_rlhf.training import TrainedState, inner_bar, seeded
+
+
+class LearnsFromRollouts(TrainedState):
+    """The part of :class:`PPOModule` that takes optimizer steps; its settings are explained there."""
+
+    policy: PreTrainedModel
+    reference: Reference
+    critic: Critic | None
+    tokenizer: PreTrainedTokenizerBase
+    loss: PolicyLoss
+    kl: KLPenalty
+    kl_coef: Tensor  # () reward units per nat
+    iteration: Tensor  # () int64
+    action: Literal["token", "answer"]
+    sampling: Sampling
+    ptx: PretrainingText | None
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """What collecting and learning have in common."""
+        names = ("policy", "reference", "critic", "kl", "kl_coef", "action", "batching")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def batching(self) -> Batching:
+        """How sequences are laid out for a pass through a model."""
+        pad_id, size = self.tokenizer.pad_token_id, self.micro_batch_size
+        return Batching(pad_id, self.device, self.packing, self.share_prompts, size)
+
+    @property
+    def objective(self) -> Objective:
+        """What this module minimizes, with models and coefficients as they are now."""
+        return Objective(
+            **self._shared,
+            loss=self.loss,
+            value_clip_range=self.value_clip_range,
+            value_coef=self.value_coef,
+            temperature=self.sampling.temperature,
+            tokens=tokens_at_once(self, learning=True),
+        )
+
+    def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:
+        """The optimization epochs; they end early where the policy has moved further than ``kl.stop``.
+
+        A minibatch in which no process has a scored answer takes no step."""
+        updates: list[dict[str, Tensor]] = []
+        for _ in inner_bar(self.trainer, range(self.ppo_epochs), "optimization epochs"):
+            for minibatch in rollout.shuffled(self.minibatch_size, order):
+                if not self.trainer.strategy.reduce_boolean_decision(bool(minibatch.mask.any()), all=False):
+                    continue
+                updates.append(self.update(minibatch, len(updates)))
+                too_far = self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop
+                # All processes stop together: one that went on alone would wait for the others forever.
+                if self.trainer.strategy.reduce_boolean_decision(too_far, all=False):
+                    return updates
+        return updates
+
+    def update(self, minibatch: Rollout, number: int = 0) -> dict[str, Tensor]:
+        """Optimizer step ``number`` of a rollout, on a minibatch; returns what is to be watched."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()
+        # The text comes first: the last backward pass is of all that is trained, as DDP wants the one that it averages.
+        watched = {} if self.ptx is None else self._learn_text(minibatch, number)
+        watched |= self._add_gradients_of(minibatch)
+        if self.iteration < self.critic_warmup:
+            for parameter in self.policy.parameters():
+                parameter.grad = None  # the optimizer leaves it alone
+        watched["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if self.critic is not None:
+            watched["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()  # a rollout needs their memory
+        return watched
+
+    def _add_gradients_of(self, minibatch: Rollout, synced: bool = True) -> dict[str, Tensor]:
+        """Returns what is to be watched. ``synced``: the last backward pass averages over all processes."""
+        share = self._action_share(minibatch.mask)
+        with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
+            return self.objective.gradients(
+                minibatch, share, lambda loss, last: self._add_gradients(loss, synced and last)
+            )
+
+    def _add_gradients(self, loss: Tensor, synced: bool) -> None:
+        strategy = self.trainer.strategy
+        with nullcontext() if synced or self.trainer.world_size == 1 else strategy.block_backward_sync():
+            self.manual_backward(loss)
+
+    def _learn_text(self, minibatch: Rollout, number: int) -> dict[str, Tensor]:
+        """Adds the gradients of pretraining text; before the first step of a rollout, the norms of both parts too."""
+        watched = {}
+        if number == 0:
+            self._add_gradients_of(minibatch, synced=False)
+            watched["rl_grad_norm"] = gradient_norm(self.policy)
+            self.zero_grad()
+        parts, backward = self.text_parts(number), partial(self._add_gradients, synced=False)
+        watched["ptx_loss"] = text_gradients(self.policy, parts, self.ptx_coef, backward)
+        return watched | ({"ptx_grad_norm": gradient_norm(self.policy)} if number == 0 else {})
+
+    def text_parts(self, number: int) -> list[TextRows]:
+        """Pretraining text for optimizer step ``number``, in micro-batches; which text depends on iteration, step and
+        process alone."""
+        count = max(1, round(self.ptx_ratio * self.minibatch_size))
+        generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
+        rows = self.ptx.rows(count, generator).to(self.device)
+        size = self.micro_batch_size or max(1, tokens_at_once(self, learning=True) // rows.labels.shape[1])
+        return [TextRows(part) for part in rows.tokens.split(size)]
+
+    def _action_share(self, mask: Tensor) -> Tensor | float:
+        """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        mine = mask.sum().float()
+        return mine / self._mean(mine)
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _total(self, value: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over all processes."""
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
