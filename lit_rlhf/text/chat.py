@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.records import Messages, is_learned
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
-from lit_rlhf.text.template import Note, Template, Tools, Written, content_of
+from lit_rlhf.text.template import Note, Template, Tools, content_of
 from lit_rlhf.text.tokenizer import ROLES
+from lit_rlhf.text.written import Written
 
 Item = TypeVar("Item")
 
@@ -160,7 +161,7 @@ def encode_prompts(
         return []
     template = Template(tokenizer, special_tokens, note)
     written = _each(zip(prompts, tools or [None] * len(prompts)), template.prompt, refuse)
-    tokens = iter(template.encode_prompts([w for w in written if w is not None]))
+    tokens = iter(template.tokens.prompts([w for w in written if w is not None]))
     return [[] if w is None else next(tokens) for w in written]
 
 
@@ -182,7 +183,7 @@ def encode_responses(
     template = Template(tokenizer, special_tokens, note)
     answers = [{"role": "assistant", "content": text} for text in responses]
     turns = _each(zip(prompts, answers, tools or [None] * len(prompts)), template.turn, refuse)
-    tokens = iter(template.encode_responses([turn for turn in turns if turn is not None]))
+    tokens = iter(template.tokens.responses([turn for turn in turns if turn is not None]))
     return [[] if turn is None else next(tokens).tokens for turn in turns]
 
 
@@ -216,7 +217,7 @@ def encode_dialogues(
 
     written = _each(zip(dialogues, contexts, tools or [None] * len(dialogues)), turns, refuse)
     every = [turn for found in written for turn in found or ()]
-    tokens = zip(every, template.encode_prompts(every), template.encode_responses(every))
+    tokens = zip(every, template.tokens.prompts(every), template.tokens.responses(every))
     return [_joined([next(tokens) for _ in found or ()]) for found in written]
 
 

@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.text.special_tokens import (
-    Pieces,
-    SpecialTokens,
-    any_of,
-    check,
-    check_characters,
-    encode_marked,
-    encode_texts,
-    marked,
-    text_start,
-)
+from lit_rlhf.text.special_tokens import SpecialTokens, any_of, check, check_characters, marked
+from lit_rlhf.text.written import Written, WrittenTokens
 
 Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates want it
 Message = dict[str, Any]
@@ -29,15 +19,6 @@ Note = Callable[[str], None]  # says a line
 
 SYSTEM, QUESTION, ANSWER = "(system)", "(question)", "(answer)"  # written to see what a template does with it
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
-
-
-class Written(NamedTuple):
-    """A prompt, and the answer to it where there is one, as the template writes them."""
-
-    prompt: str
-    response: str = ""  # up to the end of the assistant's turn
-    learned: list[tuple[int, int]] | None = None  # characters of the response; None: all
-    mark: str = ""  # see lit_rlhf.text.special_tokens.marked
 
 
 class Template:
@@ -56,6 +37,7 @@ class Template:
         self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain", note: Note = say
     ) -> None:
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
+        self.tokens = WrittenTokens(tokenizer, special_tokens)
         self._note, self._noted = note, set[str]()
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         self._added = any_of(token.content for token in added)
@@ -311,43 +293,6 @@ class Template:
 
     def _source(self, tools: Tools) -> str:
         return self.tokenizer.get_chat_template(None, tools) if self.special_tokens != "rendered" else ""
-
-    # ------------------------------------------------------------------ tokens
-
-    def encode_prompts(self, written: Sequence[Written]) -> list[list[int]]:
-        """Tokens of each prompt."""
-        prompts = self._encode([w.prompt for w in written], [w.mark for w in written])
-        start = text_start(self.tokenizer) if self.special_tokens == "rendered" else []
-        return [tokens if tokens[: len(start)] == start else [*start, *tokens] for tokens in prompts]
-
-    def encode_responses(self, written: Sequence[Written]) -> list[Pieces]:
-        """Tokens of each response behind its prompt."""
-        if self._cuts_anywhere and all(w.learned is None for w in written):
-            found = self._encode([w.response for w in written], [w.mark for w in written])
-            return [Pieces(tokens, []) for tokens in found]
-        return [self._behind(w) for w in written]
-
-    def _encode(self, texts: Sequence[str], marks: Sequence[str]) -> list[list[int]]:
-        plain = iter(encode_texts(self.tokenizer, [t for t, mark in zip(texts, marks) if not mark], "rendered"))
-        return [encode_marked(self.tokenizer, t, mark).tokens if mark else next(plain) for t, mark in zip(texts, marks)]
-
-    @cached_property
-    def _cuts_anywhere(self) -> bool:
-        """Whether a text has the same tokens alone as behind another: SentencePiece puts a space before the first."""
-        one, two, both = encode_texts(self.tokenizer, ["\n", "a", "\na"])
-        return one + two == both
-
-    def _behind(self, written: Written) -> Pieces:
-        """Tokens of a response as they follow the prompt's, or, where the two share a token, a line break's."""
-        if self._cuts_anywhere:
-            return encode_marked(self.tokenizer, written.response, written.mark)
-        for before in (written.prompt, "\n"):
-            first = encode_marked(self.tokenizer, before, written.mark).tokens
-            both = encode_marked(self.tokenizer, before + written.response, written.mark)
-            if both.tokens[: len(first)] == first:
-                spans = [(begin - len(before), end - len(before)) for begin, end in both.spans[len(first) :]]
-                return Pieces(both.tokens[len(first) :], spans)
-        return encode_marked(self.tokenizer, written.response, written.mark)
 
 
 def content_of(message: Message) -> str:
