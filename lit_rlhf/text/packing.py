@@ -207,15 +207,20 @@ def _sharing(sequences: Sequence[Sequence[int]], response_lengths: Sequence[int]
         yield group
 
 
-def runs(lengths: Sequence[int], tokens: int, most: int | None = None) -> list[slice]:
+def runs(
+    lengths: Sequence[int], tokens: int, most: int | None = None, shared: Sequence[int] | None = None
+) -> list[slice]:
     """Cuts sequences of these ``lengths`` into runs of at most so many ``tokens``, and of ``most`` sequences; one that
-    is longer stands alone."""
+    is longer stands alone.
+
+    ``shared``: tokens of each sequence that are laid down already where the one before it is in the same run."""
     begins, held = [0], 0
     for i, length in enumerate(lengths):
-        if held and (held + length > tokens or i - begins[-1] == most):
+        more = length if shared is None else length - shared[i]
+        if held and (held + more > tokens or i - begins[-1] == most):
             begins.append(i)
             held = 0
-        held += length
+        held += more if held else length
     return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(lengths)])]
 
 

@@ -94,7 +94,25 @@ def test_large_models_are_given_less(make, ppo, monkeypatch):
 def test_a_minibatch_is_cut_where_its_tokens_are_too_many(ppo, alone, monkeypatch):
     module, batch = alone(ppo(minibatch_size=8))
     rollout, _ = module.collect(batch)
-    monkeypatch.setattr("lit_rlhf.stages.ppo.module.tokens_at_once", lambda module, learning: 40)
+    monkeypatch.setattr("lit_rlhf.stages.ppo.learning.tokens_at_once", lambda module, learning: 40)
     parts = [part for part, _ in module.objective.micro_batches(rollout)]
     assert [s for part in parts for s in part.sequences] == rollout.sequences
     assert len(parts) > 1 and all(sum(map(len, part.sequences)) <= 40 or len(part) == 1 for part in parts)
+
+
+def test_answers_to_one_prompt_share_it_in_one_part(ppo, alone, monkeypatch):
+    module, batch = alone(ppo(advantage=MonteCarlo(baseline="others"), answers_per_prompt=4))
+    rollout, _ = module.collect(batch)
+    shuffled = rollout.select(torch.randperm(len(rollout), generator=torch.Generator().manual_seed(1)))
+    prompts = [tuple(s[: mask.index(True)]) for s, mask in zip(shuffled.sequences, shuffled.response_mask)]
+    widest = max(len(p) + sum(len(s) - len(p) for s, q in zip(shuffled.sequences, prompts) if q == p) for p in prompts)
+    monkeypatch.setattr("lit_rlhf.stages.ppo.learning.tokens_at_once", lambda module, learning: widest)
+    parts = [part for part, _ in module.objective.micro_batches(shuffled)]
+    assert sorted(s for part in parts for s in part.sequences) == sorted(shuffled.sequences)
+    for part in parts:
+        packed = module.batching.packed(part.sequences, part.response_mask)
+        assert packed.tokens.numel() <= widest
+    apart = [{tuple(s[: m.index(True)]) for s, m in zip(p.sequences, p.response_mask)} for p in parts]
+    assert 1 < len(parts) < len(shuffled)
+    # A part ends within the answers to a prompt at the most once.
+    assert sum(map(len, apart)) <= len(set(prompts)) + len(parts) - 1

@@ -164,4 +164,7 @@ def test_answers_share_a_prompt_while_each_is_cheaper_so():
 def test_runs_by_hand():
     assert packing.runs([3, 4, 5, 1, 1, 9, 2], 8) == [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)]
     assert packing.runs([3, 4, 5, 1, 1, 9, 2], 100, most=3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    # Two prompts of 4 tokens: 4 + 3 * 1, then 4 + 2 * 1; a run that begins within a prompt's lays it down again.
+    assert packing.runs([5] * 5, 7, shared=[0, 4, 4, 0, 4]) == [slice(0, 3), slice(3, 5)]
+    assert packing.runs([5] * 5, 6, shared=[0, 4, 4, 4, 4]) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert packing.runs([5], 1) == [slice(0, 1)]

@@ -28,11 +28,31 @@ class Batching:
     def batches(
         self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]], tokens: int
     ) -> list[Packed]:
-        """The same in as many batches as it takes."""
-        return [self.packed(sequences[run], response_masks[run]) for run in self.runs(sequences, tokens)]
+        """The same in as many batches as it takes, in the order of the sequences."""
+        runs = self.runs(sequences, response_masks, tokens)
+        return [self.packed(sequences[run], response_masks[run]) for run in runs]
 
-    def runs(self, sequences: Sequence[list[int]], tokens: int) -> list[slice]:
-        """Which sequences go together, at most ``tokens`` in all."""
+    def runs(self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]], tokens: int) -> list[slice]:
+        """Which sequences go together, at most ``tokens`` in all, a shared prompt counted once."""
         if self.size is not None:
             return [slice(i, i + self.size) for i in range(0, len(sequences), self.size)]
-        return runs([len(sequence) for sequence in sequences], tokens)
+        lengths = [len(sequence) for sequence in sequences]
+        if not self.share_prompts:
+            return runs(lengths, tokens)
+        prompts = _prompts(sequences, response_masks)
+        shared = [len(this) if this == last else 0 for last, this in zip([None, *prompts], prompts)]
+        return runs(lengths, tokens, shared=shared)
+
+    def by_prompt(self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]]) -> list[int]:
+        """An order in which the sequences of one prompt stand together, where that lets them share it."""
+        order = list(range(len(sequences)))
+        if not self.share_prompts:
+            return order
+        prompts = _prompts(sequences, response_masks)
+        first = {tuple(prompt): i for i, prompt in reversed([*enumerate(prompts)])}
+        return sorted(order, key=lambda i: first[tuple(prompts[i])])
+
+
+def _prompts(sequences: Sequence[list[int]], response_masks: Sequence[list[bool]]) -> list[list[int]]:
+    """What stands before the first response of each sequence."""
+    return [sequence[: mask.index(True)] for sequence, mask in zip(sequences, response_masks)]

@@ -60,10 +60,12 @@ class Objective:
     def micro_batches(self, minibatch: Rollout) -> list[tuple[Rollout, float]]:
         """(a part that a backward pass may take, its share of the actions): gradients of the parts, weighted so, add up
         to those of the whole."""
+        order = self.batching.by_prompt(minibatch.sequences, minibatch.response_mask)
+        ordered = minibatch.select(torch.tensor(order, device=minibatch.mask.device))
+        runs = self.batching.runs(ordered.sequences, ordered.response_mask, self.tokens)
+        places = torch.arange(len(ordered), device=minibatch.mask.device)
+        parts = [minibatch] if len(runs) == 1 else [ordered.select(places[run]) for run in runs]
         actions = max(1, int(minibatch.mask.sum()))
-        places = torch.arange(len(minibatch), device=minibatch.mask.device)
-        runs = self.batching.runs(minibatch.sequences, self.tokens)
-        parts = [minibatch.select(places[run]) for run in runs]
         return [(part, int(part.mask.sum()) / actions) for part in parts]
 
     def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
