@@ -9,90 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import GRADES, SFT_STD, model_name, number, tone
+from lit_rlhf.apps.wording import model_name, number, tone
 from lit_rlhf.functional import best_of_n_kl
+from lit_rlhf.stages.stage import SFT_STD, all_stages
 
 POINTS_DRAWN = 300  # of a line; more are averaged
 
 
-class Panel(NamedTuple):
-    """A small chart of some metrics of a stage."""
-
-    title: str
-    unit: str  # "%": shares, drawn as percentages
-    lines: dict[str, str]  # metric: what it is called
-    reference: tuple[float, str] | None = None  # a level to compare with
-
-
-def _losses(stage: str, unit: str) -> Panel:
-    return Panel("Loss", unit, {f"{stage}/loss": "training", f"val/{stage}/loss": "held out"})
-
-
-def _accuracies(stage: str) -> Panel:
-    lines = {f"{stage}/accuracy": "training", f"val/{stage}/accuracy": "held out"}
-    return Panel(
-        "Pairs ranked right", "%", {**lines, f"val/{stage}/gold_accuracy": "held out, by gold"}, (0.5, "chance")
-    )
-
-
-PANELS = {
-    "pretrain": [
-        _losses("pretrain", "nats a token"),
-        Panel("Loss on the old text", "nats per token", {"val/pretrain/old_loss": "watched, not trained on"}),
-        Panel("Learning rate", "", {"pretrain/lr": "schedule"}),
-    ],
-    "sft": [_losses("sft", "nats a response token"), Panel("Learning rate", "", {"sft/lr": "schedule"})],
-    "classify": [
-        _losses("classify", "nats an example"),
-        Panel("Labelled right", "%", {"classify/accuracy": "training", "val/classify/accuracy": "held out"}),
-        Panel("Auxiliary loss", "nats a token", {"classify/lm_loss": "training", "val/classify/lm_loss": "held out"}),
-        Panel("Learning rate", "", {"classify/lr": "schedule"}),
-    ],
-    "reward": [
-        _losses("reward", "nats a pair"),
-        _accuracies("reward"),
-        Panel("Margin, preferred − other", "logits", {"reward/margin": "training"}),
-        Panel("Learning rate", "", {"reward/lr": "schedule"}),
-    ],
-    "ppo": [
-        Panel(
-            "Score",
-            SFT_STD,
-            {"ppo/score": "rollouts", "val/ppo/score": "held out", "ppo/reward": "rollouts, less the KL penalty"},
-        ),
-        Panel("KL to SFT", "nats an answer", {"ppo/kl": "rollouts", "val/ppo/kl": "held out"}),
-        Panel("Win rate against SFT", "%", {"val/ppo/win_rate": "held out"}, (0.5, "as good as SFT")),
-        Panel("Gold grade", "points", {"ppo/gold": "rollouts", "val/ppo/gold": "held out"}),
-        Panel("Correctness", GRADES, {"val/ppo/correct": "held out"}),
-        Panel("Entropy", "nats a token", {"ppo/entropy": "rollouts"}),
-        Panel("Policy loss", "", {"ppo/policy_loss": "clipped surrogate"}),
-        Panel("Value loss", f"{SFT_STD}²", {"ppo/value_loss": "critic"}),
-        Panel("Explained variance", "", {"ppo/explained_variance": "critic"}, (0.0, "a constant does as well")),
-    ],
-    "dpo": [
-        _losses("dpo", "nats a pair"),
-        _accuracies("dpo"),
-        Panel("Margin, preferred − other", "implicit reward", {"dpo/margin": "training"}),
-        Panel(
-            "Log-ratio to SFT",
-            "nats an answer",
-            {"dpo/chosen_log_ratio": "preferred", "dpo/rejected_log_ratio": "other"},
-            (0.0, "as likely as at first"),
-        ),
-        Panel("Learning rate", "", {"dpo/lr": "schedule"}),
-    ],
-}
-MORE_PPO_PANELS = [
-    Panel("Loss, total", "", {"ppo/loss": "policy + critic"}),
-    Panel("Clipped ratios", "%", {"ppo/clip_fraction": "of tokens"}),
-    Panel("Step KL", "nats a token", {"ppo/approx_kl": "to the rollout's policy"}),
-    Panel("Answer length", "tokens", {"ppo/response_length": "rollouts"}),
-    Panel("Answers that ended", "%", {"ppo/finished": "rollouts"}),
-    Panel("Value", SFT_STD, {"ppo/value": "critic's mean"}),
-    Panel("Spread, standard deviation", SFT_STD, {"ppo/score_std": "scores", "ppo/advantage_std": "advantages"}),
-    Panel("Gradient norm", "before clipping", {"ppo/grad_norm": "policy", "ppo/critic_grad_norm": "critic"}),
-    Panel("Learning rate", "", {"ppo/lr": "policy"}),
-]
 Points = list[tuple[float, float]]
 Scale = Callable[[float], float]
 
@@ -118,11 +41,12 @@ class Chart(NamedTuple):
     x_from: float = 0.0  # the axis begins here, or further left where a line does
 
 
-def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[Chart]:
-    """The charts of a stage for which more than one value was logged."""
-    rows = run.metrics.get(stage, {})
-    places = episodes(rows) if stage == "ppo" else {step: float(step) for step in rows}
-    for panel in PANELS.get(stage, []) if chosen is None else chosen:
+def panels(run: Run, stage: str, folded: bool = False) -> Iterator[Chart]:
+    """The charts of a stage for which more than one value was logged: those shown at once, or the ``folded`` ones."""
+    rows, record = run.metrics.get(stage, {}), all_stages()[stage]
+    counted, x_name = record.x_axis or ("", "optimizer steps")
+    places = reached(rows, counted) if counted else {step: float(step) for step in rows}
+    for panel in (panel for panel in record.panels if panel.folded is folded):
         scale = 100.0 if panel.unit == "%" else 1.0
         lines = []
         for place, (metric, label) in enumerate(panel.lines.items()):
@@ -135,7 +59,7 @@ def panels(run: Run, stage: str, chosen: list[Panel] | None = None) -> Iterator[
         if any(len(line.points) > 1 for line in lines):
             reference = panel.reference and (scale * panel.reference[0], panel.reference[1])
             unit = panel.unit.replace(SFT_STD, run.score_unit)
-            yield Chart(panel.title, unit, "episodes" if stage == "ppo" else "optimizer steps", lines, reference)
+            yield Chart(panel.title, unit, x_name, lines, reference)
 
 
 def frontier(run: Run) -> Iterator[Chart]:
@@ -169,12 +93,12 @@ def _against_kl(rows: dict[int, dict[str, float]], value: str, kl: str) -> Point
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
-def episodes(rows: dict[int, dict[str, float]]) -> dict[int, float]:
-    """step -> answers sampled so far: what PPO's curves are drawn against."""
-    places, reached = {}, 0.0
+def reached(rows: dict[int, dict[str, float]], metric: str) -> dict[int, float]:
+    """step -> what a growing metric (PPO's episodes, say) has reached by then."""
+    places, last = {}, 0.0
     for step in sorted(rows):
-        reached = rows[step].get("ppo/episodes", reached)
-        places[step] = reached
+        last = rows[step].get(metric, last)
+        places[step] = last
     return places
 
 

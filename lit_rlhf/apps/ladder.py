@@ -9,13 +9,13 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, episodes, tick_step, ticks
+from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, reached, tick_step, ticks
 from lit_rlhf.apps.jobs import Job, load_jobs, varied
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
 from lit_rlhf.apps.results import judge_of, scorer_of
-from lit_rlhf.apps.wording import SFT_STD
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.stage import SFT_STD
 
 CURVES = {  # metric: what it is called, its unit
     "ppo/score": ("Score", SFT_STD),
@@ -179,7 +179,7 @@ def curve(runs: list[Run], metric: str) -> Points:
     values: dict[float, list[float]] = {}
     for run in runs:
         rows = run.metrics.get("ppo", {})
-        places = episodes(rows)
+        places = reached(rows, "ppo/episodes")
         for step, row in sorted(rows.items()):
             if math.isfinite(row.get(metric, math.nan)):
                 values.setdefault(places[step], []).append(row[metric])

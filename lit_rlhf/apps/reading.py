@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from lit_rlhf.apps.wording import SFT_STD, STAGES
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.stage import SFT_STD, all_stages
 from lit_rlhf.training import read_metrics
 
 
@@ -67,7 +67,7 @@ def newest(run: Path, inside: str) -> Path:
 def load_run(path: Path) -> Run:
     """Read a run's folder; of stages that were gone through in rounds, the last round's."""
     summary = _read_json(path / "summary.json")
-    folders = {stage: newest(path, stage) for stage in STAGES}
+    folders = {stage: newest(path, stage) for stage in all_stages()}
     done = {stage: _read_json(folder / "done.json") for stage, folder in folders.items()}
     done = {stage: record for stage, record in done.items() if record}
     metrics = {stage: read_metrics(folder / "metrics.csv") for stage, folder in folders.items()}

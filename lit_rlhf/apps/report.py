@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_rlhf.apps.charts import MORE_PPO_PANELS, draw, frontier, panels
+from lit_rlhf.apps.charts import draw, frontier, panels
 from lit_rlhf.apps.labels import by_shots, confusion
 from lit_rlhf.apps.page import render, write_page
 from lit_rlhf.apps.reading import Run, load_run
@@ -30,7 +30,7 @@ from lit_rlhf.apps.results import (
 from lit_rlhf.apps.road import data_table, road, stage_figures
 from lit_rlhf.apps.samples import answers, timelines
 from lit_rlhf.apps.trust import calibration_chart, groups
-from lit_rlhf.apps.wording import STAGES
+from lit_rlhf.stages.stage import all_stages
 
 
 def write_report(run: Path) -> Path:
@@ -40,11 +40,11 @@ def write_report(run: Path) -> Path:
 
 def page_of(run: Run) -> str:
     """The page as HTML."""
-    calibration = calibration_chart(run)
+    calibration, stages = calibration_chart(run), all_stages()
     return render(
         "report.html.jinja",
         run=run,
-        stages=STAGES,
+        stages=stages,
         begun={*run.figures, *run.metrics},
         judge=judge_of(run),
         scorer=scorer_of(judge_of(run)),
@@ -61,11 +61,13 @@ def page_of(run: Run) -> str:
         calibration=draw(calibration) if calibration else None,
         confusion=confusion(run.figures.get("classify", {})),
         shots=by_shots(run.figures.get("few_shot", {})),
-        curves={stage: [draw(panel) for panel in panels(run, stage)] for stage in STAGES},
+        curves={stage: [draw(chart) for chart in panels(run, stage)] for stage in stages},
         frontier=[draw(chart) for chart in frontier(run)],
-        more_curves=[draw(panel) for panel in panels(run, "ppo", MORE_PPO_PANELS)],
-        stage_figures={stage: stage_figures(run.figures.get(stage, {})) for stage in STAGES},
+        more_curves={stage: [draw(chart) for chart in panels(run, stage, folded=True)] for stage in stages},
+        stage_figures={stage: stage_figures(run.figures.get(stage, {})) for stage in stages},
         answers=answers(run.samples.get("evaluate", []), *compared(run)),
-        learned={stage: timelines(run.samples.get(stage, [])) for stage in ("pretrain", "sft", "ppo", "dpo")},
+        learned={
+            stage: timelines(samples) for stage, samples in run.samples.items() if samples and "step" in samples[0]
+        },
         data=data_table(run.data),
     )

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import tick_step, ticks
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import GRADES, MEASURES, SFT_STD, STAGES, figure, from_to, model_name, number, percent
+from lit_rlhf.apps.wording import MEASURES, figure, model_name, number, percent, said
+from lit_rlhf.stages.stage import SFT_STD, all_stages
 
 PROXY = " (proxy)"  # behind the name of what scores where there is no judge
 
@@ -42,14 +43,19 @@ def has_gold(run: Run) -> bool:
     return judge_of(run) == "gold" or any(figures.get("gold") is not None for figures in graded)
 
 
+def aligned() -> dict[str, str]:
+    """Policies that are trained on preferences -> the stage that does so."""
+    return {stage.model[0]: name for name, stage in all_stages().items() if stage.aligns and stage.model}
+
+
 def compared(run: Run) -> tuple[str, str]:
     """(ours, theirs): the models that the page sets side by side; "" where there is none.
 
     Ours is what this run has trained on preferences, else the last of those models that was evaluated, else the last
     model. Theirs is the SFT model, else the one before."""
     models = list(run.figures.get("evaluate", {}).get("models") or {})
-    aligned = [name for name in ("ppo", "dpo") if name in models]
-    ours = next((name for name in aligned if name in run.figures), (aligned or models or [""])[-1])
+    known = [name for name in aligned() if name in models]
+    ours = next((name for name in known if aligned()[name] in run.figures), (known or models or [""])[-1])
     before = models[: models.index(ours)] if ours else []
     return ours, "sft" if "sft" in before else (before or [""])[-1]
 
@@ -57,27 +63,12 @@ def compared(run: Run) -> tuple[str, str]:
 def headline(run: Run) -> Headline | None:
     """The result of the furthest stage in one sentence."""
     wins = {(win.ours, win.theirs): win for win in win_rates(run)}
-    for pair in (compared(run), ("ppo", "sft"), ("sft", "base"), *wins):
+    for pair in (compared(run), *((name, "sft") for name in aligned()), ("sft", "base"), *wins):
         if pair in wins:
             return _win_headline(wins[pair], wins, judge_of(run), run.scored_by)
-    reward = run.figures.get("reward", {})
-    if reward.get("val_accuracy") is not None:
-        bag = reward.get("bag_of_words_accuracy")
-        beside = f"; a bag of words does so in {percent(bag)}" if bag is not None else ""
-        after = f" of the held-out pairs{beside}."
-        return Headline("The reward model ranks the preferred answer first in ", percent(reward["val_accuracy"]), after)
-    for stage, how in (("few_shot", "By prompt alone, the model solves "), ("classify", "The classifier solves ")):
-        figures = run.figures.get(stage, {})
-        if figures.get("accuracy") is not None:
-            after = f" of the held-out tasks; guessing solves {percent(figures.get('guessing'))}."
-            return Headline(how, percent(figures["accuracy"]), after)
-    for stage, what in (("sft", "an answer's token"), ("pretrain", "a token")):
-        figures = run.figures.get(stage, {})
-        if figures.get("val_loss") is not None:
-            first = figures.get("val_loss_first")
-            began = f", from {number(first)} at first" if first is not None else ""
-            before = f"{STAGES[stage]} ended at a held-out loss of "
-            return Headline(before, number(figures["val_loss"]), f" nats {what}{began}.")
+    for name, stage in reversed(all_stages().items()):
+        if stage.headline and (sentence := said(stage.headline, run.figures.get(name, {}))):
+            return Headline(*sentence.split("**"))
     return None
 
 
@@ -101,7 +92,7 @@ def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str, scored
     after = f" of comparisons (95% interval {interval(win)}){verdict}."
     notes = [f"{number(win.n)} answers to {number(win.prompts)} held-out prompts; a tie counts half."]
     best = wins.get(("best_of_n", win.theirs))
-    if win.ours in ("ppo", "dpo") and best:
+    if win.ours in aligned() and best:
         picked = f"{best.ours_name} {theirs} samples, picked by the reward model"
         notes.append(f"{picked}: {percent(best.mean)} ({interval(best)}).")
     if proxy:
@@ -142,16 +133,11 @@ def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
             score = f"{number(ppo['val_sft_score'])} → {number(ppo['val_score'])}"
             spread = number(ppo["val_sft_score_std"])
             yield Card("Held-out score", score, f"SFT → PPO, {unit}; standard deviation of SFT's {spread}")
-    for stage, name in (("reward", "Reward model"), ("dpo", "DPO's implicit reward")):
-        ranked = figures.get(stage, {})
-        if ranked.get("gold_accuracy") is not None:
-            yield Card(name, percent(ranked["gold_accuracy"]), "of gold pairs ranked right")
-        elif ranked.get("val_accuracy") is not None:
-            yield Card(name, percent(ranked["val_accuracy"]), "of held-out pairs ranked right")
-    for stage, name in (("sft", "SFT loss"), ("pretrain", "Pretraining loss")):
-        loss = figures.get(stage, {}).get("val_loss")
-        if loss is not None:
-            yield Card(name, from_to(figures[stage].get("val_loss_first"), loss), "nats a token, held out")
+    for name, stage in reversed(all_stages().items()):
+        templates = (
+            (card.label, said(card.value, own := figures.get(name, {})), said(card.note, own)) for card in stage.cards
+        )
+        yield from [Card(label, value, note) for label, value, note in templates if value and note is not None][:1]
 
 
 class Win(NamedTuple):
@@ -182,8 +168,8 @@ def win_rates(run: Run) -> list[Win]:
     if not rates and in_training:
         rates = {"ppo_vs_sft": in_training}
     wins = [_win(name, rate, best.get("n")) for name, rate in rates.items() if rate and "_vs_" in name]
-    order = {name: place for place, name in enumerate(("sft", "base", "ppo", "dpo", "best_of_n"))}
-    strength = {name: place for place, name in enumerate(("ppo", "dpo", "best_of_n", "sft"))}
+    order = {name: place for place, name in enumerate(("sft", "base", *aligned(), "best_of_n"))}
+    strength = {name: place for place, name in enumerate((*aligned(), "best_of_n", "sft"))}
     return sorted(wins, key=lambda w: (order.get(w.theirs, 9), strength.get(w.ours, 9)))
 
 
@@ -291,22 +277,13 @@ def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:
     return sorted(rows, key=lambda row: -row[1][-1][2]) if len(rows) > 1 else []
 
 
-ROUNDS = (  # of a round: what it is called, its unit, where it stands in summary.json
-    ("Rankings", "", ("preference", "rankings")),
-    ("Reward model, pairs right", "%", ("reward", "val_accuracy")),
-    ("Reward model, gold pairs right", "%", ("reward", "gold_accuracy")),
-    ("Episodes", "", ("ppo", "episodes")),
-    ("KL from where it began", "nats", ("ppo", "kl")),
-    ("Wins against SFT", "%", ("evaluate", "win_rate", "ppo_vs_sft", "mean")),
-    ("KL to SFT", "nats", ("evaluate", "models", "ppo", "kl")),
-    ("Gold grade", "points", ("evaluate", "models", "ppo", "gold")),
-    ("Correctness", GRADES, ("evaluate", "models", "ppo", "correct")),
-)
-
-
 def rounds(run: Run) -> tuple[list[str], list[tuple[str, str, list[Any]]]]:
     """(numbers of the rounds, [(measure, unit, its value in each round)])."""
-    rows = [(name, unit, [_at(summary, place) for summary in run.rounds.values()]) for name, unit, place in ROUNDS]
+    rows = [
+        (label, unit, [_at(summary, (name, *address.split("."))) for summary in run.rounds.values()])
+        for name, stage in all_stages().items()
+        for label, unit, address in stage.per_round or ()
+    ]
     return list(run.rounds), [row for row in rows if any(value is not None for value in row[2])]
 
 

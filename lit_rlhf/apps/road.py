@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import DATA, FIGURES, GRADES, OFF_ROAD, SFT_STD, STAGES, figure, from_to, number, percent
+from lit_rlhf.apps.wording import DATA, FIGURES, figure, number, said
+from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
 
 
 class Stop(NamedTuple):
@@ -21,36 +22,19 @@ class Stop(NamedTuple):
 
 
 def road(run: Run) -> list[Stop]:
-    """All stages in order, those that were not run too, but for those off the road."""
+    """All stages in order; those of the pipeline that were not run, too."""
     total = run.total_seconds or 1.0
     stops = []
-    for stage, name in STAGES.items():
+    for stage, record in all_stages().items():
         state = "done" if stage in run.figures else "begun" if stage in run.metrics else "absent"
-        if stage in OFF_ROAD and state == "absent":
+        if state == "absent" and not record.in_pipeline:
             continue
         seconds = run.seconds.get(stage)
-        from_elsewhere = f"a checkpoint: {run.checkpoint}" if stage == "pretrain" and run.checkpoint else ""
+        from_elsewhere = f"a checkpoint: {run.checkpoint}" if record.replaced_by_checkpoint and run.checkpoint else ""
         unfinished = {"begun": "not finished", "absent": from_elsewhere or "not in this run"}
-        note = unfinished.get(state) or _stop_note(stage, run.figures[stage])
-        stops.append(Stop(stage, name, state, seconds, (seconds or 0.0) / total, note))
+        note = unfinished.get(state) or said(record.note, run.figures[stage]) or ""
+        stops.append(Stop(stage, record.title, state, seconds, (seconds or 0.0) / total, note))
     return stops
-
-
-def _stop_note(stage: str, figures: dict[str, Any]) -> str:
-    known = {key: value for key, value in figures.items() if value is not None}
-    if stage in ("pretrain", "sft") and "val_loss" in known:
-        return f"loss {from_to(known.get('val_loss_first'), known['val_loss'])}"
-    if stage == "preference" and "rankings" in known:
-        return f"{number(known['rankings'])} rankings"
-    if stage in ("reward", "dpo") and "val_accuracy" in known:
-        return f"{percent(known['val_accuracy'])} of pairs right"
-    if stage in ("classify", "few_shot") and "accuracy" in known:
-        return f"{percent(known['accuracy'])} right"
-    if stage == "ppo" and "episodes" in known:
-        return f"{number(known['episodes'])} episodes"
-    if stage == "evaluate" and "prompts" in known:
-        return f"{number(known['prompts'])} prompts"
-    return ""
 
 
 def stage_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,25 +6,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
-STAGES = {
-    "pretrain": "Pretraining",
-    "classify": "Classification",
-    "sft": "Supervised fine-tuning",
-    "preference": "Preferences",
-    "reward": "Reward model",
-    "ppo": "PPO",
-    "dpo": "DPO",
-    "evaluate": "Evaluation",
-    "few_shot": "Few-shot",
-}
-OFF_ROAD = ("classify", "dpo", "few_shot")  # shown where they were taken
-MODELS = {"base": "Base", "prompted": "Prompted base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
-GRADES = "−1 to 1"
-SFT_STD = "SFT std"  # of the reward model's scores; PPO says in which unit its own are
+from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
+
+COLOURED = ("base", "prompted", "sft", "ppo", "dpo", "best_of_n")  # models with a colour of their own
 MEASURES = {  # of a model in evaluation: what it is called, its unit
     "gold": ("Gold grade", "points"),
     "correct": ("Correctness", GRADES),
@@ -174,11 +163,28 @@ def model_name(name: str, best_of: Any = None) -> str:
     """What a model is called on the page."""
     if name.startswith("round_"):
         return f"Round {name.removeprefix('round_')}"
-    return f"Best of {best_of or 'n'}" if name == "best_of_n" else MODELS.get(name, name)
+    if name == "best_of_n":
+        return f"Best of {best_of or 'n'}"
+    titles = dict(stage.model for stage in all_stages().values() if stage.model is not None)
+    return {**titles, "prompted": "Prompted base"}.get(name, name)
 
 
 def tone(name: str) -> str:
     """The colour of a model: the end of a CSS class."""
     if name == "prompted":
         return "train"
-    return name if name in (*MODELS, "best_of_n") else "other"
+    return name if name in COLOURED else "other"
+
+
+def said(template: str, figures: Mapping[str, Any]) -> str | None:
+    """A template of a stage's record (see :class:`lit_rlhf.stages.Stage`), filled in; None where a figure is missing."""
+    template = re.sub(r"\[(.*?)\]", lambda optional: said(optional[1], figures) or "", template)
+    places = re.findall(r"\{(\w+)(?::(.*?))?\}", template)
+    if any(figures.get(key) is None for key, _ in places):
+        return None
+    for key, form in places:
+        value = figures[key]
+        first = figures.get(f"{key}_first")
+        text = percent(value) if form == "%" else from_to(first, value) if form == "change" else number(value)
+        template = template.replace(f"{{{key}:{form}}}" if form else f"{{{key}}}", text)
+    return template

@@ -24,7 +24,8 @@ from lit_rlhf.pipeline.folder import (
     write_text,
 )
 from lit_rlhf.pipeline.run import run_stage
-from lit_rlhf.pipeline.settings import STAGES, stages_of
+from lit_rlhf.pipeline.settings import stages_of
+from lit_rlhf.stages.stage import all_stages
 
 
 def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
         run_stage(cfg, name)
         summary = write_summary(run)
         print(headline(name, summary[name], summary["seconds"][name]))
-    if not any(newest(run, f"{name}/done.json").is_file() for name in STAGES):
+    if not any(newest(run, f"{name}/done.json").is_file() for name in all_stages()):
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
     summary = write_summary(run)
     report = write_report(run)
@@ -77,7 +78,7 @@ def write_summary(run: Path) -> dict[str, Any]:
     """``summary.json``: the headline figures of all finished stages; the seed is the last one's.
 
     Of stages that were gone through in rounds it has the last round's, and ``rounds`` has each round's own."""
-    done = {name: read_json(newest(run, f"{name}/done.json")) for name in STAGES}
+    done = {name: read_json(newest(run, f"{name}/done.json")) for name in all_stages()}
     records = {name: record for name, record in done.items() if record is not None}
     rounds = [read_json(folder / "summary.json") for folder in round_folders(run)]
     seconds = {name: record["seconds"] for name, record in records.items()}

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.settings import STAGES, resolved, stages_of
+from lit_rlhf.pipeline.settings import resolved, stages_of
+from lit_rlhf.stages.stage import Stage, all_stages
 
 # How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
 WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
@@ -97,12 +98,13 @@ def upstream_model(stage: str, if_there: bool = False, *, _root_: DictConfig) ->
     That of pretraining may be a checkpoint: the one that is named now, or that a run began with; but where pretraining
     went on from it in this run, its result. A checkpoint from which nothing was fine-tuned counts as fine-tuned.
     ``if_there``: it is done without where there is none, and ``model.path`` need not be given for it."""
-    found = upstream(_root_, stage, f"{stage}/model")
+    record, found = _record(stage), upstream(_root_, stage, f"{stage}/model")
     if stage in stages_of(_root_) or (found.exists() and found.is_relative_to(_root_.paths.run_dir)):
         return str(found)
-    if stage == "sft" and (checkpoint := checkpoint_of(_root_)) and _began_with(found, _root_) != _absolute(checkpoint):
-        return upstream_model("pretrain", _root_=_root_)
-    if stage != "pretrain":
+    checkpoint = checkpoint_of(_root_) if record.skipped_for_checkpoint else None
+    if checkpoint and _began_with(found, _root_) != _absolute(checkpoint):
+        return upstream_model(record.models[record.trained], _root_=_root_)
+    if not record.replaced_by_checkpoint:
         return str(found)
     if OmegaConf.is_missing(_root_.model, "path") and not if_there:
         return _root_.model.path  # raises what says that it is not given
@@ -129,9 +131,20 @@ def _began_with(model: Path, cfg: DictConfig) -> str | None:
     return next(filter(None, known), None)
 
 
+def _record(stage: str) -> Stage:
+    if stage not in all_stages():
+        raise UserError(f"${{upstream:{stage}}}: there is no such stage; there are {', '.join(all_stages())}")
+    return all_stages()[stage]
+
+
+def collecting_stage() -> str:
+    """The stage whose records others read."""
+    return next(stage.data_from for stage in all_stages().values() if stage.data_from is not None)
+
+
 def upstream_data(name: str, *, _root_: DictConfig) -> str:
     """``${upstream_data:rankings-0.jsonl}``: collected data that a stage starts from."""
-    return str(upstream(_root_, "preference", f"data/{name}"))
+    return str(upstream(_root_, collecting_stage(), f"data/{name}"))
 
 
 def newest_round(*, _root_: DictConfig) -> int:
@@ -311,27 +324,32 @@ def _absolute(path: str) -> str:
 
 def start_of(cfg: DictConfig, stage: str) -> str | None:
     """The model that a stage goes on from; None where it makes one, or only looks at models."""
-    settings = resolved(cfg, stage)
-    node = settings.get("policy") or settings.get("reward_model") or {}
-    return node.get("path") if "policies" not in settings else None
+    return (resolved(cfg, stage).get(all_stages()[stage].trained) or {}).get("path")
 
 
 def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """(address, path) of the models and collected data that a stage starts from."""
     found = []
-    for name in ("policy", "reward_model"):
-        paths = (settings.get(name) or {}).get("path") or []
-        found += [(f"{stage}.{name}.path", path) for path in ([paths] if isinstance(paths, str) else paths)]
-    for name, node in settings.get("policies", {}).items():
-        if node is not None:
-            found.append((f"{stage}.policies.{name}.path", node["path"]))
+    for address, node in model_nodes(stage, settings).items():
+        paths = node.get("path") or []
+        found += [(f"{stage}.{address}.path", path) for path in ([paths] if isinstance(paths, str) else paths)]
     found += [(f"{stage}.models.{name}", path) for name, path in (settings.get("models") or {}).items() if path]
     for name in ("path", "export"):
         given = (settings.get("annotator") or {}).get(name) or []
         found += [(f"{stage}.annotator.{name}", path) for path in ([given] if isinstance(given, str) else given)]
-    if stage in ("reward", "dpo"):
+    if all_stages()[stage].data_from is not None:
         found += _data_paths(stage, settings)
     return found
+
+
+def model_nodes(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Address -> the settings that build a model, of all models of a stage that are wanted."""
+    nodes: dict[str, Any] = {}
+    record = all_stages()[stage]
+    for name in record.model_settings:
+        node = settings.get(name) or {}
+        nodes |= {name: node} if name in record.models else {f"{name}.{key}": each for key, each in node.items()}
+    return {address: node for address, node in nodes.items() if node is not None}
 
 
 def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -359,7 +377,7 @@ def check_inputs(cfg: DictConfig) -> None:
     names, gone = stages_of(cfg), check_lineage(cfg)
     for name in names:
         coming = [str(Path(cfg.paths.run_dir) / earlier / "model") for earlier in names[: names.index(name)]]
-        coming += [str(Path(cfg.paths.run_dir) / "data")] * ("preference" in names)
+        coming += [str(Path(cfg.paths.run_dir) / "data")] * (collecting_stage() in names)
         settings = resolved(cfg, name)
         missing = [
             (address, path)
@@ -367,18 +385,19 @@ def check_inputs(cfg: DictConfig) -> None:
             if not Path(path).exists() and (path.startswith((str(cfg.paths.runs), "/", ".")))
             if not any(path.startswith(start) for start in coming)
         ]
-        if name == "evaluate":  # stages that were not run are left out, but someone must answer
+        if needed := all_stages()[name].at_least:  # models of stages that were not run are left out
             given = OmegaConf.select(cfg, "model.path")
-            own = [upstream_model(stage, True, _root_=cfg) for stage in STAGES if stage != "pretrain" or not given]
-            left_out = [m for m in missing if m[0] != "evaluate.policies.sft.path" and m[1] in own]
+            made = [n for n, stage in all_stages().items() if not (given and stage.replaced_by_checkpoint)]
+            own = [upstream_model(stage, True, _root_=cfg) for stage in made]
+            left_out = [m for m in missing if m[0] != f"{name}.{needed}.path" and m[1] in own]
             missing = [m for m in missing if m not in left_out]
             for address, path in left_out if not missing else []:
                 if gone or not path.startswith(str(cfg.paths.runs)):
-                    print(f"evaluate: {address.split('.')[-2]} is left out, for {path} is not there{_lost(gone)}")
+                    print(f"{name}: {address.split('.')[-2]} is left out, for {path} is not there{_lost(gone)}")
         for address, path in missing:
             if not path.startswith(str(cfg.paths.runs)):
                 raise UserError(f"{address}={path}: there is no such file or folder")
-            made_by = next((s for s in STAGES if f"/{s}/" in f"{path}/"), "preference")
+            made_by = next((s for s in all_stages() if f"/{s}/" in f"{path}/"), collecting_stage())
             raise UserError(
                 f"{name}: {path} is not there. Run stage={made_by} first (run={cfg.from_run}), name a run that has it "
                 f"by from_run=, or set {address}={_lost(gone)}"

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.pipeline.folder import lineage, origin_of, origin_of_stage
 from lit_rlhf.pipeline.settings import check_top_level, compose_settings, planned_stages, stages_of
+from lit_rlhf.stages.stage import all_stages
 
 CHECKPOINT = "recipe=checkpoint"
 
@@ -36,7 +37,7 @@ def weights_given(cfg: DictConfig) -> str | None:
     for stage in planned_stages(cfg) if cfg.stage == "plan" else stages_of(cfg):
         path = _start(cfg, stage)
         if path is None:  # it makes its own, as recipe=scratch has it, or answers with those of a run
-            begun = [] if stage == "pretrain" else lineage(cfg)
+            begun = [] if all_stages()[stage].replaced_by_checkpoint else lineage(cfg)
             if from_checkpoint := next((run for run in begun if origin_of(run).recipe == "checkpoint"), None):
                 return f"{from_checkpoint} came from a checkpoint"
             continue
@@ -50,7 +51,7 @@ def weights_given(cfg: DictConfig) -> str | None:
 def _start(cfg: DictConfig, stage: str) -> Path | None:
     """The model that a stage trains, or answers with; None where it makes one, or where that is not known yet."""
     try:
-        path = OmegaConf.select(cfg, f"{stage}.{'reward_model' if stage == 'reward' else 'policy'}.path")
+        path = OmegaConf.select(cfg, f"{stage}.{all_stages()[stage].trained}.path")
     except OmegaConfBaseException:  # what is not given is said later
         return None
     return Path(path) if isinstance(path, str) else None

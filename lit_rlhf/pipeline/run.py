@@ -23,9 +23,10 @@ from lit_rlhf.errors import UserError, is_main_process, say
 from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
-from lit_rlhf.pipeline.folder import StageFolder
+from lit_rlhf.pipeline.folder import StageFolder, model_nodes
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
+from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import Moved
 from lit_rlhf.training import (
     BestCheckpoint,
@@ -50,7 +51,7 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         folder.begin()
     settings = OmegaConf.create(folder.settings[name])
     seed_everything(settings.seed, verbose=False)
-    check_models(settings)
+    check_models(name, settings)
     with said_when_slow(f"{name}: reading the data"):
         data = make_data(settings.data, name, remembered_split(cfg))
     if is_main_process():
@@ -58,7 +59,7 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     asks = hasattr(data, "evaluated_prompts") and is_main_process()
     trained_on = check_trained(name, settings, data) if asks else {}
     with said_when_slow(f"{name}: loading the models"):
-        module = make_module(settings, data)
+        module = make_module(name, settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
     trainer: Trainer = instantiate(
@@ -76,7 +77,7 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
             module.export(folder.path)
         figures = figures_of(settings, module, name, folder) | finding_of(callbacks)
         figures |= {"trained_on": trained_on} if trained_on else {}
-        write_trained_prompts(folder.path, data)
+        write_trained_prompts(name, folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         # Beside the figures, which are the same whenever a stage is done again.
         before, peak = memory.measure()
@@ -91,10 +92,9 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     return figures
 
 
-def check_models(settings: DictConfig) -> None:
+def check_models(name: str, settings: DictConfig) -> None:
     """What is wrong with the folders of a stage's models is said before its data is read."""
-    nodes = [settings.get("policy"), settings.get("reward_model"), *(settings.get("policies") or {}).values()]
-    paths = [node.path for node in nodes if node is not None and node.get("path") is not None]
+    paths = [node.path for node in model_nodes(name, settings).values() if node.get("path") is not None]
     for path in [*paths, *filter(None, (settings.get("models") or {}).values())]:
         for each in path if isinstance(path, ListConfig) else [path]:
             folder = Path(base_path(each))
@@ -122,20 +122,20 @@ def _say(name: str, line: str) -> None:
     say(f"{name}: {line}")
 
 
-def make_module(settings: DictConfig, data: LightningDataModule) -> LightningModule:
+def make_module(name: str, settings: DictConfig, data: LightningDataModule) -> LightningModule:
     """The module of a stage, with its models."""
-    models = load_models(settings, data.tokenizer)
+    models = load_models(name, settings, data.tokenizer)
     if "policies" not in models:
         models["tokenizer"] = data.tokenizer
     return instantiate(settings.module, **models, _convert_="all")
 
 
-def load_models(settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def load_models(name: str, settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The models that a stage names, by the names that its module has for them."""
     models: dict[str, Any] = {
         key: instantiate(settings[key], tokenizer=tokenizer, _convert_="all") if _there(settings[key]) else None
-        for key in ("policy", "reward_model")
-        if key in settings
+        for key in all_stages()[name].model_settings
+        if key != "policies"
     }
     if "annotator" in settings:
         models["annotator"] = instantiate(settings.annotator or None, _convert_="all")  # "none" is an empty file

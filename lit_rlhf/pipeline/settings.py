@@ -25,12 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError
 from pydantic_core import SchemaError
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.stage import Stage, all_stages
 
-# In the order in which they run.
-STAGES = ("pretrain", "classify", "sft", "preference", "reward", "ppo", "dpo", "evaluate", "few_shot")
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
-# PPO's road: DPO is another one from the same rankings, the other two leave it after pretraining.
-PIPELINE = tuple(name for name in STAGES if name not in ("classify", "dpo", "few_shot"))
 
 
 class MissingSetting(UserError):
@@ -180,29 +177,34 @@ def command_of(cfg: DictConfig) -> str | None:
 def stages_of(cfg: DictConfig) -> list[str]:
     """The stages that are to run, in their order; none of them for a command or the report."""
     wanted = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
+    known = all_stages()
     if wanted == ["pipeline"]:
-        # A checkpoint takes the place of pretraining.
-        return [name for name in PIPELINE if name != "pretrain" or cfg.model.config is not None]
+        return [name for name, stage in known.items() if stage.in_pipeline and _not_replaced(stage, cfg)]
     if wanted in (["report"], ["plan"]) or command_of(cfg):
         return []
     if alone := [name for name in wanted if name in COMMANDS]:
         raise UserError(f"stage: {alone[0]} is a page, which runs by itself; give stage={alone[0]} alone")
-    if unknown := [name for name in wanted if name not in STAGES]:
-        near = difflib.get_close_matches(str(unknown[0]), [*STAGES, "pipeline", "report", "plan", *COMMANDS], n=1)
+    if unknown := [name for name in wanted if name not in known]:
+        near = difflib.get_close_matches(str(unknown[0]), [*known, "pipeline", "report", "plan", *COMMANDS], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(STAGES)}, report, or a "
+            f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(known)}, report, or a "
             f"list of them; and plan, {', '.join(COMMANDS)}."
         )
     if not wanted:
-        raise UserError(f"stage: an empty list; give one or more of {', '.join(STAGES)}")
-    return [name for name in STAGES if name in wanted]
+        raise UserError(f"stage: an empty list; give one or more of {', '.join(known)}")
+    return [name for name in known if name in wanted]
 
 
 def planned_stages(cfg: DictConfig) -> list[str]:
-    """What ``stage=plan`` looks at: PPO's road, and DPO beside it; a checkpoint takes the place of pretraining."""
-    skipped = {"classify", "few_shot"} | ({"pretrain"} if cfg.model.config is None else set())
-    return [name for name in STAGES if name not in skipped]
+    """What ``stage=plan`` looks at: the pipeline, and what else trains a policy on preferences."""
+    chosen = {name: stage for name, stage in all_stages().items() if stage.in_pipeline or stage.aligns}
+    return [name for name, stage in chosen.items() if _not_replaced(stage, cfg)]
+
+
+def _not_replaced(stage: Stage, cfg: DictConfig) -> bool:
+    """Whether no checkpoint takes a stage's place."""
+    return not stage.replaced_by_checkpoint or cfg.model.config is not None
 
 
 def check_top_level(cfg: DictConfig) -> None:

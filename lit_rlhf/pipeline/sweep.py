@@ -17,28 +17,15 @@ from omegaconf import DictConfig
 from lit_rlhf.apps.jobs import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import write_text
-
-# Figures in the table, beside the objective.
-SHOWN = ("ppo.kl", "ppo.score_last", "ppo.gold", "reward.val_accuracy", "reward.bag_of_words_accuracy")
-
-# Where a stage's headline figure stands in summary.json.
-OBJECTIVES = {
-    "pretrain": "pretrain.val_loss",
-    "classify": "classify.accuracy",
-    "sft": "sft.val_loss",
-    "preference": "preference.agreement",
-    "reward": "reward.val_accuracy",
-    "ppo": "ppo.win_rate.mean",
-    "dpo": "dpo.val_accuracy",
-    "evaluate": "evaluate.win_rate.{}_vs_sft.mean",  # of the policy that was trained before it
-    "few_shot": "few_shot.accuracy",
-}
+from lit_rlhf.stages.stage import all_stages
 
 
 def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
     """(address, value) of the figure that a sweeper optimizes. Raises ``UserError`` where there is no such figure."""
-    trained = "dpo" if "dpo" in names and "ppo" not in names else "ppo"
-    address = cfg.objective or OBJECTIVES[names[-1]].format(trained)
+    known = all_stages()
+    aligning = [name for name, stage in known.items() if stage.aligns]
+    trained = next((name for name in names if name in aligning), aligning[0])
+    address = cfg.objective or f"{names[-1]}.{known[names[-1]].objective.format(policy=trained)}"
     node: Any = summary
     for part in address.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -102,7 +89,8 @@ def text_table(jobs: list[Job]) -> str:
     """What differs and what came out, for the terminal; below it the means over seeds or folds."""
     objective = next((job.objective[0] for job in jobs if job.done), "objective")
     known = {name for job in jobs for name in job.figures} - {objective}
-    settings, figures = varied(jobs), [objective, *(name for name in SHOWN if name in known)]
+    shown = [f"{name}.{figure}" for name, stage in reversed(all_stages().items()) for figure in stage.in_sweeps]
+    settings, figures = varied(jobs), [objective, *(name for name in shown if name in known)]
     lines = [["job", "status", *settings, *figures, "seconds"]]
     for job in jobs:
         asked = [job.settings.get(name, "") for name in settings]

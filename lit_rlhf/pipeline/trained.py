@@ -14,15 +14,15 @@ from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import input_paths, read_json, read_yaml, write_text
+from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import prompt_fingerprint, shown
 
 FILE = "trained_prompts.txt"
-TRAINING = ("sft", "reward", "ppo", "dpo")  # stages that train on prompts, and of an older version may not say which
 
 
-def write_trained_prompts(folder: Path, data: LightningDataModule) -> None:
-    """Write down which prompts a stage has trained on, where its data can tell."""
-    if hasattr(data, "trained_prompts"):
+def write_trained_prompts(stage: str, folder: Path, data: LightningDataModule) -> None:
+    """Write down which prompts a stage has trained on, where it trains on prompts."""
+    if all_stages()[stage].trains_on_prompts:
         prints = sorted({prompt_fingerprint(messages) for messages in data.trained_prompts()})
         write_text(folder / FILE, "".join(f"{line}\n" for line in prints))
 
@@ -37,7 +37,7 @@ def check_trained(stage: str, settings: DictConfig, data: Any) -> dict[str, int]
     for folder in trained_stages([model for model in models if model.exists()]):  # one that is not there is left out
         if (folder / FILE).is_file():
             seen[str(folder)] = held_out.keys() & (folder / FILE).read_text(encoding="utf-8").split()
-        elif folder.name in TRAINING:
+        elif folder.name in all_stages() and all_stages()[folder.name].trains_on_prompts:  # by an older version
             print(f"{stage}: {folder} does not say which prompts it was trained on, so that was not checked")
     leaked = {folder: prints for folder, prints in seen.items() if prints}
     if leaked:

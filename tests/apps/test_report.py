@@ -10,8 +10,10 @@ from lit_rlhf.apps import write_report
 from lit_rlhf.apps.charts import frontier
 from lit_rlhf.apps.reading import load_run
 from lit_rlhf.apps.samples import answers
-from lit_rlhf.apps.wording import OFF_ROAD, STAGES
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.stage import all_stages
+
+PIPELINE = [name for name, stage in all_stages().items() if stage.in_pipeline]
 
 RATE = {"low": 0.71, "high": 0.772, "n": 8, "prompts": 2}
 HOSTILE = "<script>alert(1)</script><img src=http://evil.test/x onerror=alert(2)> \x1b[31m \u202e \ud83d {{ 7 * 7 }}"
@@ -212,13 +214,13 @@ def test_answers_stand_side_by_side_wins_and_losses(tmp_path):
     assert "✓ right rude gold 5 score 5.00" in page.text and "✗ wrong rude gold 0 score 0" in page.text
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in OFF_ROAD])
+@pytest.mark.parametrize("stage", PIPELINE)
 def test_each_stage_alone(tmp_path, stage):
     write_whole(tmp_path / "whole")
     (tmp_path / "one").mkdir()
     (tmp_path / "whole" / stage).rename(tmp_path / "one" / stage)
     page = report(tmp_path / "one")
-    assert page.text.count("not in this run") == len(STAGES) - 1 - len(OFF_ROAD)  # shown where taken
+    assert page.text.count("not in this run") == len(PIPELINE) - 1  # the others are shown where they were run
     assert "Seed" not in page.text
 
 

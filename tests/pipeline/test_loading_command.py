@@ -67,15 +67,15 @@ def settings_of(arguments):
     name_loaders(cfg)
     remember_world(cfg)
     check_settings(cfg)
-    return OmegaConf.create(resolved(cfg, cfg.stage))
+    return cfg.stage, OmegaConf.create(resolved(cfg, cfg.stage))
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_every_stage_refuses_a_broken_model(models, consumer):
-    settings = settings_of(CONSUMERS[consumer].format(models))
-    check_models(settings)
+    stage, settings = settings_of(CONSUMERS[consumer].format(models))
+    check_models(stage, settings)
     with pytest.raises(Exception) as error:
-        load_models(settings, load_tokenizer(models / "policy"))
+        load_models(stage, settings, load_tokenizer(models / "policy"))
     said = users_mistake(error.value)
     assert said is not None and "\n" not in str(said)
     assert str(said).startswith(f"{models / 'bad_'}") and "up_proj.weight holds 1 of 256" in str(said)
@@ -115,11 +115,11 @@ def test_an_adapter_is_looked_at_by_its_base(models):
     (models / "adapter").mkdir()
     base = models / "policy"
     (models / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    settings = settings_of(f"stage=sft sft.policy.path={models}/adapter")
-    check_models(settings)
+    _, settings = settings_of(f"stage=sft sft.policy.path={models}/adapter")
+    check_models("sft", settings)
     (base / "model.safetensors").unlink()
     with pytest.raises(UserError, match=f"{base}: no weights there"):
-        check_models(settings)
+        check_models("sft", settings)
 
 
 def test_chat_refuses_a_broken_model(models):

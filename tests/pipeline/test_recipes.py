@@ -14,7 +14,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.command import check_jobs, fit_options
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import fitted_settings, recipe_line
-from lit_rlhf.pipeline.settings import STAGES, check_settings, compose_settings, conf_dir
+from lit_rlhf.pipeline.settings import check_settings, compose_settings, conf_dir
+from lit_rlhf.stages.stage import all_stages
 
 register_resolvers()
 MODEL = ("model=hf", "model.path=weights")
@@ -156,15 +157,15 @@ def differences(node, default, address):
 @cache
 def given_a_checkpoint(files):
     """The settings of all stages, whose data come from files or from the world."""
-    kinds = {stage: "world" if not files else "text" if stage == "pretrain" else "jsonl" for stage in STAGES}
+    kinds = {stage: "world" if not files else "text" if stage == "pretrain" else "jsonl" for stage in all_stages()}
     data = [f"{stage}/data={kind}" for stage, kind in kinds.items()]
-    paths = [f"{stage}.data.path=a.jsonl" for stage in STAGES if files]
+    paths = [f"{stage}.data.path=a.jsonl" for stage in all_stages() if files]
     cfg = compose_settings([*MODEL, "recipe=checkpoint", *data, *paths, "seed=0", "split.seed=0", "world.seed=0"])
-    return {stage: OmegaConf.to_container(cfg[stage], resolve=True) for stage in STAGES}
+    return {stage: OmegaConf.to_container(cfg[stage], resolve=True) for stage in all_stages()}
 
 
 @pytest.mark.parametrize("files", [True, False])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", all_stages())
 def test_constructors_and_the_checkpoints_recipe_have_one_set_of_defaults(stage, files):
     """In a notebook nothing is composed: what is left out there must be what the command takes for a checkpoint."""
     settings = given_a_checkpoint(files)[stage]

@@ -35,7 +35,7 @@ def make_stage(run, stage, texts, inputs=(), path="demos.jsonl"):
     (folder / "model").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({stage: {"data": {"path": path}}}))
     (folder / "done.json").write_text(json.dumps({"inputs": dict.fromkeys(inputs, "0")}))
-    write_trained_prompts(folder, Trained(*texts))
+    write_trained_prompts(stage, folder, Trained(*texts))
     return folder / "model"
 
 
@@ -143,7 +143,7 @@ def test_a_dialogue_trains_on_each_turn_that_is_learned(tmp_path):
 
 def test_paths_of_all_models_are_looked_at():
     given = {"policies": {"a": {"path": "x"}, "b": None}, "reward_model": {"path": "y"}}
-    assert [path for _, path in input_paths("evaluate", given)] == ["y", "x"]
+    assert [path for _, path in input_paths("evaluate", given)] == ["x", "y"]
 
 
 def run_settings(runs, run, from_run):

@@ -11,10 +11,10 @@ from pydantic import Field
 from lit_rlhf.apps.label.queue import Labelling
 from lit_rlhf.apps.label.tasks import Item, Rank, Rate, Task, Write
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import OnBadRecord, load_records
 
 INSTRUCTIONS = Path(__file__).parent / "instructions.txt"
-TRAINS = {"rank": "reward", "rate": "reward", "write": "sft"}  # mode -> the stage that learns from its records
 
 
 class LabellingPage:
@@ -112,7 +112,7 @@ class LabellingPage:
         if not self.instructions.is_file():
             raise UserError(f"label.instructions={self.instructions}: no such file; give a text file, or null")
         records = self.folder / f"{self.task.file}-{self.round}.jsonl"
-        stage = TRAINS[self.task.mode]
+        stage = next(name for name, known in all_stages().items() if self.task.mode in known.learns_from)
         data = f"{stage}.data.path={records}"
         if self.task.mode == "rate":  # what was said of single answers stands beside rankings, or alone
             data = f"{stage}.data.path=null {stage}.data.feedback={records}"

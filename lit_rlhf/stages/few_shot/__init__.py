@@ -1,4 +1,17 @@
-from lit_rlhf.stages.few_shot.data import FewShotDataModule, WorldFewShotDataModule
-from lit_rlhf.stages.few_shot.module import FewShotModule
+"""Few-shot evaluation: tasks by prompt alone."""
 
-__all__ = ["FewShotDataModule", "FewShotModule", "WorldFewShotDataModule"]
+from lit_rlhf.stages.stage import Stage, exports
+
+STAGE = Stage(
+    name="few_shot",
+    title="Few-shot",
+    order=90,
+    module="lit_rlhf.stages.few_shot.module.FewShotModule",
+    data=("lit_rlhf.stages.few_shot.data.FewShotDataModule", "lit_rlhf.stages.few_shot.data.WorldFewShotDataModule"),
+    objective="accuracy",
+    models={"policy": "pretrain"},
+    own_section=True,
+    note="{accuracy:%} right",
+    headline="By prompt alone, the model solves **{accuracy:%}** of the held-out tasks; guessing solves {guessing:%}.",
+)
+__getattr__, __all__ = exports(__name__, module="FewShotModule", data="FewShotDataModule WorldFewShotDataModule")

@@ -1,23 +1,28 @@
-from lit_rlhf.stages.functions import Annotator
-from lit_rlhf.stages.preference.agreement import Agreement, agreement, majority
-from lit_rlhf.stages.preference.annotators import CallableAnnotator, RewardModelAnnotator
-from lit_rlhf.stages.preference.data import PreferenceDataModule, WorldPreferenceDataModule
-from lit_rlhf.stages.preference.judge import LLMJudge
-from lit_rlhf.stages.preference.module import PreferenceModule
-from lit_rlhf.stages.preference.people import Labels, LabelStudio, People
+"""Preference collection: several answers to each prompt, ranked by an annotator."""
 
-__all__ = [
-    "Agreement",
-    "Annotator",
-    "CallableAnnotator",
-    "LLMJudge",
-    "LabelStudio",
-    "Labels",
-    "People",
-    "PreferenceDataModule",
-    "PreferenceModule",
-    "RewardModelAnnotator",
-    "WorldPreferenceDataModule",
-    "agreement",
-    "majority",
-]
+from lit_rlhf.stages.stage import RoundFigure, Stage, exports
+
+STAGE = Stage(
+    name="preference",
+    title="Preferences",
+    order=40,
+    module="lit_rlhf.stages.preference.module.PreferenceModule",
+    data=(
+        "lit_rlhf.stages.preference.data.PreferenceDataModule",
+        "lit_rlhf.stages.preference.data.WorldPreferenceDataModule",
+    ),
+    objective="agreement",
+    models={"policy": "sft"},
+    in_pipeline=True,
+    per_round=(RoundFigure("Rankings", "", "rankings"),),
+    note="{rankings} rankings",
+)
+__getattr__, __all__ = exports(
+    __name__,
+    agreement="Agreement agreement majority",
+    annotators="Annotator CallableAnnotator RewardModelAnnotator",
+    data="PreferenceDataModule WorldPreferenceDataModule",
+    judge="LLMJudge",
+    module="PreferenceModule",
+    people="LabelStudio Labels People",
+)

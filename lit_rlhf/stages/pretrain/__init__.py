@@ -1,4 +1,26 @@
-from lit_rlhf.stages.pretrain.data import PretrainDataModule, WorldPretrainDataModule
-from lit_rlhf.stages.pretrain.module import PretrainModule
+"""Next-token pretraining."""
 
-__all__ = ["PretrainDataModule", "PretrainModule", "WorldPretrainDataModule"]
+from lit_rlhf.stages.stage import Card, Panel, Stage, exports
+
+STAGE = Stage(
+    name="pretrain",
+    title="Pretraining",
+    order=10,
+    module="lit_rlhf.stages.pretrain.module.PretrainModule",
+    data=("lit_rlhf.stages.pretrain.data.PretrainDataModule", "lit_rlhf.stages.pretrain.data.WorldPretrainDataModule"),
+    objective="val_loss",
+    in_pipeline=True,
+    replaced_by_checkpoint=True,
+    panels=(
+        Panel("Loss", "nats a token", {"pretrain/loss": "training", "val/pretrain/loss": "held out"}),
+        Panel("Loss on the old text", "nats per token", {"val/pretrain/old_loss": "watched, not trained on"}),
+        Panel("Learning rate", "", {"pretrain/lr": "schedule"}),
+    ),
+    model=("base", "Base"),
+    note="loss {val_loss:change}",
+    headline="Pretraining ended at a held-out loss of **{val_loss}** nats a token[, from {val_loss_first} at first].",
+    cards=(Card("Pretraining loss", "{val_loss:change}", "nats a token, held out"),),
+)
+__getattr__, __all__ = exports(
+    __name__, module="PretrainModule", data="PretrainDataModule WorldPretrainDataModule"
+)  # fmt: skip
