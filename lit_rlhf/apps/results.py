@@ -121,7 +121,7 @@ def cards(run: Run) -> list[Card]:
 
 def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
     ppo = figures.get("ppo", {})
-    evaluated = _at(figures, ("evaluate", "models", "ppo", "kl"))  # a later round's PPO began elsewhere
+    evaluated = _at(figures, "evaluate.models.ppo.kl")  # a later round's PPO began elsewhere
     kl = ppo.get("kl") if evaluated is None else evaluated
     if ppo and kl is not None:
         yield Card("KL to SFT", number(kl), "nats an answer, after PPO")
@@ -280,14 +280,14 @@ def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:
 def rounds(run: Run) -> tuple[list[str], list[tuple[str, str, list[Any]]]]:
     """(numbers of the rounds, [(measure, unit, its value in each round)])."""
     rows = [
-        (label, unit, [_at(summary, (name, *address.split("."))) for summary in run.rounds.values()])
+        (label, unit, [_at(summary, f"{name}.{address}") for summary in run.rounds.values()])
         for name, stage in all_stages().items()
         for label, unit, address in stage.per_round or ()
     ]
     return list(run.rounds), [row for row in rows if any(value is not None for value in row[2])]
 
 
-def _at(node: Any, place: tuple[str, ...]) -> Any:
-    for key in place:
+def _at(node: Any, address: str) -> Any:
+    for key in address.split("."):
         node = (node or {}).get(key)
     return node

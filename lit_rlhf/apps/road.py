@@ -59,7 +59,6 @@ class Data(NamedTuple):
 def data_table(data: dict[str, dict[str, Any]]) -> Data | None:
     """What each stage read; a list stands for as many records as it has entries."""
     notes = {stage: dict(_flat(counts)) for stage, counts in data.items() if counts}
-    notes.get("evaluate", {}).pop("train_prompts", None)  # nothing is trained there
     keys = list(dict.fromkeys(key for counts in notes.values() for key in counts))
     keys.sort(key=lambda key: key in ("skipped", "long"))
     rows = [(stage, [_count(counts.get(key)) for key in keys]) for stage, counts in notes.items()]

@@ -177,7 +177,7 @@ def tone(name: str) -> str:
 
 
 def said(template: str, figures: Mapping[str, Any]) -> str | None:
-    """A template of a stage's record (see :class:`lit_rlhf.stages.Stage`), filled in; None where a figure is missing."""
+    """A template of a stage's record (see :class:`lit_rlhf.stages.Stage`), filled in; None where one is missing."""
     template = re.sub(r"\[(.*?)\]", lambda optional: said(optional[1], figures) or "", template)
     places = re.findall(r"\{(\w+)(?::(.*?))?\}", template)
     if any(figures.get(key) is None for key, _ in places):

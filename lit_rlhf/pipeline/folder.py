@@ -410,14 +410,18 @@ def _lost(gone: list[str]) -> str:
 
 def check_records(cfg: DictConfig) -> None:
     """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
+    from lit_rlhf.stages.records import FileDataModule
     from lit_rlhf.text.records import files_of, load_records
 
     for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
         data = resolved(cfg, name)["data"]
+        kind = get_class(data["_target_"])
+        if not issubclass(kind, FileDataModule) or kind.parse_record is None:  # nobody knows its records
+            continue
         how = data.get("on_bad_record", "fail"), data.get("fields")
         for path in files_of(data.get("path") or []):
             if Path(path).is_file() and not Path(path).is_relative_to(cfg.paths.runs):
-                load_records(path, get_class(data["_target_"]).parse_record, *how)
+                load_records(path, kind.parse_record, *how)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -26,6 +26,14 @@ from lit_rlhf.models.lora import base_path
 from lit_rlhf.pipeline.folder import StageFolder, model_nodes
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
+from lit_rlhf.stages.contract import (
+    EvaluatesPrompts,
+    StageData,
+    StageModule,
+    TrainsOnPrompts,
+    WritesSamples,
+    check_contract,
+)
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import Moved
 from lit_rlhf.training import (
@@ -56,8 +64,10 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         data = make_data(settings.data, name, remembered_split(cfg))
     if is_main_process():
         remember_split(cfg, data.moved)
-    asks = hasattr(data, "evaluated_prompts") and is_main_process()
-    trained_on = check_trained(name, settings, data) if asks else {}
+    trained_on = {}
+    if "allow_trained" in settings and is_main_process():
+        check_contract(data, EvaluatesPrompts, f"{name}.data")
+        trained_on = check_trained(name, settings, data)
     with said_when_slow(f"{name}: loading the models"):
         module = make_module(name, settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
@@ -104,10 +114,13 @@ def check_models(name: str, settings: DictConfig) -> None:
 
 def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> LightningDataModule:
     """The data, read and checked before a model is loaded; ``moved``: what the run remembers of its split."""
-    data = instantiate(settings, _convert_="all")
+    data: StageData = instantiate(settings, _convert_="all")
     data.moved, data.tell = moved or Moved(), partial(_say, name)
+    check_contract(data, StageData, f"{name}.data")
     data.prepare_data()
     data.setup()
+    if all_stages()[name].trains_on_prompts:
+        check_contract(data, TrainsOnPrompts, f"{name}.data")
     if is_main_process():
         for what, count in data_notes(data).items():
             if what in ("skipped", "long") and count:
@@ -125,9 +138,11 @@ def _say(name: str, line: str) -> None:
 def make_module(name: str, settings: DictConfig, data: LightningDataModule) -> LightningModule:
     """The module of a stage, with its models."""
     models = load_models(name, settings, data.tokenizer)
-    if "policies" not in models:
-        models["tokenizer"] = data.tokenizer
-    return instantiate(settings.module, **models, _convert_="all")
+    module: StageModule = instantiate(settings.module, **models, **data.for_module(), _convert_="all")
+    check_contract(module, StageModule, f"{name}.module")
+    if "samples_every" in settings:
+        check_contract(module, WritesSamples, f"{name}.module")
+    return module
 
 
 def load_models(name: str, settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -267,14 +282,9 @@ def earlier_seconds(callbacks: list[Any]) -> float:
     return sum(c.earlier_seconds for c in callbacks if isinstance(c, LastCheckpoint))
 
 
-def data_notes(data: Any) -> dict[str, int]:
+def data_notes(data: StageData) -> dict[str, int]:
     """Counts that a reader of the results should know."""
-    sizes = {
-        name: len(getattr(data, name))
-        for name in ("train_set", "val_set", "train_prompts", "held_out_prompts")
-        if hasattr(data, name)
-    }
-    return {**sizes, "skipped": len(getattr(data, "skipped", [])), "long": getattr(data, "long", 0)}
+    return {**data.sizes(), "skipped": len(data.skipped), "long": data.long}
 
 
 def versions() -> dict[str, str]:

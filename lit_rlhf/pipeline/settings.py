@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -91,11 +94,29 @@ def compose_settings(overrides: list[str], config_dir: Path | None = None, with_
     """What the command line asks for; raises ``UserError`` in one line where it cannot be had.
 
     ``with_hydra``: with Hydra's own settings, at ``hydra``."""
+    overrides = [*outside_groups(), *overrides]
     with initialize_config_dir(str(config_dir or conf_dir()), version_base="1.3"):
         try:
             return compose("config", overrides=overrides, return_hydra_config=with_hydra)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_composition_error(str(error), overrides)) from None
+
+
+class OutsideSettings(SearchPathPlugin):
+    """Lets Hydra find the settings of stages of other distributions."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for stage in all_stages().values():
+            if stage.settings is not None:
+                search_path.append(provider=stage.name, path=f"file://{stage.settings.resolve()}")
+
+
+def outside_groups() -> list[str]:
+    """The overrides that add the settings of stages of other distributions, which Hydra finds from now on."""
+    outside = [stage.name for stage in all_stages().values() if stage.settings is not None]
+    if outside:
+        Plugins.instance().register(OutsideSettings)
+    return [f"+{name}=default" for name in outside]
 
 
 def opened(arguments: list[str]) -> list[str]:
@@ -141,7 +162,10 @@ def _parsed(overrides: list[str]) -> list[Override]:
 
 
 # Addresses of earlier versions, which scripts may still have.
-RENAMED = {r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm"}
+RENAMED = {
+    r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm",
+    r"evaluate\.data\.limit": "evaluate.data.limit_held_out",  # of training prompts, of which there are none
+}
 
 
 def _composition_error(text: str, overrides: list[str]) -> str:
@@ -151,7 +175,7 @@ def _composition_error(text: str, overrides: list[str]) -> str:
         for old, new in RENAMED.items():
             if renamed := re.fullmatch(old, key):
                 return f"{key}: there is no such setting any more; it is {renamed.expand(new)} now"
-        base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0]])
+        base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0] or o in outside_groups()])
         known = list(_addresses(base))
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})

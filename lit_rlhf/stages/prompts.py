@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.models import context_length
 from lit_rlhf.rollouts import FastEngine, Sampling, fitted, sample
-from lit_rlhf.stages.records import FileDataModule, Paths, RecordDataModule
+from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, ensure_template
 from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record, shown
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.text.template import Tools
+from lit_rlhf.text.template import Note, Tools
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training import BatchLoader, in_order, seeded, sharding, shuffled
 
@@ -53,6 +53,13 @@ class Prompt(NamedTuple):
     kind: str
     held_out: bool
     record: dict[str, Any]
+
+
+class SamplePrompt(NamedTuple):
+    """A prompt that a model answers while it is trained, for people to read."""
+
+    messages: Messages
+    tokens: list[int]
 
 
 class PromptDataModule(RecordDataModule):
@@ -103,18 +110,25 @@ class PromptDataModule(RecordDataModule):
         self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
         self.limit_held_out, self.seed = limit_held_out, seed
         self.train_prompts: list[Prompt] = []
+        self.held_out_prompts: list[Prompt] = []
 
     def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
         """(train, held out)"""
         return self.split(self.load(self.path, self.parse_record), lambda record: record.messages)
 
     def setup(self, stage: str | None = None) -> None:
-        if self.train_prompts:
+        if self.held_out_prompts:
             return
         ensure_template(self.tokenizer)
         train, held_out = self.records()
         self._train, self._held_out = train[: self.limit], spread(held_out, self.limit_held_out)
         self.encode()
+
+    def sizes(self) -> dict[str, int]:
+        return {"train_prompts": len(self.train_prompts), "held_out_prompts": len(self.held_out_prompts)}
+
+    def for_module(self) -> dict[str, Any]:
+        return {**super().for_module(), "gold_judge": self.judge}
 
     def encode(self) -> None:
         self.long = 0
@@ -180,36 +194,46 @@ class WorldPromptDataModule(PromptDataModule):
 
     def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
         train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)
-        held_out = self.world.prompts("held_out", self.split_seed)
-        return tuple([PromptRecord(list(p.messages), {"kind": p.kind}) for p in side] for side in (train, held_out))
+        records = [PromptRecord(list(prompt.messages), {"kind": prompt.kind}) for prompt in train]
+        return records, held_out_records(self.world, self.split_seed)
+
+
+def held_out_records(world: World, split_seed: int) -> list[PromptRecord]:
+    """All distinct held-out prompts of a world."""
+    return [PromptRecord(list(p.messages), {"kind": p.kind}) for p in world.prompts("held_out", split_seed)]
+
+
+def sample_prompts(
+    prompts: Sequence[tuple[Messages, Tools]],
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: SpecialTokens,
+    note: Note,
+) -> list[SamplePrompt]:
+    """Prompts encoded as the data are, without those that the chat template refuses."""
+    messages, tools = [messages for messages, _ in prompts], [tools for _, tools in prompts]
+    settings = {"special_tokens": special_tokens, "refuse": lambda i, reason: None, "note": note}
+    encoded = encode_prompts(tokenizer, messages, tools, **settings)
+    return [SamplePrompt(asked, tokens) for asked, tokens in zip(messages, encoded) if tokens]
 
 
 def sample_texts(
-    module: LightningModule, sampling: Sampling, prompts: Sequence[tuple[Messages, Tools]]
+    module: LightningModule, sampling: Sampling, prompts: Sequence[SamplePrompt], note: Note
 ) -> list[tuple[str, str]]:
-    """(prompt, answer) for people to read while ``module`` trains its ``policy``; prompts are encoded as its data are,
-    and those that the template refuses left out."""
-    data, tokenizer = module.trainer.datamodule, module.tokenizer
-    encoded = encode_prompts(
-        tokenizer, [messages for messages, _ in prompts], [tools for _, tools in prompts],
-        special_tokens=data.special_tokens, refuse=lambda i, reason: None, note=data.note,
-    )  # fmt: skip
-    asked = [(messages, tokens) for (messages, _), tokens in zip(prompts, encoded) if tokens]
-    texts = written(module, sampling, [tokens for _, tokens in asked])
-    return [(shown(messages), text) for (messages, _), text in zip(asked, texts)]
+    """(prompt, response) for people to read while ``module`` trains its ``policy``."""
+    texts = written(module, sampling, [prompt.tokens for prompt in prompts], note)
+    return [(shown(prompt.messages), text) for prompt, text in zip(prompts, texts)]
 
 
-def written(module: LightningModule, sampling: Sampling, prompts: Sequence[list[int]]) -> list[str]:
+def written(module: LightningModule, sampling: Sampling, prompts: Sequence[list[int]], note: Note) -> list[str]:
     """What the ``policy`` of ``module``, as it is now, writes behind prompts, for people to read.
 
-    Where the model's context is too short for prompts and answers, the data note how they were cut."""
+    Where the model's context is too short for prompts and responses, ``note`` says how they were cut."""
     if not prompts:
         return []
     policy, training = module.policy, module.policy.training
     tokens, fitting = fitted(policy, prompts, sampling)
-    data = module.trainer.datamodule
-    if isinstance(data, FileDataModule) and ((cut := tokens != prompts) or fitting != sampling):
-        data.note(
+    if (cut := tokens != prompts) or fitting != sampling:
+        note(
             f"samples while training: the model's context of {context_length(policy)} has room for answers of "
             f"{fitting.max_new_tokens} tokens{', and for the end of the longer prompts' if cut else ''}"
         )
@@ -220,13 +244,10 @@ def written(module: LightningModule, sampling: Sampling, prompts: Sequence[list[
     return responses.texts(module.tokenizer)
 
 
-def last_tokens(module: LightningModule, name: str, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
-    """The last ``room`` tokens of each prompt as the model ``name`` is asked; the data of ``module`` note that some are
-    cut."""
-    if any(len(prompt) > room for prompt in prompts) and isinstance(module.trainer.datamodule, RecordDataModule):
-        module.trainer.datamodule.note(
-            f"as {name} writes them, some prompts have more than {room} tokens; it reads the last {room}"
-        )
+def last_tokens(name: str, prompts: Sequence[list[int]], room: int, note: Note) -> list[list[int]]:
+    """The last ``room`` tokens of each prompt as the model ``name`` is asked; ``note`` says where some are cut."""
+    if any(len(prompt) > room for prompt in prompts):
+        note(f"as {name} writes them, some prompts have more than {room} tokens; it reads the last {room}")
     return [prompt[-room:] for prompt in prompts]
 
 

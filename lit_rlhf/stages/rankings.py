@@ -38,6 +38,18 @@ class RankingBatch(NamedTuple):
     ratings: Tensor  # (N,) float, 0 to 1, of answers whose prompt has no pair but feedback; NaN: none
     rated_share: float  # rated answers of this micro-batch, over the average of the step's micro-batches
     margins: Tensor | None = None  # (N,) float, the scores of two answers are to differ by the difference of theirs
+    kinds: tuple[str, ...] = ()  # of each prompt
+    annotators: tuple[str, ...] = ()  # of each prompt
+
+
+class Judged(NamedTuple):
+    """What is known of the answers to one prompt, K each."""
+
+    ranks: list[int]
+    response_lengths: list[int]  # tokens
+    gold: list[float] | None
+    kind: str
+    annotator: str
 
 
 class EncodedRanking(NamedTuple):
@@ -222,12 +234,9 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
             torch.tensor(ratings),
             _rated(chosen) / max(rated, 1e-9),
             _margins(chosen),
+            tuple(item.kind for item in chosen),
+            tuple(item.annotator for item in chosen),
         )
-
-    @property
-    def val_pairs(self) -> int:
-        """Held-out pairs that the annotator did not tie."""
-        return sum(a != b for r in self.val_set for i, a in enumerate(r.ranks) for b in r.ranks[:i])
 
 
 class WorldRankingDataModule(RankingDataModule):
@@ -278,6 +287,7 @@ class Ranked(NamedTuple):
     loss: Tensor  # nats a pair, the mean over prompts
     accuracy: Tensor  # fraction of the annotator's pairs
     gold_accuracy: Tensor | None  # fraction of the gold judge's pairs, where there are any
+    pairs: int  # that the annotator did not tie
 
 
 def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
@@ -290,7 +300,18 @@ def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
     if batches[0].gold is not None:
         graded = ranking_pairs(-torch.cat([b.gold for b in batches]), prompt_index)
         gold = pair_accuracy(scores, graded) if graded.prompts else None
-    return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold)
+    return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold, len(pairs.better))
+
+
+def judged_prompts(batch: RankingBatch) -> list[Judged]:
+    """A batch prompt by prompt."""
+    counts = batch.prompt_index.bincount().tolist()
+    ranks, lengths = batch.ranks.split(counts), batch.packed.response_lengths.split(counts)
+    gold = [None] * len(counts) if batch.gold is None else [grades.tolist() for grades in batch.gold.split(counts)]
+    return [
+        Judged(ranks[i].tolist(), lengths[i].tolist(), gold[i], batch.kinds[i], batch.annotators[i])
+        for i in range(len(counts))
+    ]
 
 
 def _margins(items: list[EncodedRanking]) -> Tensor | None:

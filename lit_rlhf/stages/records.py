@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import context_length
@@ -26,15 +28,30 @@ class FileDataModule(LightningDataModule):
         on_bad_record: "fail" names the first bad record, "skip" counts them.
     """
 
+    parse_record: Callable[[dict[str, Any]], Any] | None = (
+        None  # makes of a row of its files what it reads; None: not by rows
+    )
     reads: tuple[str, ...] = ()  # fields that are read later on than by ``parse_record``
+    tokenizer: PreTrainedTokenizerBase  # from ``setup`` on
 
     def __init__(self, *, fields: Mapping[str, str] | None = None, on_bad_record: OnBadRecord = "fail") -> None:
         super().__init__()
         self.fields = fields
         self.on_bad_record: OnBadRecord = on_bad_record
+        self.moved = Moved()  # prompts that are not where their hash puts them; a run hands on its own
         self.skipped: list[str] = []  # a line for each bad record
+        self.long = 0  # records that were too long
         self.notes: list[str] = []  # what a person should know
         self.tell: Callable[[str], None] = rank_zero_info  # how it is said
+
+    @property
+    def how_long(self) -> str:
+        """What became of the records that were too long."""
+        return ""
+
+    def for_module(self) -> dict[str, Any]:
+        """Keyword arguments of the stage's module that come from its data."""
+        return {"tokenizer": self.tokenizer}
 
     def note(self, line: str) -> None:
         """Say something once: here, and wherever the notes are shown."""
@@ -54,19 +71,28 @@ class FileDataModule(LightningDataModule):
         return f"nobody reads the field{'s' if ', ' in names else ''} {names}"
 
 
-def fit_context(module: LightningModule, new_tokens: int = 0) -> None:
-    """Let the data of a module's trainer fit into the context of all its models, ``new_tokens`` of an answer included.
+class FitContext(Callback):
+    """Lets the data fit into the context of all models of a module, ``new_tokens`` of a response included.
 
     Raises ``UserError`` where these leave no room for a prompt."""
-    data = module.trainer.datamodule
-    context = min(context_length(model) for model in module.modules() if isinstance(model, PreTrainedModel))
-    if context <= new_tokens:
-        raise UserError(
-            f"{new_tokens} new tokens (sampling.max_new_tokens) leave no room for a prompt in the model's context of "
-            f"{context}; allow fewer"
-        )
-    if isinstance(data, RecordDataModule):
-        data.fit_context(context - new_tokens)
+
+    def __init__(self, new_tokens: int = 0) -> None:
+        self.new_tokens = new_tokens
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        room = self.room(pl_module)
+        if isinstance(trainer.datamodule, RecordDataModule):
+            trainer.datamodule.fit_context(room)
+
+    def room(self, module: nn.Module) -> int:
+        """Tokens of a prompt, or of a whole sequence where nothing is generated, that fit into the context."""
+        context = min(context_length(model) for model in module.modules() if isinstance(model, PreTrainedModel))
+        if context <= self.new_tokens:
+            raise UserError(
+                f"{self.new_tokens} new tokens (sampling.max_new_tokens) leave no room for a prompt in the model's "
+                f"context of {context}; allow fewer"
+            )
+        return context - self.new_tokens
 
 
 class RecordDataModule(FileDataModule):
@@ -85,9 +111,7 @@ class RecordDataModule(FileDataModule):
         super().__init__(**reading)
         self.path = path
         self.held_out, self.split_seed, self.fold = held_out, split_seed, fold
-        self.moved = Moved()  # prompts that are not where their hash puts them; a run hands on its own
         self.max_length, self.on_long = 2**31, "skip"  # tokens, and what happens to records that have more
-        self.long = 0  # records that were too long
         self.left_out = 0  # of them, those of which cutting would leave nothing to learn from
 
     @property
@@ -123,10 +147,10 @@ class RecordDataModule(FileDataModule):
             return f"on_long={self.on_long}"
         return f"on_long=cut, which left nothing to learn from in {self.left_out} of them"
 
-    def check_left(self, what: str, *sides: Sequence[Any]) -> None:
-        """Raise ``UserError`` where all of a side (train, held out) was left out for its length."""
-        if not all(sides):
-            short = "train on" if not sides[0] else "test on"
+    def check_left(self, what: str, train: Sequence[Any] | None, held_out: Sequence[Any]) -> None:
+        """Raise ``UserError`` where all of a side was left out for its length; ``train``: None where it is not read."""
+        if train == [] or not held_out:
+            short = "train on" if train == [] else "test on"
             raise UserError(
                 f"{self.source}: {self.long} {what} are longer than max_length={self.max_length} tokens, and none is "
                 f"left to {short}; raise it (up to the model's context), or set on_long=cut"

@@ -135,6 +135,10 @@ class ExampleDataModule(LightningDataModule):
 
     learned_at_once = read_at_once = 2**31
 
+    def sizes(self) -> dict[str, int]:
+        """Examples to train on and held out."""
+        return {"train_set": len(self.train_set), "val_set": len(self.val_set)}
+
     def tokens(self, item: Any) -> int:
         """How many a model reads of an example."""
         raise NotImplementedError

@@ -129,6 +129,12 @@ def optimizer_and_schedule(
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule(made, total), "interval": "step"}}
 
 
+def batches_and_size(trainer: Trainer) -> tuple[int, int]:
+    """(training batches an epoch, their size), of a trainer whose data module makes a ``BatchLoader``."""
+    loader = trainer.datamodule.train_dataloader()
+    return len(loader), loader.batch_size
+
+
 def total_steps(trainer: Trainer) -> int:
     """Optimizer steps of the whole training.
 

@@ -383,13 +383,6 @@ def test_an_empty_folder_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-def test_evaluation_counts_no_prompts_for_training(tmp_path):
-    write_stage(tmp_path, "ppo", {}, data={"train_prompts": 4000, "held_out_prompts": 264, "long": 0})
-    write_stage(tmp_path, "evaluate", {}, data={"train_prompts": 1, "held_out_prompts": 264, "long": 0})
-    table = "Stage prompts for training held-out prompts long PPO 4,000 264 0 Evaluation – 264 0"
-    assert table in report(tmp_path).text
-
-
 def test_where_the_reward_model_is_right(tmp_path):
     groups = {"fact <b>": {"accuracy": 0.8125, "pairs": 64}, "sum": {"accuracy": 0.625, "pairs": 32}}
     gold = {"fact <b>": {"accuracy": 0.9375, "pairs": 60}}

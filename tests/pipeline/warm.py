@@ -10,7 +10,7 @@ import sys
 
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-import lit_rlhf.pipeline.rounds
+import lit_rlhf.pipeline.rounds  # noqa: F401
 from lit_rlhf.stages import *  # noqa: F403  every stage, which is else imported when it is run
 
 

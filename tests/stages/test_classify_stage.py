@@ -1,5 +1,6 @@
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,8 +43,7 @@ def module(tmp_path, family, optimizer):
         save_model(policy, data.tokenizer, tmp_path / "base")
         torch.manual_seed(5)
         policy = load_policy(tmp_path / "base", data.tokenizer)
-        made = ClassifyModule(policy, data.tokenizer, optimizer=optimizer, **settings)
-        made._trainer = type("T", (), {"datamodule": data})()
+        made = ClassifyModule(policy, **data.for_module(), optimizer=optimizer, **settings)
         made.configure_model()
         made.log = lambda *_, **__: None
         return made
@@ -131,8 +131,8 @@ def test_figures_by_hand(data, module):
     batch = made.collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=labels)
     told = torch.tensor([0, 0, 1, 1, 1, 1])
     classifier._val = [(torch.eye(3)[told] * 9, batch)]
-    classifier.log_dict = lambda metrics, **_: classifier.trainer.__class__.__dict__["callback_metrics"].update(metrics)
-    type(classifier.trainer).callback_metrics = {}
+    classifier._trainer = SimpleNamespace(callback_metrics={})
+    classifier.log_dict = lambda metrics, **_: classifier.trainer.callback_metrics.update(metrics)
     classifier.on_validation_epoch_end()
     figures = classifier.figures()
     # precision 2/2, 2/4, 0; recall 2/3, 2/2, 0: F1 0.8, 2/3, 0

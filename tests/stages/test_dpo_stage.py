@@ -153,8 +153,9 @@ def test_it_learns_the_order_and_plain_transformers_loads_it(tmp_path, data, tok
 
 
 def test_samples_are_written_also_where_prompts_are_long(data, tokenizer, policy, optimizer, fit):
-    module = DPOModule(policy, tokenizer, optimizer=optimizer, sampling=Sampling(max_new_tokens=48))
     long = [dict(row, prompt=row["prompt"] + " word" * 200) for row in ROWS]  # the context holds 128 tokens
-    fit(module, data(long, max_length=100), max_steps=1)
+    made = data(long, max_length=100)
+    module = DPOModule(policy, **made.for_module(), optimizer=optimizer, sampling=Sampling(max_new_tokens=48))
+    fit(module, made, max_steps=1)
     samples = module.write_samples()
     assert len(samples) == 4 and all(prompt.startswith("Question") for prompt, _ in samples)

@@ -35,7 +35,9 @@ def model_of(tokenizer):
 
 
 def evaluated(data, *args, temperature=1.0, **settings):
-    module = EvaluateModule(*args, samples=2, sampling=Sampling(max_new_tokens=6, temperature=temperature), **settings)
+    data.setup()
+    sampling = Sampling(max_new_tokens=6, temperature=temperature)
+    module = EvaluateModule(*args, **data.for_module(), samples=2, sampling=sampling, **settings)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.test(module, datamodule=data, verbose=False)
     return module
@@ -43,7 +45,7 @@ def evaluated(data, *args, temperature=1.0, **settings):
 
 @pytest.fixture
 def data(world, tokenizer):
-    return WorldEvaluateDataModule(world, tokenizer, limit_held_out=10, batch_size=4, limit=1, text_documents=5)
+    return WorldEvaluateDataModule(world, tokenizer, limit_held_out=10, batch_size=4, text_documents=5)
 
 
 class Shortest:

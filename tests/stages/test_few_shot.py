@@ -62,7 +62,7 @@ def test_likelihoods_are_those_of_plain_transformers(family, data, ask, logprobs
     modules = {way: ask(family, made, normalize=way) for way in ("sum", "token", "byte")}
     for k in (0, 2):
         for place, answer in enumerate(modules["sum"].answers[k]):
-            [prompt], [choices] = made._collate(k, [place])[2:]
+            [prompt], [choices] = made._collate(k, [place])[2:4]
             sums = [logprobs_of(family, prompt + c, len(c)).sum().item() for c in choices]
             for way, divisors in (("sum", (1, 1)), ("token", map(len, choices)), ("byte", (10, 3))):
                 scores = [total / by for total, by in zip(sums, divisors)]
@@ -82,7 +82,9 @@ def test_choice_scores_by_hand():
 def test_what_does_not_fit_is_left_out_and_counted(model_config, data, ask, tokenizer):
     length = "n_positions" if model_config["model_type"] == "gpt2" else "max_position_embeddings"
     made = data(shots=[0, 2, 6])
-    longest = {k: [len(p) + len(c[0]) for p, c in zip(*made._collate(k, range(len(made.val_set)))[2:])] for k in (2, 6)}
+    longest = {
+        k: [len(p) + len(c[0]) for p, c in zip(*made._collate(k, range(len(made.val_set)))[2:4])] for k in (2, 6)
+    }
     room = sorted(longest[2])[len(longest[2]) // 2]  # half of those behind two examples fit, none behind six
     policy = policy_from_config({**model_config, length: room}, tokenizer)
     module = ask(policy, made)

@@ -297,7 +297,8 @@ def test_half_precision_has_its_own_limit(run):
 
 def test_what_is_watched_is_what_ppo_logs(policy, reward_model, tokenizer, optimizer, world, fit):
     module = PPOModule(
-        copy.deepcopy(policy), reward_model, tokenizer, optimizer=optimizer, minibatch_size=4, val_samples=1,
+        copy.deepcopy(policy), reward_model, tokenizer, gold_judge=world, optimizer=optimizer, minibatch_size=4,
+        val_samples=1,
         sampling=Sampling(max_new_tokens=6),
     )  # fmt: skip
     watch = HealthWatch()
@@ -379,7 +380,8 @@ def test_the_page_names_settings_that_exist(settings):
 def test_the_page_defines_every_metric_and_no_other(policy, reward_model, tokenizer, optimizer, world, tmp_path):
     """What PPO logs with all that can be logged turned on."""
     module = PPOModule(
-        copy.deepcopy(policy), reward_model, tokenizer, optimizer=optimizer, minibatch_size=4, val_samples=1,
+        copy.deepcopy(policy), reward_model, tokenizer, gold_judge=world, optimizer=optimizer, minibatch_size=4,
+        val_samples=1,
         sampling=Sampling(max_new_tokens=6), loss=KLPenaltyLoss(), kl=KLPenalty(estimator="k2", in_loss=True),
         ptx=partial(WorldPretrainDataModule, world, documents=200, block_size=32), ptx_coef=0.1, probe_rollouts=1,
         scoring=Scoring(functions=[lambda prompts, responses, **_: [0.0] * len(responses)]),

@@ -114,8 +114,9 @@ def test_the_reward_stage_with_adapters(tmp_path, family, reward_model_of, token
     write_jsonl(tmp_path / "r.jsonl", rows)
     model = add_lora(reward_model_of(family), R4)
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    module = RewardModule(model, tokenizer, optimizer=optimizer)
     data = RewardDataModule(tmp_path / "r.jsonl", tokenizer, batch_size=8, held_out=0.2)
+    data.setup()
+    module = RewardModule(model, **data.for_module(), optimizer=optimizer)
     fit(module, data, max_epochs=4)
     module.trainer.validate(module, datamodule=data, verbose=False)
     assert module.figures()["val_accuracy"] == 1.0

@@ -249,7 +249,6 @@ def test_validation_scores_policy_and_sft_model_alike_though_the_scale_runs(scal
     """Without a judge the score decides; what the SFT model got in an earlier validation had another scale."""
     scoring = Scoring(functions=[letters], weights=[3.0], scale=scale)
     module, data = ppo(scoring=scoring, val_samples=2), prompts()
-    data.judge = None
     fit(module, data, max_epochs=1, limit_train_batches=4, val_check_interval=1)
     with torch.no_grad():  # back to the start: what it writes is what the SFT model wrote
         for mine, start in zip(module.policy.parameters(), module.reference.start.parameters()):
@@ -360,7 +359,6 @@ def test_validation_leaves_out_what_nobody_scored(ppo, prompts, fit):
         return [float(len(r)) if i % 2 else None for i, r in enumerate(responses)]
 
     module, data = ppo(scoring=Scoring(functions=[half], reward_model_weight=0.0), val_samples=2), prompts()
-    data.judge = None
     fit(module, data, max_epochs=1, limit_train_batches=1)
     module.trainer.validate(module, datamodule=data, verbose=False)
     figures = module.figures()
@@ -431,7 +429,6 @@ def test_policy_and_sft_model_tie_where_they_write_the_same(ppo, prompts, fit):
 
     module = ppo(scoring=Scoring(functions=[noisy], reward_model_weight=0.0), val_samples=2)
     data = prompts()
-    data.judge = None
     Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False).validate(
         module, datamodule=data, verbose=False
     )

@@ -44,8 +44,10 @@ def collect(world, tokenizer, policy, tmp_path):
     def run(annotator=by_length, data=None, policy=policy, tokenizer=tokenizer, **settings):
         journal = tmp_path / "preference/journal.jsonl"
         settings = {"sampling": Sampling(max_new_tokens=5), "journal": journal, **settings}
-        module = PreferenceModule(policy, tokenizer, annotator, **settings)
         data = data or WorldPreferenceDataModule(world, tokenizer, prompts=12, batch_size=5, limit_held_out=4)
+        data.setup()
+        handed = {**data.for_module(), "tokenizer": tokenizer}
+        module = PreferenceModule(policy, annotator=annotator, **handed, **settings)
         trainer = make_trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
         trainer.predict(module, datamodule=data, return_predictions=False)
         return module, tmp_path / "preference"

@@ -66,7 +66,8 @@ def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
         add_reading_tokens(reading_tokenizer)
         reading.resize_token_embeddings(len(reading_tokenizer), mean_resizing=False)
         data = WorldClassifyDataModule(world, reading_tokenizer, examples=40, batch_size=8)
-        return ClassifyModule(reading, reading_tokenizer, optimizer=optimizer), data
+        data.setup()
+        return ClassifyModule(reading, **data.for_module(), optimizer=optimizer), data
 
     make = {
         "pretrain": lambda: (

@@ -53,7 +53,7 @@ def test_tools_stand_in_front_of_rankings_demonstrations_and_feedback(data, toke
     rows = [{**row, "tools": [TOOL]} for row in ROWS]
     made = data(rows, demonstrations=tmp_path / "d.jsonl", feedback=tmp_path / "f.jsonl")
     sequences = [s for item in [*made.train_set, *made.val_set] for s in item.sequences]
-    texts = [tokenizer.decode(s) for s in [*sequences, *made.demonstration_sequences]]
+    texts = [tokenizer.decode(s) for s in [*sequences, *(sequence for sequence, _ in made.calibration.demonstrations)]]
     assert len(texts) == 3 * 40 + 1 + 1 and all(text.startswith("multiply ") for text in texts)
     assert not any("nobody reads" in note for note in made.notes)
 
@@ -67,7 +67,7 @@ def test_what_a_template_refuses_in_other_files_is_named_or_skipped(data, tokeni
         data(**{file: tmp_path / "o.jsonl"})
     made = data(**{file: tmp_path / "o.jsonl"}, on_bad_record="skip")
     [line] = made.skipped
-    assert "o.jsonl:2: " in line and len(made.demonstration_sequences) >= 2
+    assert "o.jsonl:2: " in line and len(made.calibration.demonstrations) >= 2
     write_jsonl(tmp_path / "o.jsonl", rows[1:2])
     if file == "demonstrations":
         with pytest.raises(UserError, match=r"refuses every demonstration; the first: .*no such word"):
@@ -109,8 +109,8 @@ def test_accumulated_micro_batches_equal_a_full_batch(data, tokenizer, reward_mo
 def test_it_learns_the_order_and_demonstrations_average_0(tmp_path, data, tokenizer, reward_model, optimizer, fit):
     demonstrations = [{"prompt": f"Question {i}?", "response": "good"} for i in range(10)]
     write_jsonl(tmp_path / "d.jsonl", demonstrations)
-    module = RewardModule(reward_model, tokenizer, optimizer=optimizer)
     made = data(demonstrations=tmp_path / "d.jsonl")
+    module = RewardModule(reward_model, **made.for_module(), optimizer=optimizer)
     trainer = fit(module, made, max_epochs=8)
     trainer.validate(module, datamodule=made, verbose=False)
     figures = module.figures()
@@ -130,8 +130,8 @@ def test_it_learns_the_order_and_demonstrations_average_0(tmp_path, data, tokeni
 
 
 def test_plain_transformers_scores_batches_alike(tmp_path, data, tokenizer, reward_model, optimizer, fit):
-    module = RewardModule(reward_model, tokenizer, optimizer=optimizer)
     made = data()
+    module = RewardModule(reward_model, **made.for_module(), optimizer=optimizer)
     fit(module, made, max_steps=4)
     module.export(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
@@ -238,7 +238,7 @@ def test_the_loss_of_feedback_alone_is_its_own(tokenizer, reward_model, fit, tmp
     signs = [1 if item.ratings[0] == 1 else -1 for item in made.val_set]
     scores = [plain_score(reward_model, item.sequences[0]) for item in made.val_set]
     losses = [math.log(1 + math.exp(-sign * score)) for sign, score in zip(signs, scores)]
-    assert made.val_pairs == 0 and len(set(signs)) == 2
+    assert module.figures()["val_pairs"] == 0 and len(set(signs)) == 2
     for name in ("loss", "feedback_loss"):
         assert found[f"val/reward/{name}"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
@@ -320,7 +320,8 @@ def test_answers_that_the_gold_judge_grades_alike_say_nothing_by_gold():
 @pytest.mark.parametrize("head", [RewardHead("mlp", "mean"), RewardHead("linear", "token"), RewardHead("likelihood")])
 def test_every_head_learns_the_order_and_loads_again(tmp_path, data, tokenizer, policy, optimizer, fit, head):
     model = RewardTransformer.from_policy(policy, head)
-    module, made = RewardModule(model, tokenizer, optimizer=optimizer, lm_coef=0.1), data()
+    made = data()
+    module = RewardModule(model, **made.for_module(), optimizer=optimizer, lm_coef=0.1)
     trainer = fit(module, made, max_epochs=10)
     trainer.validate(module, datamodule=made, verbose=False)
     assert module.figures()["val_accuracy"] == 1.0

@@ -115,8 +115,11 @@ def test_dpo_gives_a_checkpoint_back(checkpoint, fit, tmp_path):
 def test_a_reward_model_has_the_trunk_of_its_checkpoint(checkpoint, fit, tmp_path, head):
     tokenizer = load_tokenizer(checkpoint)
     write_jsonl(tmp_path / "p.jsonl", PAIRS)
-    module = RewardModule(load_reward_model(checkpoint, tokenizer, new_head=True, head=head), tokenizer, **STILL)
-    fit(module, RewardDataModule(tmp_path / "p.jsonl", tokenizer, batch_size=8, held_out=0.2), max_steps=2)
+    data = RewardDataModule(tmp_path / "p.jsonl", tokenizer, batch_size=8, held_out=0.2)
+    data.setup()
+    model = load_reward_model(checkpoint, tokenizer, new_head=True, head=head)
+    module = RewardModule(model, **data.for_module(), **STILL)
+    fit(module, data, max_steps=2)
     module.export(tmp_path / "reward")
     folder = tmp_path / "reward" / "model"
     before = {name.rpartition("model.")[2]: tensor for name, tensor in tensors(checkpoint).items()}

@@ -45,7 +45,7 @@ def asked(text):
 
 def sides(data):
     """Fingerprints of (train, held out), from what a data module has read, whatever it is."""
-    if hasattr(data, "train_prompts"):
+    if getattr(data, "train_prompts", None):
         return tuple({prompt_fingerprint(p.messages) for p in s} for s in (data.train_prompts, data.held_out_prompts))
     if hasattr(data, "train_rankings"):
         return tuple({prompt_fingerprint(r.prompt) for r in s} for s in (data.train_rankings, data.val_rankings))
@@ -85,7 +85,7 @@ def test_twenty_prompts_of_ones_own_for_every_seed(tmp_path, tokenizer):  # as e
             moved.trained |= sides(reward)[0]
             assert len(list(reward.train_dataloader())) > 0
             ppo = read(PPODataModule, path, tokenizer, moved, held_out=0.2, split_seed=seed, batch_size=64)
-            evaluate = read(EvaluateDataModule, path, tokenizer, moved, held_out=0.2, split_seed=seed, limit=1)
+            evaluate = read(EvaluateDataModule, path, tokenizer, moved, held_out=0.2, split_seed=seed)
             assert sides(ppo)[1] == sides(evaluate)[1] and not sides(evaluate)[1] & sides(reward)[0]
             assert len(next(iter(ppo.train_dataloader())).messages) == 64  # a batch above the data
         else:

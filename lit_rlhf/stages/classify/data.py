@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -113,6 +113,9 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         self.long = 0
         self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
         self.check_left("readings", self.train_set, self.val_set)
+
+    def for_module(self) -> dict[str, Any]:
+        return {**super().for_module(), "labels": self.labels, "task": self.task}
 
     def longest(self) -> int:
         return max(len(reading) for item in [*self.train_set, *self.val_set] for reading in item.readings)

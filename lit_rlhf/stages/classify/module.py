@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
@@ -15,7 +17,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import added, classification_loss, side_by_side, wilson_interval
 from lit_rlhf.models import RewardHead, packed_hidden, save_model, sequence_classifier, token_logprobs_of
 from lit_rlhf.stages.classify.data import ClassifyBatch
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -30,11 +32,13 @@ class ClassifyModule(StepLog):
     Args:
         policy: the pretrained model.
         tokenizer: of the data module, with the start, delimiter and extract tokens; saved beside the model.
+        labels: their names, in the order of their numbers; []: the examples are questions with choices.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
         lm_coef: lambda, weight of the language-modelling loss on the readings (nats a token); 0: none.
+        task: what the figures call it.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class ClassifyModule(StepLog):
         policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        labels: Sequence[str],
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
         max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
         lm_coef: Annotated[float, Field(ge=0)] = 0.5,
+        task: str = "classification",
     ) -> None:
         super().__init__()
         if not RewardHead().is_classifier(policy.config):
@@ -57,19 +63,18 @@ class ClassifyModule(StepLog):
         self.policy = policy.train()
         self.tokenizer = tokenizer
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
-        self.head_lr, self.lm_coef = head_lr, lm_coef
+        self.head_lr, self.lm_coef, self.labels, self.task = head_lr, lm_coef, list(labels), task
         self.head: nn.Linear | None = None
         self._val: list[tuple[Tensor, ClassifyBatch]] = []
 
-    def setup(self, stage: str) -> None:
-        fit_context(self)
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext()]
 
     def configure_model(self) -> None:
-        """Make the head: the data know how many labels there are."""
+        """Make the head."""
         if self.head is None:
             width = self.policy.get_input_embeddings().weight.shape[1]
-            labels = self.trainer.datamodule.labels
-            self.head = nn.Linear(width, len(labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
+            self.head = nn.Linear(width, len(self.labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
             nn.init.normal_(self.head.weight, std=0.02)
 
     def hidden(self, batch: ClassifyBatch) -> tuple[Tensor, Tensor]:
@@ -121,8 +126,8 @@ class ClassifyModule(StepLog):
             "val/classify/loss": torch.stack(losses).sum() / len(labels),
             "val/classify/accuracy": (labels == told).float().mean(),
         }
-        if self.trainer.datamodule.labels:
-            classes = len(self.trainer.datamodule.labels)
+        if self.labels:
+            classes = len(self.labels)
             metrics["val/classify/f1"] = multiclass_f1_score(told, labels, num_classes=classes, average="macro")
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
 
@@ -136,25 +141,26 @@ class ClassifyModule(StepLog):
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation; ``guessing``: who always says the most frequent label."""
-        metrics, data = self.trainer.callback_metrics, self.trainer.datamodule
+        metrics = self.trainer.callback_metrics
         labels, told = self._told()
         low, high = wilson_interval(int((labels == told).sum()), len(labels))
         figures: dict[str, Any] = {
-            "task": data.task,
+            "task": self.task,
             "val_loss": metrics["val/classify/loss"].item(),
             "accuracy": metrics["val/classify/accuracy"].item(),
             "accuracy_low": low,
             "accuracy_high": high,
             "examples": len(labels),
         }
-        if not data.labels:
-            return {**figures, "guessing": sum(1 / len(item.readings) for item in data.val_set) / len(labels)}
-        confusion = multiclass_confusion_matrix(told, labels, num_classes=len(data.labels))
+        if not self.labels:
+            choices = torch.cat([batch.example.bincount() for _, batch in self._val])
+            return {**figures, "guessing": (1 / choices.double()).mean().item()}
+        confusion = multiclass_confusion_matrix(told, labels, num_classes=len(self.labels))
         return {
             **figures,
             "guessing": confusion.sum(1).max().item() / len(labels),
             "f1": metrics["val/classify/f1"].item(),
-            "labels": data.labels,
+            "labels": self.labels,
             "confusion": confusion.tolist(),
         }
 
@@ -163,5 +169,6 @@ class ClassifyModule(StepLog):
 
         Of similar texts the logits of both orders are to be added: the head has no bias, so that is the same as adding
         the states. Of choices it scores one reading."""
-        labels = self.trainer.datamodule.labels or ["score"]
-        save_model(sequence_classifier(self.policy, self.head, labels), self.tokenizer, folder / "model")
+        save_model(
+            sequence_classifier(self.policy, self.head, self.labels or ["score"]), self.tokenizer, folder / "model"
+        )

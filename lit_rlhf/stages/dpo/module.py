@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import say_once
 from lit_rlhf.functional import dpo_loss, implicit_rewards, pair_accuracy, ranking_pairs
 from lit_rlhf.models import Reference, ReferenceUpdate, response_logprobs, save_adapter, save_model
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages.prompts import sample_texts, spread
+from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
 from lit_rlhf.stages.rankings import RankingBatch, ranked
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.records import FitContext
+from lit_rlhf.text.template import Note
 from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -34,6 +38,8 @@ class DPOModule(StepLog):
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         beta: reward units a nat: the larger, the nearer the policy stays to the reference.
         sampling: how the samples during training are drawn.
+        sample_prompts: what the policy answers during training, for people to read.
+        note: says what a person should know, each line once.
     """
 
     frozen_models = ("reference.",)
@@ -48,17 +54,20 @@ class DPOModule(StepLog):
         max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         beta: Annotated[float, Field(gt=0)] = 0.1,
         sampling: Sampling = Sampling(),
+        sample_prompts: Sequence[SamplePrompt] = (),
+        note: Note = say_once,
     ) -> None:
         super().__init__()
         self.policy, self.reference = policy, Reference(policy, ReferenceUpdate())
         self.tokenizer = tokenizer
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
-        self.beta, self.sampling = beta, sampling
+        self.beta, self.sampling, self.sample_prompts, self.note = beta, sampling, sample_prompts, note
         self._val: list[tuple[Tensor, RankingBatch]] = []
+        self._val_pairs = 0  # of the last validation
         self.eval()  # see train(): models made from a config come in training mode
 
-    def setup(self, stage: str) -> None:
-        fit_context(self)
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext()]
 
     def logprobs(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
         """Log-probs (N,) of whole answers in nats, end-of-text included, under the policy and under the reference."""
@@ -98,7 +107,7 @@ class DPOModule(StepLog):
 
     def on_validation_epoch_end(self) -> None:
         """Over all held-out pairs together, each pair once."""
-        loss, accuracy, gold_accuracy = ranked(self._val)
+        loss, accuracy, gold_accuracy, self._val_pairs = ranked(self._val)
         metrics = {"val/dpo/loss": loss, "val/dpo/accuracy": accuracy}
         if gold_accuracy is not None:
             metrics["val/dpo/gold_accuracy"] = gold_accuracy
@@ -108,9 +117,8 @@ class DPOModule(StepLog):
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
 
     def write_samples(self) -> list[tuple[str, str]]:
-        """(prompt, answer) of some held-out prompts, by the policy as it is now."""
-        rankings = spread(self.trainer.datamodule.val_rankings, 4)
-        return sample_texts(self, self.sampling, [(ranking.prompt, ranking.tools) for ranking in rankings])
+        """(prompt, response) of ``sample_prompts``, by the policy as it is now."""
+        return sample_texts(self, self.sampling, self.sample_prompts, self.note)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation; accuracies are those of the implicit rewards."""
@@ -120,7 +128,7 @@ class DPOModule(StepLog):
             "val_loss": metrics["val/dpo/loss"].item(),
             "val_accuracy": metrics["val/dpo/accuracy"].item(),
             "gold_accuracy": None if gold is None else gold.item(),
-            "val_pairs": self.trainer.datamodule.val_pairs,
+            "val_pairs": self._val_pairs,
         }
 
     def export(self, folder: Path) -> None:

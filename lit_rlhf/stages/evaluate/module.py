@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.functional import Estimate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
 from lit_rlhf.models import (
     context_length,
@@ -27,11 +28,13 @@ from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.functions import Annotator, name_of, with_tools
-from lit_rlhf.stages.prompts import PromptBatch, last_tokens
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
+from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import write_jsonl
+from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.training import inner_bar, seeded
 
@@ -45,6 +48,8 @@ class EvaluateModule(LightningModule):
     Args:
         policies: name -> (model, tokenizer), from weakest to strongest; "sft" is what others are compared with.
         reward_model: grades where no gold judge does, and picks the best of n; None: not done.
+        tokenizer: of the prompts' tokens, which the reward model reads; None: that of "sft", else of the first model.
+        gold_judge: grades the answers, and knows the right ones; None: there is none.
         annotator: ranks the answers of all models to a prompt together; None: nobody does.
         judge: who decides which answer is better; None: the annotator, else the gold judge, else the reward model.
         samples: answers a prompt at ``sampling.temperature``.
@@ -55,6 +60,9 @@ class EvaluateModule(LightningModule):
         share_prompts: read a prompt once for all its answers, where attention can be told so.
         sampling: how answers are drawn.
         engine: what draws them; None: :class:`FastEngine`.
+        documents: text that no model was trained on, for the perplexity; none: it is not measured.
+        special_tokens: what their names mean in the prompts; see :class:`lit_rlhf.stages.prompts.PromptDataModule`.
+        note: says what a person should know, each line once.
         seed: of the sampling.
     """
 
@@ -63,6 +71,8 @@ class EvaluateModule(LightningModule):
         policies: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         reward_model: PreTrainedModel | None = None,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        gold_judge: Judge | None = None,
         annotator: Annotator | None = None,
         judge: JudgeName | None = None,
         samples: Annotated[int, Field(ge=1)] = 4,
@@ -73,13 +83,18 @@ class EvaluateModule(LightningModule):
         share_prompts: bool = True,
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
+        documents: Sequence[str] = (),
+        special_tokens: SpecialTokens = "plain",
+        note: Note = say_once,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in policies.items()})
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in policies.items()}
         self.reward_model = None if reward_model is None else freeze(reward_model)
-        self.annotator, self.judge = annotator, judge
+        self.tokenizer = tokenizer or self.tokenizers.get("sft") or next(iter(self.tokenizers.values()))
+        self.gold_judge, self.annotator, self.judge = gold_judge, annotator, judge
+        self.documents, self.special_tokens, self.note = documents, special_tokens, note
         self.samples, self.best_of, self.seed = samples, best_of, seed
         self.anchor_rating, self.text_row_length, self.share_prompts = anchor_rating, text_row_length, share_prompts
         self.sampling, self.engine = sampling, engine or FastEngine()
@@ -95,15 +110,15 @@ class EvaluateModule(LightningModule):
         self._knows_tokens: set[str] = set()  # models whose tokens are those of the prompts
         self._talks_like_sft: set[str] = set()  # and with SFT's tokens and turns: both know how likely an answer is
 
-    def setup(self, stage: str) -> None:
-        fit_context(self, self.sampling.max_new_tokens)
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext(self.sampling.max_new_tokens)]
 
     def on_test_start(self) -> None:
-        there = {"gold": self._gold is not None, "reward_model": self.reward_model, "annotator": self.annotator}
+        there = {"gold": self.gold_judge is not None, "reward_model": self.reward_model, "annotator": self.annotator}
         if self.judge is not None and not there[self.judge]:
             known = ", ".join(name for name, here in there.items() if here) or "nobody"
             raise UserError(f"evaluate.module.judge={self.judge}: there is none in this evaluation; there is {known}")
-        asked_in = self.trainer.datamodule.tokenizer.get_vocab()
+        asked_in = self.tokenizer.get_vocab()
         vocabularies = {name: self.tokenizers[name].get_vocab() for name in self.policies}
         self._knows_tokens = {name for name, vocabulary in vocabularies.items() if vocabulary == asked_in}
         if "sft" in self.policies:
@@ -118,10 +133,6 @@ class EvaluateModule(LightningModule):
             self.transcript = replace(transcript_for(self.tokenizers["base"]), examples=())
             self.tokenizers[PROMPTED] = self.transcript.prompting(self.tokenizers["base"])
             self.print(f'evaluate: "{PROMPTED}" is the base model behind {self.transcript}')
-
-    @property
-    def _gold(self) -> Any:
-        return getattr(self.trainer.datamodule, "judge", None)
 
     @property
     def decides(self) -> JudgeName:
@@ -154,10 +165,9 @@ class EvaluateModule(LightningModule):
         policy, tokenizer = self.policies["base" if name == PROMPTED else name], self.tokenizers[name]
         room = context_length(policy) - sampling.max_new_tokens
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
-        data = self.trainer.datamodule
-        tools, kind = [record.get("tools") for record in batch.records], data.special_tokens
-        prompts = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=data.note)
-        repeated = [tokens for tokens in last_tokens(self, name, prompts, room) for _ in range(n)]
+        tools, kind = [record.get("tools") for record in batch.records], self.special_tokens
+        prompts = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=self.note)
+        repeated = [tokens for tokens in last_tokens(name, prompts, room, self.note) for _ in range(n)]
         answers = sample(self.engine, policy, tokenizer, repeated, sampling, seeded(self.seed, *place))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
@@ -168,9 +178,9 @@ class EvaluateModule(LightningModule):
         into.tokens += _grouped(answers.lengths.tolist(), n)
         if not answers.entropy.isnan().any():  # an engine may not know it
             into.entropy += _grouped(masked_sum(answers.entropy, answers.mask, dim=-1).tolist(), n)
-        if self._gold is not None:
+        if self.gold_judge is not None:
             messages = [m for m in batch.messages for _ in range(n)]
-            grades = [self._gold.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]
+            grades = [self.gold_judge.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]
             into.grades += _grouped([grade_figures(g) for g in grades], n)
         if self.reward_model is not None:
             into.scores += _grouped(self._scores(name, batch, answers, texts, n).tolist(), n)
@@ -181,10 +191,9 @@ class EvaluateModule(LightningModule):
         """Scores (B,) of the answers behind the prompts as the reward model knows them."""
         responses = answers.token_lists()
         if name not in self._knows_tokens:  # in tokens that it does not know, or cut
-            known = self.trainer.datamodule.tokenizer
             asked = [m for m in batch.messages for _ in range(n)]
             tools = [record.get("tools") for record in batch.records for _ in range(n)]
-            responses = encode_responses(known, asked, texts, tools, note=self.trainer.datamodule.note)
+            responses = encode_responses(self.tokenizer, asked, texts, tools, note=self.note)
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
         sequences = [p + r for p, r in zip(prompts, responses)]
         lengths = [len(r) for r in responses]
@@ -219,7 +228,7 @@ class EvaluateModule(LightningModule):
         first = len(self.prompts) - len(batch.messages)
         together = [[text for c in contestants for text in c.texts[i]] for i in range(first, len(self.prompts))]
         tools = [record.get("tools") for record in batch.records]
-        beside = with_tools(self.annotator, tools, self.trainer.datamodule.note)
+        beside = with_tools(self.annotator, tools, self.note)
         for i, ranks in enumerate(self.annotator(batch.messages, together, **beside), start=first):
             left = iter(ranks)
             for contestant in contestants:
@@ -227,9 +236,9 @@ class EvaluateModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Held-out text is read; win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
-        if documents := getattr(self.trainer.datamodule, "documents", list)():
+        if self.documents:
             for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: text"):
-                self.texts[name] = text_figures(policy, self.tokenizers[name], documents, self.text_row_length)
+                self.texts[name] = text_figures(policy, self.tokenizers[name], self.documents, self.text_row_length)
         self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self._win_rates().items()})
 
     # --------------------------------------------------------------- comparing

@@ -49,6 +49,7 @@ class ShotBatch(NamedTuple):
     tasks: list[Shot]
     prompts: list[list[int]]  # tokens up to where the answer begins
     choices: list[list[list[int]]]  # tokens of each choice of each task; none where the answer is open
+    texts: list[str]  # of the prompts
 
 
 class FewShotDataModule(TaskDataModule):
@@ -127,6 +128,9 @@ class FewShotDataModule(TaskDataModule):
             )
         self._before, self._space = _split_space(self.template.removesuffix("{answer}"))
 
+    def sizes(self) -> dict[str, int]:
+        return {"train_set": len(self.train_set), "val_set": len(self.val_set)}
+
     def _drawable(self) -> tuple[list[int], list[int]]:
         """(numbers of examples that can be drawn, the others)."""
         drawable = [shots for shots in self.shots if shots <= len(self.train_set)]
@@ -158,12 +162,12 @@ class FewShotDataModule(TaskDataModule):
         first = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if first is None else first
         start = text_start(self.tokenizer) or [first]
-        written = encode_texts(self.tokenizer, [self.prompt(i, shots) for i in places])
-        prompts = [[*start, *tokens] for tokens in written]
+        texts = [self.prompt(i, shots) for i in places]
+        prompts = [[*start, *tokens] for tokens in encode_texts(self.tokenizer, texts)]
         # A model's words carry the space before them: it belongs to the answer.
         answers = [self._space + choice for task in tasks for choice in task.choices]
         choices = iter(encode_texts(self.tokenizer, answers))
-        return ShotBatch(shots, tasks, prompts, [[next(choices) for _ in task.choices] for task in tasks])
+        return ShotBatch(shots, tasks, prompts, [[next(choices) for _ in task.choices] for task in tasks], texts)
 
     def test_dataloader(self) -> list[BatchLoader[ShotBatch]]:
         """A loader for each number of examples."""

@@ -47,6 +47,8 @@ class FewShotModule(LightningModule):
         self.sampling = Sampling(max_new_tokens, temperature=0.0)
         # Number of examples -> for each task (in order) what it was answered in each way; None: it does not fit.
         self.answers: dict[int, list[dict[str, str] | None]] = {}
+        # Number of examples -> for each task (in order) the task, and the text of its prompt.
+        self.asked: dict[int, list[tuple[Shot, str]]] = {}
 
     def test_step(self, batch: ShotBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer one batch of tasks; those that do not fit into the model's context are left out, and counted."""
@@ -58,6 +60,7 @@ class FewShotModule(LightningModule):
         fitting = [i for i, tokens in enumerate(needed) if tokens <= room]
         chosen = ShotBatch(batch.shots, *([column[i] for i in fitting] for column in batch[1:]))
         told = iter(self._choose(chosen) if batch.tasks[0].choices else self._write(chosen)) if fitting else iter(())
+        self.asked.setdefault(batch.shots, []).extend(zip(batch.tasks, batch.texts))
         self.answers.setdefault(batch.shots, []).extend(
             next(told) if i in set(fitting) else None for i in range(len(needed))
         )
@@ -89,19 +92,24 @@ class FewShotModule(LightningModule):
         """Headline figures: accuracy for each number of examples, with its 95% interval and its n.
 
         ``accuracy`` is that of the largest number, ``k``, with which every task fits."""
-        data = self.trainer.datamodule
-        shots = {str(k): self._row(answers, data.val_set) for k, answers in sorted(self.answers.items())}
+        shots = {str(k): self._row(answers, self.tasks) for k, answers in sorted(self.answers.items())}
         whole = [k for k, row in shots.items() if row["too_long"] == 0]
+        chosen = bool(self.tasks[0].choices)
         return {
-            "task": data.task,
-            "examples": len(data.val_set),
+            "task": "choice" if chosen else "exact match",
+            "examples": len(self.tasks),
             "parameters": sum(p.numel() for p in self.policy.parameters()),
-            "guessing": sum(1 / len(task.choices) for task in data.val_set if task.choices) / len(data.val_set),
-            "normalize": self.normalize if data.task == "choice" else "greedy",
+            "guessing": sum(1 / len(task.choices) for task in self.tasks if task.choices) / len(self.tasks),
+            "normalize": self.normalize if chosen else "greedy",
             "k": int(whole[-1]) if whole else None,
             "accuracy": shots[whole[-1]]["accuracy"] if whole else None,
             "shots": shots,
         }
+
+    @property
+    def tasks(self) -> list[Shot]:
+        """Every task once, in order."""
+        return [task for task, _ in next(iter(self.asked.values()))]
 
     def _row(self, answers: list[dict[str, str] | None], tasks: list[Shot]) -> dict[str, Any]:
         asked = [(told, task) for told, task in zip(answers, tasks) if told is not None]
@@ -120,16 +128,16 @@ class FewShotModule(LightningModule):
 
     def export(self, folder: Path) -> None:
         """Write ``samples.jsonl``: every task with its prompt and what was answered behind each number of examples."""
-        data = self.trainer.datamodule
+        prompts = self.asked[min(self.asked, key=lambda k: (k == 0 and len(self.asked) > 1, k))]
         rows = [
             {
                 "question": task.question,
                 "choices": list(task.choices),
                 "right": list(task.answers),
                 "told": {str(k): answers[i] for k, answers in sorted(self.answers.items())},
-                "prompt": data.prompt(i, min(1, data.shots[-1])),
+                "prompt": text,
             }
-            for i, task in enumerate(data.val_set)
+            for i, (task, text) in enumerate(prompts)
         ]
         write_jsonl(folder / "samples.jsonl", rows)
 

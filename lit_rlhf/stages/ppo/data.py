@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
+from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, SamplePrompt, WorldPromptDataModule, spread
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import Messages
 from lit_rlhf.training import BatchLoader
@@ -21,6 +22,10 @@ class PPODataModule(PromptDataModule):
             ensure_chat_template(self.tokenizer)  # the one that a reward model of this tokenizer reads, too
             self.note("the checkpoint has no chat template; it gets that of a transcript, which is saved with it")
         super().setup(stage)
+
+    def for_module(self) -> dict[str, Any]:
+        asked = [SamplePrompt(prompt.messages, prompt.tokens) for prompt in spread(self.held_out_prompts, 4)]
+        return {**super().for_module(), "sample_prompts": asked}
 
     def train_dataloader(self) -> BatchLoader[PromptBatch]:
         iterations = self.trainer.limit_train_batches if self.trainer is not None else 1.0

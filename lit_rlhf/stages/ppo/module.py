@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from lit_rlhf.models import (
     shares_prompts,
     tokens_at_once,
 )
-from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, sample
+from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, fitted, sample
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check
 from lit_rlhf.stages.ppo.collector import Collector, Statistics
@@ -39,8 +40,8 @@ from lit_rlhf.stages.ppo.progress import Progress, headline, means_over
 from lit_rlhf.stages.ppo.ptx import PretrainingText, held_out_text_loss, pretraining_text
 from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, SAMPLES, VALIDATION, Rollout
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
-from lit_rlhf.stages.prompts import Judge, PromptBatch, spread
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt
+from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.records import shown
 from lit_rlhf.training import (
     OptimizerFactory,
@@ -50,6 +51,7 @@ from lit_rlhf.training import (
     seeded,
     warmup_decay,
 )
+from lit_rlhf.training.optim import batches_and_size
 
 
 class PPOModule(LearnsFromRollouts):
@@ -59,6 +61,7 @@ class PPOModule(LearnsFromRollouts):
         policy: what is trained; starts as the SFT model.
         reward_model: a sequence classifier with one label, frozen, of the policy's vocabulary; None: functions alone.
         tokenizer: of the policy.
+        gold_judge: grades rollouts and held-out answers, to be watched alone; None: there is none.
         critic: makes the critic from policy and reward model; not asked where ``advantage`` needs none.
         advantage: ``(rewards, values, mask, answers_per_prompt) -> (advantages, returns)``.
         loss: ``(logprobs, old_logprobs, advantages, mask) -> loss`` of the policy, a mean over the actions.
@@ -90,6 +93,7 @@ class PPOModule(LearnsFromRollouts):
         sampling: how answers are drawn in rollouts and in validation.
         engine: what draws them; None: :class:`FastEngine`.
         val_samples: answers a held-out prompt in validation.
+        sample_prompts: what the policy answers during training, for people to read.
         seed: of sampling and of the order of minibatches.
     """
 
@@ -101,6 +105,7 @@ class PPOModule(LearnsFromRollouts):
         reward_model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        gold_judge: Judge | None = None,
         critic: CriticFactory = critic_from_reward_model,
         advantage: AdvantageEstimator = GAE(),
         loss: PolicyLoss = ClippedLoss(),
@@ -131,6 +136,7 @@ class PPOModule(LearnsFromRollouts):
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
         val_samples: Annotated[int, Field(ge=1)] = 4,
+        sample_prompts: Sequence[SamplePrompt] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -140,7 +146,7 @@ class PPOModule(LearnsFromRollouts):
         self.policy, self.tokenizer = learning(policy), tokenizer
         self.reference = Reference(policy, reference)
         self.critic = critic(policy, reward_model) if getattr(advantage, "needs_critic", True) else None
-        self.scorer = Scorer(reward_model, scoring)
+        self.scorer, self.gold_judge, self.sample_prompts = Scorer(reward_model, scoring), gold_judge, sample_prompts
         self.advantage, self.loss, self.kl, self.action = advantage, loss, kl, action
         self.optimizer, self.schedule, self.answers_per_prompt = optimizer, schedule, answers_per_prompt
         self.critic_lr, self.critic_head_lr = critic_lr, critic_head_lr
@@ -156,8 +162,8 @@ class PPOModule(LearnsFromRollouts):
         self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(self)
         self.eval()  # see train(): models made from a config come in training mode
 
-    def setup(self, stage: str) -> None:
-        fit_context(self, self.sampling.max_new_tokens)
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext(self.sampling.max_new_tokens)]
 
     # ------------------------------------------------------------- collecting
 
@@ -168,7 +174,7 @@ class PPOModule(LearnsFromRollouts):
         return Collector(
             **self._shared,
             scorer=self.scorer,
-            judge=self._judge,
+            judge=self.gold_judge,
             tokenizer=self.tokenizer,
             engine=self.engine,
             sampling=self.sampling,
@@ -179,10 +185,6 @@ class PPOModule(LearnsFromRollouts):
             whiten=self.whiten_advantages,
             total=None if self.trainer.world_size == 1 else self._total,
         )
-
-    @property
-    def _judge(self) -> Judge | None:
-        return getattr(self.trainer.datamodule, "judge", None)
 
     def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
         """This iteration's rollout."""
@@ -236,10 +238,9 @@ class PPOModule(LearnsFromRollouts):
             head = head_parameters(self.critic)
             groups += decay_groups(self.critic, head, self.critic_head_lr, lr=self.critic_lr)
         optimizer = self.optimizer(groups)
-        loader = self.trainer.datamodule.train_dataloader()
-        answers = loader.batch_size * self.answers_per_prompt
-        per_rollout = -(-answers // self.minibatch_size) * self.ppo_epochs
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, len(loader) * per_rollout)}
+        iterations, prompts = batches_and_size(self.trainer)
+        per_rollout = -(-prompts * self.answers_per_prompt // self.minibatch_size) * self.ppo_epochs
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, iterations * per_rollout)}
 
     # ---------------------------------------------------------------- watching
 
@@ -268,11 +269,13 @@ class PPOModule(LearnsFromRollouts):
             logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=int(self.iteration))
 
     def write_samples(self) -> list[tuple[str, str]]:
-        """(prompt, answer) of some held-out prompts, by the policy as it is now."""
-        prompts = spread(self.trainer.datamodule.held_out_prompts, 4)
-        tokens, generator = [p.tokens for p in prompts], seeded(self.seed, int(self.iteration), SAMPLES)
-        responses = sample(self.engine, self.policy, self.tokenizer, tokens, self.sampling, generator)
-        return [(shown(p.messages), text) for p, text in zip(prompts, responses.texts(self.tokenizer))]
+        """(prompt, response) of ``sample_prompts``, by the policy as it is now."""
+        if not self.sample_prompts:
+            return []
+        generator = seeded(self.seed, int(self.iteration), SAMPLES)
+        tokens, sampling = fitted(self.policy, [prompt.tokens for prompt in self.sample_prompts], self.sampling)
+        responses = sample(self.engine, self.policy, self.tokenizer, tokens, sampling, generator)
+        return [(shown(p.messages), text) for p, text in zip(self.sample_prompts, responses.texts(self.tokenizer))]
 
     # -------------------------------------------------------------- validation
 
@@ -296,7 +299,7 @@ class PPOModule(LearnsFromRollouts):
     def figures(self) -> dict[str, Any]:
         """Headline figures; ``kl`` in nats an answer and the win rate against SFT, both on held-out prompts."""
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        judge = "gold" if self._judge is not None else f"{self.scorer.name} (proxy)"
+        judge = "gold" if self.gold_judge is not None else f"{self.scorer.name} (proxy)"
         return headline(metrics, self.progress, self.held_out.wins, self.scorer, judge, self.kl_coef.item())
 
     def export(self, folder: Path) -> None:

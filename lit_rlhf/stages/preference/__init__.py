@@ -19,7 +19,7 @@ STAGE = Stage(
 )
 __getattr__, __all__ = exports(
     __name__,
-    agreement="Agreement agreement majority",
+    annotator_agreement="Agreement agreement majority",
     annotators="Annotator CallableAnnotator RewardModelAnnotator",
     data="PreferenceDataModule WorldPreferenceDataModule",
     judge="LLMJudge",

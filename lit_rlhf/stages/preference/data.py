@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
 from lit_rlhf.training import BatchLoader
 
@@ -10,6 +12,9 @@ class PreferenceDataModule(PromptDataModule):
     """Every prompt of a file once, the held-out ones too: they test the reward model."""
 
     reads = ("kind", "responses", "models", "temperatures", "finished")  # answers that are given, not drawn
+
+    def for_module(self) -> dict[str, Any]:
+        return {**super().for_module(), "special_tokens": self.special_tokens, "note": self.note}
 
     def predict_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.loader([*self.train_prompts, *self.held_out_prompts])

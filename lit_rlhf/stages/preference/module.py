@@ -10,22 +10,25 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError, Waiting
+from lit_rlhf.errors import UserError, Waiting, say_once
 from lit_rlhf.models import context_length, freeze
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
 from lit_rlhf.stages.functions import Annotator, with_tools
-from lit_rlhf.stages.preference.agreement import agreement
+from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
 from lit_rlhf.stages.preference.journal import Journal
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
-from lit_rlhf.stages.prompts import PromptBatch, last_tokens
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
+from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import Transcript, encode_prompts, is_base
 from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
+from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.training import seeded
 
@@ -49,6 +52,8 @@ class PreferenceModule(LightningModule):
             where it is one of ``others``, with the text alone.
         tokenizer: of the policy.
         annotator: ranks the answers; or people, whose judgements are read from a file; None: answers only.
+        gold_judge: knows the right answers; how often the annotator agrees with it is among the figures. None: there is
+            none.
         others: further models that answer too, name -> (model, tokenizer), each prompted by its own template.
         name: what the policy is called in the records.
         answers: "draw" samples them, "given" takes the ``responses`` of the prompts' records, to have them ranked.
@@ -61,6 +66,8 @@ class PreferenceModule(LightningModule):
         seed: of the sampling.
         journal: file to which finished batches are written as they come; None keeps them in memory only.
         round: which round of collection this is; kept with each record.
+        special_tokens: what their names mean in the prompts; see :class:`lit_rlhf.stages.prompts.PromptDataModule`.
+        note: says what a person should know, each line once.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class PreferenceModule(LightningModule):
         tokenizer: PreTrainedTokenizerBase,
         annotator: Annotator | People | None,
         *,
+        gold_judge: Judge | None = None,
         others: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
         name: str = "sft",
         answers: Literal["draw", "given"] = "draw",
@@ -81,6 +89,8 @@ class PreferenceModule(LightningModule):
         seed: int = 0,
         journal: str | Path | None = None,
         round: Annotated[int, Field(ge=0)] = 0,
+        special_tokens: SpecialTokens = "plain",
+        note: Note = say_once,
     ) -> None:
         super().__init__()
         if name in (others or {}):
@@ -88,7 +98,8 @@ class PreferenceModule(LightningModule):
         writers = {name: (policy, tokenizer), **(others or {})}
         self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in writers.items()})
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
-        self.name, self.annotator, self.how = name, annotator, answers
+        self.name, self.annotator, self.gold_judge, self.how = name, annotator, gold_judge, answers
+        self.special_tokens, self.note = special_tokens, note
         self.answers_per_prompt, self.redraws = answers_per_prompt, redraws
         self.sampling, self.engine, self.compare = sampling, engine or FastEngine(), compare
         # Models change fastest: each prompt is answered by as many of them as possible.
@@ -100,15 +111,15 @@ class PreferenceModule(LightningModule):
         self._judged: list[dict[str, Any]] = []  # by people
         self.transcript: Transcript | None = None  # what the policy goes on with where it is a base model
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext(self.sampling.max_new_tokens)] if self.how == "draw" else []
+
     def setup(self, stage: str) -> None:
-        if self.how != "draw":
-            return
-        fit_context(self, self.sampling.max_new_tokens)
-        data, tokenizer = self.trainer.datamodule, self.tokenizers[self.name]
-        if self.transcript is None and is_base(tokenizer) and data.special_tokens != "rendered":
+        tokenizer = self.tokenizers[self.name]
+        if self.how == "draw" and self.transcript is None and is_base(tokenizer) and self.special_tokens != "rendered":
             self.transcript = transcript_for(tokenizer)
             self.tokenizers[self.name] = self.transcript.prompting(tokenizer)
-            data.note(f"{self.name} is a base model: it goes on with {self.transcript}")
+            self.note(f"{self.name} is a base model: it goes on with {self.transcript}")
 
     # ---------------------------------------------------------------- answers
 
@@ -120,7 +131,7 @@ class PreferenceModule(LightningModule):
         if self._ranks_now and batch_idx not in self.ranked.batches:
             rows = [row for row in self.drawn.batches[batch_idx] if len(row["responses"]) > 1]
             prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
-            tools = with_tools(self.annotator, [row.get("tools") for row in rows], self.trainer.datamodule.note)
+            tools = with_tools(self.annotator, [row.get("tools") for row in rows], self.note)
             self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses, **tools) if rows else [])
         return self.drawn.batches[batch_idx]
 
@@ -162,14 +173,13 @@ class PreferenceModule(LightningModule):
         policy, tokenizer = self.policies[turn.model], self.tokenizers[turn.model]
         tokens, transcript = batch.tokens, self.transcript if turn.model == self.name else None
         if turn.model != self.name or transcript is not None:  # by its own template
-            kind = self.trainer.datamodule.special_tokens
             tools = [record.get("tools") for record in batch.records]
-            note = self.trainer.datamodule.note
-            tokens = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=note)
+            reading = {"special_tokens": self.special_tokens, "note": self.note}
+            tokens = encode_prompts(tokenizer, batch.messages, tools, **reading)
         room = context_length(policy) - self.sampling.max_new_tokens
         stops = () if transcript is None else transcript.stops
         sampling = replace(self.sampling, temperature=turn.temperature, stop=(*self.sampling.stop, *stops))
-        tokens = last_tokens(self, turn.model, [tokens[i] for i in prompts], room)
+        tokens = last_tokens(turn.model, [tokens[i] for i in prompts], room, self.note)
         answers = sample(self.engine, policy, tokenizer, tokens, sampling, generator)
         return list(zip(answers.texts(tokenizer), answers.finished.tolist()))
 
@@ -237,7 +247,7 @@ class PreferenceModule(LightningModule):
             )
         write_jsonl(file, self.answers)
         if isinstance(self.annotator, People):
-            with_tools(self.annotator, [row.get("tools") for row in self.answers], self.trainer.datamodule.note)
+            with_tools(self.annotator, [row.get("tools") for row in self.answers], self.note)
             todo = self.annotator.hand_out(self.answers, file)
             self._judged = with_lineage(judgements(self.annotator), self.answers)
             if not self._judged:
@@ -278,7 +288,7 @@ class PreferenceModule(LightningModule):
 
     def _gold_agreement(self) -> dict[str, Any]:
         """How often the annotator agrees with the gold judge, over the pairs that gold does not tie."""
-        judge = getattr(self.trainer.datamodule, "judge", None)
+        judge = self.gold_judge
         if judge is None:
             return {"agreement": None}
         agreed = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.preference.agreement import latest, majority
+from lit_rlhf.stages.preference.annotator_agreement import latest, majority
 from lit_rlhf.text.label_studio import Kind, tasks, template
 from lit_rlhf.text.records import Ranking, load_records, parse_ranking
 

@@ -95,6 +95,12 @@ class PretrainDataModule(FileDataModule):
         if weights is not None and len(weights) != len(self.paths):
             raise UserError(f"pretrain.data.weights has {len(weights)} entries for {len(self.paths)} sources")
 
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def for_module(self) -> dict[str, Any]:
+        return {**super().for_module(), "note": self.note}
+
     def sources(self) -> list[Source]:
         """Where the documents come from."""
         return self._files(self.paths)

@@ -10,10 +10,12 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import say_once
 from lit_rlhf.models import TextRows, check_rows, save_model, text_loss
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import written
 from lit_rlhf.text.special_tokens import encode_texts, text_start
+from lit_rlhf.text.template import Note
 from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -29,6 +31,7 @@ class PretrainModule(StepLog):
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         sample_prompt: where the text samples during training begin; "" is end-of-text, the start of a document.
         sampling: how they are drawn.
+        note: says what a person should know, each line once.
     """
 
     def __init__(
@@ -41,16 +44,23 @@ class PretrainModule(StepLog):
         max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         sample_prompt: str = "",
         sampling: Sampling = Sampling(max_new_tokens=64),
+        note: Note = say_once,
     ) -> None:
         super().__init__()
         self.policy = policy.train()
         self.tokenizer = tokenizer
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
-        self.sample_prompt, self.sampling = sample_prompt, sampling
+        self.sample_prompt, self.sampling, self.note = sample_prompt, sampling, note
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
-    def setup(self, stage: str) -> None:
-        check_rows(self.policy, getattr(self.trainer.datamodule, "block_size", 0), "pretrain.data.block_size")
+    def on_train_batch_start(self, batch: TextRows | list[Part[TextRows]], batch_idx: int) -> None:
+        self._check(batch[0].batch if isinstance(batch, list) else batch)
+
+    def on_validation_batch_start(self, batch: TextRows, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._check(batch)
+
+    def _check(self, rows: TextRows) -> None:
+        check_rows(self.policy, rows.labels.shape[1], "pretrain.data.block_size")
 
     def training_step(self, batch: TextRows | list[Part[TextRows]], batch_idx: int) -> Tensor:
         loss, _ = self.in_parts(batch, batch_idx, lambda part: (text_loss(self.policy, part), {}))
@@ -72,7 +82,7 @@ class PretrainModule(StepLog):
         """(start, continuation): two texts of the model as it is now."""
         [prompt] = encode_texts(self.tokenizer, [self.sample_prompt])
         start = [*text_start(self.tokenizer), *prompt] or [self.tokenizer.eos_token_id]
-        return [(self.sample_prompt, text) for text in written(self, self.sampling, [start] * 2)]
+        return [(self.sample_prompt, text) for text in written(self, self.sampling, [start] * 2, self.note)]
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,15 @@ from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
+
+Answered = tuple[list[int], int]  # tokens of prompt and answer, and how many at the end are the answer's
+
+
+class Calibration(NamedTuple):
+    """What a trained reward model's scores are shifted and scaled by."""
+
+    demonstrations: list[Answered]  # are to score 0 on average
+    answers: list[Answered]  # whose scores' mean and standard deviation are noted
 
 
 class RewardDataModule(RankingDataModule):
@@ -95,8 +104,9 @@ class RewardDataModule(RankingDataModule):
             return
         super().setup(stage)
         encoded = self._encode_answered(self.answered(self.train_rankings[: self.limit])[:1000])
-        self.demonstration_sequences = [[*p, *r][-self.max_length :] for p, r in encoded]
-        self.demonstration_lengths = [min(len(r), self.max_length - 1) for _, r in encoded]
+        demonstrations = [([*p, *r][-self.max_length :], min(len(r), self.max_length - 1)) for p, r in encoded]
+        answers = [pair for item in self.train_set[:512] for pair in zip(item.sequences, item.response_lengths)]
+        self.calibration = Calibration(demonstrations, answers)
 
     def _encode_answered(self, demonstrations: list[Demonstration]) -> list[tuple[list[int], list[int]]]:
         """(tokens of the prompt, tokens of the answer), without those that the template refuses."""
@@ -116,10 +126,9 @@ class RewardDataModule(RankingDataModule):
             )
         return [(p, r) for i, (p, r) in enumerate(zip(before, behind)) if i not in refused]
 
-    def fit_context(self, room: int) -> None:
-        super().fit_context(room)
-        self.demonstration_sequences = [sequence[-room:] for sequence in self.demonstration_sequences]
-        self.demonstration_lengths = [min(length, room - 1) for length in self.demonstration_lengths]
+    def for_module(self) -> dict[str, Any]:
+        rankings = self.train_rankings, self.val_rankings
+        return {**super().for_module(), "calibration": self.calibration, "rankings": rankings}
 
 
 class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):

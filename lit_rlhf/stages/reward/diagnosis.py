@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.functional import Pairs, calibration, correlation, ranking_pairs
-from lit_rlhf.stages.rankings import EncodedRanking
+from lit_rlhf.stages.rankings import Judged
 
 BINS = 10  # of the calibration curve, from 50% to 100% sure
 LENGTHS = ("less than half", "shorter", "equal", "longer", "more than double")
 FEWEST = 5  # pairs of a group that is shown
 
 
-def diagnosis(scores: Tensor, items: Sequence[EncodedRanking]) -> dict[str, Any]:
+def diagnosis(scores: Tensor, items: Sequence[Judged]) -> dict[str, Any]:
     """Figures from the scores (N,) of all answers of ``items``, one item after the other.
 
     ``calibration`` and ``calibration_error``: does the better-scored answer win as often as ``sigmoid`` of the

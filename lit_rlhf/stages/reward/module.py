@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import Field
 from torch import Tensor
@@ -27,10 +28,12 @@ from lit_rlhf.models import (
     tokens_at_once,
 )
 from lit_rlhf.models.logits import check_logits
-from lit_rlhf.stages.rankings import RankingBatch, ranked
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.rankings import RankingBatch, judged_prompts, ranked
+from lit_rlhf.stages.records import FitContext
+from lit_rlhf.stages.reward.data import Answered, Calibration
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
+from lit_rlhf.text.records import Ranking
 from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -55,7 +58,9 @@ class RewardModule(StepLog):
         label_smoothing: how often the annotator is thought to have erred.
         feedback_coef: weight of the loss on answers that were rated alone.
         feedback_loss: "logistic" for thumbs, "squared" for ratings that the score is to repeat, from -1 to 1.
-        bag_of_words: also fit a logistic regression on word counts, to compare with.
+        bag_of_words: also fit a logistic regression on word counts of ``rankings``, to compare with.
+        calibration: what the scores are shifted and scaled by before the model is exported.
+        rankings: (train, held out), for ``bag_of_words``.
     """
 
     def __init__(
@@ -73,6 +78,8 @@ class RewardModule(StepLog):
         feedback_coef: Annotated[float, Field(ge=0)] = 1.0,
         feedback_loss: Literal["logistic", "squared"] = "logistic",
         bag_of_words: bool = False,
+        calibration: Calibration | None = None,
+        rankings: tuple[list[Ranking], list[Ranking]] | None = None,
     ) -> None:
         super().__init__()
         self.reward_model = reward_model.train()
@@ -81,6 +88,9 @@ class RewardModule(StepLog):
         self.head_lr, self.lm_coef, self.bag_of_words = head_lr, lm_coef, bag_of_words
         self.margin, self.label_smoothing = margin, label_smoothing
         self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss
+        self.calibration, self.rankings = calibration, rankings
+        if bag_of_words and rankings is None:
+            raise UserError("RewardModule: bag_of_words=True compares on rankings=(train, held out), and got none")
         if lm_coef > 0:
             try:
                 check_logits(kept_language_model(reward_model))
@@ -89,9 +99,10 @@ class RewardModule(StepLog):
                 self.lm_coef = 0.0
         self._diagnosis: dict[str, Any] = {}
         self._val: list[tuple[Tensor, RankingBatch]] = []
+        self._val_pairs = 0  # of the last validation
 
-    def setup(self, stage: str) -> None:
-        fit_context(self)
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext()]
 
     def training_step(self, batch: RankingBatch | list[Part[RankingBatch]], batch_idx: int) -> Tensor:
         loss, watched = self.in_parts(batch, batch_idx, self.losses)
@@ -132,13 +143,14 @@ class RewardModule(StepLog):
         """Over all held-out pairs together, each pair once; the loss is the plain one, without margin or smoothing.
 
         Where there is feedback alone, its loss is the loss: of no pair it would be 0."""
-        loss, accuracy, gold_accuracy = ranked(self._val)
+        loss, accuracy, gold_accuracy, self._val_pairs = ranked(self._val)
         ratings = torch.cat([batch.ratings for _, batch in self._val])
         if not ratings.isnan().all():
             rated = feedback_loss(torch.cat([s for s, _ in self._val]), ratings, self.feedback_loss)
             self.log("val/reward/feedback_loss", rated, sync_dist=True)
-            loss = loss if self.trainer.datamodule.val_pairs else rated
-        self._diagnosis = diagnosis(torch.cat([s for s, _ in self._val]).cpu(), self.trainer.datamodule.val_set)
+            loss = loss if self._val_pairs else rated
+        judged = [item for _, batch in self._val for item in judged_prompts(batch)]
+        self._diagnosis = diagnosis(torch.cat([s for s, _ in self._val]).cpu(), judged)
         metrics = {"val/reward/loss": loss, "val/reward/accuracy": accuracy}
         if gold_accuracy is not None:
             metrics["val/reward/gold_accuracy"] = gold_accuracy
@@ -171,32 +183,38 @@ class RewardModule(StepLog):
         """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note how they are spread.
 
         All goes into config.json: ``score = logit + score_shift``, and PPO divides by ``score_std``."""
-        data = self.trainer.datamodule
+        if self.calibration is None:
+            raise UserError(
+                "RewardModule: the scores are not calibrated, as no answers were given for that; make it with "
+                "calibration=data.calibration (or **data.for_module(), which has all that comes from the data)"
+            )
         self.reward_model.config.score_shift = 0.0
-        demonstrations = self.scores(data.demonstration_sequences, data.demonstration_lengths)
+        demonstrations = self._scored(self.calibration.demonstrations)
         self.reward_model.config.score_shift = -demonstrations.mean().item()
-        answers = [sequence for ranking in data.train_set[:512] for sequence in ranking.sequences]
-        lengths = [length for ranking in data.train_set[:512] for length in ranking.response_lengths]
-        scores = self.scores(answers, lengths)
+        scores = self._scored(self.calibration.answers)
         self.reward_model.config.score_mean = scores.mean().item()
         self.reward_model.config.score_std = max(scores.std().item(), 1e-6)
+
+    def _scored(self, answered: Sequence[Answered]) -> Tensor:
+        room = FitContext().room(self.reward_model)
+        cut = [(sequence[-room:], min(length, room - 1)) for sequence, length in answered]
+        return self.scores([sequence for sequence, _ in cut], [length for _, length in cut])
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
         metrics = self.trainer.callback_metrics
         gold = metrics.get("val/reward/gold_accuracy")
-        data = self.trainer.datamodule
         beside = {}
         if self.bag_of_words:
             from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy  # scikit-learn takes a second to import
 
-            beside["bag_of_words_accuracy"] = bag_of_words_accuracy(data.train_rankings, data.val_rankings)
+            beside["bag_of_words_accuracy"] = bag_of_words_accuracy(*self.rankings)
         return {
             "val_loss": metrics["val/reward/loss"].item(),
             "val_accuracy": metrics["val/reward/accuracy"].item(),
             **beside,
             "gold_accuracy": None if gold is None else gold.item(),
-            "val_pairs": data.val_pairs,
+            "val_pairs": self._val_pairs,
             **self._diagnosis,
         }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.stages.prompts import SamplePrompt, sample_prompts
 from lit_rlhf.stages.records import Paths, RecordDataModule
 from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
 from lit_rlhf.text.packing import Packed, pack
@@ -93,15 +94,26 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             else self._tokenizer(text_of(m) for record in train for m in record.messages)
         )
         ensure_chat_template(self.tokenizer)
-        self.sample_prompts = [record.messages[:-1] for record in held_out[: self.samples]]
-        self.sample_tools = [record.tools for record in held_out[: self.samples]]
-        self._learned, self._held_out = train[: self.limit], held_out[: self.limit]
+        self._learned, self._held_out, self._samples = (
+            train[: self.limit],
+            held_out[: self.limit],
+            held_out[: self.samples],
+        )
         self.encode()
 
     def encode(self) -> None:
         self.long = self.left_out = 0
         self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
         self.check_left("dialogues", self.train_set, self.val_set)
+
+    @property
+    def sample_prompts(self) -> list[SamplePrompt]:
+        """Held-out prompts that a model answers while it is trained."""
+        asked = [(record.messages[:-1], record.tools) for record in self._samples]
+        return sample_prompts(asked, self.tokenizer, self.special_tokens, self.note)
+
+    def for_module(self) -> dict[str, Any]:
+        return {**super().for_module(), "sample_prompts": self.sample_prompts, "note": self.note}
 
     def longest(self) -> int:
         return max(len(item.tokens) for item in [*self.train_set, *self.val_set])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import say_once
 from lit_rlhf.models import packed_hidden, save_adapter, save_model, token_logprobs_of
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages.prompts import sample_texts
-from lit_rlhf.stages.records import fit_context
+from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
+from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.sft.data import SFTBatch
+from lit_rlhf.text.template import Note
 from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
@@ -28,6 +32,8 @@ class SFTModule(StepLog):
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         sampling: how the samples during training are drawn.
+        sample_prompts: what the model answers during training, for people to read.
+        note: says what a person should know, each line once.
     """
 
     def __init__(
@@ -39,15 +45,17 @@ class SFTModule(StepLog):
         schedule: Schedule = warmup_decay,
         max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         sampling: Sampling = Sampling(),
+        sample_prompts: Sequence[SamplePrompt] = (),
+        note: Note = say_once,
     ) -> None:
         super().__init__()
         self.policy = policy.train()
         self.tokenizer = tokenizer
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
-        self.sampling = sampling
+        self.sampling, self.sample_prompts, self.note = sampling, sample_prompts, note
 
-    def setup(self, stage: str) -> None:
-        fit_context(self)
+    def configure_callbacks(self) -> list[Callback]:
+        return [FitContext()]
 
     def loss(self, batch: SFTBatch) -> Tensor:
         """Mean loss in nats a response token, over the whole optimizer step's tokens."""
@@ -68,9 +76,8 @@ class SFTModule(StepLog):
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
 
     def write_samples(self) -> list[tuple[str, str]]:
-        """(prompt, answer) of some held-out prompts, by the model as it is now."""
-        data = self.trainer.datamodule
-        return sample_texts(self, self.sampling, [*zip(data.sample_prompts, data.sample_tools)])
+        """(prompt, response) of ``sample_prompts``, by the model as it is now."""
+        return sample_texts(self, self.sampling, self.sample_prompts, self.note)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""

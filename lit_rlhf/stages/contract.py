@@ -1,0 +1,89 @@
+"""The contract between a stage and the pipeline that runs it.
+
+Protocols: a stage's module is any LightningModule, its data any LightningDataModule, that have these methods.
+:class:`lit_rlhf.stages.records.FileDataModule` and those that inherit from it have all that is asked of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.text.records import Messages, Moved
+
+
+@runtime_checkable
+class StageModule(Protocol):
+    """A LightningModule that a stage runs.
+
+    The pipeline makes it from the settings ``<stage>.module``, with the models that the stage's record names and what
+    its data hand it (:meth:`StageData.for_module`) as keyword arguments. Then it calls Lightning's fit (and validate),
+    predict or test, as ``<stage>.run`` says, and in the main process, in this order:"""
+
+    def export(self, folder: Path) -> None:
+        """Write what came out below the stage's ``folder``: a trained model to ``model/``, where later stages look."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Headline figures, for ``done.json`` and the report: numbers, text, lists and dicts of them; None: unknown."""
+        ...
+
+
+@runtime_checkable
+class WritesSamples(Protocol):
+    """A module that shows what its model writes while it is trained; asked where ``<stage>.samples_every`` is set."""
+
+    def write_samples(self) -> list[tuple[str, str]]:
+        """(prompt, text) pairs by the model as it is now; they go to ``samples.jsonl``, the terminal and the report."""
+        ...
+
+
+@runtime_checkable
+class StageData(Protocol):
+    """A LightningDataModule that a stage reads, with its ``tokenizer`` (from ``setup`` on).
+
+    The pipeline sets ``moved`` and ``tell``, calls ``prepare_data`` and ``setup``, loads the models with the tokenizer,
+    and asks:"""
+
+    moved: Moved  # prompts that the run has moved between training and test
+    tell: Callable[[str], None]  # how something is said to a person
+    skipped: Sequence[str]  # a line for each bad record
+    long: int  # records that were too long
+    how_long: str  # what became of them
+
+    def sizes(self) -> dict[str, int]:
+        """What was read, by name: ``{"train_set": 8000, "val_set": 400}``."""
+        ...
+
+    def for_module(self) -> dict[str, Any]:
+        """Keyword arguments of the stage's module that come from its data: the tokenizer, a judge, labels."""
+        ...
+
+
+@runtime_checkable
+class TrainsOnPrompts(Protocol):
+    """Data of a stage that trains on prompts (``Stage.trains_on_prompts``)."""
+
+    def trained_prompts(self) -> Iterable[Messages]:
+        """The prompts that are trained on; a fingerprint of each is kept, and evaluation on them refused."""
+        ...
+
+
+@runtime_checkable
+class EvaluatesPrompts(Protocol):
+    """Data of a stage that tests on prompts; asked where ``<stage>.allow_trained`` is set."""
+
+    def evaluated_prompts(self) -> Iterable[Messages]:
+        """The prompts that no model of the stage may have been trained on."""
+        ...
+
+
+def check_contract(made: Any, contract: type, address: str) -> None:
+    """Raise ``UserError`` where an object, made from the setting ``address``, lacks something of a protocol."""
+    names = {name for kind in contract.__mro__ for name in (*vars(kind), *vars(kind).get("__annotations__", ()))}
+    if missing := sorted(name for name in names if not name.startswith("_") and not hasattr(made, name)):
+        raise UserError(
+            f"{address}: a {type(made).__name__} has no {', '.join(missing)}; see lit_rlhf.stages.contract."
+            f"{contract.__name__}"
+        )
