@@ -33,6 +33,7 @@ from lit_rlhf.pipeline.settings import (
     conf_dir,
     name_loaders,
     opened,
+    outside_groups,
     resolved,
     stages_of,
     sweep_jobs,
@@ -52,6 +53,7 @@ def main() -> None:
         with imports_kept():
             cfg = one_job(arguments)
         if cfg is None:
+            add_overrides(outside_groups())
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
         else:
             run_one(cfg)
@@ -101,9 +103,14 @@ def fit_options(arguments: list[str]) -> None:
         given = [f"hydra.searchpath=[file://{Path(asked.config_dir).resolve()}]"] if asked.config_dir else []
         single = without_sweeps(asked.overrides)
         if unfitted(compose_settings([*given, *single]), asked.overrides):
-            # Beside the others: Hydra's parser takes overrides in one piece only.
-            place = sys.argv.index(asked.overrides[0]) if asked.overrides else len(sys.argv)
-            sys.argv.insert(place, CHECKPOINT)
+            add_overrides([CHECKPOINT])
+
+
+def add_overrides(overrides: list[str]) -> None:
+    """Add overrides to the command line, before its own: Hydra's parser takes overrides in one piece only."""
+    asked = get_args_parser().parse_args(sys.argv[1:]).overrides
+    place = sys.argv.index(asked[0]) if asked else len(sys.argv)
+    sys.argv[place:place] = overrides
 
 
 def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
@@ -273,4 +280,5 @@ def _output_dir() -> Path:
 
 
 def _overrides() -> list[str]:
-    return list(HydraConfig.get().overrides.task)
+    """What was asked for, without what the command adds to every one."""
+    return [override for override in HydraConfig.get().overrides.task if override not in outside_groups()]

@@ -40,11 +40,12 @@ def lit_rlhf(tmp_path, request):
 
     ``fresh=True`` starts it as a shell does; else it is forked where everything is imported already."""
 
-    def run(*arguments, fast=True, check=True, cwd=None, fresh=False, **settings):
+    def run(*arguments, fast=True, check=True, cwd=None, fresh=False, env=None, **settings):
         arguments = [*arguments, *(FAST if fast else ())]
-        if fresh or settings:
+        if fresh or env or settings:
+            env = {**environment(), **(env or {})}
             done = subprocess.run(
-                [sys.executable, "-m", "lit_rlhf", *arguments], cwd=cwd or tmp_path, env=environment(),
+                [sys.executable, "-m", "lit_rlhf", *arguments], cwd=cwd or tmp_path, env=env,
                 capture_output=True, text=True, timeout=500, **settings,
             )  # fmt: skip
         else:
