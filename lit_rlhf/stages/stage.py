@@ -30,6 +30,23 @@ class Panel(NamedTuple):
     folded: bool = False  # shown on demand
 
 
+def loss_panel(stage: str, unit: str) -> Panel:
+    """The loss of a stage in training and on held-out data."""
+    return Panel("Loss", unit, {f"{stage}/loss": "training", f"val/{stage}/loss": "held out"})
+
+
+def accuracy_panel(stage: str) -> Panel:
+    """Share of pairs that are ranked right."""
+    lines = {f"{stage}/accuracy": "training", f"val/{stage}/accuracy": "held out"}
+    lines[f"val/{stage}/gold_accuracy"] = "held out, by gold"
+    return Panel("Pairs ranked right", "%", lines, (0.5, "chance"))
+
+
+def rate_panel(stage: str) -> Panel:
+    """The learning rate of a stage."""
+    return Panel("Learning rate", "", {f"{stage}/lr": "schedule"})
+
+
 class Card(NamedTuple):
     """A headline figure; ``value`` and ``note`` are templates (see :class:`Stage`)."""
 
@@ -123,11 +140,14 @@ def all_stages() -> dict[str, Stage]:
     return {stage.name: stage for stage in sorted(found, key=lambda stage: (stage.order, stage.name))}
 
 
-def exports(package: str, **names: str) -> tuple[Callable[[str], Any], list[str]]:
-    """``__getattr__`` and ``__all__`` of a stage's package: submodule="Name Other", imported when they are asked for.
+def exports(stage: Stage, **names: str) -> tuple[Callable[[str], Any], list[str]]:
+    """``__getattr__`` and ``__all__`` of a stage's package: its module and data, and submodule="Name Other".
 
-    The record beside them is read before torch is imported."""
-    places = {name: f"{package}.{module}" for module, line in names.items() for name in line.split()}
+    They are imported when they are asked for: the record beside them is read before torch is imported."""
+    package = stage.module.rpartition(".")[0].rpartition(".")[0]
+    paths = [stage.module, *stage.data]
+    paths += [f"{package}.{module}.{name}" for module, line in names.items() for name in line.split()]
+    places = {name: module for module, _, name in (path.rpartition(".") for path in paths)}
 
     def get(name: str) -> Any:
         if name not in places:

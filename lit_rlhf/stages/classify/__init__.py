@@ -1,6 +1,6 @@
 """Classification: discriminative fine-tuning with a linear head."""
 
-from lit_rlhf.stages.stage import Panel, Stage, exports
+from lit_rlhf.stages.stage import Panel, Stage, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="classify",
@@ -11,14 +11,12 @@ STAGE = Stage(
     objective="accuracy",
     models={"policy": "pretrain"},
     panels=(
-        Panel("Loss", "nats an example", {"classify/loss": "training", "val/classify/loss": "held out"}),
+        loss_panel("classify", "nats an example"),
         Panel("Labelled right", "%", {"classify/accuracy": "training", "val/classify/accuracy": "held out"}),
         Panel("Auxiliary loss", "nats a token", {"classify/lm_loss": "training", "val/classify/lm_loss": "held out"}),
-        Panel("Learning rate", "", {"classify/lr": "schedule"}),
+        rate_panel("classify"),
     ),
     note="{accuracy:%} right",
     headline="The classifier solves **{accuracy:%}** of the held-out tasks; guessing solves {guessing:%}.",
 )
-__getattr__, __all__ = exports(
-    __name__, module="ClassifyModule", data="ClassifyDataModule WorldClassifyDataModule"
-)  # fmt: skip
+__getattr__, __all__ = exports(STAGE)

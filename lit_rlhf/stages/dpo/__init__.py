@@ -1,6 +1,6 @@
 """Direct preference optimization on rankings."""
 
-from lit_rlhf.stages.stage import Card, Panel, Stage, exports
+from lit_rlhf.stages.stage import Card, Panel, Stage, accuracy_panel, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="dpo",
@@ -14,13 +14,8 @@ STAGE = Stage(
     aligns=True,
     trains_on_prompts=True,
     panels=(
-        Panel("Loss", "nats a pair", {"dpo/loss": "training", "val/dpo/loss": "held out"}),
-        Panel(
-            "Pairs ranked right",
-            "%",
-            {"dpo/accuracy": "training", "val/dpo/accuracy": "held out", "val/dpo/gold_accuracy": "held out, by gold"},
-            (0.5, "chance"),
-        ),
+        loss_panel("dpo", "nats a pair"),
+        accuracy_panel("dpo"),
         Panel("Margin, preferred \N{MINUS SIGN} other", "implicit reward", {"dpo/margin": "training"}),
         Panel(
             "Log-ratio to SFT",
@@ -28,7 +23,7 @@ STAGE = Stage(
             {"dpo/chosen_log_ratio": "preferred", "dpo/rejected_log_ratio": "other"},
             (0.0, "as likely as at first"),
         ),
-        Panel("Learning rate", "", {"dpo/lr": "schedule"}),
+        rate_panel("dpo"),
     ),
     model=("dpo", "DPO"),
     note="{val_accuracy:%} of pairs right",
@@ -37,4 +32,4 @@ STAGE = Stage(
         Card("DPO's implicit reward", "{val_accuracy:%}", "of held-out pairs ranked right"),
     ),
 )
-__getattr__, __all__ = exports(__name__, module="DPOModule", data="DPODataModule WorldDPODataModule")
+__getattr__, __all__ = exports(STAGE)

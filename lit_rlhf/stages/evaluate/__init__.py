@@ -27,6 +27,4 @@ STAGE = Stage(
     own_section=True,
     note="{prompts} prompts",
 )
-__getattr__, __all__ = exports(
-    __name__, module="EvaluateModule", data="EvaluateDataModule WorldEvaluateDataModule"
-)  # fmt: skip
+__getattr__, __all__ = exports(STAGE)

@@ -14,4 +14,4 @@ STAGE = Stage(
     note="{accuracy:%} right",
     headline="By prompt alone, the model solves **{accuracy:%}** of the held-out tasks; guessing solves {guessing:%}.",
 )
-__getattr__, __all__ = exports(__name__, module="FewShotModule", data="FewShotDataModule WorldFewShotDataModule")
+__getattr__, __all__ = exports(STAGE)

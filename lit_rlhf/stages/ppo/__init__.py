@@ -55,12 +55,11 @@ STAGE = Stage(
     in_sweeps=("kl", "score_last", "gold"),
 )
 __getattr__, __all__ = exports(
-    __name__,
+    STAGE,
     advantage="GAE MonteCarlo",
-    data="PPODataModule WorldPPODataModule",
     health="HealthWatch Limits Unhealthy",
     kl="KLPenalty",
     loss="ClippedLoss KLPenaltyLoss",
-    module="PPOModule ReferenceUpdate",
+    module="ReferenceUpdate",
     scoring="Scoring",
 )

@@ -18,11 +18,9 @@ STAGE = Stage(
     note="{rankings} rankings",
 )
 __getattr__, __all__ = exports(
-    __name__,
+    STAGE,
     annotator_agreement="Agreement agreement majority",
     annotators="Annotator CallableAnnotator RewardModelAnnotator",
-    data="PreferenceDataModule WorldPreferenceDataModule",
     judge="LLMJudge",
-    module="PreferenceModule",
     people="LabelStudio Labels People",
 )

@@ -1,6 +1,6 @@
 """Next-token pretraining."""
 
-from lit_rlhf.stages.stage import Card, Panel, Stage, exports
+from lit_rlhf.stages.stage import Card, Panel, Stage, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="pretrain",
@@ -12,15 +12,13 @@ STAGE = Stage(
     in_pipeline=True,
     replaced_by_checkpoint=True,
     panels=(
-        Panel("Loss", "nats a token", {"pretrain/loss": "training", "val/pretrain/loss": "held out"}),
+        loss_panel("pretrain", "nats a token"),
         Panel("Loss on the old text", "nats per token", {"val/pretrain/old_loss": "watched, not trained on"}),
-        Panel("Learning rate", "", {"pretrain/lr": "schedule"}),
+        rate_panel("pretrain"),
     ),
     model=("base", "Base"),
     note="loss {val_loss:change}",
     headline="Pretraining ended at a held-out loss of **{val_loss}** nats a token[, from {val_loss_first} at first].",
     cards=(Card("Pretraining loss", "{val_loss:change}", "nats a token, held out"),),
 )
-__getattr__, __all__ = exports(
-    __name__, module="PretrainModule", data="PretrainDataModule WorldPretrainDataModule"
-)  # fmt: skip
+__getattr__, __all__ = exports(STAGE)

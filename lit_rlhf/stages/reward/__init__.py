@@ -1,6 +1,6 @@
 """Reward model on rankings, and on answers that were rated alone."""
 
-from lit_rlhf.stages.stage import Card, Panel, RoundFigure, Stage, exports
+from lit_rlhf.stages.stage import Card, Panel, RoundFigure, Stage, accuracy_panel, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="reward",
@@ -19,19 +19,10 @@ STAGE = Stage(
         RoundFigure("Reward model, gold pairs right", "%", "gold_accuracy"),
     ),
     panels=(
-        Panel("Loss", "nats a pair", {"reward/loss": "training", "val/reward/loss": "held out"}),
-        Panel(
-            "Pairs ranked right",
-            "%",
-            {
-                "reward/accuracy": "training",
-                "val/reward/accuracy": "held out",
-                "val/reward/gold_accuracy": "held out, by gold",
-            },
-            (0.5, "chance"),
-        ),
+        loss_panel("reward", "nats a pair"),
+        accuracy_panel("reward"),
         Panel("Margin, preferred \N{MINUS SIGN} other", "logits", {"reward/margin": "training"}),
-        Panel("Learning rate", "", {"reward/lr": "schedule"}),
+        rate_panel("reward"),
     ),
     note="{val_accuracy:%} of pairs right",
     headline="The reward model ranks the preferred answer first in **{val_accuracy:%}** of the held-out pairs"
@@ -42,4 +33,4 @@ STAGE = Stage(
     ),
     in_sweeps=("val_accuracy", "bag_of_words_accuracy"),
 )
-__getattr__, __all__ = exports(__name__, module="RewardModule", data="RewardDataModule WorldRewardDataModule")
+__getattr__, __all__ = exports(STAGE)

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations."""
 
-from lit_rlhf.stages.stage import Card, Panel, Stage, exports
+from lit_rlhf.stages.stage import Card, Stage, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="sft",
@@ -14,14 +14,11 @@ STAGE = Stage(
     trains_on_prompts=True,
     skipped_for_checkpoint=True,
     learns_from=("write",),
-    panels=(
-        Panel("Loss", "nats a response token", {"sft/loss": "training", "val/sft/loss": "held out"}),
-        Panel("Learning rate", "", {"sft/lr": "schedule"}),
-    ),
+    panels=(loss_panel("sft", "nats a response token"), rate_panel("sft")),
     model=("sft", "SFT"),
     note="loss {val_loss:change}",
     headline="Supervised fine-tuning ended at a held-out loss of **{val_loss}** nats an answer's token"
     "[, from {val_loss_first} at first].",
     cards=(Card("SFT loss", "{val_loss:change}", "nats a token, held out"),),
 )
-__getattr__, __all__ = exports(__name__, module="SFTModule", data="SFTDataModule WorldSFTDataModule")
+__getattr__, __all__ = exports(STAGE)
