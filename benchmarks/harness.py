@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lit_rlhf.training import keep_freed_memory
+from lit_rlhf.models.kernels import keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "lit_rlhf"

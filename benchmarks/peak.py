@@ -18,7 +18,7 @@ import ppo
 import torch
 from harness import OURS, Check, EndLap, Laps, Work, clock, interleave, main
 from trl_comparison.ours import prompt_data
-from users import CONSTANT, ONEDNN, OPTIMIZER, fit
+from users import CONSTANT, OPTIMIZER, fit
 from workload import SHAPES, Shape, make_models, prompts, write_text
 
 from lit_rlhf.models import load_policy
@@ -80,7 +80,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             data = PretrainDataModule(str(text), tokenizer, block_size=case.length, batch_size=case.batch)
             module = PretrainModule(load_policy(policy), tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
             flops = 3 * case.batch * shape.forward_flops(case.length, logits=case.length)
-            fit(module, data, steps, end_lap, lambda *_: {"amount": flops / 1e9}, onednn=ONEDNN)
+            fit(module, data, steps, end_lap, lambda *_: {"amount": flops / 1e9})
 
         def optimization(end_lap: EndLap) -> None:
             def amount(module: Any, _: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from harness import OURS, Check, EndLap, Laps, Work, alike, interleave, main, vary
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from users import BETAS, CLIP, CONSTANT, LR, ONEDNN, OPTIMIZER, fit
+from users import BETAS, CLIP, CONSTANT, LR, OPTIMIZER, fit
 from workload import SHAPES, VOCABULARY, Shape, chat_tokenizer, make_models, write_text
 
 from lit_rlhf.models import load_policy
@@ -110,7 +110,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
         def ours(end_lap: EndLap) -> None:
             module = PretrainModule(load_policy(path), tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
-            fit(module, data(), steps, end_lap, lambda _, batch: {"amount": batch.labels.numel()}, onednn=ONEDNN)
+            fit(module, data(), steps, end_lap, lambda _, batch: {"amount": batch.labels.numel()})
 
         def theirs(end_lap: EndLap) -> None:
             model = BareGPT.from_checkpoint(path, shape, context)

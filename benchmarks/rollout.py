@@ -3,7 +3,7 @@
     python benchmarks/rollout.py [--cases "S, ending early"] [--threads 1 2]
 
 Both sample from the same checkpoint, prompts of 8 to 32 tokens padded on the left; a lap is one rollout. In the
-cases "without the lean pass" the other side is our engine, too, through transformers' modules (``lean=False``)."""
+cases "by plain kernels" the other side is our engine, too, through transformers' modules (``kernels=plain``)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from workload import NEVER, SHAPES, chance, end_chance, make_models, prompts
 
 from lit_rlhf.models import load_policy
+from lit_rlhf.models.kernels import Kernels, use_kernels
 from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.text.packing import left_pad
@@ -33,7 +34,7 @@ class Case:
     batch: int = 64  # answers a rollout
     new_tokens: int = 64  # at most
     activation: str = "gelu_new"  # of the checkpoint
-    peer: str = "transformers"  # or WITHOUT
+    peer: str = "transformers"  # or PLAIN
     dtype: str = "float32"  # of both sides' models
 
     @property
@@ -42,7 +43,7 @@ class Case:
         return end_chance(self.new_tokens) if self.early else NEVER
 
 
-WITHOUT = "lean=False"
+PLAIN = "kernels=plain"
 CASES = {
     "S, ending early": Case("S", early=True, laps=15),
     "S, full length": Case("S", early=False, laps=10),
@@ -57,7 +58,7 @@ CHECKPOINT = {
     for dtype in ("float32", "bfloat16")
     for name, (batch, laps) in SIZES.items()
 }
-CASES |= {f"{name}, without the lean pass": replace(case, peer=WITHOUT) for name, case in CASES.items()} | CHECKPOINT
+CASES |= {f"{name}, by plain kernels": replace(case, peer=PLAIN) for name, case in CASES.items()} | CHECKPOINT
 
 
 def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
@@ -67,10 +68,11 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         tokenizer = load_tokenizer(policy)
         ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
 
-        def ours(end_lap: EndLap, lean: bool = True) -> None:
+        def ours(end_lap: EndLap, kernels: Kernels = "fast") -> None:
+            use_kernels(kernels)
             model = load_policy(policy, tokenizer, dtype=case.dtype).eval()
             for batch in batches:
-                answers = generate(model, batch, Sampling(case.new_tokens), seeds=range(len(batch)), lean=lean, **ends)
+                answers = generate(model, batch, Sampling(case.new_tokens), seeds=range(len(batch)), **ends)
                 logprobs, tokens = answers.logprobs.sum().item(), answers.mask.sum().item()
                 end_lap(tokens, logprob=logprobs / tokens, answers=len(answers.tokens))
 
@@ -93,7 +95,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
                 real = (ended.cumsum(1) - ended.long()) == 0
                 end_lap(real.sum().item(), logprob=logprobs[real].mean().item(), answers=len(answers))
 
-        other = theirs if case.peer == "transformers" else partial(ours, lean=False)
+        other = theirs if case.peer == "transformers" else partial(ours, kernels="plain")
         found = interleave({OURS: ours, case.peer: other}, laps, WARMUP, threads)
     # A Llama's chance of ending is one in its vocabulary: an answer in hundreds ends early.
     amount = chance(laps * case.batch) if case.early else 0.02 if case.shape == "135M" else 0.0

@@ -15,7 +15,6 @@ from lit_rlhf.training import MetricsFile, StopOnNonFinite, adamw, make_trainer,
 
 LR, BETAS, CLIP = 1e-3, (0.9, 0.999), 1.0  # of both sides; betas as TRL and PyTorch have them
 OPTIMIZER = partial(adamw, lr=LR, betas=BETAS)
-ONEDNN = 128  # pretraining's own default, pretrain.trainer.onednn
 FLOAT32, BF16 = "32-true", "bf16-mixed"
 CONSTANT = partial(warmup_decay, shape="constant", warmup=0.0)
 

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_rlhf.models import policy_from_config
+from lit_rlhf.models.kernels import use_kernels
 from lit_rlhf.text import train_bpe
 
 torch.set_num_threads(1)  # two tests run at a time
@@ -30,6 +35,22 @@ FAMILIES = {
         "initializer_range": 0.3, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fast_kernels():
+    """What a test has switched off is on again for the next one."""
+    yield
+    use_kernels("fast")
+
+
+@pytest.fixture
+def norms_in_float64(monkeypatch):
+    """transformers computes RMSNorm in float32 throughout; PyTorch's own stands in for it where a test is exact."""
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(
+            norm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+        )
 
 
 @pytest.fixture

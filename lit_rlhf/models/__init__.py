@@ -1,10 +1,8 @@
 """Neural networks: loading, heads, log-probs, the reference, model folders."""
 
 from lit_rlhf.models.adapters import adapters_off, effective_weight, lora_layers, merged, plain_weights
-from lit_rlhf.models.attention import use_own_attention
 from lit_rlhf.models.checkpoint import fingerprint, save_model
 from lit_rlhf.models.chunked import adds_to_gradients, by_token, token_logprobs_of
-from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.heads import (
     Critic,
     CriticFactory,
@@ -24,10 +22,10 @@ from lit_rlhf.models.heads import (
     scores_of,
     sequence_classifier,
 )
+from lit_rlhf.models.kernels import use_kernels
 from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.lora import LoRA, add_lora, learning, save_adapter, starts_unchanged, train_adapters
 from lit_rlhf.models.micro_batches import tokens_at_once
-from lit_rlhf.models.onednn import use_onednn
 from lit_rlhf.models.policy import (
     context_length,
     end_tokens,
@@ -71,7 +69,6 @@ __all__ = [
     "end_tokens",
     "fingerprint",
     "freeze",
-    "fuse",
     "head_parameters",
     "kept_language_model",
     "layers",
@@ -107,6 +104,5 @@ __all__ = [
     "token_logprobs_of",
     "tokens_at_once",
     "train_adapters",
-    "use_onednn",
-    "use_own_attention",
+    "use_kernels",
 ]

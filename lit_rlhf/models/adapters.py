@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_rlhf.models.loading import checkpoint_format, keep_format
 from lit_rlhf.models.quantization import is_quantized, plain_weight
 
 
@@ -160,7 +161,9 @@ def _shell(model: nn.Module) -> nn.Module:
             nn.Parameter(parameter.detach(), parameter.requires_grad) if type(parameter) is nn.Parameter else parameter
         )
         memo[id(parameter)] = own
-    return copy.deepcopy(model, memo)
+    shell = copy.deepcopy(model, memo)
+    keep_format(shell, checkpoint_format(model))
+    return shell
 
 
 def _plain(wrapper: nn.Module, quantized: bool = False) -> nn.Module:
@@ -173,7 +176,7 @@ def _plain(wrapper: nn.Module, quantized: bool = False) -> nn.Module:
         weight = getattr(inner, name)
         if not wrapper.disable_adapters:
             weight = weight + sum(wrapper.get_delta_weight(a).to(weight.dtype) for a in _adapters_of(wrapper))
-        setattr(inner, name, nn.Parameter(weight.detach(), False))
+        inner.register_parameter(name, nn.Parameter(weight.detach(), False))
         return inner
     layer = wrapper.token_adapter if hasattr(wrapper, "token_adapter") else wrapper
     base = layer.get_base_layer()

@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.models.loading import MODEL_TYPE, load_config, match_tokenizer
 from lit_rlhf.models.lora import LoRA, add_lora, base_path
@@ -36,17 +35,14 @@ def architecture_of(path: str | Path) -> PretrainedConfig:
 
 
 def blank_policy(
-    architecture: Architecture, tokenizer: PreTrainedTokenizerBase, lora: LoRA | None = None, fused: bool = True
+    architecture: Architecture, tokenizer: PreTrainedTokenizerBase, lora: LoRA | None = None
 ) -> PreTrainedModel:
-    """A causal language model without weights, with as many embeddings as the tokenizer has tokens.
-
-    ``fused``: see :func:`fuse`."""
+    """A causal language model without weights, with as many embeddings as the tokenizer has tokens."""
     with torch.device("meta"):
         if isinstance(architecture, dict):
-            model = policy_from_config(architecture, tokenizer, fused)
+            model = policy_from_config(architecture, tokenizer)
         else:
             model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-            model = fuse(model) if fused else model
             match_tokenizer(model, tokenizer, "the model")
         return add_lora(model, lora)
 
@@ -56,13 +52,12 @@ def blank_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     head: RewardHead | None = None,
     lora: LoRA | None = None,
-    fused: bool = True,
 ) -> AnyRewardModel:
-    """A reward model without weights; ``architecture`` is that of its trunk. ``fused``: see :func:`fuse`."""
+    """A reward model without weights; ``architecture`` is that of its trunk."""
     with torch.device("meta"):
-        policy = blank_policy(architecture, tokenizer, fused=fused)
+        policy = blank_policy(architecture, tokenizer)
         if not (head or RewardHead()).is_classifier(policy.config):
             return add_lora(RewardTransformer.from_policy(policy, head or RewardHead()), lora)
         policy.config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(policy.config, dtype=torch.float32)
-        return add_lora(fuse(model) if fused else model, lora)
+        return add_lora(model, lora)

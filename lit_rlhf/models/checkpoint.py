@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import merged
-from lit_rlhf.models.loading import CheckpointFormat, listed, weight_files
+from lit_rlhf.models.loading import CheckpointFormat, checkpoint_format, listed, weight_files
 from lit_rlhf.text.chat import turn_end
 
 
@@ -51,7 +51,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:
-    form: CheckpointFormat | None = getattr(model, "checkpoint_format", None)
+    form = checkpoint_format(model)
     if form is None:
         model.save_pretrained(folder)
         return

@@ -20,10 +20,11 @@ from transformers import (
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import merged
-from lit_rlhf.models.fused import fuse
 from lit_rlhf.models.loading import (
     Dtype,
+    checkpoint_format,
     format_of,
+    keep_format,
     load_classifier,
     load_config,
     load_language_model,
@@ -61,7 +62,6 @@ def load_reward_model(
     head: RewardHead | None = None,
     lora: LoRA | None = None,
     combine: Literal["mean", "worst"] = "mean",
-    fused: bool = True,
     export_dtype: Dtype | None = None,
     quantization: Quantization | None = None,
 ) -> AnyRewardModel:
@@ -74,7 +74,7 @@ def load_reward_model(
     Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing. A folder may hold the
     adapter of a reward model. ``quantization``: see :func:`load_policy`; one that is not trained needs no adapters."""
     if not isinstance(path, str | Path):
-        members = [load_reward_model(m, tokenizer, dtype, fused=fused, quantization=quantization) for m in path]
+        members = [load_reward_model(m, tokenizer, dtype, quantization=quantization) for m in path]
         return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
     found, wanted = saved_head(path), head or RewardHead()
     if new_head:
@@ -88,7 +88,7 @@ def load_reward_model(
         if new_head:
             check_head(found, wanted, path)
         model = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
-        model.checkpoint_format = format_of(path, export_dtype)
+        keep_format(model, format_of(path, export_dtype))
     elif new_head and not wanted.is_classifier(load_config(base_path(path))):
         if wanted.plain:
             say(
@@ -104,8 +104,6 @@ def load_reward_model(
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
-    if fused:
-        fuse(model)
     return add_lora(model, lora)
 
 
@@ -129,10 +127,9 @@ def reward_model_from_config(
     config: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     head: RewardHead | None = None,
-    fused: bool = True,
 ) -> PreTrainedModel | RewardTransformer:
-    """A freshly initialized reward model; ``config`` and ``fused`` as in ``policy_from_config``."""
-    policy = policy_from_config(config, tokenizer, fused)
+    """A freshly initialized reward model; ``config`` as in ``policy_from_config``."""
+    policy = policy_from_config(config, tokenizer)
     head = head or RewardHead()
     if not head.is_classifier(policy.config):
         return RewardTransformer.from_policy(policy, head)
@@ -140,7 +137,7 @@ def reward_model_from_config(
     architecture.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(architecture)
     start_head(score_head(model), head.start)
-    return fuse(model) if fused else model
+    return model
 
 
 def score_head(model: PreTrainedModel | RewardTransformer) -> nn.Module:
@@ -238,7 +235,7 @@ def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequen
     model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
     model.base_model.load_state_dict(trunk.base_model.state_dict())
     score_head(model).load_state_dict(head.state_dict())
-    model.checkpoint_format = getattr(policy, "checkpoint_format", None)
+    keep_format(model, checkpoint_format(policy))
     return model
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,6 +56,20 @@ class CheckpointFormat:
     dtype: torch.dtype  # of the exported weights
     others: dict[str, torch.dtype] = field(default_factory=dict)  # of those that had another
     generation: str | None = None  # the text of generation_config.json; None: there was none
+
+
+_formats: WeakKeyDictionary[torch.nn.Module, CheckpointFormat] = WeakKeyDictionary()
+
+
+def checkpoint_format(model: torch.nn.Module) -> CheckpointFormat | None:
+    """What an export of ``model`` keeps of its checkpoint; None where it came from none."""
+    return _formats.get(model)
+
+
+def keep_format(model: torch.nn.Module, form: CheckpointFormat | None) -> None:
+    """Let the export of ``model``, which came from a checkpoint or from a model of one, keep its ``form``."""
+    if form is not None:
+        _formats[model] = form
 
 
 def load_language_model(
@@ -200,7 +215,7 @@ def _checked(
     unexpected = {name for name in loading["unexpected_keys"] if not CONSTANTS.search(name)}
     check_tensors(path, loading["missing_keys"], unexpected, loading["mismatched_keys"])
     check_finite(model, path)
-    model.checkpoint_format = format_of(path, export_dtype)
+    keep_format(model, format_of(path, export_dtype))
     return model
 
 

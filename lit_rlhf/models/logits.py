@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.onednn import rows_to_add, with_rows_added
+from lit_rlhf.models.kernels.onednn import rows_to_add, with_rows_added
 from lit_rlhf.models.self_check import ALIKE, difference, read
 
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
+from lit_rlhf.models.loading import checkpoint_format
 from lit_rlhf.models.quantization import is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 
@@ -253,7 +254,8 @@ def _check_base(model: PreTrainedModel, path: str | Path) -> None:
     """Raise ``UserError`` where an adapter says that its base is another model: those that we write by its weights,
     others by its name."""
     base, given = str(base_of_adapter(path)), str(model.name_or_path)
-    here = identity(model.checkpoint_format.folder) if hasattr(model, "checkpoint_format") else None
+    form = checkpoint_format(model)
+    here = None if form is None else identity(form.folder)
     if (known := _base_identity(Path(path))) and here:
         if known != here:
             raise UserError(
@@ -330,8 +332,8 @@ def _write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
         weights |= {f"score.{name}": weight for name, weight in model.score.state_dict().items()}
     metadata = {"format": "pt"}
-    if hasattr(model, "checkpoint_format"):
-        metadata["base_identity"] = identity(model.checkpoint_format.folder)
+    if form := checkpoint_format(model):
+        metadata["base_identity"] = identity(form.folder)
     save_file({PREFIX + n: w.contiguous() for n, w in weights.items()}, folder / WEIGHTS, metadata=metadata)
     config.save_pretrained(str(folder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,16 +15,24 @@ LEARNING = 0.5  # GiB that forward passes may keep for their backward pass, logi
 LOOKING = 2**28  # bytes of one layer, where there is no backward pass
 
 
+_kept_gib: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
+
+
+def limit_kept(trunk: PreTrainedModel, gib: float) -> None:
+    """Let forward passes of ``trunk`` keep so many GiB for their backward pass, logits apart."""
+    _kept_gib[trunk] = gib
+
+
 def tokens_at_once(module: nn.Module, learning: bool) -> int:
     """Tokens that the models inside ``module`` may be given in a pass: ``learning``, those that are trained, all in one
-    backward pass, which may keep ``trunk.kept_gib`` for it (``LEARNING`` at first); else one after another, without
-    gradients.
+    backward pass, which may keep what :func:`limit_kept` says for it (``LEARNING`` at first); else one after another,
+    without gradients.
 
     What a token takes is estimated by what enters and leaves the matrices."""
     models = list(trunks(module))
     if learning:
         trained = [m for m in models if any(p.requires_grad for p in m.parameters())]
-        room = min((getattr(m, "kept_gib", LEARNING) for m in trained), default=LEARNING)
+        room = min((_kept_gib.get(m, LEARNING) for m in trained), default=LEARNING)
         return max(1, int(room * 2**30) // max(1, sum(map(_bytes_of_token, trained))))
     sizes = [_bytes_of_token(m) // max(1, len(layers(m))) for m in models]
     return max(1, LOOKING // max([1, *sizes]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say_once
-from lit_rlhf.models.attention import Layout, sees_before_it, use_own_attention
-from lit_rlhf.models.fused import fuse
+from lit_rlhf.models.kernels.attention import Layout, sees_before_it, use_block_attention
+from lit_rlhf.models.kernels.choice import fast_kernels
+from lit_rlhf.models.kernels.onednn import rows_to_add
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, with_adapter
-from lit_rlhf.models.onednn import rows_to_add
 from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
 from lit_rlhf.models.self_check import SHORTER, agrees, read, texts
 from lit_rlhf.text.chat import ensure_template, turn_end
@@ -29,12 +26,10 @@ from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
 
 
-def policy_from_config(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, fused: bool = True
-) -> PreTrainedModel:
+def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A freshly initialized model; ``config`` names a ``model_type`` and that architecture's own settings.
 
-    Vocabulary size and special tokens come from the tokenizer. ``fused``: see :func:`fuse`."""
+    Vocabulary size and special tokens come from the tokenizer."""
     settings = copy.deepcopy(dict(config))
     model_type = settings.pop("model_type", None)
     try:
@@ -49,8 +44,7 @@ def policy_from_config(
         known = {**type(architecture)().to_dict(), **architecture.attribute_map}
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"{model_type} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        model = AutoModelForCausalLM.from_config(architecture)
-        return fuse(model) if fused else model
+        return AutoModelForCausalLM.from_config(architecture)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"model.config: {str(error).strip().splitlines()[0][:900]}") from error
 
@@ -60,7 +54,6 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: Dtype = "float32",
     lora: LoRA | None = None,
-    fused: bool = True,
     export_dtype: Dtype | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
@@ -68,13 +61,11 @@ def load_policy(
 
     It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. A folder
     may hold an adapter: it is added into the weights of its base. With ``quantization`` the frozen weights are kept in
-    4 bits, and adapters are trained. With a ``tokenizer`` the model learns which token is padding. ``fused``: see
-    :func:`fuse`. Errors are those of :func:`load_language_model` and :func:`match_tokenizer`."""
+    4 bits, and adapters are trained. With a ``tokenizer`` the model learns which token is padding. Errors are those of
+    :func:`load_language_model` and :func:`match_tokenizer`."""
     check_quantization(quantization, lora, path)
     quantized = quantized_loading(quantization, getattr(torch, dtype))
     model = load_language_model(base_path(path), dtype, export_dtype, **quantized)
-    if fused:
-        fuse(model)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
@@ -87,15 +78,13 @@ def load_policy(
 
 
 def load_policy_and_tokenizer(
-    path: str | Path, dtype: Dtype = "float32", fused: bool = True
+    path: str | Path, dtype: Dtype = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model folder as it was saved: the model, and the tokenizer with its chat template.
-
-    ``fused``: see :func:`fuse`."""
+    """A model folder as it was saved: the model, and the tokenizer with its chat template."""
     load_config(base_path(path))  # what is wrong with a model is said of the model, not of its tokenizer
     tokenizer = load_tokenizer(path)
     ensure_template(tokenizer)
-    return load_policy(path, tokenizer, dtype, fused=fused), tokenizer
+    return load_policy(path, tokenizer, dtype), tokenizer
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -123,7 +112,7 @@ def packed_hidden(
     """Last hidden states (T, D) of packed sequences, each seeing itself alone.
 
     ``embeddings`` (T, D) stand in for the tokens' own. ``at``, flat indices (M,) of the tokens whose states are wanted,
-    in any order and as often as one likes: those (M, D) alone, and the last layer computes no others where it can."""
+    in any order and as often as one likes: those (M, D) alone."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
     trunk = model.base_model
     source, name = (batch.tokens, "input_ids") if embeddings is None else (embeddings, "inputs_embeds")
@@ -136,7 +125,7 @@ def packed_hidden(
 def packs(trunk: PreTrainedModel) -> bool:
     """Whether packed sequences can be read in one row, with attention of our own; then several may share a prompt."""
     # A kind of attention that is not asked of this one was chosen by someone: no line about it.
-    return sees_before_it(trunk) and agrees(
+    return fast_kernels() and sees_before_it(trunk) and agrees(
         trunk, "all texts in one row", _one_row_and_alone, "texts are read block by block (slower)"
     )
 
@@ -174,50 +163,17 @@ def _states(trunk: PreTrainedModel, name: str, rows: Tensor) -> Tensor:
 
 
 def _in_one_row(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor, at: Tensor | None) -> Tensor:
-    use_own_attention(trunk)
+    use_block_attention(trunk)
     size, positions = len(batch.tokens), batch.positions
     layout = Layout(batch.blocks, batch.visible, batch.by_block(positions))
     if more := rows_to_add(trunk, size):  # they see nothing, nobody sees them, and nobody reads them
         source, positions = F.pad(source, (0, 0) * (source.dim() - 1) + (0, more)), F.pad(positions, (0, more))
     nothing = batch.tokens.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is not looked at: the blocks say it all
-    with nullcontext() if at is None else _last_mlp_at(trunk, at, len(positions)):
-        output = trunk(
-            **{name: source[None]}, position_ids=positions[None], attention_mask=nothing, use_cache=False, layout=layout
-        )
+    output = trunk(
+        **{name: source[None]}, position_ids=positions[None], attention_mask=nothing, use_cache=False, layout=layout
+    )
     hidden = output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
     return hidden[:size] if at is None else hidden.index_select(0, at)
-
-
-@contextmanager
-def _last_mlp_at(trunk: PreTrainedModel, at: Tensor, size: int) -> Iterator[None]:
-    """Within it, the MLP of the last layer computes the tokens ``at`` (M,) alone, of a row of ``size``.
-
-    No token looks at another behind that layer's attention: what the MLP would add to the rest, nobody reads. A layer
-    that is compiled, or computed again in the backward pass, stays as it is."""
-    *_, last = layers(trunk)
-    again = checkpoint.state(last) is not None or (last.training and last.gradient_checkpointing)
-    compiled = last._compiled_call_impl is not None
-    if getattr(trunk, "whole_last_layer", False) or again or compiled or not hasattr(last, "mlp"):
-        yield
-        return
-    # Each once: where answers share a prompt, all of them want its last token.
-    read = torch.zeros(size, dtype=torch.bool, device=at.device).index_fill_(0, at, True)
-    rows = read.nonzero().squeeze(1)
-    if more := rows_to_add(trunk, len(rows)):
-        rows = torch.cat([rows, (~read).nonzero().squeeze(1)[:more]])
-
-    def select(mlp: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return inputs[0].index_select(1, rows)
-
-    def spread(mlp: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.new_zeros(1, size, output.shape[-1]).index_copy(1, rows, output)
-
-    hooks = last.mlp.register_forward_pre_hook(select), last.mlp.register_forward_hook(spread)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def layers(trunk: PreTrainedModel) -> list[nn.Module]:
@@ -258,7 +214,8 @@ def shares_prompts(module: nn.Module) -> bool:
     trunks = {m.base_model for m in module.modules() if isinstance(m, PreTrainedModel)}
     cannot = sorted({type(trunk).__name__ for trunk in trunks if not packs(trunk)})
     if cannot:
-        say_once(f"share_prompts is off: {', '.join(cannot)} cannot be told which tokens see which")
+        why = "cannot be told which tokens see which" if fast_kernels() else "is computed with trainer.kernels=plain"
+        say_once(f"share_prompts is off: {', '.join(cannot)} {why}")
     return not cannot
 
 

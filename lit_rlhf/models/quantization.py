@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any, Literal
 
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from lit_rlhf.errors import UserError
 
 Quantization = Literal["4bit"]
-
-# peft imports it wherever it is installed, and it misses kernels for CPUs that it would like to download.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quantized_loading(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_token
-from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_finite, check_tensors
+from lit_rlhf.models.loading import (
+    MODEL_TYPE,
+    check_files,
+    check_finite,
+    check_tensors,
+    checkpoint_format,
+    keep_format,
+)
 from lit_rlhf.models.logits import check_logits, language_model
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.model_folder import model_settings
@@ -149,7 +156,7 @@ class RewardTransformer(nn.Module):
         if spec.kind == "likelihood":
             check_logits(language_model(policy.base_model, tied_head(policy.base_model) if own is None else own))
         model = cls(policy.base_model, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
-        model.checkpoint_format = getattr(policy, "checkpoint_format", None)
+        keep_format(model, checkpoint_format(policy))
         return model
 
     @classmethod
@@ -169,8 +176,7 @@ class RewardTransformer(nn.Module):
         check_tensors(folder, own.keys() - weights.keys(), weights.keys() - own.keys(), wrong)
         model.load_state_dict(weights)
         check_finite(model, folder)
-        for name in SCALE & settings.keys():
-            setattr(model.config, name, settings[name])
+        model.config.update({name: settings[name] for name in SCALE & settings.keys()})
         return model.to(dtype)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.models.attention import SDPA
+from lit_rlhf.models.kernels.attention import SDPA
 
 # (model) -> what the form gives, and what the model's own forward pass gives, (tokens, ...) both
 Compare = Callable[[PreTrainedModel], tuple[Tensor, Tensor]]

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported
-
 import hydra
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser
@@ -45,6 +43,7 @@ MULTIRUN = ("-m", "--multirun")
 
 def main() -> None:
     """Run the command; a user's mistake ends it with one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported, which is later
     register_resolvers()
     sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
     # Hydra's parser takes overrides in one piece only; people put -m anywhere.
@@ -184,8 +183,9 @@ def prepare(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> float | None:
     """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others."""
+    from lit_rlhf.models.kernels import keep_freed_memory, use_kernels
     from lit_rlhf.pipeline.sweep import write_job
-    from lit_rlhf.training import keep_freed_memory, quiet
+    from lit_rlhf.training import quiet
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     OmegaConf.set_struct(cfg, True)
@@ -194,7 +194,8 @@ def run(cfg: DictConfig) -> float | None:
         check_settings(cfg)
         quiet()
         limit_threads(cfg)
-        if cfg.keep_freed_memory:
+        use_kernels(cfg.trainer.kernels)  # where no stage's trainer does, as in chat
+        if cfg.trainer.kernels == "fast":
             keep_freed_memory()
         if is_main_process() and any("optimizer" in cfg[name] for name in stages_of(cfg)):
             print(recipe_line(cfg), flush=True)

@@ -41,12 +41,13 @@ from lit_rlhf.models import (
     tokens_at_once,
 )
 from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, blank_reward_model
-from lit_rlhf.models.onednn import rows_up_to
+from lit_rlhf.models.kernels.decoding import CachedDecoder
+from lit_rlhf.models.kernels.forward_pass import ROWS, ForwardPass
+from lit_rlhf.models.kernels.onednn import rows_up_to
 from lit_rlhf.pipeline.run import make_data
 from lit_rlhf.pipeline.settings import planned_stages, resolved
 from lit_rlhf.rollouts import Sampling, rows_that_fit
-from lit_rlhf.rollouts.decoder import LeanDecoder, TransformersDecoder
-from lit_rlhf.rollouts.trunk import ROWS, Trunk
+from lit_rlhf.rollouts.decoder import TransformersDecoder
 from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.text import load_tokenizer, write_jsonl
 from lit_rlhf.text.packing import pack, runs
@@ -327,11 +328,10 @@ class Book:
 
     def _policy(self, node: DictConfig) -> PreTrainedModel:
         architecture = OmegaConf.to_container(node.config) if "config" in node else _architecture(self.cfg, node.path)
-        return blank_policy(architecture, self.tokenizer, instantiate(node.get("lora")), node.get("fused", True))
+        return blank_policy(architecture, self.tokenizer, instantiate(node.get("lora")))
 
     def _reward_model(self, node: DictConfig) -> nn.Module:
         parts = {key: instantiate(node[key]) for key in ("head", "lora") if node.get(key) is not None}
-        parts["fused"] = node.get("fused", True)
         if "config" in node:
             return blank_reward_model(OmegaConf.to_container(node.config), self.tokenizer, **parts)
         if self.name != "reward":  # it comes out of that stage
@@ -366,13 +366,8 @@ class Book:
         device, trainer = _device(self.cfg), self.settings.trainer
         on_cpu = device == "cpu"
         ModelSettings(  # without what cannot be traced: compiled layers
-            trainer.activation_checkpointing,
-            onednn=trainer.onednn if on_cpu else None,
-            whole_last_layer=trainer.whole_last_layer,
-            batched_attention=on_cpu and trainer.batched_attention,
-            row_multiple=trainer.row_multiple if on_cpu else 1,
-            kept_gib=trainer.kept_gib,
-        ).apply(model, on_cpu=True)  # tensors without numbers take the way of a CPU's; a GPU never batches attention
+            trainer.kernels, trainer.activation_checkpointing, kept_gib=trainer.kept_gib
+        ).apply(model, on_cpu)
         fit_memory(self.data, model)
         heap = None if device == "cuda" else Heap.of_this_system()
         self.trace = Trace(model, self.rates, precision, heap, device)
@@ -496,14 +491,14 @@ class Book:
         width, room = min(width, context_length(policy) - limit), context_length(policy)
         steps = range(1, max(lengths))
         chosen = sorted({steps[i * (len(steps) - 1) // (DECODED - 1)] for i in range(DECODED)}) if steps else []
-        trunk, engine = Trunk.of(policy, width + limit), self.cfg.engine
+        trunk, engine = ForwardPass.of(policy, width + limit), self.cfg.engine
         rows = engine.get("rows") or rows_that_fit(policy, width + limit, engine.get("cache_gib", 1.0))
         turns = max(1.0, len(tokens) / rows)  # others begin as these end
         rows = min(rows, len(tokens))
         if trunk is None:
             decode = self._growing(policy, rows, width)
         else:
-            decode = self._in_place(policy, LeanDecoder(trunk, rows, width + limit), tokens, rows, width)
+            decode = self._in_place(policy, CachedDecoder(trunk, rows, width + limit), tokens, rows, width)
         before = self.trace.seconds
         alive = {step: min(rows, sum(n > step for n in lengths)) for step in chosen}
         met = self._met(partial(decode, alive[step], step) for step in chosen)
@@ -519,7 +514,7 @@ class Book:
         return Written(sequences, torch.tensor(lengths)), seconds
 
     def _in_place(
-        self, policy: PreTrainedModel, decoder: LeanDecoder, prompts: list[list[int]], rows: int, width: int
+        self, policy: PreTrainedModel, decoder: CachedDecoder, prompts: list[list[int]], rows: int, width: int
     ) -> Callable[[int, int], None]:
         """The prompts read; what takes a step of ``(rows, number of the step)`` in the own engine."""
         self.cache = max(self.cache, bytes_of([decoder.cache]))

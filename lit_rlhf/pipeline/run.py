@@ -155,10 +155,7 @@ def load_models(name: str, settings: DictConfig, tokenizer: PreTrainedTokenizerB
     if "annotator" in settings:
         models["annotator"] = instantiate(settings.annotator or None, _convert_="all")  # "none" is an empty file
     if settings.get("models"):
-        fused = OmegaConf.select(settings, "policy.fused", default=True)
-        models["others"] = {
-            key: load_policy_and_tokenizer(path, fused=fused) for key, path in settings.models.items() if path
-        }
+        models["others"] = {key: load_policy_and_tokenizer(path) for key, path in settings.models.items() if path}
     if "policies" in settings:
         models["policies"] = {key: instantiate(node, _convert_="all") for key, node in _policies(settings).items()}
     return models

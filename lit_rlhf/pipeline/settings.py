@@ -128,7 +128,7 @@ def name_loaders(cfg: DictConfig) -> None:
     """Write out what stands for a model of ``evaluate.policies`` that is given by its folder or Hub name alone."""
     for name, node in cfg.evaluate.policies.items():
         if isinstance(node, str):
-            loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer", "fused": cfg.fused, "path": node}
+            loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer", "path": node}
             OmegaConf.update(cfg, f"evaluate.policies.{name}", loader, force_add=True)
 
 
@@ -165,6 +165,9 @@ def _parsed(overrides: list[str]) -> list[Override]:
 RENAMED = {
     r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm",
     r"evaluate\.data\.limit": "evaluate.data.limit_held_out",  # of training prompts, of which there are none
+    r"\w+\.optimizer\.fused": "automatic",
+    r"((?:\w+\.)?trainer)\.(?:onednn|whole_last_layer|batched_attention|row_multiple)": r"\1.kernels (fast or plain)",
+    r"keep_freed_memory|engine\.lean|(?:[\w.]+\.)?fused": "trainer.kernels (fast or plain)",
 }
 
 

@@ -17,17 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
 from lit_rlhf.models import context_length, end_tokens
+from lit_rlhf.models.kernels import fast_kernels
+from lit_rlhf.models.kernels.decoding import CachedDecoder, StaticDecoder
+from lit_rlhf.models.kernels.forward_pass import ForwardPass
 from lit_rlhf.models.logits import check_logits
-from lit_rlhf.models.onednn import compute_dtype
+from lit_rlhf.models.precision import compute_dtype
 from lit_rlhf.models.self_check import LENGTH, agrees
-from lit_rlhf.rollouts.decoder import (
-    Decoder,
-    LeanDecoder,
-    StaticDecoder,
-    TransformersDecoder,
-    WholeDecoder,
-    goes_on_alike,
-)
+from lit_rlhf.rollouts.decoder import Decoder, TransformersDecoder, WholeDecoder, goes_on_alike
 from lit_rlhf.rollouts.engine import (
     Ended,
     Request,
@@ -39,7 +35,6 @@ from lit_rlhf.rollouts.engine import (
     draw_seeds,
     sample,
 )
-from lit_rlhf.rollouts.trunk import Trunk
 from lit_rlhf.text.chat import encode_prompts
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
@@ -54,10 +49,9 @@ class FastEngine:
     What ``sync`` was given is sampled from as it is when ``generate`` is called.
 
     Args:
-        lean: run a forward pass of our own where there is one for the model; False: transformers' modules.
         rows: responses that are written at a time; None: as many as fit into ``cache_gib``.
         cache_gib: GiB for keys, values and logits.
-        cuda_graphs: on a GPU, replay a step of the lean pass as one graph.
+        cuda_graphs: on a GPU, replay a step of our own forward pass as one graph.
     """
 
     exact = True
@@ -66,12 +60,11 @@ class FastEngine:
 
     def __init__(
         self,
-        lean: bool = True,
         rows: Annotated[int, Field(ge=1)] | None = None,
         cache_gib: Annotated[float, Field(gt=0)] = 1.0,
         cuda_graphs: bool = False,
     ) -> None:
-        self.settings = {"lean": lean, "rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
+        self.settings = {"rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
 
     def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
         self.policy, self.tokenizer, self.version = policy, tokenizer, self.version + 1
@@ -140,7 +133,6 @@ def generate(
     seeds: Sequence[int] | None = None,
     stopped: Stopped | None = None,
     states: bool = False,
-    lean: bool = True,
     rows: int | None = None,
     cache_gib: float = 1.0,
     cuda_graphs: bool = False,
@@ -152,8 +144,8 @@ def generate(
     With ``states`` the hidden states are kept: a head on them needs no other pass over the answers.
     ``stopped`` is asked after each token whether the answer is complete (``sampling.stop`` is not looked at here).
     At most ``rows`` answers are written at a time (None: :func:`rows_that_fit` into ``cache_gib``); others take the
-    places of those that end. ``lean`` runs a forward pass of our own where there is one for the model (:class:`Trunk`),
-    else transformers'; on a GPU its steps can be replayed as ``cuda_graphs``. No dropout.
+    places of those that end. Computed by a :class:`ForwardPass` where there is one for the model, whose steps can be
+    replayed as ``cuda_graphs`` on a GPU; else, and with ``kernels=plain``, by transformers' modules. No dropout.
     Runs under ``no_grad`` rather than inference mode, whose tensors fail in a later backward pass. Raises
     ``UserError`` where prompt and answer do not fit into the model's context."""
     device = model.device
@@ -162,7 +154,7 @@ def generate(
     ends = [eos_id] if isinstance(eos_id, int) else sorted(eos_id)
     width = max(map(len, prompts)) + sampling.max_new_tokens
     rows = rows or rows_that_fit(model, width, cache_gib)
-    for drawn in _draw(model, prompts, sampling, uniforms, ends, pad_id, stopped, lean, rows, cuda_graphs):
+    for drawn in _draw(model, prompts, sampling, uniforms, ends, pad_id, stopped, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
         for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
@@ -257,7 +249,6 @@ def _draw(
     ends: list[int],
     pad_id: int,
     stopped: Stopped | None = None,
-    lean: bool = True,
     rows: int | None = None,
     cuda_graphs: bool = False,
 ) -> Iterator[_Drawn]:
@@ -265,7 +256,7 @@ def _draw(
     check_room(model, prompts, sampling)
     longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
     rows = min(rows or len(prompts), len(prompts))
-    decoder = _decoder(model, rows, longest + limit, pad_id, lean, cuda_graphs and device.type == "cuda")
+    decoder = _decoder(model, rows, longest + limit, pad_id, cuda_graphs and device.type == "cuda")
     ends_there = torch.tensor(ends, device=device)
     begun = rows
     answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
@@ -324,25 +315,25 @@ def _closed_up(going: Tensor) -> Tensor:
     return rows
 
 
-def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, lean: bool, graphs: bool) -> Decoder:
+def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, graphs: bool) -> Decoder:
     """The fastest that goes on with texts as the model itself does."""
     dtype = compute_dtype(model)
 
     @cache
-    def trunk() -> Trunk | None:  # laying matrices out anew takes longer than the check: once for both, where it can be
-        return Trunk.of(model, max(width, LENGTH), dtype)
+    def own_pass() -> ForwardPass | None:  # laying out matrices takes longer than the check: once for both
+        return ForwardPass.of(model, max(width, LENGTH), dtype)
 
-    def leans(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        own = trunk() if dtype == model.dtype else Trunk.of(model, LENGTH)
-        return goes_on_alike(model, LeanDecoder(own, 2, LENGTH))
+    def passes(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        own = own_pass() if dtype == model.dtype else ForwardPass.of(model, LENGTH)
+        return goes_on_alike(model, CachedDecoder(own, 2, LENGTH))
 
     def caches(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         return goes_on_alike(model, TransformersDecoder(model, pad_id))
 
     check_logits(model)
-    known = lean and Trunk.knows(model)
-    if known and agrees(model, "a lean forward pass", leans, "transformers' modules write (slower)"):
-        return (StaticDecoder if graphs else LeanDecoder)(trunk(), rows, width)
+    known = fast_kernels() and ForwardPass.knows(model)
+    if known and agrees(model, "a forward pass of our own", passes, "transformers' modules write (slower)"):
+        return (StaticDecoder if graphs else CachedDecoder)(own_pass(), rows, width)
     if agrees(model, "keys and values that are kept", caches, "texts are read anew for each token (slower)"):
         return TransformersDecoder(model, pad_id)
     return WholeDecoder(model, pad_id)

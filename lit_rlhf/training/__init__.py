@@ -1,6 +1,5 @@
 """What the stages share around training: optimizer, schedule, batches, callbacks."""
 
-from lit_rlhf.training.allocator import keep_freed_memory
 from lit_rlhf.training.batches import BatchLoader, ExampleDataModule, in_order, seeded, sharding, shuffled
 from lit_rlhf.training.callbacks import (
     BestCheckpoint,
@@ -47,7 +46,6 @@ __all__ = [
     "decay_groups",
     "in_order",
     "inner_bar",
-    "keep_freed_memory",
     "make_trainer",
     "quiet",
     "read_metrics",

@@ -23,10 +23,9 @@ def adamw(
     lr: Annotated[float, Field(gt=0)] = 5e-5,
     betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    fused: bool = True,
     offload: bool = False,
 ) -> AdamW:
-    """AdamW; its ``fused`` form, one kernel for all parameters, is the fastest on CPU and GPU alike.
+    """AdamW in its fused form, one kernel for all parameters, the fastest on CPU and GPU alike.
 
     The learning rate is one for all weights of a checkpoint; adapters want ten times as much, small models made from
     scratch a hundred times.
@@ -35,13 +34,13 @@ def adamw(
     takes and gives back, and what the next one takes would not fit there. With ``offload`` it lies in the CPU's
     memory."""
     kind = OffloadedAdamW if offload else AdamW
-    optimizer = kind(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=fused)
+    optimizer = kind(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
     # The fused step could unscale 16-bit gradients by itself, but Lightning then refuses to clip them before it.
     optimizer._step_supports_amp_scaling = False
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         device = torch.device("cpu") if offload else parameter.device
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=device if fused else "cpu"),
+            "step": torch.zeros((), device=device),
             **{name: torch.zeros_like(parameter, device=device) for name in ("exp_avg", "exp_avg_sq")},
         }
     return optimizer

@@ -1,4 +1,4 @@
-"""How the models of a stage are computed, whichever stage it is: attention, products, activations, compilation."""
+"""How the models of a stage are computed, whichever stage it is: kernels, checkpointing, compilation, memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed._composable import checkpoint
 
-from lit_rlhf.models import layers, use_onednn, use_own_attention
-from lit_rlhf.models.micro_batches import LEARNING, trunks
-from lit_rlhf.models.onednn import uses_onednn
+from lit_rlhf.models import layers
+from lit_rlhf.models.kernels import Kernels, use_block_attention, use_fast_layers, use_kernels
+from lit_rlhf.models.micro_batches import LEARNING, limit_kept, trunks
 from lit_rlhf.training.parts import fit_memory
 
 
@@ -19,34 +19,23 @@ class ModelSettings(Callback):
     """Sets up the models that a module holds, as the trainer's settings say; their weights and names stay.
 
     Args:
+        kernels: "fast": computed by :mod:`lit_rlhf.models.kernels`; "plain": by transformers' own modules.
         activation_checkpointing: trained models keep only what enters each layer, and compute the rest again in the
             backward pass: less memory, a third more work, the same gradients.
         compile: trained models run through ``torch.compile``, layer by layer.
-        onednn: on a CPU, float32 products of linear layers of at least so many inputs and outputs are oneDNN's: see
-            :mod:`lit_rlhf.models.onednn`; None: of none.
-        whole_last_layer: the MLP of the last layer computes all tokens, also where only the states of some are read.
-        batched_attention: on a CPU, attention is computed by batched products rather than by PyTorch's scaled
-            dot-product attention, which is then in float32 also where the rest is not: see
-            :mod:`lit_rlhf.models.attention`.
-        row_multiple: on a CPU, packed sequences and what is read of them are filled up to a multiple of so many tokens
-            where products are oneDNN's: see :func:`lit_rlhf.models.onednn.rows_to_add`.
         kept_gib: GiB that forward passes may keep for their backward pass, logits apart. A batch for which they would
             keep more is learned in parts, whose gradients add up to its own.
     """
 
     def __init__(
         self,
+        kernels: Kernels = "fast",
         activation_checkpointing: bool = False,
         compile: bool = False,
-        onednn: int | None = None,
-        whole_last_layer: bool = False,
-        batched_attention: bool = True,
-        row_multiple: int = 32,
         kept_gib: float = LEARNING,
     ) -> None:
-        self.activation_checkpointing, self.compile, self.onednn = activation_checkpointing, compile, onednn
-        self.whole_last_layer, self.batched_attention = whole_last_layer, batched_attention
-        self.row_multiple, self.kept_gib = row_multiple, kept_gib
+        self.kernels, self.kept_gib = kernels, kept_gib
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.apply(pl_module, on_cpu=trainer.strategy.root_device.type == "cpu")
@@ -61,14 +50,13 @@ class ModelSettings(Callback):
 
     def apply(self, module: nn.Module, on_cpu: bool) -> None:
         """Set up the models inside ``module``, which will run on a CPU or elsewhere; twice is as good as once."""
-        if on_cpu and self.onednn is not None:
-            use_onednn(module, self.onednn)
+        use_kernels(self.kernels)
+        if self.kernels == "fast":
+            use_fast_layers(module, on_cpu)
         for trunk in trunks(module):
-            trunk.whole_last_layer, trunk.row_multiple = self.whole_last_layer, self.row_multiple
-            trunk.kept_gib = self.kept_gib
-            trunk.by_onednn = uses_onednn(trunk)
-            if on_cpu:
-                use_own_attention(trunk, self.batched_attention)
+            limit_kept(trunk, self.kept_gib)
+            if on_cpu and self.kernels == "fast":
+                use_block_attention(trunk)
             if not any(p.requires_grad for p in trunk.parameters()):
                 continue
             for layer in layers(trunk):  # Lightning sets up anew for each of validate, fit and test

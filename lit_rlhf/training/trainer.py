@@ -9,6 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field
 
+from lit_rlhf.models.kernels import Kernels
 from lit_rlhf.training.checkpoint_files import CheckpointFiles
 from lit_rlhf.training.trained_models import ModelSettings
 
@@ -21,12 +22,9 @@ def make_trainer(
     strategy: str = "auto",
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"] = "32-true",
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
+    kernels: Kernels = "fast",
     activation_checkpointing: bool = False,
     compile: bool = False,
-    onednn: Annotated[int, Field(ge=1)] | None = 256,
-    whole_last_layer: bool = False,
-    batched_attention: bool = True,
-    row_multiple: Annotated[int, Field(ge=1)] = 32,
     kept_gib: Annotated[float, Field(gt=0)] = 0.5,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,
@@ -41,16 +39,13 @@ def make_trainer(
     """Lightning's trainer; the arguments are its own, with their ranges, but for those that follow.
 
     ``precision`` may be "auto": see :func:`best_precision`. ``matmul_precision`` is that of float32 matrix products,
-    in the whole process (``torch.set_float32_matmul_precision``). For ``activation_checkpointing``, ``compile``,
-    ``onednn``, ``whole_last_layer``, ``batched_attention``, ``row_multiple`` and ``kept_gib`` see
-    :class:`lit_rlhf.training.ModelSettings`.
+    in the whole process (``torch.set_float32_matmul_precision``). For ``kernels``, ``activation_checkpointing``,
+    ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.ModelSettings`.
 
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
     business of :class:`lit_rlhf.training.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
-    models = ModelSettings(
-        activation_checkpointing, compile, onednn, whole_last_layer, batched_attention, row_multiple, kept_gib
-    )
+    models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,

@@ -16,7 +16,6 @@ from lit_rlhf.models import (
     ReferenceUpdate,
     adapters_off,
     add_lora,
-    fuse,
     lora_layers,
     merged,
     next_token_logits,
@@ -24,6 +23,7 @@ from lit_rlhf.models import (
     plain_weights,
     save_adapter,
     save_model,
+    use_kernels,
 )
 from lit_rlhf.models.lora import put_adapter
 from lit_rlhf.rollouts import Sampling, generate
@@ -78,7 +78,7 @@ def agree(ours, theirs):
     assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * max(1.0, theirs.abs().max().item()))
 
 
-def test_all_ways_compute_what_peft_computes(policy, lora, tokenizer, tmp_path):
+def test_all_ways_compute_what_peft_computes(norms_in_float64, policy, lora, tokenizer, tmp_path):
     plain = copy.deepcopy(policy.double())
     save_model(policy, tokenizer, tmp_path / "base")
     policy.name_or_path = str(tmp_path / "base")
@@ -102,11 +102,11 @@ def test_all_ways_compute_what_peft_computes(policy, lora, tokenizer, tmp_path):
     copied.load_state_dict(weights)
     agree(copied(TOKENS).logits, expected)
     # The engine's own pass and transformers', and none of these has changed the model.
-    ways = [
-        generate(model, TOKENS.tolist() * 2, Sampling(8, temperature=0.5), eos_id=-1, pad_id=0, lean=lean,
-                 seeds=range(2 * len(TOKENS)))
-        for lean in (True, False)
-    ]  # fmt: skip
+    ways = []
+    for kernels in ("plain", "fast"):
+        use_kernels(kernels)
+        settings = {"eos_id": -1, "pad_id": 0, "seeds": range(2 * len(TOKENS))}
+        ways.append(generate(model, TOKENS.tolist() * 2, Sampling(8, temperature=0.5), **settings))
     assert torch.equal(ways[0].tokens, ways[1].tokens)
     agree(ways[0].logprobs.double(), ways[1].logprobs.double())
     assert torch.equal(model(TOKENS).logits, expected)
@@ -127,10 +127,10 @@ def test_all_ways_compute_what_peft_computes(policy, lora, tokenizer, tmp_path):
         tmp_path / "model", dtype=torch.float64, output_loading_info=True
     )
     assert not said["missing_keys"] and not said["unexpected_keys"]
-    agree(fuse(loaded)(TOKENS).logits, expected)  # transformers' own norms compute in float32
+    agree(loaded(TOKENS).logits, expected)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "base")
-    base = fuse(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
     agree(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()(TOKENS).logits, expected)
     # And put on its base again: the same, and the same is trained.
     again = put_adapter(base, tmp_path / "adapter").eval()

@@ -9,7 +9,6 @@ from lit_rlhf.models import (
     RewardHead,
     load_policy,
     load_reward_model,
-    policy_from_config,
     reward_model_from_config,
     save_model,
 )
@@ -24,17 +23,6 @@ def test_a_policy_from_its_config(model_config, policy, tokenizer):
     blank = blank_policy(model_config, tokenizer)
     assert shapes(blank) == shapes(policy)
     assert all(p.is_meta for p in blank.parameters())
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_functions_are_fused_as_they_are_with_weights(model_config, tokenizer, fused):
-    def kinds(model):
-        return [type(module) for module in model.modules()]
-
-    blank = blank_policy(model_config, tokenizer, fused=fused)
-    assert kinds(blank) == kinds(policy_from_config(model_config, tokenizer, fused))
-    blank = blank_reward_model(model_config, tokenizer, fused=fused)
-    assert kinds(blank) == kinds(reward_model_from_config(model_config, tokenizer, fused=fused))
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(r=2)])

@@ -18,7 +18,7 @@ def files(folder):
 
 
 def plain_logits(policy):
-    """By transformers' own operations, of which some are fused in the policy, over the policy's weights."""
+    """By a model of transformers' own with the policy's weights."""
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(policy.config)).eval()
     plain.load_state_dict(policy.state_dict())
     assert torch.allclose(plain(IDS).logits, policy(IDS).logits, rtol=0, atol=1e-5)

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, ModernBertDecoderConfig
 
 from lit_rlhf.functional import full_kl, token_entropy, token_logprobs
-from lit_rlhf.models import LoRA, add_lora, chunked, next_token_logits, use_onednn
+from lit_rlhf.models import LoRA, add_lora, chunked, next_token_logits
 from lit_rlhf.models.chunked import adds_to_gradients, by_row, by_token, token_logprobs_of
+from lit_rlhf.models.kernels import onednn, use_fast_layers
 from lit_rlhf.training.trace import Trace
 
 TOKENS, WIDTH = 37, 8
@@ -203,9 +204,11 @@ def test_a_head_with_adapters():
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_mixed_precision_and_onednn_are_those_of_the_forward_pass(mixed):
+def test_mixed_precision_and_onednn_are_those_of_the_forward_pass(mixed, monkeypatch):
     model = model_of(3000).float()
-    use_onednn(model, 8)
+    monkeypatch.setattr(onednn, "WIDTH", 8)
+    use_fast_layers(model, on_cpu=True)
+    assert isinstance(model.get_output_embeddings(), onednn.OneDNNLinear)
     hidden, tokens = asked(model)
     results = []
     for size in (4 * 3000 * 9, 2**30):

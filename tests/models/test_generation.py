@@ -20,7 +20,11 @@ from lit_rlhf.models import (
     policy_from_config,
     predicting_positions,
     response_positions,
+    use_kernels,
 )
+from lit_rlhf.models.kernels import forward_pass
+from lit_rlhf.models.kernels.decoding import StaticDecoder
+from lit_rlhf.models.kernels.forward_pass import ForwardPass
 from lit_rlhf.rollouts import (
     Ended,
     FastEngine,
@@ -34,9 +38,6 @@ from lit_rlhf.rollouts import (
     sample,
     stream,
 )
-from lit_rlhf.rollouts import trunk as trunk_module
-from lit_rlhf.rollouts.decoder import StaticDecoder
-from lit_rlhf.rollouts.trunk import Trunk
 from lit_rlhf.text import encode_prompts, ensure_chat_template, left_pad, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
 from lit_rlhf.training import seeded
@@ -362,11 +363,14 @@ def test_a_stream_leaves_gradients_on_outside(policy, tokenizer):
 
 
 def by_both(policy, prompts, sampling, **settings):
-    """The same answers by the lean forward pass and by transformers'."""
+    """The same answers by our own forward pass and by transformers'."""
     ends = {"eos_id": NO_END, "pad_id": 1} | settings
-    return [
-        generate(policy, prompts, sampling, **ends, lean=lean, seeds=seeds_of(prompts, 4)) for lean in (True, False)
-    ]
+    found = []
+    for kernels in ("fast", "plain"):
+        use_kernels(kernels)
+        found.append(generate(policy, prompts, sampling, **ends, seeds=seeds_of(prompts, 4)))
+    use_kernels("fast")
+    return found
 
 
 def exactness(policy):
@@ -391,7 +395,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_lean_forward_pass_is_that_of_transformers(tokenizer, prompts, variant):
+def test_our_forward_pass_is_that_of_transformers(tokenizer, prompts, variant):
     changed = VARIANTS[variant]
     family = FAMILIES["gpt2" if "activation_function" in changed else "llama"]
     torch.manual_seed(0)
@@ -399,11 +403,11 @@ def test_the_lean_forward_pass_is_that_of_transformers(tokenizer, prompts, varia
     for name, parameter in policy.named_parameters():  # biases and gains that do something
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in name or "ln_" in name), std=0.2)
-    assert Trunk.of(policy, 40) is not None
+    assert ForwardPass.of(policy, 40) is not None
     close(*by_both(policy, prompts, Sampling(20, 0.8)), atol=exactness(policy))
 
 
-def test_the_lean_forward_pass_follows_the_weights_and_their_adapters(policy, prompts):
+def test_our_forward_pass_follows_the_weights_and_their_adapters(policy, prompts):
     add_lora(policy, LoRA(r=2))
     for layer in lora_layers(policy).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight)
@@ -415,7 +419,7 @@ def test_the_lean_forward_pass_follows_the_weights_and_their_adapters(policy, pr
     assert not torch.equal(plain[0].logprobs, adapted.logprobs)
 
 
-def test_the_lean_forward_pass_in_half_precision(policy, prompts):
+def test_our_forward_pass_in_half_precision(policy, prompts):
     exact = by_both(policy, prompts, Sampling(6).greedy())[0]
     with torch.autocast("cpu", torch.bfloat16):
         half = by_both(policy, prompts, Sampling(6).greedy())[0]
@@ -424,8 +428,8 @@ def test_the_lean_forward_pass_in_half_precision(policy, prompts):
     assert not torch.equal(half.logprobs, exact.logprobs)
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, lean):
+@pytest.mark.parametrize("plain", [False, True])
+def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, plain):
     prompts = [*prompts, [7], [9] * 30, *prompts[::-1]]
     policy = policy.double()
     endless = by_both(policy, prompts, Sampling(20))[0]
@@ -433,7 +437,7 @@ def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, lean):
     whole = by_both(policy, prompts, Sampling(20), eos_id=eos)[0]
     assert len(set(whole.lengths.tolist())) > 2
     for rows in (1, 3, 5):
-        few = by_both(policy, prompts, Sampling(20), eos_id=eos, rows=rows)[not lean]
+        few = by_both(policy, prompts, Sampling(20), eos_id=eos, rows=rows)[plain]
         close(few, whole, atol=exactness(policy))
         assert torch.equal(few.finished, whole.finished)
 
@@ -444,7 +448,7 @@ def test_as_many_answers_at_a_time_as_fit_into_memory(policy, prompts, monkeypat
     monkeypatch.setattr(fast, "_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
     whole = by_both(policy, prompts, Sampling(20))[0]
     # Keys and values in float64, for prompts of 11 tokens and 20 new ones; float32 logits, and three as large.
-    trunk = Trunk.of(policy, 31)
+    trunk = ForwardPass.of(policy, 31)
     row = 8 * 2 * len(trunk.layers) * trunk.kv_heads * trunk.head_size * 31 + 4 * 4 * policy.config.vocab_size
     for result in by_both(policy, prompts, Sampling(20), cache_gib=5.5 * row / 2**30):
         close(result, whole, atol=exactness(policy))
@@ -454,13 +458,13 @@ def test_as_many_answers_at_a_time_as_fit_into_memory(policy, prompts, monkeypat
 
 def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
     seen = []
-    real = Trunk.__call__
+    real = ForwardPass.__call__
 
     def counting(self, tokens, *others):
         seen.append(len(tokens))
         return real(self, tokens, *others)
 
-    monkeypatch.setattr(Trunk, "__call__", counting)
+    monkeypatch.setattr(ForwardPass, "__call__", counting)
     prompt = prompts[1]
     shared = answer(policy, [prompt] * 8, Sampling(5))
     assert seen == [len(prompt), 8, 8, 8, 8]
@@ -470,11 +474,14 @@ def test_a_prompt_that_is_shared_is_read_once(policy, prompts, monkeypatch):
 
 def by_both_seed_zero(policy, prompts, sampling):
     seeds = seeds_of(prompts)
-    return generate(policy, prompts, sampling, eos_id=NO_END, pad_id=1, seeds=seeds, lean=False)
+    use_kernels("plain")
+    return generate(policy, prompts, sampling, eos_id=NO_END, pad_id=1, seeds=seeds)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lean": False}, {"rows": 2}], ids=str)
-def test_an_answer_ends_with_any_of_several_tokens(policy, prompts, settings):
+@pytest.mark.parametrize("kernels", ["fast", "plain"])
+@pytest.mark.parametrize("settings", [{}, {"rows": 2}], ids=str)
+def test_an_answer_ends_with_any_of_several_tokens(policy, prompts, settings, kernels):
+    use_kernels(kernels)
     seeds = seeds_of(prompts)
     endless = generate(policy, prompts, Sampling(20), eos_id=NO_END, pad_id=1, seeds=seeds)
     rows = endless.tokens.tolist()
@@ -552,15 +559,15 @@ def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
 @pytest.mark.parametrize("model_config", ["gpt2", "llama"], indirect=True)
 def test_large_matrices_are_multiplied_as_small_ones_are(policy, prompts, monkeypatch):
     plain = by_both(policy, prompts, Sampling(8))
-    monkeypatch.setattr(trunk_module, "LARGE", 1)
-    trunk = Trunk.of(policy, 40)
+    monkeypatch.setattr(forward_pass, "LARGE", 1)
+    trunk = ForwardPass.of(policy, 40)
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     assert all(layer.qkv.packed and layer.down.packed for layer in trunk.layers)
     packed = by_both(policy, prompts, Sampling(8))
     close(packed[0], plain[0], atol=1e-5)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not Trunk.of(policy, 40).layers[0].qkv.packed
+        assert not ForwardPass.of(policy, 40).layers[0].qkv.packed
 
 
 def test_states_are_those_that_the_answers_were_drawn_from(policy, prompts):
@@ -581,7 +588,7 @@ def static_steps(monkeypatch):
     """Steps in fixed shapes, as a GPU replays them; here they run as they are. The rows of each step."""
     taken, run = [], StaticDecoder._run
     monkeypatch.setattr(StaticDecoder, "_run", lambda self, rows: taken.append(rows) or run(self, rows))
-    monkeypatch.setattr(fast, "LeanDecoder", StaticDecoder)
+    monkeypatch.setattr(fast, "CachedDecoder", StaticDecoder)
     return taken
 
 

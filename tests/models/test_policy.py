@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-from torch.distributed._composable import checkpoint
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,13 +19,11 @@ from lit_rlhf.models import (
     policy_from_config,
     predicting_positions,
     response_positions,
-    use_own_attention,
 )
-from lit_rlhf.models.onednn import rows_to_add
+from lit_rlhf.models.kernels import onednn
 from lit_rlhf.models.policy import packs
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
-from lit_rlhf.training import ModelSettings
 
 LENGTHS = [7, 2, 12, 1, 5, 9]
 
@@ -41,7 +38,7 @@ def sequences(tokenizer, lengths=LENGTHS):
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("block, padded", [(1, False), (6, False), (6, True)])
-def test_packed_sequences_see_themselves_alone(policy, tokenizer, monkeypatch, block, padded, kind):
+def test_packed_sequences_see_themselves_alone(norms_in_float64, policy, tokenizer, monkeypatch, block, padded, kind):
     monkeypatch.setattr("lit_rlhf.text.packing.BLOCK", block)
     policy = policy.double()
     policy.set_attn_implementation(kind)
@@ -53,7 +50,7 @@ def test_packed_sequences_see_themselves_alone(policy, tokenizer, monkeypatch, b
         assert_close(hidden[start : start + len(sequence)], alone, rtol=0, atol=1e-12)
 
 
-def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(policy, tokenizer):
+def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(norms_in_float64, policy, tokenizer):
     policy = policy.double()
     given = sequences(tokenizer)
     count = sum(len(s) - 1 for s in given)
@@ -79,52 +76,31 @@ def test_packed_loss_and_gradients_are_those_of_each_sequence_alone(policy, toke
         assert_close(a.grad, b.grad, rtol=0, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("share", [False, True])
-def test_rows_that_are_added_change_nothing(policy, share, batched, monkeypatch):
-    """Values and gradients in float64, though only products of 16-bit numbers have rows added."""
-    monkeypatch.setattr("lit_rlhf.models.onednn.compute_dtype", lambda trunk: torch.bfloat16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # with one PyTorch's kernel would do both
+def test_rows_that_are_added_change_nothing(norms_in_float64, policy, share, monkeypatch):
+    """Values and gradients in float64, though only products of oneDNN have rows added."""
     policy, sizes, rows = policy.double(), [3, 5, 1, 4], []
-    use_own_attention(policy, batched)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
     packed = pack([prompts[i % 2] + [20 + i] * n for i, n in enumerate(sizes)], 0, sizes, share_prompts=share)
     before, mask = predicting_positions(packed, packed.response_lengths)
     embeddings = policy.get_input_embeddings().weight[packed.tokens].detach().requires_grad_()
-    watched = [policy.get_output_embeddings(), layers(policy.base_model)[-1], layers(policy.base_model)[-1].mlp]
-    for module in watched:
+    for module in (policy.get_output_embeddings(), layers(policy.base_model)[-1]):
         module.register_forward_hook(lambda _, __, out: rows.append(out.shape[-2]))
-    found = []
-    for multiple in (1, 16):
-        policy.base_model.row_multiple = multiple
+    found, seen = [], []
+    for width in (33, 32):
+        monkeypatch.setattr(onednn, "WIDTH", width)
+        packed_hidden(policy, packed)  # which checks the model, once
+        rows.clear()
         everything, again = packed_hidden(policy, packed), packed_hidden(policy, packed, embeddings)
         logits = next_token_logits(policy, packed_hidden(policy, packed, at=before[mask]))
+        seen.append(list(rows))
         total = logits.square().sum() + (everything - 2 * again).pow(3).sum()
         gradients = torch.autograd.grad(total, [*policy.parameters(), embeddings])
         found.append((everything, again, logits, *gradients))
     for one, two in zip(*found, strict=True):
         assert_close(one, two, rtol=0, atol=1e-11)
     size, read = len(packed.tokens), int(mask.sum())
-    assert rows[:7] == [size] * 4 + [len(before[mask].unique()), size, read]  # a layer ends after its MLP
-    filled = -(-size // 16) * 16
-    assert rows[7:] == [filled] * 4 + [16, filled, 16]
-
-
-def test_few_numbers_of_rows_occur(policy, monkeypatch):
-    monkeypatch.setattr("lit_rlhf.models.onednn.compute_dtype", lambda trunk: torch.bfloat16)
-    trunk = policy.base_model
-    filled = {count: count + rows_to_add(trunk, count) for count in (1, 32, 33, 512, 513, 1024, 1025, 1536, 5000)}
-    assert filled == {1: 32, 32: 32, 33: 64, 512: 512, 513: 576, 1024: 1024, 1025: 1152, 1536: 1536, 5000: 5120}
-    assert len({count + rows_to_add(trunk, count) for count in range(1, 4097)}) == 16 + 3 * 8
-    trunk.row_multiple = 1
-    assert rows_to_add(trunk, 33) == rows_to_add(trunk, 5000) == 0
-
-
-def test_rows_are_added_where_products_are_onednns(policy):
-    trunk = policy.base_model
-    assert rows_to_add(trunk, 33) == 0
-    ModelSettings(onednn=8).apply(policy, on_cpu=True)
-    assert trunk.by_onednn and rows_to_add(trunk, 33) == 31
+    assert seen == [[size] * 3 + [read], [-(-size // 32) * 32] * 3 + [32]]
 
 
 @pytest.mark.parametrize("dtype, rows", [(torch.float32, 12), (torch.bfloat16, 32)])
@@ -146,49 +122,6 @@ def test_response_positions_by_hand():
     assert mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
     assert packed.tokens[positions[mask]].tolist() == [2, 3, 6, 7, 8, 10]
     assert positions[~mask].tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("share", [False, True])
-def test_the_last_layer_computes_only_what_is_read(policy, share):
-    """States in any order, some twice: values and gradients of a pass that computes all of them, in float64."""
-    policy, sizes = policy.double(), [3, 5, 1, 4]
-    prompts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
-    packed = pack([prompts[i % 2] + [20 + i] * n for i, n in enumerate(sizes)], 0, sizes, share_prompts=share)
-    positions, mask = predicting_positions(packed, packed.response_lengths)
-    at = torch.cat([packed.ends, positions[mask], packed.ends]).flip(0)
-    assert len(at) > len(at.unique())
-    weights = torch.linspace(-1, 1, len(at) * 32, dtype=torch.float64).view(len(at), 32)
-    found, rows = [], []
-    watch = layers(policy.base_model)[-1].mlp.register_forward_hook(lambda mlp, _, out: rows.append(out.numel() // 32))
-    for whole in (False, True):
-        policy.base_model.whole_last_layer = whole
-        hidden = packed_hidden(policy, packed, at=at)
-        found.append((hidden, *torch.autograd.grad((weights * hidden).sum(), list(policy.base_model.parameters()))))
-    for one, two in zip(*found, strict=True):
-        assert_close(one, two, rtol=0, atol=1e-12)
-    assert_close(found[0][0], packed_hidden(policy, packed)[at], rtol=0, atol=1e-12)
-    assert rows == [len(at.unique()), len(packed.tokens), len(packed.tokens)]
-    watch.remove()
-    assert not layers(policy.base_model)[-1].mlp._forward_hooks  # nothing is left behind
-
-
-@pytest.mark.parametrize("how", ["checkpoint", "transformers", "compile"])
-def test_a_last_layer_that_is_run_again_or_compiled_computes_everything(policy, how):
-    policy = policy.double()
-    other, packed = copy.deepcopy(policy), pack([[5, 6, 7, 8], [9, 10, 11]], 0)
-    last = layers(other.base_model)[-1]
-    if how == "checkpoint":
-        checkpoint(last)
-    elif how == "transformers":
-        other.train().gradient_checkpointing_enable()
-    else:
-        last.compile(backend="eager")
-    found = []
-    for model in (policy, other):
-        hidden = packed_hidden(model, packed, at=packed.ends)
-        hidden.square().sum().backward()
-        found.append((hidden, [p.grad for p in model.base_model.parameters()]))
-    assert_close(*found, rtol=1e-5, atol=1e-5)  # Llama's norms are float32 throughout
 
 
 # From a config

@@ -128,7 +128,7 @@ def test_scores_packed_padded_and_alone_are_those_by_hand(head, reward_model_wit
 def other_logits(request, tokenizer, tmp_path):
     """A family whose logits are more than a matrix times hidden states, in a folder; and the model as it was saved."""
     torch.manual_seed(0)
-    model = policy_from_config({"model_type": request.param, **FAMILIES[request.param]}, tokenizer, fused=False)
+    model = policy_from_config({"model_type": request.param, **FAMILIES[request.param]}, tokenizer)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     save_model(model, tokenizer, tmp_path / "lm")

@@ -54,7 +54,7 @@ def test_the_plain_passes_serve_all_checks(tokenizer):
     assert packs(policy.base_model)
     assert (len(whole), len(trunk)) == (1, 3)  # the packed one
     generate(policy, [[5, 6]], Sampling(2), eos_id=-1, pad_id=1)
-    assert (len(whole), len(trunk)) == (1, 3)  # the lean pass is none of the model's
+    assert (len(whole), len(trunk)) == (1, 3)  # our own pass is none of the model's
 
 
 def test_what_was_read_is_forgotten_when_weights_change(tokenizer):

@@ -23,15 +23,9 @@ def settings(*arguments):
 def test_a_model_is_added_by_its_path():
     cfg = settings("stage=evaluate", "evaluate.policies.mine=some/folder", "evaluate.policies.base=null")
     policies = resolved(cfg, "evaluate")["policies"]
-    loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer", "fused": True}
+    loader = {"_target_": "lit_rlhf.models.load_policy_and_tokenizer"}
     assert policies["mine"] == {**loader, "path": "some/folder"}
     assert policies["base"] is None and list(policies)[-1] == "mine"
-
-
-def test_models_that_are_compared_are_not_fused_where_none_is():
-    cfg = settings("stage=evaluate", "evaluate.policies.mine=some/folder", "fused=false")
-    found = resolved(cfg, "evaluate")
-    assert {node["fused"] for node in (*found["policies"].values(), found["reward_model"])} == {False}
 
 
 def test_the_opponent_is_changed_by_its_path_and_brings_its_tokenizer():

@@ -114,8 +114,6 @@ def test_a_mistake_in_one_stage_is_said_plainly_in_the_next(planned):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
 def test_a_gpu_that_is_not_there_can_be_planned_for(planned):
     needs, plan = planned("model=pico", "run=gpu", "trainer=gpu")
-    by_kernel = planned("model=pico", "run=kernel", "trainer=gpu", "trainer.batched_attention=false")[0]
-    assert needs["sft"].activations == by_kernel["sft"].activations  # a setting for CPUs
     assert (plan.device, plan.precision, plan.rates) == ("cuda", "bf16-mixed", None)
     pretrain = needs["pretrain"]
     assert pretrain.seconds is None

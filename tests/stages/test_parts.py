@@ -31,7 +31,7 @@ TEXTS = [{"text": f"{'red blue ' * (i % 3)}{i}?", "label": i % 3} for i in range
 
 
 @pytest.fixture
-def stage(world, tokenizer, policy, reward_model, optimizer, tmp_path):
+def stage(norms_in_float64, world, tokenizer, policy, reward_model, optimizer, tmp_path):
     """(name of a stage) -> (module, data), the same each time."""
     for name, rows in (("rankings", RANKINGS), ("rated", RATED), ("texts", TEXTS)):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)

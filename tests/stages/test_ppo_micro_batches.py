@@ -31,7 +31,9 @@ def gradients(module, rollout, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_add_up_to_the_minibatchs_in_float64(kind, policy, reward_model, ppo, alone, moved, short):
+def test_gradients_add_up_to_the_minibatchs_in_float64(
+    kind, norms_in_float64, policy, reward_model, ppo, alone, moved, short
+):
     settings = dict(KINDS[kind])
     if temperature := settings.pop("sampling_temperature", None):
         settings["sampling"] = type(short)(max_new_tokens=6, temperature=temperature)

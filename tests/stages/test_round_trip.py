@@ -19,7 +19,7 @@ from lit_rlhf.models import (
     save_model,
 )
 from lit_rlhf.models.checkpoint import rounded_back
-from lit_rlhf.models.loading import listed
+from lit_rlhf.models.loading import checkpoint_format, listed
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import (
     DPODataModule,
@@ -127,7 +127,7 @@ def test_a_reward_model_has_the_trunk_of_its_checkpoint(checkpoint, fit, tmp_pat
         assert tensor.dtype == torch.bfloat16
         if not name.startswith("score."):
             assert torch.equal(before[name.rpartition("model.")[2].removeprefix("trunk.")], tensor), name
-    assert load_reward_model(folder, tokenizer).checkpoint_format.dtype == torch.bfloat16
+    assert checkpoint_format(load_reward_model(folder, tokenizer)).dtype == torch.bfloat16
     if head.plain:
         plain = AutoModelForSequenceClassification.from_pretrained(folder)
         assert plain.dtype == torch.bfloat16 and plain.config.pad_token_id == tokenizer.pad_token_id != 0
@@ -152,7 +152,7 @@ def test_another_precision_is_written_where_it_is_asked_for(checkpoint, fit, tmp
     assert settings_of(wide, "config.json")["dtype"] == "float32"
     before = tensors(checkpoint)
     assert all(torch.equal(tensor, before[name].float()) for name, tensor in tensors(wide).items())
-    assert load_policy(wide).checkpoint_format.dtype == torch.float32
+    assert checkpoint_format(load_policy(wide)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("model_config", ["llama"], indirect=True)
@@ -184,7 +184,7 @@ def test_changes_that_rounding_takes_back_are_said(checkpoint, tmp_path, step, l
     said = f"{tmp_path / 'stage'}: rounding to bfloat16 takes back 100% of the numbers that training changed"
     assert (said in capsys.readouterr().out) == bool(lost)
     stored = {name: weight.bfloat16() for name, weight in policy.state_dict().items()}
-    assert rounded_back(policy, stored, policy.checkpoint_format) == lost
+    assert rounded_back(policy, stored, checkpoint_format(policy)) == lost
 
 
 def test_tied_weights_are_written_once(checkpoint, tmp_path):

@@ -7,7 +7,9 @@ from torch.testing import assert_close
 
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.models import LoRA, add_lora, freeze, layers, next_token_logits, save_model
-from lit_rlhf.models.attention import BATCHED, BY_SDPA
+from lit_rlhf.models.kernels import fast_kernels
+from lit_rlhf.models.kernels.attention import BY_BLOCKS
+from lit_rlhf.models.kernels.gelu import GELUTanh
 from lit_rlhf.training import BatchLoader, adamw, decay_groups, in_order, make_trainer
 from lit_rlhf.training.trainer import best_precision
 
@@ -102,18 +104,21 @@ def test_compiled_layers_learn_the_same_under_the_same_names(policy, tokenizer, 
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize(("batched", "attention"), [(True, BATCHED), (False, BY_SDPA)])
-def test_on_a_cpu_attention_is_ours(policy, precision, batched, attention):
-    learner = fit(policy, precision=precision, batched_attention=batched)
+@pytest.mark.parametrize(("kernels", "attention"), [("fast", BY_BLOCKS), ("plain", "sdpa")])
+def test_kernels_are_a_setting_for_all_models_of_a_module(policy, precision, kernels, attention):
+    learner = fit(policy, precision=precision, kernels=kernels)
+    assert fast_kernels() == (kernels == "fast")
     for model in (learner.policy, learner.frozen):
         assert model.config._attn_implementation == attention
         assert model.base_model.config._attn_implementation == attention
     assert policy.config._attn_implementation == "sdpa"
 
 
-def test_how_many_rows_are_multiplied_is_a_setting(policy):
-    assert {m.base_model.row_multiple for n in (32, 1) for m in (fit(policy, row_multiple=n).policy,)} == {32, 1}
-    assert fit(policy).frozen.base_model.row_multiple == 32
+def test_plain_kernels_learn_the_same(policy):
+    fast, plain = (fit(policy, kernels=kernels) for kernels in ("fast", "plain"))
+    assert any(isinstance(m, GELUTanh) for m in fast.policy.modules()) == (policy.config.model_type == "gpt2")
+    assert not any(isinstance(m, GELUTanh) for m in plain.policy.modules())
+    assert_close(weights(fast), weights(plain), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -160,13 +165,12 @@ def test_auto_is_a_precision_of_the_trainer():
     assert make_trainer("cpu", precision="auto", logger=False).precision == best_precision("cpu")
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_fused_optimizer_can_be_switched_off(fused):
+def test_the_fused_optimizer_is_pytorchs_own():
     parameters = [torch.nn.Parameter(torch.arange(6.0).view(2, 3)), torch.nn.Parameter(torch.ones(3))]
-    optimizer = adamw(parameters, lr=0.1, weight_decay=0.1, fused=fused)
+    optimizer = adamw(parameters, lr=0.1, weight_decay=0.1)
     reference = copy.deepcopy(parameters)
     theirs = torch.optim.AdamW(reference, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, fused=False, foreach=False)
-    assert optimizer.defaults["fused"] is fused
+    assert optimizer.defaults["fused"]
     for step in range(3):
         for x, y in zip(parameters, reference):
             x.grad = y.grad = torch.sin(x.detach() + step)

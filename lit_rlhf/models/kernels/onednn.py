@@ -1,7 +1,8 @@
-"""Linear layers whose float32 products are oneDNN's, on a CPU.
+"""Matrix products by oneDNN on a CPU.
 
-PyTorch multiplies float32 matrices with MKL, which on processors of AMD is the slower of the two (figures in
-docs/acceleration.md). Precision is that of float32 in both. Weights, names and checkpoints stay.
+PyTorch multiplies float32 matrices with MKL, which on processors of AMD is the slower of the two for wide layers
+(figures in docs/kernels.md); 16-bit ones with oneDNN. Precision is the same in both. Weights, names and checkpoints
+stay.
 
 oneDNN prepares a product for each shape that it meets. That takes as long as the product of a thousand rows of a small
 model, and half a MiB of memory, some of which it keeps for good: so rows are added until few numbers of them occur."""
@@ -18,31 +19,29 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_rlhf.models.kernels.choice import fast_kernels
+from lit_rlhf.models.precision import compute_dtype
+
+WIDTH = 256  # inputs and outputs of a layer from where on float32 products are faster by oneDNN, though shapes change
+ROWS = 32  # of which the number of rows of a product is a multiple; of many rows a larger one
+
 
 def rows_up_to(multiple: int, count: int) -> int:
-    """How many rows to add to ``count``: up to a multiple of ``multiple`` (1: none); from 16 times as many rows on, of
-    that doubled as often as rows double."""
-    if multiple == 1:
-        return 0
+    """How many rows to add to ``count``: up to a multiple of ``multiple``; from 16 times as many rows on, of that
+    doubled as often as rows double."""
     while 16 * multiple < count:
         multiple *= 2
     return -count % multiple
 
 
 def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
-    """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: of
-    16-bit numbers on a CPU, and in layers that were told so (``trunk.by_onednn``).
-
-    Their numbers are multiples of ``trunk.row_multiple``, 32 at first."""
-    narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16) and trunk.device.type in ("cpu", "meta")
-    by_onednn = narrow or getattr(trunk, "by_onednn", False)
-    return rows_up_to(getattr(trunk, "row_multiple", 32), count) if by_onednn else 0
-
-
-def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What matrix products are computed in: the model's own, or what autocast says."""
-    kind = model.device.type.replace("meta", "cpu")  # tensors without numbers have no autocast of their own
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: on a
+    CPU, of 16-bit numbers and in wide models."""
+    if trunk.device.type not in ("cpu", "meta") or not fast_kernels():
+        return 0
+    narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16)
+    wide = (getattr(trunk.config.get_text_config(), "hidden_size", None) or 0) >= WIDTH
+    return rows_up_to(ROWS, count) if narrow or wide else 0
 
 
 def with_rows_added(layer: Callable[[Tensor], Tensor], rows: Tensor, more: int) -> Tensor:
@@ -79,44 +78,36 @@ def _times(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
 
 
+def multiplies(matrix: Tensor) -> bool:
+    """Whether float32 products with a matrix of this shape should be oneDNN's, where PyTorch was built with it."""
+    has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return has_it and min(matrix.shape) >= WIDTH
+
+
 def _suited(x: Tensor, matrix: Tensor) -> bool:
     return (
-        x.device.type in ("cpu", "meta")  # without numbers, to see what it takes
+        fast_kernels()
+        and torch.get_float32_matmul_precision() == "highest"  # else PyTorch chooses
+        and x.device.type in ("cpu", "meta")
         and x.dtype == matrix.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
 
-class _Linear(nn.Linear):
+class OneDNNLinear(nn.Linear):
+    """``nn.Linear`` by :class:`_Product` where oneDNN is the faster one, else as ever."""
+
     def forward(self, input: Tensor) -> Tensor:
         if _suited(input, self.weight):
             return _Product.apply(input, self.weight, self.bias, False)
         return super().forward(input)
 
 
-class _Conv1D(Conv1D):
+class OneDNNConv1D(Conv1D):
+    """The same of transformers' ``Conv1D``, whose matrix is (in, out)."""
+
     def forward(self, x: Tensor) -> Tensor:
         if _suited(x, self.weight):
             return _Product.apply(x, self.weight, self.bias, True)
         return super().forward(x)
-
-
-OURS = {nn.Linear: _Linear, Conv1D: _Conv1D}
-
-
-def use_onednn(module: nn.Module, width: int) -> None:
-    """Let linear layers of at least ``width`` inputs and outputs multiply by oneDNN, where PyTorch was built with it.
-
-    Where float32 products were allowed to be less precise, PyTorch chooses."""
-    has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if not has_it or torch.get_float32_matmul_precision() != "highest":
-        return
-    for layer in module.modules():
-        if type(layer) in OURS and min(layer.weight.shape) >= width:
-            layer.__class__ = OURS[type(layer)]
-
-
-def uses_onednn(module: nn.Module) -> bool:
-    """Whether :func:`use_onednn` has found layers inside of ``module``."""
-    return any(type(layer) in OURS.values() for layer in module.modules())

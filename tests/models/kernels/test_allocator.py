@@ -5,7 +5,7 @@ import pytest
 
 STEPS = """
 import resource, sys, threading, torch
-from lit_rlhf.training.allocator import keep_freed_memory
+from lit_rlhf.models.kernels.allocator import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)

@@ -1,4 +1,4 @@
-"""A lean forward pass for sampling from GPT-2-, Llama- and Qwen-style models, over the weights of transformers'.
+"""A forward pass for sampling from GPT-2-, Llama- and Qwen-style models, over the weights of transformers'.
 
 Where a step is small, transformers' modules spend most of it between the matrix products, on Python and elementwise
 operations. Here queries, keys and values come from one product, scales and the gains of RMSNorm are multiplied into
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.adapters import effective_bias, effective_weight, wrapped_module
-from lit_rlhf.models.attention import SDPA, has_window
-from lit_rlhf.models.fused import gelu_tanh
-from lit_rlhf.models.onednn import rows_up_to, with_rows_added
+from lit_rlhf.models.kernels.attention import SDPA, has_window
+from lit_rlhf.models.kernels.gelu import gelu_tanh
+from lit_rlhf.models.kernels.onednn import rows_up_to, with_rows_added
 from lit_rlhf.models.quantization import is_quantized
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
@@ -72,11 +72,11 @@ class Layer(NamedTuple):
     down: Product  # (I, E)
 
 
-class Trunk:
+class ForwardPass:
     """The model between token ids and its last hidden states.
 
-    ``Trunk.of`` makes one, or None for what is not known here: other families, a window on attention, positions that
-    are scaled while a text grows, attention other than "sdpa" (whoever chose it had a reason)."""
+    ``ForwardPass.of`` makes one, or None for what is not known here: other families, a window on attention, positions
+    that are scaled while a text grows, attention other than "sdpa" (whoever chose it had a reason)."""
 
     def __init__(
         self,
@@ -110,9 +110,9 @@ class Trunk:
         return config.model_type in ("llama", "qwen2", "qwen3") and rope in ("default", "linear", "llama3")
 
     @staticmethod
-    def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> Trunk | None:
+    def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> ForwardPass | None:
         """For texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
-        if not Trunk.knows(model):
+        if not ForwardPass.knows(model):
             return None
         make = _gpt2 if model.config.model_type == "gpt2" else _llama
         return make(model, length, dtype or model.dtype)
@@ -196,7 +196,7 @@ def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
     return Product.of(_weight(module).t().to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
+def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
     trunk, config = model.base_model, model.config
     size = config.n_embd // config.n_head
 
@@ -229,67 +229,68 @@ def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
     positions = _weight(trunk.wpe)[:length].to(dtype)
     embedding = _weight(trunk.wte).to(dtype)
     heads, epsilon = (config.n_head, config.n_head, size), config.layer_norm_epsilon
-    return Trunk(embedding, positions, layers, norm(trunk.ln_f), activation, heads, epsilon, _head(model, dtype))
+    return ForwardPass(embedding, positions, layers, norm(trunk.ln_f), activation, heads, epsilon, _head(model, dtype))
 
 
-def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Trunk:
+def _paired(x: Tensor, size: int) -> Tensor:
+    """Columns (..., H * D), D the ``size``, with pairs (i, i + D/2) of a head side by side: rotation turns each pair,
+    which is a complex number then."""
+    pairs = torch.arange(size, device=x.device).view(2, -1).t().flatten()
+    return x.unflatten(-1, (-1, size))[..., pairs].flatten(-2)
+
+
+def _side_by_side(
+    modules: list[nn.Module], gain: Tensor | None, dtype: torch.dtype, size: int = 0, factors: tuple[float, ...] = ()
+) -> Product:
+    """``modules`` as one product, their inputs times the ``gain``; the first ones times a factor each, and paired."""
+    parts, biases = [], []
+    for i, module in enumerate(modules):
+        matrix, bias = _matrix(module), _bias(module)
+        if i < len(factors):
+            matrix = _paired(matrix, size) * factors[i]
+            bias = None if bias is None else _paired(bias, size) * factors[i]
+        parts.append(matrix)
+        biases.append(bias)
+    matrix = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if gain is not None:
+        matrix = gain[:, None] * matrix
+    if all(bias is None for bias in biases):
+        return Product.of(matrix.to(dtype), None)
+    zeros = [torch.zeros_like(part[0]) if bias is None else bias for part, bias in zip(parts, biases)]
+    return Product.of(matrix.to(dtype), torch.cat(zeros).to(dtype))
+
+
+def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
     trunk, config = model.base_model, model.config
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    device = trunk.embed_tokens.weight.device
-    # Rotation turns pairs (i, i + D/2) of a head; laid side by side, they are complex numbers.
-    pairs = torch.arange(size, device=device).view(2, -1).t().flatten()
-
-    def paired(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, size))[..., pairs].flatten(-2)
-
-    def product(modules: list[nn.Module], gain: Tensor | None = None, factors: tuple[float, ...] = ()) -> Product:
-        """Modules side by side, each times its factor; those with a factor are turned, so their heads are paired."""
-        parts, biases = [], []
-        for i, module in enumerate(modules):
-            matrix, bias = _matrix(module), _bias(module)
-            if i < len(factors):
-                matrix = paired(matrix) * factors[i]
-                bias = None if bias is None else paired(bias) * factors[i]
-            parts.append(matrix)
-            biases.append(bias)
-        matrix = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if gain is not None:
-            matrix = gain[:, None] * matrix
-        if all(bias is None for bias in biases):
-            return Product.of(matrix.to(dtype), None)
-        zeros = [torch.zeros_like(part[0]) if bias is None else bias for part, bias in zip(parts, biases)]
-        return Product.of(matrix.to(dtype), torch.cat(zeros).to(dtype))
-
     layers = []
     for block in trunk.layers:
         attention, mlp = block.self_attn, block.mlp
         normed = hasattr(attention, "q_norm")
+        heads = [attention.q_proj, attention.k_proj, attention.v_proj]
+        factors = 1.0 if normed else size**-0.5, 1.0
         layers.append(
             Layer(
                 None,
-                product(
-                    [attention.q_proj, attention.k_proj, attention.v_proj],
-                    _weight(block.input_layernorm),
-                    (1.0 if normed else size**-0.5, 1.0),
-                ),
-                (paired(_weight(attention.q_norm)) * size**-0.5).to(dtype) if normed else None,
-                paired(_weight(attention.k_norm)).to(dtype) if normed else None,
-                product([attention.o_proj]),
+                _side_by_side(heads, _weight(block.input_layernorm), dtype, size, factors),
+                (_paired(_weight(attention.q_norm), size) * size**-0.5).to(dtype) if normed else None,
+                _paired(_weight(attention.k_norm), size).to(dtype) if normed else None,
+                _side_by_side([attention.o_proj], None, dtype),
                 None,
-                product([mlp.gate_proj, mlp.up_proj], _weight(block.post_attention_layernorm)),
-                product([mlp.down_proj]),
+                _side_by_side([mlp.gate_proj, mlp.up_proj], _weight(block.post_attention_layernorm), dtype),
+                _side_by_side([mlp.down_proj], None, dtype),
             )
         )
-    inner = config.intermediate_size
-    function = trunk.layers[0].mlp.act_fn
-    cos, sin = trunk.rotary_emb(_weight(trunk.norm).float(), torch.arange(length, device=device)[None])
+    inner, function = config.intermediate_size, trunk.layers[0].mlp.act_fn
+    norm = _weight(trunk.norm)
+    cos, sin = trunk.rotary_emb(norm.float(), torch.arange(length, device=norm.device)[None])
     half, precise = size // 2, torch.complex128 if dtype == torch.float64 else torch.complex64
-    return Trunk(
+    return ForwardPass(
         _weight(trunk.embed_tokens).to(dtype),
         torch.complex(cos[0, :, :half], sin[0, :, :half]).to(precise),
         layers,
-        _weight(trunk.norm).to(dtype),
+        norm.to(dtype),
         lambda x: function(x[:, :inner]).mul_(x[:, inner:]),
         (queries, keys, size),
         config.rms_norm_eps,
