@@ -100,9 +100,7 @@ class Stage:
     model: tuple[str, str] | None = None  # what evaluation and report call its model: (name, title)
     own_section: bool = False  # the report has a section about it; else it is shown among the stages
     note: str = ""  # template: what it reached, in a few words
-    headline: str = (
-        ""  # template: the same as a sentence, with the main figure between ** and **; the last stage's is the page's
-    )
+    headline: str = ""  # template: the same as a sentence, the main figure between **; the page has the last stage's
     cards: tuple[Card, ...] = ()  # the first that has its figures is shown
     in_sweeps: tuple[str, ...] = ()  # addresses of figures in a sweep's table, beside the objective
 
