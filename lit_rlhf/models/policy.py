@@ -125,8 +125,10 @@ def packed_hidden(
 def packs(trunk: PreTrainedModel) -> bool:
     """Whether packed sequences can be read in one row, with attention of our own; then several may share a prompt."""
     # A kind of attention that is not asked of this one was chosen by someone: no line about it.
-    return fast_kernels() and sees_before_it(trunk) and agrees(
-        trunk, "all texts in one row", _one_row_and_alone, "texts are read block by block (slower)"
+    return (
+        fast_kernels()
+        and sees_before_it(trunk)
+        and agrees(trunk, "all texts in one row", _one_row_and_alone, "texts are read block by block (slower)")
     )
 
 

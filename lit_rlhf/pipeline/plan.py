@@ -44,6 +44,7 @@ from lit_rlhf.models.blank import Architecture, architecture_of, blank_policy, b
 from lit_rlhf.models.kernels.decoding import CachedDecoder
 from lit_rlhf.models.kernels.forward_pass import ROWS, ForwardPass
 from lit_rlhf.models.kernels.onednn import rows_up_to
+from lit_rlhf.models.micro_batches import LEARNING
 from lit_rlhf.pipeline.run import make_data
 from lit_rlhf.pipeline.settings import planned_stages, resolved
 from lit_rlhf.rollouts import Sampling, rows_that_fit
@@ -366,7 +367,7 @@ class Book:
         device, trainer = _device(self.cfg), self.settings.trainer
         on_cpu = device == "cpu"
         ModelSettings(  # without what cannot be traced: compiled layers
-            trainer.kernels, trainer.activation_checkpointing, kept_gib=trainer.kept_gib
+            trainer.kernels, trainer.get("activation_checkpointing", False), kept_gib=trainer.get("kept_gib", LEARNING)
         ).apply(model, on_cpu)
         fit_memory(self.data, model)
         heap = None if device == "cuda" else Heap.of_this_system()

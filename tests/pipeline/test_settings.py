@@ -185,3 +185,16 @@ def test_every_constructor_setting_is_visible_in_the_yaml():
 
 def test_conf_dir_is_the_checkouts():
     assert conf_dir() == Path(__file__).parents[2] / "conf"
+
+
+def test_a_trainer_has_the_settings_that_do_something_in_its_stage():
+    cfg = compose_settings([])
+    fitting = {"max_steps", "compile", "activation_checkpointing", "limit_train_batches", "kept_gib"}
+    assert fitting | {"accumulate_grad_batches"} <= cfg.sft.trainer.keys()
+    assert fitting <= cfg.ppo.trainer.keys() and "accumulate_grad_batches" not in cfg.ppo.trainer
+    for stage in ("preference", "evaluate", "few_shot"):
+        assert not fitting & cfg[stage].trainer.keys() and cfg[stage].trainer.devices == 1
+    with pytest.raises(UserError, match=r"no such setting any more; it is ppo\.module\.minibatch_size now"):
+        compose_settings(["ppo.trainer.accumulate_grad_batches=2"])
+    with pytest.raises(UserError, match=r"no such setting any more; it is evaluate\.data\.limit_held_out now"):
+        compose_settings(["evaluate.data.limit=1"])

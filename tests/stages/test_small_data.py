@@ -155,10 +155,11 @@ def test_prompts_are_asked_of_a_checkpoint_without_a_template(kind, tmp_path, to
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(12)])
     data = kind(tmp_path / "prompts.jsonl", bare, held_out=0.3)
     data.setup()
-    assert "What is" in bare.decode(data.train_prompts[0].tokens)
+    first = data.held_out_prompts[0]
+    assert "What is" in bare.decode(first.tokens)
     if kind is PPODataModule:  # the prompts that a reward model of the same checkpoint was trained on
         other = copy.deepcopy(tokenizer)
         other.chat_template = None
         ensure_chat_template(other)
-        assert data.train_prompts[0].tokens == encode_prompts(other, [data.train_prompts[0].messages])[0]
+        assert first.tokens == encode_prompts(other, [first.messages])[0]
         assert any("no chat template" in note for note in data.notes)
