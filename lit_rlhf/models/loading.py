@@ -193,9 +193,15 @@ def _how(folder: Path) -> str:
 
 
 def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """``kind.from_pretrained``, which refuses nothing here: (model, what transformers says of its tensors)."""
+    """``kind.from_pretrained``, which refuses nothing here: (model, what transformers says of its tensors).
+
+    With ``meta`` as torch's default device the model has no values, and none are read."""
     settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
+        if torch.empty(0).is_meta:
+            config = AutoConfig.from_pretrained(str(path), **{k: v for k, v in settings.items() if k == "num_labels"})
+            nothing = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
+            return kind.from_config(config, dtype=getattr(torch, dtype)), nothing
         return kind.from_pretrained(str(path), dtype=getattr(torch, dtype), **settings)
     except Exception as error:  # a config.json whose numbers make no model ends anywhere
         raise _unloadable(path, error) from error
@@ -247,7 +253,9 @@ def check_finite(model: torch.nn.Module, path: str | Path) -> None:
     """Raise ``UserError``, with its name, where a tensor holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
         # Least and largest are NaN where one number is: a pass over memory that takes none.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not torch.stack(tensor.aminmax()).isfinite().all():
             bad = tensor.numel() - int(tensor.isfinite().sum())
             raise UserError(
                 f"{path}: tensor {name} holds {bad} of {tensor.numel()} numbers that are NaN or infinite"

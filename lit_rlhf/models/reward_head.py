@@ -165,12 +165,17 @@ class RewardTransformer(nn.Module):
         folder = Path(folder)
         check_files(folder)
         settings = model_settings(folder)
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors") if not torch.empty(0).is_meta else {}
         trunk = AutoModel.from_config(AutoConfig.for_model(**settings["trunk"]))
         spec = RewardHead(**settings["head"])
         own = weights.get("score.lm_head.weight")
         lm_head = None if own is None else nn.Linear(own.shape[1], own.shape[0], bias="score.lm_head.bias" in weights)
-        model = cls(trunk, ScoreHead(spec, trunk.get_input_embeddings().embedding_dim, lm_head))
+        rows, width = trunk.get_input_embeddings().weight.shape
+        if not weights and spec.kind == "likelihood" and not trunk.config.tie_word_embeddings:
+            lm_head = nn.Linear(width, rows, bias=False)
+        model = cls(trunk, ScoreHead(spec, width, lm_head))
+        if not weights:  # on ``meta``, without values
+            return model.to(dtype)
         own = model.state_dict()
         wrong = [(n, weights[n].shape, own[n].shape) for n in own.keys() & weights if own[n].shape != weights[n].shape]
         check_tensors(folder, own.keys() - weights.keys(), weights.keys() - own.keys(), wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,12 @@ def _say(name: str, line: str) -> None:
     say(f"{name}: {line}")
 
 
-def make_module(name: str, settings: DictConfig, data: LightningDataModule) -> LightningModule:
-    """The module of a stage, with its models."""
-    models = load_models(name, settings, data.tokenizer)
+def make_module(
+    name: str, settings: DictConfig, data: LightningDataModule, without_values: bool = False
+) -> LightningModule:
+    """The module of a stage, with its models; ``without_values``: on ``meta``, for a dry run."""
+    with torch.device("meta") if without_values else nullcontext():
+        models = load_models(name, settings, data.tokenizer)
     module: StageModule = instantiate(settings.module, **models, **data.for_module(), _convert_="all")
     check_contract(module, StageModule, f"{name}.module")
     if "samples_every" in settings:

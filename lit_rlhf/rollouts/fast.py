@@ -295,6 +295,11 @@ def _draw(
 def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
     """Texts of ``width`` tokens, prompts included, that so much memory holds: keys and values of each, its logits, and
     three tensors as large that are made of them."""
+    return max(1, int(gib * 2**30) // (cache_bytes(model, width) + 4 * 4 * model.config.get_text_config().vocab_size))
+
+
+def cache_bytes(model: PreTrainedModel, width: int) -> int:
+    """Bytes of the keys and values of one text of ``width`` tokens."""
     config = model.config.get_text_config()
     known = config.to_dict()  # attributes may be refused, where each layer has its own
 
@@ -303,8 +308,8 @@ def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
 
     heads = of("num_attention_heads") or 1
     size = of("head_dim") or (of("hidden_size") or 1) // heads
-    cached = width * (of("num_hidden_layers") or 1) * 2 * (of("num_key_value_heads") or heads) * size
-    return max(1, int(gib * 2**30) // (cached * compute_dtype(model).itemsize + 4 * 4 * config.vocab_size))
+    numbers = width * (of("num_hidden_layers") or 1) * 2 * (of("num_key_value_heads") or heads) * size
+    return numbers * compute_dtype(model).itemsize
 
 
 def _closed_up(going: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from lit_rlhf.training.callbacks import (
     inner_bar,
     said_when_slow,
 )
-from lit_rlhf.training.memory import Peak, resident_bytes
+from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.memory import Peak, machine_bytes, resident_bytes
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.notices import quiet
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
@@ -29,6 +30,7 @@ __all__ = [
     "ExampleDataModule",
     "FirstSteps",
     "LastCheckpoint",
+    "Meter",
     "MetricsFile",
     "ModelSettings",
     "OptimizerFactory",
@@ -46,6 +48,8 @@ __all__ = [
     "decay_groups",
     "in_order",
     "inner_bar",
+    "largest",
+    "machine_bytes",
     "make_trainer",
     "quiet",
     "read_metrics",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,14 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linu
 def resident_bytes() -> int:
     """Memory of this process that is in RAM now; where the system does not say, the most that it has been."""
     return _status("VmRSS")
+
+
+def machine_bytes() -> int:
+    """Memory that processes may take: the machine's, or less where a control group (a container) allows less."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, int(allowed)) if allowed.isdigit() else machine
 
 
 class Peak:

@@ -17,7 +17,7 @@ from lit_rlhf.functional import full_kl, token_entropy, token_logprobs
 from lit_rlhf.models import LoRA, add_lora, chunked, next_token_logits
 from lit_rlhf.models.chunked import adds_to_gradients, by_row, by_token, token_logprobs_of
 from lit_rlhf.models.kernels import onednn, use_fast_layers
-from lit_rlhf.training.trace import Trace
+from lit_rlhf.training import Meter
 
 TOKENS, WIDTH = 37, 8
 
@@ -244,6 +244,6 @@ def test_not_all_logits_are_there_at_once():
     with torch.device("meta"):
         model = model_of(words).float()
     hidden = torch.randn(tokens, WIDTH, device="meta", requires_grad=True)
-    with Trace(model, None, "32-true", None, "cpu") as trace:
+    with Meter(model) as meter:
         token_logprobs_of(model, hidden, torch.zeros(tokens, dtype=torch.int64)).sum().backward()
-    assert 2**26 < trace.peak < 6 * 2**26
+    assert 2**26 < meter.peak < 6 * 2**26

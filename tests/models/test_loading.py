@@ -1,5 +1,6 @@
 """What a checkpoint holds arrives whole, or is refused by name, whoever asks for it."""
 
+import copy
 import json
 import re
 
@@ -19,6 +20,7 @@ from transformers import (
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
+    LoRA,
     RewardHead,
     load_policy,
     load_policy_and_tokenizer,
@@ -28,7 +30,6 @@ from lit_rlhf.models import (
     reward_model_from_config,
     save_model,
 )
-from lit_rlhf.models.blank import architecture_of
 from lit_rlhf.models.loading import check_finite, match_tokenizer
 from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
 from lit_rlhf.text import load_tokenizer
@@ -86,6 +87,12 @@ POLICIES = {
     "own_head": lambda folder: load_reward_model(folder, new_head=True, head=RewardHead("mlp")),
 }
 REWARD_MODELS = {"load_reward_model": load_reward_model, "annotator": RewardModelAnnotator.load}
+
+
+def without_values(path, load=load_policy, **settings):
+    """As ``stage=plan`` loads it."""
+    with torch.device("meta"):
+        return load(path, **settings)
 
 
 def shard(folder):
@@ -175,7 +182,7 @@ def test_every_loader_of_a_language_model_refuses(folder, fault):
         assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value), name
     if fault in ("encoder", "encoder-decoder", "cut", "no shard", "pickle", "gguf", "adapter"):
         with pytest.raises(UserError, match=message):
-            architecture_of(folder)  # of the plan
+            without_values(folder)
 
 
 DAMAGED = {
@@ -200,7 +207,7 @@ def test_a_damaged_file_is_named(folder, tokenizer, file, damage, tmp_path):
         save_model(load_reward_model(folder, tokenizer, new_head=True, head=head), tokenizer, where)
         kinds.append((where, [RewardModelAnnotator.load, load_tokenizer]))
     if file in ("config.json", "generation_config.json"):
-        kinds[0][1].extend([*POLICIES.values(), architecture_of])
+        kinds[0][1].extend([*POLICIES.values(), without_values])
     for where, loaders in kinds:
         if not (where / file).exists():
             continue
@@ -223,7 +230,7 @@ def test_a_tokenizer_file_of_something_else_is_named(folder, text):
 def test_damaged_settings_of_an_adapter_are_named(folder, damage):
     adapter(folder)
     DAMAGED[damage](folder / "adapter_config.json")
-    for load in (load_policy, load_tokenizer, load_policy_and_tokenizer, architecture_of, *REWARD_MODELS.values()):
+    for load in (load_policy, load_tokenizer, load_policy_and_tokenizer, without_values, *REWARD_MODELS.values()):
         with pytest.raises(UserError, match=rf"^{folder}/adapter_config\.json: (no JSON|settings were expected)"):
             load(folder)
 
@@ -487,3 +494,29 @@ def test_the_vocabulary_grows_by_what_was_added_and_says_so(folder, tokenizer, c
     assert f"the vocabulary grows from {rows} tokens to {rows + 1}, for <own-pad>\n" in capsys.readouterr().out
     match_tokenizer(policy, tokenizer, folder)
     say_nothing(capsys)
+
+
+def shapes(model):
+    return {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)])
+def test_a_policy_without_values_has_the_shape_of_one_with_them(folder, tokenizer, lora):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"pad_token": "<own-pad>"})
+    blank = without_values(folder, tokenizer=larger, lora=lora)
+    assert shapes(blank) == shapes(load_policy(folder, larger, lora=lora))
+    assert all(p.is_meta for p in blank.parameters())
+
+
+@pytest.mark.parametrize(
+    "head", [RewardHead(), RewardHead("mlp"), RewardHead("likelihood"), RewardHead(pooling="token")]
+)
+def test_a_reward_model_without_values_has_the_shape_of_one_with_them(folder, tokenizer, tmp_path, head):
+    fresh = without_values(folder, load_reward_model, tokenizer=tokenizer, new_head=True, head=head)
+    model = load_reward_model(folder, tokenizer, new_head=True, head=head)
+    assert shapes(fresh) == shapes(model)
+    save_model(model, tokenizer, tmp_path / "scores")
+    loaded = without_values(tmp_path / "scores", load_reward_model, tokenizer=tokenizer)
+    assert shapes(loaded) == shapes(load_reward_model(tmp_path / "scores", tokenizer))
+    assert all(p.is_meta for p in loaded.parameters())

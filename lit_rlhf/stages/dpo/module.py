@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor
@@ -21,7 +22,7 @@ from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
 from lit_rlhf.stages.rankings import RankingBatch, ranked
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.template import Note
-from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import Meter, OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -112,6 +113,10 @@ class DPOModule(StepLog):
         if gold_accuracy is not None:
             metrics["val/dpo/gold_accuracy"] = gold_accuracy
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """One step of training and of validation, on models without values."""
+        meter.fit(self, data, lambda batch: self.losses(batch)[0])
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
-from lit_rlhf.training import inner_bar, seeded
+from lit_rlhf.training import Meter, inner_bar, largest, seeded
 
 JudgeName = Literal["gold", "reward_model", "annotator"]
 PROMPTED = "prompted"  # the base model behind a transcript
@@ -141,6 +141,11 @@ class EvaluateModule(LightningModule):
             return self.judge
         graded = any(answers.grades for answers in self.answers.values())
         return "annotator" if self.annotator is not None else "gold" if graded else "reward_model"
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """Answers to one batch, and their scores, by models without values."""
+        self.on_test_start()
+        self.test_step(largest(data.test_dataloader()), 0)
 
     # ---------------------------------------------------------------- sampling
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor
@@ -25,6 +26,7 @@ from lit_rlhf.models import (
     save_adapter,
     save_model,
     shares_prompts,
+    text_loss,
     tokens_at_once,
 )
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, fitted, sample
@@ -44,10 +46,12 @@ from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.records import shown
 from lit_rlhf.training import (
+    Meter,
     OptimizerFactory,
     Schedule,
     adamw,
     decay_groups,
+    largest,
     seeded,
     warmup_decay,
 )
@@ -220,6 +224,18 @@ class PPOModule(LearnsFromRollouts):
         self.iteration += 1
         means = self._log_updates(rollout, updates)
         self._adapt(rollout, means)
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """A rollout and a micro-batch of it, by models without values."""
+        prompts = largest(data.train_dataloader())
+        sample(self.engine, self.policy, self.tokenizer, prompts.tokens * self.answers_per_prompt, self.sampling)
+        most = max(tokens_at_once(self, learning=True), tokens_at_once(self, learning=False))
+        few = 1 + most // (data.longest() + self.sampling.max_new_tokens)  # prompts: passes over others are alike
+        rollout, _ = self.collect(PromptBatch(*(column[:few] for column in prompts)))
+        part = self.objective.micro_batches(rollout)[0][0]
+        meter.learn(self, lambda: sum(self.objective.losses(part)[:2]), in_parts=len(part) < len(prompts.tokens))
+        if self.ptx is not None:
+            meter.learn(self, lambda: text_loss(self.policy, self.text_parts(0)[0]), in_parts=True)
 
     def _adapt(self, rollout: Rollout, means: dict[str, Tensor]) -> None:
         """What follows the policy from iteration to iteration: coefficients, where a step was taken, and reference."""

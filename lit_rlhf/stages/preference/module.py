@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Generator
@@ -30,7 +30,7 @@ from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
-from lit_rlhf.training import seeded
+from lit_rlhf.training import Meter, largest, seeded
 
 
 class Turn(NamedTuple):
@@ -120,6 +120,11 @@ class PreferenceModule(LightningModule):
             self.transcript = transcript_for(tokenizer)
             self.tokenizers[self.name] = self.transcript.prompting(tokenizer)
             self.note(f"{self.name} is a base model: it goes on with {self.transcript}")
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """Answers to one batch, by models without values."""
+        self.redraws = 0
+        self._draw(largest(data.predict_dataloader()), 0)
 
     # ---------------------------------------------------------------- answers
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from lightning import LightningDataModule
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import written
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.text.template import Note
-from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import Meter, OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -74,6 +76,10 @@ class PretrainModule(StepLog):
         name = ("val/pretrain/loss", "val/pretrain/old_loss")[dataloader_idx]
         settings = {"batch_size": batch.labels.numel(), "prog_bar": True, "sync_dist": True}
         self.log(name, text_loss(self.policy, batch), add_dataloader_idx=False, **settings)
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """One step of training and of validation, on models without values."""
+        meter.fit(self, data, partial(text_loss, self.policy))
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import Field
@@ -34,7 +35,17 @@ from lit_rlhf.stages.reward.data import Answered, Calibration
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.text.records import Ranking
-from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, inner_bar, warmup_decay
+from lit_rlhf.training import (
+    Meter,
+    OptimizerFactory,
+    Part,
+    Schedule,
+    StepLog,
+    adamw,
+    decay_groups,
+    inner_bar,
+    warmup_decay,
+)
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -157,6 +168,10 @@ class RewardModule(StepLog):
         if self._diagnosis:
             metrics["val/reward/calibration_error"] = torch.tensor(self._diagnosis["calibration_error"])
         self.log_dict(metrics, prog_bar=True, sync_dist=True)
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """One step of training and of validation, on models without values."""
+        meter.fit(self, data, lambda batch: self.losses(batch)[0])
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = decay_groups(self.reward_model, head_parameters(self.reward_model), self.head_lr)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor
@@ -18,7 +19,7 @@ from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.text.template import Note
-from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
+from lit_rlhf.training import Meter, OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 
@@ -71,6 +72,10 @@ class SFTModule(StepLog):
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         self.log("val/sft/loss", self.loss(batch), batch_size=len(batch.learned), prog_bar=True, sync_dist=True)
+
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
+        """One step of training and of validation, on models without values."""
+        meter.fit(self, data, self.loss)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self, decay_groups(self.policy), self.optimizer, self.schedule)
