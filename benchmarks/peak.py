@@ -36,7 +36,7 @@ class Case:
     shape: str
     laps: int
     batch: int = 64  # rows or answers; PPO's settings are those of ppo.py
-    length: int = 64  # tokens a row, or of an answer at most
+    length: int = 64  # tokens per row, or of an answer at most
     activation: str = "gelu_new"  # of the checkpoint
 
 

@@ -40,7 +40,7 @@ class Case:
     early: bool  # answers end early
     laps: int
     warmup: int = 2  # laps before them, in which memory grows to what is needed
-    batch: int = 64  # answers an iteration
+    batch: int = 64  # answers per iteration
     new_tokens: int = 64  # of an answer, at most
     minibatches: int = 4
     epochs: int = 4

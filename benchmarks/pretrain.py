@@ -31,7 +31,7 @@ class Case:
     shape: str
     laps: int  # optimizer steps
     batch: int = 16  # rows
-    length: int = 128  # tokens a row
+    length: int = 128  # tokens per row
     activation: str = "gelu_pytorch_tanh"  # as our configs of fresh models have it
 
 

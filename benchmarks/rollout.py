@@ -31,7 +31,7 @@ class Case:
     shape: str
     early: bool  # answers end early
     laps: int
-    batch: int = 64  # answers a rollout
+    batch: int = 64  # answers per rollout
     new_tokens: int = 64  # at most
     activation: str = "gelu_new"  # of the checkpoint
     peer: str = "transformers"  # or PLAIN

@@ -85,9 +85,9 @@ class Panel(NamedTuple):
 
 PANELS = {  # check -> what shows it
     "first_step": Panel("ppo/first_ratio", "ratio, largest", "stale_logprobs"),
-    "large_steps": Panel("ppo/approx_kl", "nats a token", "greedy"),
-    "negative_kl": Panel("ppo/kl", "nats an answer", "stale_weights"),
-    "entropy_collapse": Panel("ppo/entropy", "nats a token", "two_prompts"),
+    "large_steps": Panel("ppo/approx_kl", "nats per token", "greedy"),
+    "negative_kl": Panel("ppo/kl", "nats per answer", "stale_weights"),
+    "entropy_collapse": Panel("ppo/entropy", "nats per token", "two_prompts"),
     "growing_answers": Panel("ppo/response_length", "tokens", "long"),
     "unfinished_answers": Panel("ppo/finished", "share of answers", "long"),
     "poor_critic": Panel("ppo/explained_variance", "", "critic"),

@@ -7,7 +7,7 @@ from functools import cache
 
 
 class UserError(ValueError):
-    """Something that the user can mend: what was found, where, what was expected, what to do.
+    """Something that the user can fix: what was found, where, what was expected, what to do.
 
     The command prints its text alone, in one line, without a traceback."""
 

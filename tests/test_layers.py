@@ -131,7 +131,7 @@ def test_every_file_belongs_to_a_layer():
         ("text.chat", "import lit_rlhf.models.policy as policy"),
         ("text.chat", "from lit_rlhf import stages"),
         ("text.chat", "from ..training import adamw"),
-        ("text.chat", "def f():\n    from lit_rlhf.apps import report"),
+        ("text.chat", "def f():\n    from lit_rlhf.apps.report import report"),
         ("text.chat", "if TYPE_CHECKING:\n    from lit_rlhf.models import answer"),
         ("stages.sft.module", "import hydra"),
         ("stages.sft.module", "from omegaconf import DictConfig"),

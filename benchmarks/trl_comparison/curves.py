@@ -18,7 +18,7 @@ from lit_rlhf.training import adamw, make_trainer
 from trl_comparison.ours import ADAM_BETAS, ppo_module, prompt_data
 from trl_comparison.task import LONGEST_ANSWER, Task, train_quietly, trl_trainer
 
-BATCH, MINIBATCHES, EPOCHS, LR = 64, 2, 4, 5e-4  # answers a rollout; minibatches; epochs; of policy and critic
+BATCH, MINIBATCHES, EPOCHS, LR = 64, 2, 4, 5e-4  # answers per rollout; minibatches; epochs; of policy and critic
 ENDS = 10  # iterations that the last figures are averaged over
 
 
@@ -27,7 +27,7 @@ class Curve(NamedTuple):
 
     episodes: list[float]  # answers so far
     score: list[float]  # mean of the rollout
-    kl: list[float]  # nats an answer
+    kl: list[float]  # nats per answer
     seconds: float  # of one core
 
 
@@ -88,7 +88,7 @@ def train_all(task: Task, seeds: list[int], iterations: int) -> dict[str, list[C
 
 def table(curves: dict[str, list[Curve]], seeds: list[int]) -> str:
     """Markdown: where each training ended and how long it took."""
-    header = f"| trainer | seed | score, last {ENDS} rollouts | KL, nats an answer | seconds of one core |"
+    header = f"| trainer | seed | score, last {ENDS} rollouts | KL, nats per answer | seconds of one core |"
     lines = [header, "|---|---|---|---|---|"]
     for name, runs in curves.items():
         for seed, run in zip(seeds, runs):
@@ -104,7 +104,7 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, name, label in zip(axes, ("score", "kl"), ("mean score of a rollout", "KL to the start, nats an answer")):
+    for axis, name, label in zip(axes, ("score", "kl"), ("mean score", "KL to the start, nats per answer")):
         for colour, (trainer, runs) in zip(("#d95f02", "#1b6ca8"), curves.items()):
             lines = torch.tensor([getattr(run, name) for run in runs])
             for line in lines:

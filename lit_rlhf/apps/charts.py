@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import model_name, number, tone
+from lit_rlhf.apps.display import model_name, number, tone
+from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.functional import best_of_n_kl
 from lit_rlhf.stages.stage import SFT_STD, all_stages
 
@@ -85,7 +85,7 @@ def frontier(run: Run) -> Iterator[Chart]:
             lines.append(Line(model_name("best_of_n", best["n"]), "best_of_n", [point]))
         lines = [line for line in lines if line.points]
         if sum(len(line.points) for line in lines) > 2:
-            yield Chart(title, unit, "KL to SFT, nats an answer", lines)
+            yield Chart(title, unit, "KL to SFT, nats per answer", lines)
 
 
 def _against_kl(rows: dict[int, dict[str, float]], value: str, kl: str) -> Points:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw
-from lit_rlhf.apps.jobs import Job, load_jobs, varied
 from lit_rlhf.apps.page import render, write_page
-from lit_rlhf.apps.reading import load_run
+from lit_rlhf.apps.run_reader import load_run
+from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
 
 TONES = ("sft", "ppo", "dpo", "best_of_n", "train", "val", "gold", "other")
@@ -26,7 +26,7 @@ class Asked(NamedTuple):
     parameters: int
     steps: int  # of pretraining; 0 where another run has it
     tokens: int | None
-    loss: float | None  # held out, nats a token
+    loss: float | None  # held out, nats per token
     guessing: float
     shots: dict[int, tuple[float, float, float, int, int]]  # k: accuracy, its interval, n, tasks that do not fit
 

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, reached, tick_step, ticks
-from lit_rlhf.apps.jobs import Job, load_jobs, varied
 from lit_rlhf.apps.page import render, write_page
-from lit_rlhf.apps.reading import Run, load_run
-from lit_rlhf.apps.results import judge_of, scorer_of
+from lit_rlhf.apps.report.comparison import judge_of, scorer_of
+from lit_rlhf.apps.run_reader import Run, load_run
+from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.stage import SFT_STD
 
 CURVES = {  # metric: what it is called, its unit
     "ppo/score": ("Score", SFT_STD),
     "ppo/gold": ("Gold grade", "points"),
-    "ppo/kl": ("KL to SFT", "nats an answer"),
+    "ppo/kl": ("KL to SFT", "nats per answer"),
 }
 TONES = ("sft", "ppo", "train", "val", "gold", "best_of_n", "dpo", "other")
 

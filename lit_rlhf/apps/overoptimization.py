@@ -2,7 +2,7 @@
 
 All of it is read from the folder of a sweep whose jobs train a reward model, pursue it with PPO, and evaluate the SFT
 model with ``best_of``. Gains are measured from the SFT model, in standard deviations of its answers, for the proxy (the
-reward model's score) and for gold alike; the distance is the square root of the KL in nats an answer."""
+reward model's score) and for gold alike; the distance is the square root of the KL in nats per answer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw
-from lit_rlhf.apps.jobs import Job, load_jobs
+from lit_rlhf.apps.display import number
 from lit_rlhf.apps.page import render, write_page
-from lit_rlhf.apps.reading import Run, load_run
-from lit_rlhf.apps.wording import number
+from lit_rlhf.apps.run_reader import Run, load_run
+from lit_rlhf.apps.sweep_reader import Job, load_jobs
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import (
     GainFit,
@@ -29,7 +29,7 @@ from lit_rlhf.functional import (
 )
 
 FITS = 0.8  # R squared from which a fitted curve is drawn
-NEAR = 0.01  # nats an answer: a rollout no further away tells where gains begin
+NEAR = 0.01  # nats per answer: a rollout no further away tells where gains begin
 WHAT = {"proxy": ("sft", "proxy"), "gold": ("ppo", "gold")}  # tone, what it is called
 COEF_TONES = ("ppo", "gold", "dpo", "train", "val", "other")
 
@@ -37,7 +37,7 @@ COEF_TONES = ("ppo", "gold", "dpo", "train", "val", "other")
 class Course(NamedTuple):
     """One run of PPO, rollout by rollout."""
 
-    kl: list[float]  # nats an answer
+    kl: list[float]  # nats per answer
     proxy: list[float]  # gain over the SFT model, in its standard deviations
     gold: list[float]
 
@@ -83,7 +83,7 @@ class Fitted(NamedTuple):
     """A curve through measured gains."""
 
     curve: GainFit
-    peak: float | None  # nats an answer; None: further than was measured
+    peak: float | None  # nats per answer; None: further than was measured
 
     @property
     def fits(self) -> bool:

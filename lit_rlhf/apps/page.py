@@ -10,13 +10,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lit_rlhf.apps.wording import duration, figure, number, percent, printable, tone
+from lit_rlhf.apps.display import duration, figure, number, percent, printable, tone
+
+FOLDER = Path(__file__).parent
 
 
 def render(template: str, **values: Any) -> str:
     """A page as HTML."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([FOLDER, FOLDER / "report"]),
         autoescape=True,
         finalize=printable,
         undefined=StrictUndefined,

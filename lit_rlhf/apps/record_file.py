@@ -75,7 +75,7 @@ class RecordFile:
             with FileLock(self.path.with_name(f".{self.path.name}.lock")):
                 yield
         except OSError as error:
-            raise UserError(f"{self.path}: {what} ({error.strerror}); make room or mend it, then try again") from None
+            raise UserError(f"{self.path}: {what} ({error.strerror}); make room or fix it, then try again") from None
 
     def _mended(self) -> bytes:
         """All lines, each with its end."""
@@ -99,7 +99,7 @@ class RecordFile:
                 raise ValueError("an object with named fields was expected")
         except ValueError as error:
             raise UserError(
-                f"{self.path}:{number}: not a record ({error}). Mend the line, or move the file away and start again"
+                f"{self.path}:{number}: not a record ({error}). Fix the line, or move the file away and start again"
             ) from None
         return record
 

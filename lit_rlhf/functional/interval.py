@@ -63,7 +63,7 @@ def middle_95(values: Tensor) -> tuple[Tensor, Tensor]:
 def ratio(numerators: Tensor, denominators: Tensor, resamples: int = 2000, seed: int = 0) -> Estimate:
     """``sum(numerators) / sum(denominators)`` with a percentile bootstrap over prompts; both are (P,).
 
-    With denominators of 1 it is a mean; with nats and tokens, nats a token, where long answers count for more.
+    With denominators of 1 it is a mean; with nats and tokens, nats per token, where long answers count for more.
 
     >>> ratio(torch.tensor([1.0, 9.0]), torch.tensor([1.0, 3.0]))  # 10 nats of 4 tokens
     Estimate(value=2.5, low=1.0, high=3.0, n=2)

@@ -72,6 +72,6 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
     0.051000000000000004
     """
     if not (target > 0 and horizon > 0):
-        raise ValueError(f"target {target} (nats an answer) and horizon {horizon} (episodes) must be above 0")
+        raise ValueError(f"target {target} (nats per answer) and horizon {horizon} (episodes) must be above 0")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)

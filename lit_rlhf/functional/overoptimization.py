@@ -1,6 +1,6 @@
 """Over-optimization: what is gained by gold as a proxy is pursued, against the distance from where it began.
 
-The distance is ``d = sqrt(KL)``, KL in nats an answer (arXiv:2210.10760); gains are measured from ``d = 0``."""
+The distance is ``d = sqrt(KL)``, KL in nats per answer (arXiv:2210.10760); gains are measured from ``d = 0``."""
 
 from __future__ import annotations
 

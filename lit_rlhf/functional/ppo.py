@@ -37,7 +37,7 @@ def importance_weighted_loss(logprobs: Tensor, old_logprobs: Tensor, advantages:
 def kl_penalty_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float | Tensor
 ) -> Tensor:
-    """``-E[rho_t A_t - beta KL(pi_old || pi)]`` (arXiv:1707.06347, eq. 8), ``beta`` in reward units a nat.
+    """``-E[rho_t A_t - beta KL(pi_old || pi)]`` (arXiv:1707.06347, eq. 8), ``beta`` in reward units per nat.
 
     The divergence from the policy that sampled, not from the reference. It is estimated from its samples by
     ``rho - 1 - log rho``: unbiased, never negative, and with a derivative of the right expectation.
@@ -53,7 +53,7 @@ def kl_penalty_loss(
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
     """``beta`` of :func:`kl_penalty_loss` for the next rollout (arXiv:1707.06347, section 4): half where the divergence
-    ``kl`` (nats a token) stayed below two thirds of ``target``, double where it was above one and a half of it.
+    ``kl`` (nats per token) stayed below two thirds of ``target``, double where it was above one and a half of it.
 
     >>> [adapted_beta(1.0, kl, target=0.01) for kl in (0.005, 0.01, 0.02)]
     [0.5, 1.0, 2.0]

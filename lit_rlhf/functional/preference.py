@@ -41,7 +41,7 @@ def ranking_loss(
 ) -> Tensor:
     """Bradley-Terry loss ``-1/C(K,2) E[log sigmoid(r_w - r_l)]`` (InstructGPT, eq. 1); a scalar.
 
-    ``scores`` (N,), one an answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied.
+    ``scores`` (N,), one per answer. The mean over each prompt's untied pairs, then over prompts; 0 if all are tied.
     ``margin`` is what ``r_w - r_l`` must exceed for each rank between the two (arXiv:2307.09288, eq. 2, with the rank
     distance as ``m``); ``margins`` (M,) is what it must exceed beside that in each pair, ``m(r)`` itself;
     ``label_smoothing`` is how often the annotator is thought to have erred.
@@ -146,7 +146,7 @@ def pair_accuracy(scores: Tensor, pairs: Pairs) -> Tensor:
 def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, pairs: Pairs, beta: float) -> Tensor:
     """``-E[log sigmoid(beta (log pi/ref (y_w) - log pi/ref (y_l)))]`` (arXiv:2305.18290, eq. 7); a scalar.
 
-    ``logprobs`` and ``ref_logprobs`` (N,) are those of whole answers, in nats; ``beta`` in reward units a nat. It is
+    ``logprobs`` and ``ref_logprobs`` (N,) are those of whole answers, in nats; ``beta`` in reward units per nat. It is
     :func:`ranking_loss` of the rewards that the policy implies, :func:`implicit_rewards`.
 
     >>> pairs = ranking_pairs(torch.tensor([1, 2]), torch.tensor([0, 0]))

@@ -210,7 +210,7 @@ def best_of_n(grades: Tensor, scores: Tensor) -> Tensor:
 
 
 def best_of_n_kl(n: int) -> float:
-    """``log n - (n - 1) / n`` nats an answer: how far best-of-n is from the model it draws from (arXiv:2009.01325).
+    """``log n - (n - 1) / n`` nats per answer: how far best-of-n is from the model it draws from (arXiv:2009.01325).
 
     Exact where all answers differ; where they repeat, an upper bound (arXiv:2401.01879).
 

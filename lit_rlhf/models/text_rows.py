@@ -34,7 +34,7 @@ class TextRows(NamedTuple):
 
 
 def text_loss(policy: PreTrainedModel, rows: TextRows) -> Tensor:
-    """Mean next-token loss on rows of text, in nats a token (GPT-1, eq. 1)."""
+    """Mean next-token loss on rows of text, in nats per token (GPT-1, eq. 1)."""
     hidden = policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state
     return -token_logprobs_of(policy, hidden, rows.labels).mean()
 

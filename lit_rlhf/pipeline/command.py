@@ -223,9 +223,9 @@ def run(cfg: DictConfig) -> float | None:
 
 def work(cfg: DictConfig) -> tuple[str, float]:
     """Run the stages, or the command or the plan in their place; returns (address, value) of the objective."""
-    from lit_rlhf.pipeline.chain import run_chain
     from lit_rlhf.pipeline.plan import write_plan
     from lit_rlhf.pipeline.rounds import run_rounds
+    from lit_rlhf.pipeline.runner import run_chain
     from lit_rlhf.pipeline.sweep import objective_of
 
     if command := command_of(cfg):

@@ -167,7 +167,7 @@ def round_data(number: int, *, _root_: DictConfig) -> str:
 def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
     """This run's own result where it has one or is about to make one, else that of ``from_run``, or of the nearest run
     behind it that has one."""
-    from lit_rlhf.apps.reading import newest  # here, as all that imports torch: a mistyped setting is found before
+    from lit_rlhf.apps.run_reader import newest  # here, as all that imports torch: a mistyped setting is found before
 
     own = newest(Path(cfg.paths.run_dir), inside)
     if own.exists() or stage in stages_of(cfg):

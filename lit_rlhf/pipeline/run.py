@@ -26,7 +26,7 @@ from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.pipeline.folder import StageFolder, model_nodes
 from lit_rlhf.pipeline.split import remember_split, remembered_split
-from lit_rlhf.pipeline.trained import check_trained, write_trained_prompts
+from lit_rlhf.pipeline.trained_prompts import check_trained, write_trained_prompts
 from lit_rlhf.stages.contract import (
     EvaluatesPrompts,
     StageData,

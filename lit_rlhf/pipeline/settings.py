@@ -164,7 +164,7 @@ def _parsed(overrides: list[str]) -> list[Override]:
 # Addresses of earlier versions, which scripts may still have.
 RENAMED = {
     r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm",
-    r"ppo\.trainer\.accumulate_grad_batches": "ppo.module.minibatch_size",  # answers an optimizer step
+    r"ppo\.trainer\.accumulate_grad_batches": "ppo.module.minibatch_size",  # answers per optimizer step
     r"evaluate\.data\.limit": "evaluate.data.limit_held_out",  # of training prompts, of which there are none
     r"\w+\.optimizer\.fused": "automatic",
     r"((?:\w+\.)?trainer)\.(?:onednn|whole_last_layer|batched_attention|row_multiple)": r"\1.kernels (fast or plain)",

@@ -9,8 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lit_rlhf.pipeline.folder import lineage, read_json, write_text
-from lit_rlhf.pipeline.trained import FILE as TRAINED
-from lit_rlhf.pipeline.trained import trained_stages
+from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED
+from lit_rlhf.pipeline.trained_prompts import trained_stages
 from lit_rlhf.text.records import Moved
 
 FILE = "split.json"

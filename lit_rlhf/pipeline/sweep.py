@@ -1,4 +1,4 @@
-"""Sweeps: one row a job, one plot, whatever happened to single jobs."""
+"""Sweeps: one row per job, one plot, whatever happened to single jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lit_rlhf.apps.jobs import Job, load_jobs, numbers, varied
+from lit_rlhf.apps.sweep_reader import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.folder import write_text
 from lit_rlhf.stages.stage import all_stages
@@ -72,7 +72,7 @@ class SweepTable(Callback):
 
 
 def write_table(jobs: list[Job], path: Path) -> None:
-    """One row a job: its overrides, its headline figures."""
+    """One row per job: its overrides, its headline figures."""
     parts = {"by_kind", "interval"}
     figures = dict.fromkeys(name for job in jobs for name in job.figures if parts.isdisjoint(name.split(".")))
     settings = dict.fromkeys(name for job in jobs for name in job.settings)

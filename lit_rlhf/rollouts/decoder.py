@@ -19,7 +19,7 @@ from lit_rlhf.text.packing import left_pad, pack
 
 
 class Decoder(Protocol):
-    """Texts that are being written, one a row."""
+    """Texts that are being written, one per row."""
 
     joins: bool  # whether texts can begin while others are being written
 

@@ -68,7 +68,7 @@ class PromptDataModule(RecordDataModule):
     Args:
         path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: of the policy, with its chat template.
-        batch_size: prompts a process and batch.
+        batch_size: prompts per process and batch.
         max_length: tokens; longer prompts are handled as ``on_long`` says, and counted.
         on_long: "skip" leaves them out, "cut" keeps their last ``max_length`` tokens.
         held_out: fraction of the prompts kept for evaluation.

@@ -55,7 +55,7 @@ class Judged(NamedTuple):
 class EncodedRanking(NamedTuple):
     """One prompt's answers, as tokens."""
 
-    sequences: list[list[int]]  # prompt and answer, one an answer
+    sequences: list[list[int]]  # prompt and answer, one per answer
     response_lengths: list[int]  # tokens of each answer, which end its sequence
     ranks: list[int]
     gold: list[float] | None
@@ -72,7 +72,7 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: rankings, or pairs
             ``chosen`` / ``rejected`` (whole transcripts, too).
         tokenizer: one that is ready, or a function that trains one on the texts.
-        batch_size: prompts a process and step.
+        batch_size: prompts per process and step.
         max_length: tokens of prompt and answer; longer ones are handled as ``on_long`` says, and counted.
         on_long: "cut" drops the beginning of the prompt, "skip" leaves the ranking out.
         packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
@@ -284,7 +284,7 @@ class WorldRankingDataModule(RankingDataModule):
 class Ranked(NamedTuple):
     """How scores order held-out answers."""
 
-    loss: Tensor  # nats a pair, the mean over prompts
+    loss: Tensor  # nats per pair, the mean over prompts
     accuracy: Tensor  # fraction of the annotator's pairs
     gold_accuracy: Tensor | None  # fraction of the gold judge's pairs, where there are any
     pairs: int  # that the annotator did not tie

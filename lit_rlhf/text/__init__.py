@@ -8,8 +8,8 @@ from lit_rlhf.text.chat import (
     ensure_chat_template,
     is_base,
 )
+from lit_rlhf.text.classifier_inputs import add_reading_tokens, encode_readings, readings
 from lit_rlhf.text.packing import Packed, left_pad, pack, stream
-from lit_rlhf.text.readings import add_reading_tokens, encode_readings, readings
 from lit_rlhf.text.records import (
     Demonstration,
     Feedback,

@@ -1,6 +1,6 @@
 """Chat templates, and dialogues as tokens.
 
-A template turns messages into one string; it is saved with the tokenizer, so that every tool prompts a model as it
+A template turns messages into one string; it is saved with the tokenizer, so that every tool prompts per model as it
 was trained. A base model has one too: it only writes the turns below each other."""
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ PLACES = "Put each answer into its place, 1 is the best; equally good answers sh
 def tasks(answers: Sequence[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
     """Tasks to import, of records with ``prompt`` (messages) and ``responses``.
 
-    "ranking": one a prompt; "pairwise": one for each two answers. The answers' order is shuffled, by the prompt alone,
-    so that it says nothing of the models."""
+    "ranking": one per prompt; "pairwise": one for each two answers. The answers' order is shuffled, by the prompt
+    alone, so that it says nothing of the models."""
     made = []
     for record in answers:
         order = list(record["responses"])

@@ -27,10 +27,10 @@ class BatchLoader(Generic[Batch]):
 
     Args:
         order: epoch -> indices of that epoch, in order.
-        batch_size: sequences a process and micro-batch.
+        batch_size: sequences per process and micro-batch.
         collate: (indices of this micro-batch, indices of the global batch) -> batch.
         world_size, rank: of the processes.
-        accumulate: micro-batches an optimizer step.
+        accumulate: micro-batches per optimizer step.
         cut: indices of a micro-batch -> those of the parts in which it is learned. One that is cut comes as a list of
             :class:`Part`.
         keep_rest: for evaluation: give the last, smaller batch too, which a training epoch drops, and begin anew each

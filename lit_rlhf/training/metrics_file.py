@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsFile(Logger):
-    """Writes one row a step and one column a metric, every few seconds and with each checkpoint.
+    """Writes one row per step and one column a metric, every few seconds and with each checkpoint.
 
     Unlike Lightning's CSV logger it keeps the rows of an interrupted run: the first value that is logged after a start
     drops only the rows of later steps, which are about to be repeated. New rows are appended; the file is written anew,

@@ -129,7 +129,7 @@ def optimizer_and_schedule(
 
 
 def batches_and_size(trainer: Trainer) -> tuple[int, int]:
-    """(training batches an epoch, their size), of a trainer whose data module makes a ``BatchLoader``."""
+    """(training batches per epoch, their size), of a trainer whose data module makes a ``BatchLoader``."""
     loader = trainer.datamodule.train_dataloader()
     return len(loader), loader.batch_size
 

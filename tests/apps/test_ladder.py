@@ -5,9 +5,9 @@ import re
 import pytest
 
 from lit_rlhf.apps import write_ladder
-from lit_rlhf.apps.jobs import load_jobs
 from lit_rlhf.apps.ladder import curve, gradient_noise, rungs_of
-from lit_rlhf.apps.reading import load_run
+from lit_rlhf.apps.run_reader import load_run
+from lit_rlhf.apps.sweep_reader import load_jobs
 from lit_rlhf.errors import UserError
 
 HOSTILE = "<script>alert(1)</script> \x1b[31m {{ 7 * 7 }}"

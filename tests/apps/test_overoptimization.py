@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lit_rlhf.apps import write_overoptimization
-from lit_rlhf.apps.jobs import load_jobs
 from lit_rlhf.apps.overoptimization import peak, studies_of
+from lit_rlhf.apps.sweep_reader import load_jobs
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import GainFit
 

@@ -1,9 +1,9 @@
 """Every rung of the ladder, trained on a task so small that where it must end can be computed by other means.
 
-Two prompts, answers of one to three tokens out of three, the first of which ends an answer: 15 answers a prompt. The
-policy is a table of logits, one row a state (the prompt and the tokens so far). Rewards are fixed, one an answer, and
-the best policy in ``E[r] - beta KL(pi || ref)`` is ``pi*(y) = ref(y) exp(r(y) / beta) / Z``. Batches are samples of the
-policy, but systematic ones (evenly spaced quantiles): unbiased, and nearly without noise."""
+Two prompts, answers of one to three tokens out of three, the first of which ends an answer: 15 answers per prompt. The
+policy is a table of logits, one row per state (the prompt and the tokens so far). Rewards are fixed, one per answer,
+and the best policy in ``E[r] - beta KL(pi || ref)`` is ``pi*(y) = ref(y) exp(r(y) / beta) / Z``. Batches are samples of
+the policy, but systematic ones (evenly spaced quantiles): unbiased, and nearly without noise."""
 
 import math
 from functools import partial
@@ -34,7 +34,7 @@ from lit_rlhf.functional import (
     whole_answer,
 )
 
-BETA = 0.5  # reward units a nat
+BETA = 0.5  # reward units per nat
 CLOSE = 0.02  # total variation distance
 END, STATES, PROMPTS = 0, 9, 2
 ANSWERS = [(END,), *((a, END) for a in (1, 2)), *((a, b, c) for a in (1, 2) for b in (1, 2) for c in (0, 1, 2))]
@@ -168,7 +168,7 @@ def train(
     updates=150,
     n=512,
 ):
-    """The policy (PROMPTS, 15) after ``updates``, ``epochs`` of them on each batch of ``n`` answers a prompt.
+    """The policy (PROMPTS, 15) after ``updates``, ``epochs`` of them on each batch of ``n`` answers per prompt.
 
     ``view``: whether a token or the whole answer is an action; ``reward``: the divergence taken from the rewards;
     ``penalty``: that added to the loss."""

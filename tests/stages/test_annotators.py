@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.functions import with_tools
+from lit_rlhf.stages.callables import with_tools
 from lit_rlhf.stages.preference import CallableAnnotator, Labels, LLMJudge, RewardModelAnnotator, agreement, majority
 from lit_rlhf.stages.preference.annotators import annotate, ranks_of, run_async
 from lit_rlhf.stages.preference.judge import Question, verdict_of

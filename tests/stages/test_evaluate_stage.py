@@ -138,7 +138,7 @@ def test_without_anyone_to_judge_nothing_is_compared(tmp_path, tokenizer, models
 def test_measures_by_hand():
     answers = Answers(texts=[["a b", "a c"], ["d", "d"]], entropy=[[1.0, 2.0], [1.0, 0.0]], tokens=[[3, 3], [1, 1]])
     found = {name: measured.estimate().value for name, measured in measures(answers).items()}
-    assert found["entropy"] == 4 / 8  # nats a token, not a mean of means
+    assert found["entropy"] == 4 / 8  # nats per token, not a mean of means
     assert found["words"] == 6 / 4
     assert found["distinct_1"] == (3 / 4 + 1 / 2) / 2
     assert found["self_similarity"] == (1 / 3 + 1) / 2  # ^a ab b$ and ^a ac c$: one of three

@@ -207,7 +207,7 @@ def test_a_reference_and_a_reward_model_in_half_precision(dtype, family, reward_
     assert found.sequences == expected.sequences and torch.equal(found.old_logprobs, expected.old_logprobs)
     assert found.ref_logprobs.dtype == found.rewards.dtype == torch.float32
     difference = (found.ref_logprobs - expected.ref_logprobs).abs()
-    assert 0 < difference.max() < 0.2 and difference[found.mask].mean() < 0.03  # nats a token
+    assert 0 < difference.max() < 0.2 and difference[found.mask].mean() < 0.03  # nats per token
     assert_close(found.rewards.sum(-1), expected.rewards.sum(-1), atol=0.15, rtol=0.05)
 
 
@@ -223,7 +223,7 @@ def test_ppo_with_a_small_reference_learns_and_keeps_it_out_of_the_checkpoint(po
     ("make", "message"),
     [
         (lambda: KLPenalty(in_loss=True), "estimator=k1 with ppo.kl.in_loss=true: the gradient of k1 is 0"),
-        (lambda: KLPenalty(adaptive=True), "adaptive=true needs ppo.kl.target, in nats an answer"),
+        (lambda: KLPenalty(adaptive=True), "adaptive=true needs ppo.kl.target, in nats per answer"),
         (lambda: ReferenceUpdate(ema=0.9, refresh_every=3), "exclude each other; give one of them"),
     ],
 )

@@ -10,7 +10,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.stages import PretrainDataModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import MonteCarlo, Scoring
 
-NOTHING = {  # no advantage, no penalty, no critic: all that is left is the text, a row an answer
+NOTHING = {  # no advantage, no penalty, no critic: all that is left is the text, a row per answer
     "ptx_ratio": 1.0,
     "advantage": MonteCarlo(), "whiten": False, "kl_coef": 0.0,
     "scoring": Scoring(functions=[lambda p, r, **_: [0.0] * len(r)], reward_model_weight=0.0, missing_eos_penalty=0.0),

@@ -181,7 +181,7 @@ def test_scores_rank_where_there_are_no_ranks():
     row = {"prompt": "q", "responses": ["x", "y", "z"], "scores": [0.5, 2, 0.5]}
     assert parse_ranking(row).ranks == [2, 1, 2]
     assert parse_ranking({**row, "ranks": [3, 1, 2]}).ranks == [3, 1, 2]
-    with pytest.raises(ValueError, match="'scores' is nan; a number a response was expected"):
+    with pytest.raises(ValueError, match="'scores' is nan; a number per response was expected"):
         parse_ranking({**row, "scores": [0.5, math.nan, 1]})
 
 

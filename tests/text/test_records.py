@@ -360,7 +360,7 @@ def error(path, parse, on_bad_record="fail"):
         (
             parse_ranking,
             {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "models": ["sft"]},
-            "'models' is ['sft']; a list of 2, one a response, was expected",
+            "'models' is ['sft']; a list of 2, one per response, was expected",
         ),
         (
             parse_ranking,
@@ -373,7 +373,7 @@ def test_a_bad_record_is_named_by_file_line_and_reason(tmp_path, parse, row, mes
     path = write(tmp_path / "x.jsonl", f"\n{json.dumps(row)}\n")
     found = error(path, parse)
     assert found.startswith(f"{path}:2: ") and message in found
-    assert found.endswith(". Mend it, or set on_bad_record=skip.")
+    assert found.endswith(". Fix it, or set on_bad_record=skip.")
 
 
 def test_the_first_bad_record_is_the_one_named(tmp_path):

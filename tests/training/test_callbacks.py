@@ -167,8 +167,8 @@ def test_all_rows_up_to_a_checkpoint_are_on_disk_whenever_the_power_is_cut(tmp_p
         assert [rows.get(step) for step in range(steps)] == [whole[step] for step in range(steps)]
 
 
-# 12 batches an epoch, 2 a step: before the first save; within and between windows; around the ends of two epochs; where
-# validation stands next; the last batch of all.
+# 12 batches per epoch, 2 per step: before the first save; within and between windows; around the ends of two epochs;
+# where validation stands next; the last batch of all.
 @pytest.mark.parametrize("batch", [0, 3, 4, 5, 8, 11, 12, 13, 20, 23, 24, 25, 37, 39])
 @pytest.mark.parametrize("every", [1, 4, 12])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, uninterrupted, batch, every):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lit_rlhf.apps.chat.conversation import Answer, Conversation
-from lit_rlhf.apps.wording import printable
+from lit_rlhf.apps.display import printable
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.special_tokens import check_characters
 
@@ -162,7 +162,7 @@ class Terminal:
     def _tokens(self, text: str) -> None:
         if text:
             self.conversation.set_sampling(max_new_tokens=_whole(text))
-        self._say(f"up to {self.conversation.sampling.max_new_tokens} tokens an answer")
+        self._say(f"up to {self.conversation.sampling.max_new_tokens} tokens per answer")
 
     def _seed(self, text: str) -> None:
         if text:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.apps.chat.conversation import Answer, Choice, Conversation
-from lit_rlhf.apps.wording import printable
+from lit_rlhf.apps.display import printable
 from lit_rlhf.errors import UserError
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -228,7 +228,7 @@ class ChatPage:
             for answers in begin():
                 yield self._busy(conversation, "", answers)
         except UserError as error:
-            # What could not be answered stays in the box, to be mended.
+            # What could not be answered stays in the box, to be corrected.
             yield {**self._view(conversation, str(error)), self.box: self._box(text)}
             return
         note = ""

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lit_rlhf.apps.label.modes import Item, Rank, Rate, Task, Write
 from lit_rlhf.apps.label.queue import Labelling
-from lit_rlhf.apps.label.tasks import Item, Rank, Rate, Task, Write
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import OnBadRecord, load_records

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_rlhf.apps.label.tasks import Item, Task
+from lit_rlhf.apps.label.modes import Item, Task
 from lit_rlhf.apps.record_file import RecordFile
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records import text_of

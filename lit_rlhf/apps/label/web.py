@@ -94,7 +94,7 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve on an open socket until Ctrl-C or SIGTERM; in a notebook, until the cell is interrupted."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn passes on when it has ended in good order
-        if _in_event_loop():  # a notebook's, which runs the cell; there can be only one a thread
+        if _in_event_loop():  # a notebook's, which runs the cell; there can be only one per thread
             _serve_aside(server, listener)
         else:
             server.run(sockets=[listener])

@@ -13,7 +13,7 @@ STAGE = Stage(
     panels=(
         loss_panel("classify", "nats an example"),
         Panel("Labelled right", "%", {"classify/accuracy": "training", "val/classify/accuracy": "held out"}),
-        Panel("Auxiliary loss", "nats a token", {"classify/lm_loss": "training", "val/classify/lm_loss": "held out"}),
+        Panel("Auxiliary loss", "nats per token", {"classify/lm_loss": "training", "val/classify/lm_loss": "held out"}),
         rate_panel("classify"),
     ),
     note="{accuracy:%} right",

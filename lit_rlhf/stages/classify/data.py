@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.labelled import TaskDataModule, WorldTasks
 from lit_rlhf.stages.records import Paths
-from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
+from lit_rlhf.text.classifier_inputs import add_reading_tokens, encode_readings, readings
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.readings import add_reading_tokens, encode_readings, readings
 from lit_rlhf.text.records import (
     Labelled,
     MultipleChoice,
@@ -53,7 +53,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
             ``hypothesis`` + ``label``; ``text_a`` + ``text_b`` + ``label``; or ``context`` (or ``prompt``) +
             ``choices`` + ``label``.
         tokenizer: one that is ready, or a function that trains one on the texts.
-        batch_size: examples a process and step.
+        batch_size: examples per process and step.
         max_length: tokens of a reading; longer ones are handled as ``on_long`` says, and counted.
         on_long: "cut" drops the beginning of the first text, "skip" leaves the example out.
         packing: lay readings one after another (they do not see each other); False: pad a batch to its longest.

@@ -37,7 +37,7 @@ class ClassifyModule(StepLog):
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
-        lm_coef: lambda, weight of the language-modelling loss on the readings (nats a token); 0: none.
+        lm_coef: lambda, weight of the language-modelling loss on the readings (nats per token); 0: none.
         task: what the figures call it.
     """
 
@@ -89,7 +89,7 @@ class ClassifyModule(StepLog):
         return self.head(added(last, batch.example))
 
     def lm_loss(self, before: Tensor, batch: ClassifyBatch) -> Tensor:
-        """L1: mean loss in nats a token, over the whole optimizer step's tokens, negated log-likelihood."""
+        """L1: mean loss in nats per token, over the whole optimizer step's tokens, negated log-likelihood."""
         return -token_logprobs_of(self.policy, before, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
 
     def losses(self, batch: ClassifyBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,12 +14,12 @@ STAGE = Stage(
     aligns=True,
     trains_on_prompts=True,
     panels=(
-        loss_panel("dpo", "nats a pair"),
+        loss_panel("dpo", "nats per pair"),
         accuracy_panel("dpo"),
         Panel("Margin, preferred \N{MINUS SIGN} other", "implicit reward", {"dpo/margin": "training"}),
         Panel(
             "Log-ratio to SFT",
-            "nats an answer",
+            "nats per answer",
             {"dpo/chosen_log_ratio": "preferred", "dpo/rejected_log_ratio": "other"},
             (0.0, "as likely as at first"),
         ),

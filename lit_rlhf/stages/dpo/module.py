@@ -37,7 +37,7 @@ class DPOModule(StepLog):
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
-        beta: reward units a nat: the larger, the nearer the policy stays to the reference.
+        beta: reward units per nat: the larger, the nearer the policy stays to the reference.
         sampling: how the samples during training are drawn.
         sample_prompts: what the policy answers during training, for people to read.
         note: says what a person should know, each line once.

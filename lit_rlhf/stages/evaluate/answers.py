@@ -22,7 +22,7 @@ class Answers:
     ranks: list[list[int]] = field(default_factory=list)  # (P, n), by the annotator, among all answers, 1 = best
     entropy: list[list[float]] = field(default_factory=list)  # (P, n), nats, summed over an answer's tokens
     tokens: list[list[int]] = field(default_factory=list)  # (P, n)
-    kl: list[list[float]] = field(default_factory=list)  # (P, n), nats an answer, against SFT
+    kl: list[list[float]] = field(default_factory=list)  # (P, n), nats per answer, against SFT
 
 
 class Measured(NamedTuple):
@@ -105,7 +105,7 @@ MEASURES: dict[str, Callable[[Answers], Measured | None]] = {
     "polite": _grade("polite"),
     "right": _grade("right"),
     "words": _mean(lambda answers: [[len(text.split()) for text in row] for row in answers.texts]),
-    "entropy": _entropy,  # nats a token
+    "entropy": _entropy,  # nats per token
     "score": _mean(lambda answers: answers.scores),
     "kl": _mean(lambda answers: answers.kl),
     "distinct_1": _distinct(1),

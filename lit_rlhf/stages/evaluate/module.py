@@ -25,9 +25,9 @@ from lit_rlhf.models import (
     shares_prompts,
 )
 from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
+from lit_rlhf.stages.callables import Annotator, name_of, with_tools
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
 from lit_rlhf.stages.evaluate.text import text_figures
-from lit_rlhf.stages.functions import Annotator, name_of, with_tools
 from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import encode_prompts, encode_responses
@@ -52,7 +52,7 @@ class EvaluateModule(LightningModule):
         gold_judge: grades the answers, and knows the right ones; None: there is none.
         annotator: ranks the answers of all models to a prompt together; None: nobody does.
         judge: who decides which answer is better; None: the annotator, else the gold judge, else the reward model.
-        samples: answers a prompt at ``sampling.temperature``.
+        samples: answers per prompt at ``sampling.temperature``.
         best_of: n of the best-of-n from the SFT model; 0: not done.
         prompted_base: let "base" compete a second time, behind a transcript that makes it a weak assistant.
         anchor_rating: Elo points of the SFT model (of the first one where there is none).

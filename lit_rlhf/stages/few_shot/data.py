@@ -10,9 +10,9 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.labelled import TaskDataModule, WorldTasks
 from lit_rlhf.stages.prompts import spread
 from lit_rlhf.stages.records import Paths
-from lit_rlhf.stages.tasks import TaskDataModule, WorldTasks
 from lit_rlhf.text.records import (
     LabelledText,
     Messages,
@@ -63,7 +63,7 @@ class FewShotDataModule(TaskDataModule):
         template: how a task is written; ``{question}`` and, last, ``{answer}``.
         separator: what stands between examples.
         instruction: what stands before the first example; "": nothing.
-        batch_size: tasks a batch.
+        batch_size: tasks per batch.
         held_out: fraction of the records that are asked, by their (first) text.
         limit_held_out: at most so many of them; None: all.
         limit: examples are drawn from at most so many records; None: all.

@@ -51,7 +51,7 @@ class MonteCarlo:
 
     @property
     def compares_answers(self) -> bool:
-        """Whether several answers a prompt are needed."""
+        """Whether several answers per prompt are needed."""
         return self.baseline in ("prompt", "others") or self.divide_by_std
 
     def __call__(

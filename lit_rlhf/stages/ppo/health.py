@@ -42,7 +42,7 @@ class Limits:
     window: Annotated[int, Field(ge=2)] = 5  # latest iterations that are averaged
     first_ratio: Positive = 1e-3  # |ratio - 1| before a rollout's first step
     first_ratio_half: Positive = 0.5  # the same in half precision
-    first_kl: Positive = 1e-3  # nats a token, before a rollout's first step
+    first_kl: Positive = 1e-3  # nats per token, before a rollout's first step
     approx_kl: Positive = 0.05  # nats a token that a rollout's updates move the policy
     chance: Share = 1e-6  # of a negative KL being mere chance
     entropy: Share = 0.25  # of what it was at first
@@ -65,7 +65,7 @@ def first_step(history: History, limits: Limits) -> str | None:
     if ratio > limits.first_ratio or kl > limits.first_kl:
         return (
             "before the first step on the rollout the policy already differed from the one that sampled (ratio off 1 "
-            f"by up to {ratio:.2g}, KL {kl:.2g} nats a token; both should be 0): log-probs of sampling and training "
+            f"by up to {ratio:.2g}, KL {kl:.2g} nats per token; both should be 0): log-probs of sampling and training "
             "disagree, usually by dropout, another temperature, stale weights or rounding; try "
             "ppo.trainer.precision=32-true, and if that changes nothing look for the difference in the code"
         )
@@ -77,7 +77,7 @@ def large_steps(history: History, limits: Limits) -> str | None:
     moved = _recent(history, "ppo/approx_kl", limits)
     if moved > limits.approx_kl:
         return (
-            f"the updates on one rollout move the policy by {moved:.2g} nats a token (mean of {limits.window} "
+            f"the updates on one rollout move the policy by {moved:.2g} nats per token (mean of {limits.window} "
             f"iterations; {limits.approx_kl:.2g} is much): the steps are too large or too many for what a rollout can "
             "tell; try a lower ppo.optimizer.lr or ppo.module.ppo_epochs, or set ppo.kl.stop"
         )
@@ -92,7 +92,7 @@ def negative_kl(history: History, limits: Limits) -> str | None:
     total = sum(n * kl for n, kl in zip(answers, history["ppo/kl"][-limits.window :]))
     if total < math.log(limits.chance):
         return (
-            f"the KL to the reference is negative, {total / sum(answers):.3f} nats an answer over the last "
+            f"the KL to the reference is negative, {total / sum(answers):.3f} nats per answer over the last "
             f"{sum(answers):,.0f} answers, which for answers of this policy has a chance below {limits.chance:.0e}: "
             "they were drawn from something else than the policy whose log-probs are taken, usually from stale weights "
             "or with tokens cut off; compare the two, beginning with ppo.sampling.temperature"
@@ -105,7 +105,7 @@ def entropy_collapse(history: History, limits: Limits) -> str | None:
     first, now = _first(history, "ppo/entropy", limits), _recent(history, "ppo/entropy", limits)
     if now < limits.entropy * first:
         return (
-            f"the entropy fell to {now:.2g} nats a token from {first:.2g} at first: the policy writes ever the same, "
+            f"the entropy fell to {now:.2g} nats per token from {first:.2g} at first: the policy writes ever the same, "
             "usually because nothing holds it near the reference or its steps are too large; try a higher "
             "ppo.module.kl_coef or a lower ppo.optimizer.lr"
         )

@@ -27,7 +27,7 @@ class HeldOut:
     Every process answers all held-out prompts with the same random numbers, so there is nothing to gather.
 
     Args:
-        samples: K, answers a prompt.
+        samples: K, answers per prompt.
     """
 
     wins: WinRate  # of the last validation
@@ -41,11 +41,11 @@ class HeldOut:
         """Forget the answers of the last validation."""
         self._policy: list[Compared] = []
         self._beside: list[Compared] = []  # the SFT model's, to the same prompts
-        self._kl: list[Tensor] = []  # (N,) nats an answer, against the SFT model
+        self._kl: list[Tensor] = []  # (N,) nats per answer, against the SFT model
         self._correct: list[Tensor] = []  # (N,) by the judge, of the policy's answers
 
     def add(self, collector: Collector, batch: PromptBatch, place: int, seeds: list[int]) -> None:
-        """Both models answer the prompts of batch number ``place``, from a seed an answer."""
+        """Both models answer the prompts of batch number ``place``, from a seed per answer."""
         prompts, policy = repeated(batch, self.samples), collector.policy
         answered = collector.answer(policy, prompts, seeds)
         grades = collector.grades(answered)

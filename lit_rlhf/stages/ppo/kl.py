@@ -22,9 +22,9 @@ class KLPenalty:
     estimator: Estimator = "k1"  # k1, k2, k3, or full: over the whole vocabulary
     in_loss: bool = False  # False: taken from the rewards, token by token; True: added to the loss
     adaptive: bool = False  # move the coefficient until the divergence is at the target
-    target: Annotated[float, Field(gt=0)] | None = None  # nats an answer
+    target: Annotated[float, Field(gt=0)] | None = None  # nats per answer
     horizon: Annotated[float, Field(gt=0)] = 1000.0  # episodes; the shorter, the faster the coefficient moves
-    stop: Annotated[float, Field(gt=0)] | None = None  # nats a token; a rollout's updates end beyond it
+    stop: Annotated[float, Field(gt=0)] | None = None  # nats per token; a rollout's updates end beyond it
 
     def __post_init__(self) -> None:
         if self.in_loss and self.estimator == "k1":
@@ -33,7 +33,7 @@ class KLPenalty:
                 "hold nothing back; take k2 (the gradient of KL(policy || reference)), full, or in_loss=false"
             )
         if self.adaptive and self.target is None:
-            raise UserError("ppo.kl.adaptive=true needs ppo.kl.target, in nats an answer (6 is a common value)")
+            raise UserError("ppo.kl.adaptive=true needs ppo.kl.target, in nats per answer (6 is a common value)")
 
 
 def logprob_and_entropy(temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:

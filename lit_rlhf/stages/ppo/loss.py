@@ -32,7 +32,7 @@ class KLPenaltyLoss(nn.Module):
     """PPO with an adaptive penalty for leaving the policy that sampled (arXiv:1707.06347, eq. 8).
 
     Args:
-        beta: its first coefficient, in reward units a nat; a buffer, so that a resumed run goes on with its own.
+        beta: its first coefficient, in reward units per nat; a buffer, so that a resumed run goes on with its own.
         target: nats a token that one rollout's updates should move the policy; None keeps ``beta``.
     """
 
@@ -47,6 +47,6 @@ class KLPenaltyLoss(nn.Module):
         return kl_penalty_loss(logprobs, old_logprobs, advantages, mask, self.beta)
 
     def adapt(self, kl: float) -> None:
-        """After a rollout's updates, which moved the policy by ``kl`` nats a token."""
+        """After a rollout's updates, which moved the policy by ``kl`` nats per token."""
         if self.target is not None:
             self.beta.fill_(adapted_beta(self.beta.item(), kl, self.target))

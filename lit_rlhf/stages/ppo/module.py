@@ -71,7 +71,7 @@ class PPOModule(LearnsFromRollouts):
         loss: ``(logprobs, old_logprobs, advantages, mask) -> loss`` of the policy, a mean over the actions.
         scoring: what an answer scores.
         kl: how the divergence from the reference is measured, held and paid for.
-        kl_coef: reward units a nat; the price of that divergence, or the first one where it is adaptive.
+        kl_coef: reward units per nat; the price of that divergence, or the first one where it is adaptive.
         reference: whether the reference follows the policy.
         action: "token": every token is an action; "answer": the whole answer is one.
         answers_per_prompt: K; a rollout holds K answers to each prompt of a batch.
@@ -86,8 +86,8 @@ class PPOModule(LearnsFromRollouts):
         ptx: makes the pretraining text, ``(tokenizer=...) -> PretrainingText``; not asked while ``ptx_coef`` is 0.
         ptx_coef: weight of the language-modelling loss on that text, per nat a token (InstructGPT, eq. 2).
         ptx_ratio: rows of that text an answer.
-        ppo_epochs: optimization epochs a rollout.
-        minibatch_size: answers an optimizer step and process.
+        ppo_epochs: optimization epochs per rollout.
+        minibatch_size: answers per optimizer step and process.
         micro_batch_size: answers in a pass through a model, with gradients (which add up to the minibatch's) or
             without; None: by :func:`lit_rlhf.models.tokens_at_once`.
         max_grad_norm: the gradients of policy and critic are clipped to it, each for itself.
@@ -313,7 +313,7 @@ class PPOModule(LearnsFromRollouts):
     # ------------------------------------------------------------- after it all
 
     def figures(self) -> dict[str, Any]:
-        """Headline figures; ``kl`` in nats an answer and the win rate against SFT, both on held-out prompts."""
+        """Headline figures; ``kl`` in nats per answer and the win rate against SFT, both on held-out prompts."""
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         judge = "gold" if self.gold_judge is not None else f"{self.scorer.name} (proxy)"
         return headline(metrics, self.progress, self.held_out.wins, self.scorer, judge, self.kl_coef.item())

@@ -65,7 +65,7 @@ def text_gradients(
 
 @torch.no_grad()
 def held_out_text_loss(policy: PreTrainedModel, text: PretrainingText, device: torch.device) -> Tensor:
-    """Mean loss on the held-out pretraining text, in nats a token."""
+    """Mean loss on the held-out pretraining text, in nats per token."""
     batches = [rows.to(device) for rows in text.val_dataloader()]
     losses = torch.stack([text_loss(policy, rows) * rows.labels.numel() for rows in batches])
     return losses.sum() / sum(rows.labels.numel() for rows in batches)

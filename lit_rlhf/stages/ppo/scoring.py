@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, scale_of
 from lit_rlhf.models import freeze, scores_of
-from lit_rlhf.stages.functions import name_of, resolve
+from lit_rlhf.stages.callables import name_of, resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
 
@@ -35,7 +35,7 @@ class Scoring:
 
     reward_model_weight: Annotated[float, Field(ge=0)] = 1.0  # 0: functions alone
     functions: str | Callable[..., Any] | Sequence[Any] = ()  # or their names, "module.function"
-    weights: Sequence[float] | None = None  # one a function; None: 1 each
+    weights: Sequence[float] | None = None  # one per function; None: 1 each
     scale: Literal["reference", "running", "none"] = "reference"  # whose standard deviation divides
     center: bool = False  # also subtract that mean; False: the mean is not moved
     clip: Annotated[float, Field(gt=0)] | None = None  # largest absolute score; None: no limit

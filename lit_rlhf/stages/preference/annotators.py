@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, load_reward_model, score_answers
-from lit_rlhf.stages.functions import Annotator, Ranks, name_of, resolve
+from lit_rlhf.stages.callables import Annotator, Ranks, name_of, resolve
 from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import load_tokenizer
@@ -125,7 +125,7 @@ class CallableAnnotator:
 
     Args:
         function: the callable or its name, ``"my_module.my_function"``.
-        batch_size: prompts a call; None: all that come together.
+        batch_size: prompts per call; None: all that come together.
         concurrency: calls of an ``async`` function that wait at the same time.
     """
 

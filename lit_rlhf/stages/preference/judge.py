@@ -21,7 +21,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.functions import Ranks
+from lit_rlhf.stages.callables import Ranks
 from lit_rlhf.stages.preference.annotators import place, ranks_of, run_async
 from lit_rlhf.text.records import Messages, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens, check

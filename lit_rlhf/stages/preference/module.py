@@ -1,4 +1,4 @@
-"""Preference collection: K answers a prompt, by one or several models, ranked by an annotator."""
+"""Preference collection: K answers per prompt, by one or several models, ranked by an annotator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError, Waiting, say_once
 from lit_rlhf.models import context_length, freeze
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
-from lit_rlhf.stages.functions import Annotator, with_tools
+from lit_rlhf.stages.callables import Annotator, with_tools
 from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
 from lit_rlhf.stages.preference.journal import Journal

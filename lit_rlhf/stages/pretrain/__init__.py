@@ -12,13 +12,13 @@ STAGE = Stage(
     in_pipeline=True,
     replaced_by_checkpoint=True,
     panels=(
-        loss_panel("pretrain", "nats a token"),
+        loss_panel("pretrain", "nats per token"),
         Panel("Loss on the old text", "nats per token", {"val/pretrain/old_loss": "watched, not trained on"}),
         rate_panel("pretrain"),
     ),
     model=("base", "Base"),
     note="loss {val_loss:change}",
-    headline="Pretraining ended at a held-out loss of **{val_loss}** nats a token[, from {val_loss_first} at first].",
-    cards=(Card("Pretraining loss", "{val_loss:change}", "nats a token, held out"),),
+    headline="Pretraining ended at a held-out loss of **{val_loss}** nats per token[, from {val_loss_first} at first].",
+    cards=(Card("Pretraining loss", "{val_loss:change}", "nats per token, held out"),),
 )
 __getattr__, __all__ = exports(STAGE)

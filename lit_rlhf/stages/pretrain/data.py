@@ -53,8 +53,8 @@ class PretrainDataModule(FileDataModule):
         weights: share of each file in what is read, of any sum; None reads each in proportion to its size.
         old_path: one or several files of the kind of text that a checkpoint was trained on. Nothing is learned from
             them: validation computes their loss too, which shows what is forgotten. None: there are none.
-        block_size: tokens a row (T); documents follow each other with end-of-text between them.
-        batch_size: rows a process and step (B).
+        block_size: tokens per row (T); documents follow each other with end-of-text between them.
+        batch_size: rows per process and step (B).
         held_out: fraction of each source's end that is kept for validation (documents; of a single one, text).
         seed: order and offsets of the rows.
         limit: at most so many documents of each source, to try things out; None: all.

@@ -19,7 +19,7 @@ STAGE = Stage(
         RoundFigure("Reward model, gold pairs right", "%", "gold_accuracy"),
     ),
     panels=(
-        loss_panel("reward", "nats a pair"),
+        loss_panel("reward", "nats per pair"),
         accuracy_panel("reward"),
         Panel("Margin, preferred \N{MINUS SIGN} other", "logits", {"reward/margin": "training"}),
         rate_panel("reward"),

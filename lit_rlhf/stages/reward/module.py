@@ -62,7 +62,7 @@ class RewardModule(StepLog):
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
-        lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats a token), which keeps
+        lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats per token), which keeps
             what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
             its input embedding, or whose family puts more between states and logits, goes without.
         margin: what the scores of two answers must differ by, for each rank between them.

@@ -14,11 +14,11 @@ STAGE = Stage(
     trains_on_prompts=True,
     skipped_for_checkpoint=True,
     learns_from=("write",),
-    panels=(loss_panel("sft", "nats a response token"), rate_panel("sft")),
+    panels=(loss_panel("sft", "nats per response token"), rate_panel("sft")),
     model=("sft", "SFT"),
     note="loss {val_loss:change}",
     headline="Supervised fine-tuning ended at a held-out loss of **{val_loss}** nats an answer's token"
     "[, from {val_loss_first} at first].",
-    cards=(Card("SFT loss", "{val_loss:change}", "nats a token, held out"),),
+    cards=(Card("SFT loss", "{val_loss:change}", "nats per token, held out"),),
 )
 __getattr__, __all__ = exports(STAGE)

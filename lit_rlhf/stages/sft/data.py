@@ -36,7 +36,7 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
     Args:
         path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: one that is ready, or a function that trains one on the demonstrations.
-        batch_size: dialogues a process and step; one whose template rewrites earlier turns counts once per turn.
+        batch_size: dialogues per process and step; one whose template rewrites earlier turns counts once per turn.
         max_length: tokens; longer dialogues are handled as ``on_long`` says, and counted.
         on_long: "skip" leaves them out, "cut" keeps their first ``max_length`` tokens.
         packing: lay dialogues one after another (they do not see each other); False: pad all of a batch to its longest.

@@ -59,7 +59,7 @@ class SFTModule(StepLog):
         return [FitContext()]
 
     def loss(self, batch: SFTBatch) -> Tensor:
-        """Mean loss in nats a response token, over the whole optimizer step's tokens."""
+        """Mean loss in nats per response token, over the whole optimizer step's tokens."""
         hidden = packed_hidden(self.policy, batch.packed, at=batch.learned - 1)  # the token before predicts
         logprobs = token_logprobs_of(self.policy, hidden, batch.packed.tokens[batch.learned])
         return -logprobs.sum() / batch.normalizer

@@ -16,6 +16,17 @@ from lit_rlhf.text.records.files import (
     read_records,
     write_jsonl,
 )
+from lit_rlhf.text.records.labelled import (
+    Labelled,
+    LabelledText,
+    MultipleChoice,
+    OpenQuestion,
+    Similarity,
+    Task,
+    parse_labelled,
+    parse_task,
+    task_prompt,
+)
 from lit_rlhf.text.records.messages import (
     Message,
     Messages,
@@ -28,17 +39,6 @@ from lit_rlhf.text.records.messages import (
 from lit_rlhf.text.records.prompts import PromptRecord, parse_prompt, parse_prompt_record, parse_text
 from lit_rlhf.text.records.rankings import Ranking, parse_ranking
 from lit_rlhf.text.records.split import Moved, is_held_out, prompt_fingerprint, prompt_key, split_by_prompt
-from lit_rlhf.text.records.tasks import (
-    Labelled,
-    LabelledText,
-    MultipleChoice,
-    OpenQuestion,
-    Similarity,
-    Task,
-    parse_labelled,
-    parse_task,
-    task_prompt,
-)
 
 __all__ = [
     "Demonstration",

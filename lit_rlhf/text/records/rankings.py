@@ -109,8 +109,8 @@ def _ranks(row: dict[str, Any], count: int) -> list[int]:
 
 def _points(values: Any, count: int) -> list[float]:
     if not isinstance(values, list) or len(values) != count:
-        raise ValueError(f"'scores' is {short(values)}; a list of {count} numbers, one a response, was expected")
-    return [number(value, "scores", "a number a response") for value in values]
+        raise ValueError(f"'scores' is {short(values)}; a list of {count} numbers, one per response, was expected")
+    return [number(value, "scores", "a number per response") for value in values]
 
 
 def _margins(ranks: list[int], points: list[float], scale: float) -> list[float]:
@@ -136,7 +136,7 @@ def _given_margin(row: dict[str, Any], ranks: list[int]) -> list[float]:
 def _lineage(row: dict[str, Any], count: int) -> dict[str, Any]:
     for name in PER_ANSWER:
         if name in row and (not isinstance(row[name], list) or len(row[name]) != count):
-            raise ValueError(f"'{name}' is {short(row[name])}; a list of {count}, one a response, was expected")
+            raise ValueError(f"'{name}' is {short(row[name])}; a list of {count}, one per response, was expected")
     return {key: row[key] for key in LINEAGE if key in row}
 
 

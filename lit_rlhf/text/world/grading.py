@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_rlhf.text.world.expected import STORY_ORDER, Wanted, wanted
 from lit_rlhf.text.world.facts import Claim, Facts, sum_key
 from lit_rlhf.text.world.language import IT, Reader, Sentence, split_sentences
 from lit_rlhf.text.world.questions import Meaning
-from lit_rlhf.text.world.wanted import STORY_ORDER, Wanted, wanted
 
 CORRECT, COMPLETE, POLITE = 3.0, 1.0, 1.0  # gold points
 EXCESS, UNPARSED, TRUNCATED = 0.5, 1.5, 1.0  # gold points off, a sentence or an answer
@@ -148,7 +148,7 @@ class _Tally:
         if correct is None:
             correct, unparsed = 0.0, 1
         complete = float(correct == 1 and not truncated)
-        polite = -1.0 if self.rude else float(self.courteous and not self.gave_up)  # "Sure!" does not mend giving up
+        polite = -1.0 if self.rude else float(self.courteous and not self.gave_up)  # "Sure!" and giving up: 0
         gold = CORRECT * correct + COMPLETE * complete + POLITE * polite
         gold -= EXCESS * excess + UNPARSED * unparsed + TRUNCATED * truncated
         return Grade(gold, correct, complete, polite, excess, unparsed, truncated)

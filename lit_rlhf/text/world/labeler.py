@@ -13,7 +13,7 @@ from lit_rlhf.text.world.world import World
 class SimulatedLabeler:
     """Ranks answers by Plackett-Luce: utility = gold + length_bias * words, plus Gumbel noise of scale `temperature`.
 
-    temperature: in gold points; 0 ranks by utility alone; length_bias: gold points a word. The noise depends on the
+    temperature: in gold points; 0 ranks by utility alone; length_bias: gold points per word. The noise depends on the
     seed, the prompt, the answer and its place among the answers only, so a collection that is resumed ranks alike."""
 
     def __init__(self, world: World, temperature: float = 0.55, length_bias: float = 0.0, seed: int = 0) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from lit_rlhf.apps.chat.conversation import Conversation
 from lit_rlhf.apps.chat.terminal import Terminal
-from lit_rlhf.apps.wording import printable
+from lit_rlhf.apps.display import printable
 
 
 def session(conversation: Conversation, *lines: str) -> list[str]:
@@ -85,7 +85,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(converse):
     talk = converse("ppo")
     sink = Interrupting()
     Terminal(talk, io.StringIO("Who are you?\n/tokens 3\n"), sink).run()
-    assert "[stopped]\nyou: /tokens 3\n[up to 3 tokens an answer]" in sink.getvalue()
+    assert "[stopped]\nyou: /tokens 3\n[up to 3 tokens per answer]" in sink.getvalue()
     assert [m["role"] for m in talk.messages] == ["user", "assistant"]
 
 

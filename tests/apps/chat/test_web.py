@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from lit_rlhf.apps.chat.assistant import Assistant
-from lit_rlhf.apps.wording import printable
+from lit_rlhf.apps.display import printable
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollouts import Sampling
 
@@ -156,7 +156,7 @@ def test_a_person_talks_stops_regenerates_rates_saves_and_loads(converse, judgem
     wait(lambda: bubbles(tab, "user") == [HOSTILE])
     ask(tab, "long " * 300)
     wait(lambda: "too long" in tab.inner_text("#notice"))
-    assert tab.input_value("#box textarea").startswith("long long")  # to be mended
+    assert tab.input_value("#box textarea").startswith("long long")  # to be corrected
 
 
 def test_two_answers_side_by_side_blind(converse, judgements, serve, visit):

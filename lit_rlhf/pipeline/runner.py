@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lit_rlhf.apps.reading import newest, round_folders
 from lit_rlhf.apps.report import write_report
+from lit_rlhf.apps.run_reader import newest, round_folders
 from lit_rlhf.errors import UserError, is_main_process
 from lit_rlhf.pipeline.folder import (
     StageFolder,

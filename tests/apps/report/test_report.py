@@ -8,8 +8,8 @@ import pytest
 
 from lit_rlhf.apps import write_report
 from lit_rlhf.apps.charts import frontier
-from lit_rlhf.apps.reading import load_run
-from lit_rlhf.apps.samples import answers
+from lit_rlhf.apps.report.samples import answers
+from lit_rlhf.apps.run_reader import load_run
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.stage import all_stages
 
@@ -171,7 +171,7 @@ def test_a_whole_run(tmp_path):
     assert "The judge prefers PPO's answers to SFT's in 74.1% of comparisons (95% interval 71.0–77.2%)" in page.text
     assert "Best of 8 vs SFT 65.4%" in page.text
     assert "Seed 17" in page.text and "6 min 7 s in all" in page.text  # six stages of 61.2 s
-    assert "KL to SFT nats an answer 2.19 2.19 2.19" in page.text
+    assert "KL to SFT nats per answer 2.19 2.19 2.19" in page.text
     assert "1,536,000" in page.text and "4,321" in page.text
     assert "proxy" not in page.text.lower()
 
@@ -236,7 +236,7 @@ def test_ppo_from_another_run(tmp_path):
     write_ppo(tmp_path)
     page = report(tmp_path)
     assert "PPO vs SFT 74.1% 71.0% – 77.2%" in page.text
-    assert "1.43 nats an answer" in page.text
+    assert "1.43 nats per answer" in page.text
     assert "2,048 episodes" in page.text
 
 

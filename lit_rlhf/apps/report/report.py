@@ -2,19 +2,19 @@
 
 Python works out what is shown and where; ``report.html.jinja`` beside this file draws it (``page.py``).
 
-``reading.py`` reads the run's folder, ``wording.py`` has the names, units and numbers, and the parts of the page are
-worked out in ``road.py`` (the stages), ``results.py`` (how models compare), ``labels.py`` (classification, few-shot),
-``charts.py`` and ``samples.py``."""
+``run_reader.py`` reads the run's folder, ``display.py`` has the names, units and numbers. The parts of the page are
+worked out in ``overview.py`` (the stages), ``comparison.py`` (how models compare), ``calibration.py`` (the reward
+model), ``classification.py`` (classification, few-shot), ``charts.py`` and ``samples.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lit_rlhf.apps.charts import draw, frontier, panels
-from lit_rlhf.apps.labels import by_shots, confusion
 from lit_rlhf.apps.page import render, write_page
-from lit_rlhf.apps.reading import Run, load_run
-from lit_rlhf.apps.results import (
+from lit_rlhf.apps.report.calibration import calibration_chart, groups
+from lit_rlhf.apps.report.classification import by_shots, confusion
+from lit_rlhf.apps.report.comparison import (
     by_kind,
     cards,
     changes,
@@ -27,9 +27,9 @@ from lit_rlhf.apps.results import (
     scorer_of,
     win_rates,
 )
-from lit_rlhf.apps.road import data_table, road, stage_figures
-from lit_rlhf.apps.samples import answers, timelines
-from lit_rlhf.apps.trust import calibration_chart, groups
+from lit_rlhf.apps.report.overview import data_table, road, stage_figures
+from lit_rlhf.apps.report.samples import answers, timelines
+from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.stages.stage import all_stages
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import DATA, FIGURES, figure, number, said
+from lit_rlhf.apps.display import DATA, FIGURES, figure, number, said
+from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
 
 

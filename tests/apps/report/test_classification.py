@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lit_rlhf.apps import write_few_shot, write_report
-from lit_rlhf.apps.labels import by_shots, confusion
+from lit_rlhf.apps.report.classification import by_shots, confusion
 from lit_rlhf.errors import UserError
 
 CLASSIFY = {

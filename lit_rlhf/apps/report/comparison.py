@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import tick_step, ticks
-from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import MEASURES, figure, model_name, number, percent, said
+from lit_rlhf.apps.display import MEASURES, figure, model_name, number, percent, said
+from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.stages.stage import SFT_STD, all_stages
 
 PROXY = " (proxy)"  # behind the name of what scores where there is no judge
@@ -124,7 +124,7 @@ def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
     evaluated = _at(figures, "evaluate.models.ppo.kl")  # a later round's PPO began elsewhere
     kl = ppo.get("kl") if evaluated is None else evaluated
     if ppo and kl is not None:
-        yield Card("KL to SFT", number(kl), "nats an answer, after PPO")
+        yield Card("KL to SFT", number(kl), "nats per answer, after PPO")
     if ppo.get("score_last") is not None and "evaluate" not in figures:
         unit = ppo.get("score_unit", SFT_STD)
         score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"

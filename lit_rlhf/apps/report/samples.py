@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from lit_rlhf.apps.wording import model_name, number
+from lit_rlhf.apps.display import model_name, number
 
 ANSWERS_SHOWN = 12  # prompts side by side
 STEPS_SHOWN = 6  # of the samples through training

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Line
-from lit_rlhf.apps.reading import Run
-from lit_rlhf.apps.wording import number
+from lit_rlhf.apps.display import number
+from lit_rlhf.apps.run_reader import Run
 
 GROUPS = {  # of done.json: what they are called
     "kind": "Kind of prompt",

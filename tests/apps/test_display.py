@@ -1,7 +1,7 @@
 # ruff: noqa: RUF001  the page's minus signs and dashes are meant
 import pytest
 
-from lit_rlhf.apps.wording import duration, number, percent, printable, said
+from lit_rlhf.apps.display import duration, number, percent, printable, said
 
 
 @pytest.mark.parametrize(

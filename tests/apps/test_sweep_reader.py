@@ -1,6 +1,6 @@
 import json
 
-from lit_rlhf.apps.jobs import load_jobs, varied
+from lit_rlhf.apps.sweep_reader import load_jobs, varied
 
 
 def write_job(sweep, name, overrides, **record):
