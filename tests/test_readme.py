@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import fitted_settings
-from lit_rlhf.pipeline.settings import check_settings, hydra_settings, sweep_jobs
+from lit_rlhf.pipeline.settings import check_settings, hydra_settings, opened, sweep_jobs
+from lit_rlhf.stages.stage import all_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,11 +62,15 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("arguments", everywhere(), ids=" ".join)
-def test_command_composes(arguments, tmp_path, monkeypatch):
+def test_command_composes(arguments, tmp_path, monkeypatch, request):
     """Settings exist and are of the right type and range; the files that a command names are placeholders."""
     monkeypatch.chdir(tmp_path)
     register_resolvers()
-    options, overrides = split_options(arguments)
+    options, overrides = split_options(opened(arguments))
+    if any("copycat" in word for word in overrides):  # docs/stages.md's stage of another distribution
+        monkeypatch.syspath_prepend(ROOT / "tests/pipeline/outside")
+        all_stages.cache_clear()
+        request.addfinalizer(all_stages.cache_clear)
     if "--config-dir" in options:  # the user's own annotator; the world's stands in for it
         own = tmp_path / options["--config-dir"] / "preference/annotator/mine.yaml"
         own.parent.mkdir(parents=True)
