@@ -27,7 +27,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import next_token_logits, packed_hidden, response_positions
 from lit_rlhf.models.policy import packs
-from lit_rlhf.rollouts import Sampling, generate
+from lit_rlhf.rollouts import Sampling, draw_seeds, generate
 from lit_rlhf.rollouts.decoder import WholeDecoder
 from lit_rlhf.rollouts.fast import _decoder
 from lit_rlhf.text.packing import Packed, pack
@@ -161,11 +161,11 @@ def examine(architecture: str, model: PreTrainedModel) -> Row:
 def sampled(row: Row, model: PreTrainedModel) -> None:
     """Fill in what is sampled."""
     prompts = [text[:-1] for text in TEXTS]
-    ends = {"eos_id": -7, "pad_id": 0, "generator": torch.Generator().manual_seed(0)}
+    ends = {"eos_id": -7, "pad_id": 0, "seeds": draw_seeds(len(prompts), torch.Generator().manual_seed(0))}
     drawn = generate(model, prompts, Sampling(max_new_tokens=6), **ends)
     whole = [prompt + answer for prompt, answer in zip(prompts, drawn.token_lists())]
     own = [of_text(model(input_ids=torch.tensor([text]), use_cache=False).logits[0], text)[-6:] for text in whole]
-    way = OWN_WAY if isinstance(_decoder(model, 4, CONTEXT, 0, True, False), WholeDecoder) else EQUAL
+    way = OWN_WAY if isinstance(_decoder(model, 4, CONTEXT, 0, False), WholeDecoder) else EQUAL
     row.sampled_logprobs = compared(list(drawn.logprobs), own, way)
     greedy = generate(model, prompts, Sampling(max_new_tokens=6, temperature=0.0), **ends).tokens
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -87,9 +87,11 @@ def write_plan(cfg: DictConfig) -> Plan:
                 reason = users_mistake(error)
                 if reason is None and not isinstance(error, (RuntimeError, NotImplementedError)):
                     raise
+                if isinstance(reason, MissingSetting) and not plan.stages:
+                    raise reason from None  # what no stage can do without
                 said = str(reason or f"{type(error).__name__}: {error}").replace(folder, str(cfg.paths.run_dir))
                 plan.unplanned[name] = said.splitlines()[0][:300]
-                wrong += [] if isinstance(reason, MissingSetting) and plan.stages else [name]
+                wrong += [] if isinstance(reason, MissingSetting) else [name]
     if plan.stages:
         path = Path(cfg.paths.run_dir) / "plan.json"
         path.parent.mkdir(parents=True, exist_ok=True)

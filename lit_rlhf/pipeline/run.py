@@ -142,7 +142,8 @@ def make_module(
     """The module of a stage, with its models; ``without_values``: on ``meta``, for a dry run."""
     with torch.device("meta") if without_values else nullcontext():
         models = load_models(name, settings, data.tokenizer)
-    module: StageModule = instantiate(settings.module, **models, **data.for_module(), _convert_="all")
+    make = instantiate(settings.module, **models, _partial_=True, _convert_="all")
+    module: StageModule = make(**data.for_module())  # not through Hydra, which makes dictionaries of records
     check_contract(module, StageModule, f"{name}.module")
     if "samples_every" in settings:
         check_contract(module, WritesSamples, f"{name}.module")

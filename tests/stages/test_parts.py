@@ -56,7 +56,8 @@ def stage(norms_in_float64, world, tokenizer, policy, reward_model, optimizer, t
         kind = {"pretrain": PretrainModule, "sft": SFTModule, "dpo": DPOModule, "classify": ClassifyModule}[name]
         model = copy.deepcopy(start)
         model.resize_token_embeddings(len(own), mean_resizing=False)
-        return kind(model, own, optimizer=optimizer), data
+        takes = {"labels": data.for_module()["labels"]} if name == "classify" else {}
+        return kind(model, own, **takes, optimizer=optimizer), data
 
     return make
 
