@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate, Scoring
+from lit_rlhf.training import adamw
 
 PLAIN = {  # rewards are the penalty alone, and advantages take nothing away from it
     "advantage": MonteCarlo(), "whiten": False,
@@ -142,6 +144,25 @@ def test_updates_end_where_the_policy_has_moved_too_far(ppo, train):
     assert kls[0] < 1e-6 < kls[1] and kls[2] < 1e-6 < kls[3]
     assert (int(stopped.iteration), int(stopped.progress.episodes)) == (2, 16)
     assert len(train(ppo(ppo_epochs=3, kl=KLPenalty(stop=100.0)), iterations=2).updates) == 12
+
+
+# ---------------------------------------------------------------------------- budget
+
+
+FREE = {"kl_coef": 0.0, "optimizer": partial(adamw, lr=3e-3)}  # nothing holds the policy
+
+
+def test_training_ends_with_the_rollout_that_has_used_up_its_budget(ppo, train, capsys):
+    """Validated as after a last iteration: what is exported is what was measured."""
+    endless = train(ppo(**FREE), iterations=6)
+    kls = endless.logged["ppo/kl"]
+    budget = max(kls[:4])  # reached by the fourth rollout at the latest
+    last = next(i for i, kl in enumerate(kls) if kl >= budget)
+    capsys.readouterr()
+    ended = train(ppo(**FREE, kl=KLPenalty(budget=budget - 1e-6)), iterations=6)
+    assert int(ended.iteration) == last + 1 and "val/ppo/kl" in ended.trainer.callback_metrics
+    assert f"ppo.kl.budget is {budget - 1e-6:g}: training ends here" in capsys.readouterr().out
+    assert int(train(ppo(**FREE, kl=KLPenalty(budget=1e3)), iterations=6).iteration) == 6
 
 
 # ------------------------------------------------------------------- moving reference

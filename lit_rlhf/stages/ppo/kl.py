@@ -25,6 +25,7 @@ class KLPenalty:
     target: Annotated[float, Field(gt=0)] | None = None  # nats per answer
     horizon: Annotated[float, Field(gt=0)] = 1000.0  # episodes; the shorter, the faster the coefficient moves
     stop: Annotated[float, Field(gt=0)] | None = None  # nats per token; a rollout's updates end beyond it
+    budget: Annotated[float, Field(gt=0)] | None = None  # nats per answer; training ends where a rollout reaches it
 
     def __post_init__(self) -> None:
         if self.in_loss and self.estimator == "k1":

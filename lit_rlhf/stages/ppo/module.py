@@ -222,8 +222,9 @@ class PPOModule(LearnsFromRollouts):
         self._log_rollout(rollout, statistics)
         updates = self._optimize(rollout, seeded(self.seed, int(self.iteration), ORDER))
         self.iteration += 1
-        means = self._log_updates(rollout, updates)
-        self._adapt(rollout, means)
+        means, kl = self._log_updates(rollout, updates), self._mean(statistics["kl"]).item()
+        self._adapt(rollout, means, kl)
+        self._end_at_budget(kl)
 
     def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
         """A rollout and a micro-batch of it, by models without values."""
@@ -237,16 +238,24 @@ class PPOModule(LearnsFromRollouts):
         if self.ptx is not None:
             meter.learn(self, lambda: text_loss(self.policy, self.text_parts(0)[0]), in_parts=True)
 
-    def _adapt(self, rollout: Rollout, means: dict[str, Tensor]) -> None:
+    def _adapt(self, rollout: Rollout, means: dict[str, Tensor], kl: float) -> None:
         """What follows the policy from iteration to iteration: coefficients, where a step was taken, and reference."""
         if means and self.kl.adaptive and self.kl.target is not None:
-            kl = self._mean(self.trainer.callback_metrics["ppo/kl"].to(self.device)).item()
             episodes = len(rollout) * self.trainer.world_size
             self.kl_coef.fill_(adapted_kl_coef(self.kl_coef.item(), kl, self.kl.target, episodes, self.kl.horizon))
         if means and isinstance(self.loss, KLPenaltyLoss):
             self.log("ppo/beta", self.loss.beta.clone())
             self.loss.adapt(self._mean(means["ppo/approx_kl"]).item())
         self.reference.follow(self.policy, int(self.iteration))
+
+    def _end_at_budget(self, kl: float) -> None:
+        """Training ends, as if this had been the last iteration, where answers have moved as far as they may."""
+        if self.kl.budget is not None and kl >= self.kl.budget:
+            self.print(
+                f"  ppo: the answers of iteration {int(self.iteration)} are {kl:.1f} nats from the reference and "
+                f"ppo.kl.budget is {self.kl.budget:g}: training ends here"
+            )
+            self.trainer.should_stop = True
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = decay_groups(self.policy)
