@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
-from trl.experimental.ppo.ppo_trainer import masked_mean as trl_masked_mean
-from trl.experimental.ppo.ppo_trainer import masked_whiten as trl_masked_whiten
+from trl.experimental.ppo.ppo_trainer import masked_mean as trl_masked_mean, masked_whiten as trl_masked_whiten
 from trl.experimental.utils import first_true_indices
 
 from lit_rlhf.functional import (

@@ -9,8 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lit_rlhf.pipeline.folder import lineage, read_json, write_text
-from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED
-from lit_rlhf.pipeline.trained_prompts import trained_stages
+from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED, trained_stages
 from lit_rlhf.text.records import Moved
 
 FILE = "split.json"

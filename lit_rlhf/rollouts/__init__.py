@@ -1,37 +1,24 @@
 """Drawing responses from a policy: the engine's protocol, and engines."""
 
 from lit_rlhf.rollouts.engine import (
-    Ended,
-    Engine,
-    Request,
-    Response,
-    Responses,
-    Sampling,
-    draw_seeds,
-    sample,
-    side_by_side,
+    Ended as Ended,
+    Engine as Engine,
+    Request as Request,
+    Response as Response,
+    Responses as Responses,
+    Sampling as Sampling,
+    draw_seeds as draw_seeds,
+    sample as sample,
+    side_by_side as side_by_side,
 )
-from lit_rlhf.rollouts.fast import FastEngine, Growing, answer_texts, fitted, generate, rows_that_fit, stream
-from lit_rlhf.rollouts.transformers import TransformersEngine
-from lit_rlhf.rollouts.vllm import VLLMEngine
-
-__all__ = [
-    "Ended",
-    "Engine",
-    "FastEngine",
-    "Growing",
-    "Request",
-    "Response",
-    "Responses",
-    "Sampling",
-    "TransformersEngine",
-    "VLLMEngine",
-    "answer_texts",
-    "draw_seeds",
-    "fitted",
-    "generate",
-    "rows_that_fit",
-    "sample",
-    "side_by_side",
-    "stream",
-]
+from lit_rlhf.rollouts.fast import (
+    FastEngine as FastEngine,
+    Growing as Growing,
+    answer_texts as answer_texts,
+    fitted as fitted,
+    generate as generate,
+    rows_that_fit as rows_that_fit,
+    stream as stream,
+)
+from lit_rlhf.rollouts.transformers import TransformersEngine as TransformersEngine
+from lit_rlhf.rollouts.vllm import VLLMEngine as VLLMEngine

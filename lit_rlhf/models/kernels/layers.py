@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.activations import GELUTanh as PlainGELU
-from transformers.activations import NewGELUActivation
+from transformers.activations import GELUTanh as PlainGELU, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.kernels.gelu import GELUTanh

@@ -2,85 +2,58 @@
 
 A prompt is always kept as messages (one or several turns). Every bad record is named by file, line and reason."""
 
-from lit_rlhf.text.records.demonstrations import Demonstration, parse_demonstration
-from lit_rlhf.text.records.feedback import Feedback, parse_feedback, rankings_of_feedback
-from lit_rlhf.text.records.fields import Row
+from lit_rlhf.text.records.demonstrations import (
+    Demonstration as Demonstration,
+    parse_demonstration as parse_demonstration,
+)
+from lit_rlhf.text.records.feedback import (
+    Feedback as Feedback,
+    parse_feedback as parse_feedback,
+    rankings_of_feedback as rankings_of_feedback,
+)
+from lit_rlhf.text.records.fields import Row as Row
 from lit_rlhf.text.records.files import (
-    Loaded,
-    OnBadRecord,
-    Seen,
-    bad_record,
-    files_of,
-    load_records,
-    read_pieces,
-    read_records,
-    write_jsonl,
+    Loaded as Loaded,
+    OnBadRecord as OnBadRecord,
+    Seen as Seen,
+    bad_record as bad_record,
+    files_of as files_of,
+    load_records as load_records,
+    read_pieces as read_pieces,
+    read_records as read_records,
+    write_jsonl as write_jsonl,
 )
 from lit_rlhf.text.records.labelled import (
-    Labelled,
-    LabelledText,
-    MultipleChoice,
-    OpenQuestion,
-    Similarity,
-    Task,
-    parse_labelled,
-    parse_task,
-    task_prompt,
+    Labelled as Labelled,
+    LabelledText as LabelledText,
+    MultipleChoice as MultipleChoice,
+    OpenQuestion as OpenQuestion,
+    Similarity as Similarity,
+    Task as Task,
+    parse_labelled as parse_labelled,
+    parse_task as parse_task,
+    task_prompt as task_prompt,
 )
 from lit_rlhf.text.records.messages import (
-    Message,
-    Messages,
-    is_learned,
-    parse_messages,
-    parse_transcript,
-    shown,
-    text_of,
+    Message as Message,
+    Messages as Messages,
+    is_learned as is_learned,
+    parse_messages as parse_messages,
+    parse_transcript as parse_transcript,
+    shown as shown,
+    text_of as text_of,
 )
-from lit_rlhf.text.records.prompts import PromptRecord, parse_prompt, parse_prompt_record, parse_text
-from lit_rlhf.text.records.rankings import Ranking, parse_ranking
-from lit_rlhf.text.records.split import Moved, is_held_out, prompt_fingerprint, prompt_key, split_by_prompt
-
-__all__ = [
-    "Demonstration",
-    "Feedback",
-    "Labelled",
-    "LabelledText",
-    "Loaded",
-    "Message",
-    "Messages",
-    "Moved",
-    "MultipleChoice",
-    "OnBadRecord",
-    "OpenQuestion",
-    "PromptRecord",
-    "Ranking",
-    "Row",
-    "Seen",
-    "Similarity",
-    "Task",
-    "bad_record",
-    "files_of",
-    "is_held_out",
-    "is_learned",
-    "load_records",
-    "parse_demonstration",
-    "parse_feedback",
-    "parse_labelled",
-    "parse_messages",
-    "parse_prompt",
-    "parse_prompt_record",
-    "parse_ranking",
-    "parse_task",
-    "parse_text",
-    "parse_transcript",
-    "prompt_fingerprint",
-    "prompt_key",
-    "rankings_of_feedback",
-    "read_pieces",
-    "read_records",
-    "shown",
-    "split_by_prompt",
-    "task_prompt",
-    "text_of",
-    "write_jsonl",
-]
+from lit_rlhf.text.records.prompts import (
+    PromptRecord as PromptRecord,
+    parse_prompt as parse_prompt,
+    parse_prompt_record as parse_prompt_record,
+    parse_text as parse_text,
+)
+from lit_rlhf.text.records.rankings import Ranking as Ranking, parse_ranking as parse_ranking
+from lit_rlhf.text.records.split import (
+    Moved as Moved,
+    is_held_out as is_held_out,
+    prompt_fingerprint as prompt_fingerprint,
+    prompt_key as prompt_key,
+    split_by_prompt as split_by_prompt,
+)
