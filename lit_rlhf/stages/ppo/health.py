@@ -43,6 +43,7 @@ class Limits:
     first_ratio: Positive = 1e-3  # |ratio - 1| before a rollout's first step
     first_ratio_half: Positive = 0.5  # the same in half precision
     first_kl: Positive = 1e-3  # nats per token, before a rollout's first step
+    first_kl_half: Positive = 1e-2  # the same in half precision
     approx_kl: Positive = 0.05  # nats a token that a rollout's updates move the policy
     chance: Share = 1e-6  # of a negative KL being mere chance
     entropy: Share = 0.25  # of what it was at first
@@ -340,7 +341,8 @@ class HealthWatch(Callback):
 
     def _limits_in(self, precision: str) -> Limits:
         half = not precision.startswith(("32", "64"))
-        return replace(self.limits, first_ratio=self.limits.first_ratio_half) if half else self.limits
+        limits = self.limits
+        return replace(limits, first_ratio=limits.first_ratio_half, first_kl=limits.first_kl_half) if half else limits
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self.iterations and HELD_OUT in trainer.callback_metrics:
