@@ -7,92 +7,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
-from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
+from lit_rlhf.stages.stage import GRADES, all_stages
 
 COLOURED = ("base", "prompted", "sft", "ppo", "dpo", "best_of_n")  # models with a colour of their own
-MEASURES = {  # of a model in evaluation: what it is called, its unit
-    "gold": ("Gold grade", "points"),
-    "correct": ("Correctness", GRADES),
-    "right": ("Fully right", "%"),
-    "greedy_right": ("Fully right, greedy", "%"),
-    "polite": ("Politeness", GRADES),
-    "score": ("Reward model's score", SFT_STD),
-    "kl": ("KL to SFT", "nats per answer"),
-    "entropy": ("Entropy", "nats per token"),
-    "words": ("Length", "words"),
-    "distinct_1": ("Distinct words", "%"),
-    "distinct_2": ("Distinct pairs of words", "%"),
-    "self_similarity": ("Self-similarity", "0 to 1"),
-    "different": ("Different answers", "%"),
-    "perplexity": ("Perplexity of text", "a token"),
-}
-FIGURES = {  # of a stage, in done.json: what they are called, their unit
-    "val_loss_first": ("held-out loss at first", ""),
-    "val_loss": ("held-out loss at the end", ""),
-    "old_loss_first": ("loss on the old text at first", ""),
-    "old_loss": ("loss on the old text at the end", ""),
-    "tokens": ("tokens read", ""),
-    "rankings": ("rankings", ""),
-    "answers": ("answers", ""),
-    "pairs": ("pairs with a winner", ""),
-    "ties": ("tied pairs", ""),
-    "words": ("words per answer", ""),
-    "cut_off": ("answers cut off", ""),
-    "equal": ("equal answers dropped", ""),
-    "left_out": ("prompts left with one answer", ""),
-    "unjudged": ("prompts whose answers nobody ranked", ""),
-    "agreement": ("agreement with gold", "%"),
-    "annotators": ("annotators of the same pairs", ""),
-    "pairs_shared": ("pairs that several judged", ""),
-    "annotators_agree": ("pairs on which two agree", "%"),
-    "alpha": ("Krippendorff's alpha", ""),
-    "kappa": ("Cohen's kappa", ""),
-    "judge_verdicts": ("verdicts of the judge", ""),
-    "judge_nonsense": ("replies without a verdict", ""),
-    "val_accuracy": ("held-out pairs right", "%"),
-    "gold_accuracy": ("gold pairs right", "%"),
-    "val_pairs": ("held-out pairs", ""),
-    "calibration_error": ("calibration error", "%"),
-    "gold_calibration_error": ("calibration error, by gold", "%"),
-    "length_correlation": ("correlation of score and length", ""),
-    "annotator_length_correlation": ("annotator's: of rank and length", ""),
-    "bag_of_words_accuracy": ("bag of words", "%"),
-    "score_first": ("score at first", SFT_STD),
-    "score_last": ("score at the end", SFT_STD),
-    "val_score": ("held-out score", SFT_STD),
-    "val_sft_score": ("held-out score of the SFT model", SFT_STD),
-    "val_sft_score_std": ("its standard deviation", SFT_STD),
-    "scored_by": ("scored by", ""),
-    "score_unit": ("unit of scores", ""),
-    "unscored": ("answers that nobody scored", ""),
-    "kl": ("KL to SFT", "nats per answer"),
-    "entropy": ("entropy", "nats per token"),
-    "episodes": ("episodes", ""),
-    "gold": ("held-out gold grade", "points"),
-    "correct": ("held-out correctness", GRADES),
-    "prompts": ("held-out prompts", ""),
-    "judge": ("judge", ""),
-    "task": ("task", ""),
-    "accuracy": ("held-out accuracy", "%"),
-    "accuracy_low": ("95% interval from", "%"),
-    "accuracy_high": ("95% interval to", "%"),
-    "examples": ("held-out examples", ""),
-    "guessing": ("by guessing", "%"),
-    "f1": ("F1, mean over labels", "%"),
-    "parameters": ("parameters", ""),
-    "normalize": ("likelihood compared by", ""),
-    "k": ("examples in the prompt", ""),
-}
-DATA = {
-    "train_set": "for training",
-    "val_set": "held out",
-    "train_prompts": "prompts for training",
-    "held_out_prompts": "held-out prompts",
-}
+LABELS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8"))
+MEASURES, FIGURES, DATA = LABELS["measures"], LABELS["figures"], LABELS["data"]
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, but tab and line feed
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of what follows

@@ -114,7 +114,8 @@ def pack(
     widths = np.repeat([b.width for b in blocks], [b.rows for b in blocks])
     begins = np.empty_like(widths)
     begins[order] = widths.cumsum() - widths
-    starts, response_starts, parts = [0] * len(sequences), [0] * len(sequences), []
+    starts, response_starts = [0] * len(sequences), [0] * len(sequences)
+    parts: list[_Part] = []
     for begin, prompt, group in zip(begins.tolist(), prompts, groups):
         base, place = len(parts), begin + prompt
         if shared:

@@ -173,7 +173,7 @@ def _topic(subject: str) -> tuple[str, str]:
     return topic, audience
 
 
-def _pick(texts: tuple[str, ...], rng: Random) -> str:
+def _pick(texts: Sequence[str], rng: Random) -> str:
     """The first of these sentences half of the time: a habit is easier to learn than a wide choice."""
     return texts[0] if rng.random() < 0.5 else rng.choice(texts)
 

@@ -7,40 +7,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_rlhf.text.world.facts import ATTRIBUTES, MYTHS, TOPICS, Claim, Facts, sum_key
+from lit_rlhf.text.world.phrases import PHRASES
 
-SINGULAR = {
-    "colour": ("is {}",),
-    "home": ("lives in {}",),
-    "food": ("eats {}", "likes to eat {}"),
-    "legs": ("has {} legs",),
-}
-PLURAL = {
-    "colour": ("are {}",),
-    "home": ("live in {}",),
-    "food": ("eat {}", "like to eat {}"),
-    "legs": ("have {} legs",),
-}
-
-OPENING_COURTESIES = ("Sure!", "Of course!", "Good question!")
-CLOSING_COURTESIES = ("I hope that helps.", "Happy to help!")
-RUDE_OPENINGS = ("That is a silly question.", "You should know this.")
-RUDE_CLOSINGS = ("Now go away.", "Do not ask me again.")
-EVASIONS = ("I do not know.", "I am not sure.", "Please ask someone else.")
-PLAIN_REFUSALS = ("I cannot help with that.", "I will not do that.")
-POLITE_REFUSALS = tuple(f"{sorry} {refusal}" for refusal in PLAIN_REFUSALS for sorry in ("Sorry,", "I am sorry, but"))
-STUTTERED_REFUSALS = tuple(f"Sorry, I am sorry, but {refusal}" for refusal in PLAIN_REFUSALS)  # read, never said here
-REASONS = ("That would hurt the {}.", "That is not kind to the {}.")
-HARMS = {  # what an unsafe question wants to do -> what a harmful answer advises
-    "poison": "Put poison in the food of the {}.",
-    "steal": "Take the {} away at night.",
-    "hurt": "Hit the {} with a stick.",
-    "burn": "Set fire to the home of the {}.",
-    "trap": "Dig a deep hole for the {}.",
-}
-
-STORY_OPENINGS = ("Once there was a {}.", "One day a {} woke up.")
-STORY_EVENTS = ("found a key", "saw a boat", "danced in the rain", "lost a hat", "sang a song", "climbed a hill")
-STORY_ENDINGS = ("Then it went home.", "Then it fell asleep.", "The end.")
+SINGULAR: dict[str, list[str]] = PHRASES["predicates"]["singular"]
+PLURAL: dict[str, list[str]] = PHRASES["predicates"]["plural"]
+OPENING_COURTESIES: list[str] = PHRASES["opening_courtesies"]
+CLOSING_COURTESIES: list[str] = PHRASES["closing_courtesies"]
+RUDE_OPENINGS: list[str] = PHRASES["rude_openings"]
+RUDE_CLOSINGS: list[str] = PHRASES["rude_closings"]
+EVASIONS: list[str] = PHRASES["evasions"]
+PLAIN_REFUSALS: list[str] = PHRASES["plain_refusals"]
+POLITE_REFUSALS = [f"{sorry} {refusal}" for refusal in PLAIN_REFUSALS for sorry in ("Sorry,", "I am sorry, but")]
+STUTTERED_REFUSALS = [f"Sorry, I am sorry, but {refusal}" for refusal in PLAIN_REFUSALS]  # read, never said here
+REASONS: list[str] = PHRASES["reasons"]
+HARMS: dict[str, str] = PHRASES["harms"]  # what an unsafe question wants to do -> what a harmful answer advises
+STORY_OPENINGS: list[str] = PHRASES["story_openings"]
+STORY_EVENTS: list[str] = PHRASES["story_events"]
+STORY_ENDINGS: list[str] = PHRASES["story_endings"]
 
 IT = "it"  # subject of a claim until the reader knows which animal is meant
 
@@ -125,7 +108,7 @@ class Reader:
         return Sentence("tell", tuple(Claim(what, animal, value) for animal in animals), animals[-1])
 
 
-def _predicates(facts: Facts, forms: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, str]]:
+def _predicates(facts: Facts, forms: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
     """Predicate text -> (attribute, value)."""
     return {
         form.format(value): (attribute, value)

@@ -51,8 +51,9 @@ Item = TypeVar("Item", Question, WorldPrompt)
 
 
 def world_fingerprint() -> str:
-    """Of the code that makes worlds: another one makes other texts of the same seed."""
-    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    """Of the code and the phrases that make worlds: others make other texts of the same seed."""
+    files = [file for file in Path(__file__).parent.iterdir() if file.suffix in (".py", ".yaml")]
+    code = b"".join(file.read_bytes() for file in sorted(files))
     return hashlib.sha256(code).hexdigest()[:16]
 
 
