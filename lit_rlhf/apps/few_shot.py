@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw
-from lit_rlhf.apps.page import render, write_page
+from lit_rlhf.apps.page import render
 from lit_rlhf.apps.run_reader import load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import write_text
 
 TONES = ("sft", "ppo", "dpo", "best_of_n", "train", "val", "gold", "other")
 
@@ -46,7 +47,7 @@ def write_few_shot(sweep: Path) -> Path:
         charts=[*against_size(models), *against_steps(models)],
         failed=[job for job in jobs if not job.done],
     )
-    return write_page(Path(sweep) / "few_shot.html", page)
+    return write_text(Path(sweep) / "few_shot.html", page)
 
 
 def asked(folder: Path, job: str) -> Asked:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw, reached, tick_step, ticks
-from lit_rlhf.apps.page import render, write_page
+from lit_rlhf.apps.page import render
 from lit_rlhf.apps.report.comparison import judge_of, scorer_of
 from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import write_text
 from lit_rlhf.stages.stage import SFT_STD
 
 CURVES = {  # metric: what it is called, its unit
@@ -83,7 +84,7 @@ def write_ladder(sweep: Path) -> Path:
         noise_ticks=noise_ticks,
         failed=[(job, described(job, jobs)) for job in jobs if not job.done],
     )
-    return write_page(Path(sweep) / "ladder.html", page)
+    return write_text(Path(sweep) / "ladder.html", page)
 
 
 def rungs_of(jobs: list[Job]) -> list[Rung]:

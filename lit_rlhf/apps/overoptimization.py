@@ -15,10 +15,11 @@ import torch
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, Points, draw
 from lit_rlhf.apps.display import number
-from lit_rlhf.apps.page import render, write_page
+from lit_rlhf.apps.page import render
 from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import write_text
 from lit_rlhf.functional import (
     GainFit,
     best_of_n_kl,
@@ -119,7 +120,7 @@ def write_overoptimization(sweep: Path) -> Path:
         fits_from=FITS,
         failed=[job for job in jobs if not job.done],
     )
-    return write_page(Path(sweep) / "overoptimization.html", page)
+    return write_text(Path(sweep) / "overoptimization.html", page)
 
 
 def studies_of(jobs: list[Job]) -> list[Study]:

@@ -1,4 +1,4 @@
-"""Pages: templates beside this file, filled and written whole.
+"""Pages: templates beside this file, filled in.
 
 What a model wrote is text from a stranger: a page escapes it, makes control characters visible, and forbids itself
 scripts and requests."""
@@ -27,11 +27,3 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters.update(number=number, figure=figure, percent=percent, duration=duration, tone=tone)
     return environment.get_template(template).render(**values)
-
-
-def write_page(path: Path, page: str) -> Path:
-    """Write under a temporary name, then rename; returns the path."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import read_json
 from lit_rlhf.stages.stage import SFT_STD, all_stages
 from lit_rlhf.training import read_metrics
 
@@ -66,9 +67,9 @@ def newest(run: Path, inside: str) -> Path:
 
 def load_run(path: Path) -> Run:
     """Read a run's folder; of stages that were gone through in rounds, the last round's."""
-    summary = _read_json(path / "summary.json")
+    summary = read_json(path / "summary.json")
     folders = {stage: newest(path, stage) for stage in all_stages()}
-    done = {stage: _read_json(folder / "done.json") for stage, folder in folders.items()}
+    done = {stage: read_json(folder / "done.json") for stage, folder in folders.items()}
     done = {stage: record for stage, record in done.items() if record}
     metrics = {stage: read_metrics(folder / "metrics.csv") for stage, folder in folders.items()}
     metrics = {stage: rows for stage, rows in metrics.items() if rows}
@@ -88,9 +89,9 @@ def load_run(path: Path) -> Run:
         data={stage: record.get("data") or {} for stage, record in done.items()},
         versions={name: v for record in done.values() for name, v in (record.get("versions") or {}).items()},
         settings={s: _read_text(f / "config.yaml") for s, f in folders.items() if (f / "config.yaml").is_file()},
-        samples={stage: _read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
-        health=_read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").is_file() else None,
-        rounds={f.name: known for f in round_folders(path) if (known := _read_json(f / "summary.json"))},
+        samples={stage: read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
+        health=read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").is_file() else None,
+        rounds={f.name: known for f in round_folders(path) if (known := read_json(f / "summary.json"))},
     )
 
 
@@ -105,11 +106,7 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(_read_text(path)) if path.is_file() else {}
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     # Not splitlines(): a text may hold line separators of Unicode.

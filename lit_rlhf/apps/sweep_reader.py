@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from lit_rlhf.files import read_json
 
 
 class Job:
@@ -14,11 +15,11 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
-        self.record: dict[str, Any] = _read(folder / "job.json")
+        self.record: dict[str, Any] = read_json(folder / "job.json")
         self.status: str = self.record["status"]
         pairs = [o.lstrip("+~").split("=", 1) for o in self.record["overrides"]]
         self.settings: dict[str, str] = {p[0]: p[1] for p in pairs if len(p) == 2}
-        self.figures = numbers(_read(folder / "summary.json")) if self.done else {}
+        self.figures = numbers(read_json(folder / "summary.json")) if self.done else {}
 
     @property
     def done(self) -> bool:
@@ -53,7 +54,3 @@ def numbers(node: Any, prefix: str = "") -> dict[str, float]:
     if isinstance(node, dict):
         return {k: v for key, value in node.items() for k, v in numbers(value, f"{prefix}{key}.").items()}
     return {prefix[:-1]: node} if isinstance(node, int | float) and not isinstance(node, bool) else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

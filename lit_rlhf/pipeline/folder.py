@@ -17,6 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import read_json, write_text
 from lit_rlhf.pipeline.settings import resolved, stages_of
 from lit_rlhf.stages.stage import Stage, all_stages
 
@@ -226,7 +227,7 @@ class StageFolder:
     @property
     def done(self) -> dict[str, Any] | None:
         """What the finished stage left behind; None while it is not finished."""
-        return read_json(self.path / "done.json")
+        return read_json(self.path / "done.json") or None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -270,12 +271,12 @@ class StageFolder:
 
     def _has_results(self) -> bool:
         """Whether anything was reached: a start that failed before its first checkpoint binds nobody."""
-        reached = self.done is not None or self.checkpoint is not None or (self.path / "journal.jsonl").is_file()
+        reached = self.done is not None or self.checkpoint is not None or (self.path / "progress.jsonl").is_file()
         return reached and (self.path / "config.yaml").is_file()
 
     def _waits_for_people(self) -> bool:
         """Whether there are answers that nobody but people has ranked: who they are, and what they say, may change."""
-        return (self.path / "journal.jsonl").is_file() and not (self.path / "journal.ranks.jsonl").is_file()
+        return (self.path / "progress.jsonl").is_file() and not (self.path / "progress.ranks.jsonl").is_file()
 
     def begin(self) -> None:
         """Make the folder and write down the settings."""
@@ -424,21 +425,9 @@ def check_records(cfg: DictConfig) -> None:
                 load_records(path, kind.parse_record, *how)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file that was written whole, or None."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Settings as they were written."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -105,7 +105,7 @@ def write_plan(cfg: DictConfig) -> Plan:
 def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     """What a stage needs; in ``folder``, what later stages will ask of it."""
     settings = OmegaConf.create(_made_up(resolved(cfg, name), str(cfg.paths.run_dir), str(folder)))
-    settings.module.pop("journal", None)  # of a collection that may be running
+    settings.module.pop("progress_file", None)  # of a collection that may be running
     on_gpu, precision = plan.device != "cpu", precision_of(settings.trainer.precision, plan.device)
     data = make_data(settings.data, name)
     module = make_module(name, settings, data, without_values=True)

@@ -13,15 +13,14 @@ from omegaconf import DictConfig
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.apps.run_reader import newest, round_folders
 from lit_rlhf.errors import UserError, is_main_process
+from lit_rlhf.files import read_json, write_text
 from lit_rlhf.pipeline.folder import (
     StageFolder,
     check_inputs,
     check_records,
     checkpoint_of,
-    read_json,
     read_yaml,
     start_of,
-    write_text,
 )
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
@@ -79,11 +78,11 @@ def write_summary(run: Path) -> dict[str, Any]:
 
     Of stages that were gone through in rounds it has the last round's, and ``rounds`` has each round's own."""
     done = {name: read_json(newest(run, f"{name}/done.json")) for name in all_stages()}
-    records = {name: record for name, record in done.items() if record is not None}
+    records = {name: record for name, record in done.items() if record}
     rounds = [read_json(folder / "summary.json") for folder in round_folders(run)]
     seconds = {name: record["seconds"] for name, record in records.items()}
     if rounds:
-        each = [r["seconds"] for r in rounds if r is not None]
+        each = [r["seconds"] for r in rounds if r]
         seconds |= {name: sum(s.get(name, 0.0) for s in each) for name in seconds if any(name in s for s in each)}
     summary = {
         "seed": [read_yaml(newest(run, f"{name}/config.yaml"))[name]["seed"] for name in records][-1],

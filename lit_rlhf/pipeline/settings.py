@@ -166,6 +166,7 @@ RENAMED = {
     r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm",
     r"ppo\.trainer\.accumulate_grad_batches": "ppo.module.minibatch_size",  # answers per optimizer step
     r"evaluate\.data\.limit": "evaluate.data.limit_held_out",  # of training prompts, of which there are none
+    r"preference\.(module|annotator)\.journal": r"preference.\1.progress_file",
     r"\w+\.optimizer\.fused": "automatic",
     r"((?:\w+\.)?trainer)\.(?:onednn|whole_last_layer|batched_attention|row_multiple)": r"\1.kernels (fast or plain)",
     r"keep_freed_memory|engine\.lean|(?:[\w.]+\.)?fused": "trainer.kernels (fast or plain)",

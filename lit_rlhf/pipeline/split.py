@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lit_rlhf.pipeline.folder import lineage, read_json, write_text
+from lit_rlhf.files import read_json, write_text
+from lit_rlhf.pipeline.folder import lineage
 from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED, trained_stages
 from lit_rlhf.text.records import Moved
 
@@ -20,7 +21,7 @@ def remembered_split(cfg: DictConfig) -> Moved:
     trained on there."""
     moved = Moved()
     for run in _runs(cfg):
-        known = read_json(run / FILE) or {}
+        known = read_json(run / FILE)
         # What this run says comes first: it took over what it knew of the others.
         moved.held_out |= set(known.get("held_out", ())) - moved.train
         moved.train |= set(known.get("train", ())) - moved.held_out

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import write_text
+from lit_rlhf.files import write_text
 from lit_rlhf.stages.stage import all_stages
 
 

@@ -13,7 +13,8 @@ from lightning import LightningDataModule
 from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import input_paths, read_json, read_yaml, write_text
+from lit_rlhf.files import read_json, write_text
+from lit_rlhf.pipeline.folder import input_paths, read_yaml
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import prompt_fingerprint, shown
 
@@ -65,7 +66,7 @@ def trained_stages(models: list[Path]) -> Iterator[Path]:
             continue
         seen.add(folder)
         yield folder
-        inputs = (read_json(folder / "done.json") or {}).get("inputs", {})  # of a model from elsewhere nobody knows
+        inputs = read_json(folder / "done.json").get("inputs", {})  # of a model from elsewhere nobody knows
         todo += [folder.parent / path for path in inputs if Path(path).name == "model"]
 
 

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
+from lit_rlhf.files import write_text
 from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.metrics_file import MetricsFile
 
@@ -370,10 +371,8 @@ def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in old if json.loads(line)["step"] < step]
-    temporary = path.with_name(path.name + ".tmp")
     lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 class StageProgressBar(TQDMProgressBar):

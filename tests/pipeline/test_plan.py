@@ -126,8 +126,8 @@ def test_what_does_not_fit_is_said_with_what_would_make_it_smaller(planned, caps
 
 
 def test_planning_leaves_a_running_collection_alone(planned, tmp_path):
-    journal = tmp_path / "runs" / "mine" / "preference" / "journal.jsonl"
-    journal.parent.mkdir(parents=True)
-    journal.write_text("[0, []]\n[1, [")  # a line that is being written
+    progress_file = tmp_path / "runs" / "mine" / "preference" / "progress.jsonl"
+    progress_file.parent.mkdir(parents=True)
+    progress_file.write_text("[0, []]\n[1, [")  # a line that is being written
     planned("model=pico", "run=mine")
-    assert journal.read_text() == "[0, []]\n[1, ["
+    assert progress_file.read_text() == "[0, []]\n[1, ["

@@ -113,7 +113,7 @@ def test_sweeps_and_hydras_own_options_get_it_too(monkeypatch):
 
 # Where a constructor leaves open what the command decides on; trainers, too, have budgets and the machine's settings.
 EXCEPTIONS = {
-    "data.cache", "module.journal", "health.path",  # places of files: a notebook has no run
+    "data.cache", "module.progress_file", "health.path",  # places of files: a notebook has no run
     "module.ptx",  # the text itself
     "reward_model.new_head",  # whether a reward model is made or taken
     "preference.data.batch_size",  # answers that are drawn at a time

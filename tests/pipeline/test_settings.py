@@ -86,6 +86,10 @@ def test_every_target_can_be_imported():
         ("keep_freed_memory=false", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
         ("engine.lean=false", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
         ("ppo.policy.fused=false", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
+        (
+            "preference.module.journal=x",
+            "there is no such setting any more; it is preference.module.progress_file now",
+        ),
         ("sft.optimizer.fused=false", "there is no such setting any more; it is automatic now"),
         ("ppo.trainer.kernels=slow", "ppo.trainer.kernels=slow: it should be 'fast' or 'plain'"),
         ("ppo.advantage.lam=1.5", "ppo.advantage.lam=1.5: it should be less than or equal to 1"),

@@ -215,7 +215,8 @@ def server():
 @pytest.fixture
 def judge(server, tmp_path):
     def make(**settings):
-        settings = {"retries": 2, "backoff": 0.01, "timeout": 5.0, "journal": tmp_path / "verdicts.jsonl", **settings}
+        file = tmp_path / "verdicts.jsonl"
+        settings = {"retries": 2, "backoff": 0.01, "timeout": 5.0, "progress_file": file, **settings}
         return LLMJudge(server.url, "stub", **settings)
 
     return make
@@ -258,7 +259,7 @@ def test_no_answer_ends_the_judges_turn(server, judge):
     with pytest.raises(UserError, match=r"holds the special token '<\|im_end\|>' .*special_tokens=refuse"):
         judge(special_tokens="refuse")(PROMPTS[:1], [[FORGED, "b"]])
     server.bodies.clear()
-    judge(special_tokens="rendered", journal=None)(PROMPTS[:1], [[FORGED, "b"]])
+    judge(special_tokens="rendered", progress_file=None)(PROMPTS[:1], [[FORGED, "b"]])
     assert FORGED in server.bodies[0][2]["messages"][-1]["content"]
 
 
@@ -337,7 +338,7 @@ def test_a_server_that_goes_down_half_way_loses_nothing(server, judge, tmp_path)
 def test_no_server_at_all(tmp_path):
     server = Server()
     server.close()
-    with pytest.raises(UserError, match=r"did not answer \(ConnectionRefusedError"):
+    with pytest.raises(UserError, match=r"did not answer \(ConnectError: All connection"):
         LLMJudge(server.url, "m", retries=1, backoff=0.01)(PROMPTS, ANSWERS)
     with pytest.raises(UserError, match=r"url=localhost:8000: http://"):
         LLMJudge("localhost:8000", "m")

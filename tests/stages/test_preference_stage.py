@@ -42,8 +42,8 @@ def collect(world, tokenizer, policy, tmp_path):
     """(annotator, settings) -> (module, folder of the stage) after one pass over a few prompts."""
 
     def run(annotator=by_length, data=None, policy=policy, tokenizer=tokenizer, **settings):
-        journal = tmp_path / "preference/journal.jsonl"
-        settings = {"sampling": Sampling(max_new_tokens=5), "journal": journal, **settings}
+        progress_file = tmp_path / "preference/progress.jsonl"
+        settings = {"sampling": Sampling(max_new_tokens=5), "progress_file": progress_file, **settings}
         data = data or WorldPreferenceDataModule(world, tokenizer, prompts=12, batch_size=5, limit_held_out=4)
         data.setup()
         handed = {**data.for_module(), "tokenizer": tokenizer}
@@ -103,12 +103,12 @@ def test_each_model_is_prompted_by_its_own_template(collect, base):
 
 
 def test_equal_answers_are_drawn_again_then_dropped_and_counted(collect, tmp_path):
-    greedy, _ = collect(temperatures=[0.0], journal=None)
+    greedy, _ = collect(temperatures=[0.0], progress_file=None)
     figures = greedy.figures()
     assert (figures["left_out"], figures["equal"], figures["answers"]) == (16, 48, 0)  # K texts alike, every time
     with pytest.raises(UserError, match=r"all answers to a prompt are the same text.*temperature"):
         greedy.export(tmp_path / "preference")
-    mixed, _ = collect(temperatures=[0.0, 1.0], journal=None, answers_per_prompt=4)
+    mixed, _ = collect(temperatures=[0.0, 1.0], progress_file=None, answers_per_prompt=4)
     assert all(len(set(r["responses"])) == len(r["responses"]) >= 2 for r in mixed.answers)
     figures = mixed.figures()
     assert figures["equal"] == sum(4 - len(r["responses"]) for r in mixed.answers) >= 16  # both greedy ones are alike
@@ -119,12 +119,12 @@ def test_equal_answers_are_drawn_again_then_dropped_and_counted(collect, tmp_pat
 
 def test_drawing_again_makes_more_different_answers(collect):
     sampling = Sampling(max_new_tokens=1, top_k=6)  # few possible answers
-    kept = [collect(sampling=sampling, redraws=n, journal=None)[0].figures()["equal"] for n in (0, 3)]
+    kept = [collect(sampling=sampling, redraws=n, progress_file=None)[0].figures()["equal"] for n in (0, 3)]
     assert kept[0] > kept[1]
 
 
 def test_a_stopped_collection_goes_on_and_ranks_nothing_twice(collect, tmp_path):
-    whole = collect(journal=None)[0].records
+    whole = collect(progress_file=None)[0].records
     calls = []
 
     def fails_at_the_third(prompts, responses):
@@ -136,14 +136,14 @@ def test_a_stopped_collection_goes_on_and_ranks_nothing_twice(collect, tmp_path)
     fails_at_the_third.name = "by_length"
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         collect(fails_at_the_third)
-    journal, ranks = tmp_path / "preference/journal.jsonl", tmp_path / "preference/journal.ranks.jsonl"
-    assert (len(rows(journal)), len(rows(ranks))) == (3, 2)  # the third batch's answers are kept, too
+    progress_file, ranks = tmp_path / "preference/progress.jsonl", tmp_path / "preference/progress.ranks.jsonl"
+    assert (len(rows(progress_file)), len(rows(ranks))) == (3, 2)  # the third batch's answers are kept, too
     with ranks.open("a") as file:
         file.write("[2, [[1")  # killed while it wrote
     module, folder = collect(fails_at_the_third)
     assert module.records == whole and calls == [5, 5, 5, 5, 1]
     module.export(folder)
-    assert not journal.exists() and not ranks.exists()
+    assert not progress_file.exists() and not ranks.exists()
 
 
 def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, tokenizer):
@@ -156,7 +156,7 @@ def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, t
 
     data = PreferenceDataModule(answers, tokenizer, held_out=0.3, batch_size=4)
     other, _ = collect(
-        the_other_way, data, answers="given", journal=None, compare=str(tmp_path / "data/rankings-0.jsonl")
+        the_other_way, data, answers="given", progress_file=None, compare=str(tmp_path / "data/rankings-0.jsonl")
     )
     known = {json.dumps(r["prompt"]): r for r in rows(answers)}
     assert len(other.records) == len(known)
@@ -165,7 +165,7 @@ def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, t
     figures = other.figures()
     assert figures["annotators"] == 2 and figures["alpha"] < 0 and figures["kappa"] < 0
     with pytest.raises(UserError, match=r"answers=given, and the prompt .* comes without 'responses'"):
-        collect(answers="given", journal=None)
+        collect(answers="given", progress_file=None)
 
 
 def test_people_are_waited_for_and_judge_what_was_drawn(collect, tmp_path, policy):

@@ -196,9 +196,9 @@ def test_an_iteration_that_was_cut_off_is_repeated_from_its_start(step, policy, 
 
 
 def test_collection_that_was_killed_ends_with_the_same_records(tmp_path, world, tokenizer, policy, short):
-    def collect(journal, limit=1.0):
+    def collect(file, limit=1.0):
         module = PreferenceModule(
-            policy, tokenizer, SimulatedLabeler(world), answers_per_prompt=3, sampling=short, journal=journal
+            policy, tokenizer, SimulatedLabeler(world), answers_per_prompt=3, sampling=short, progress_file=file
         )
         data = WorldPreferenceDataModule(world, tokenizer, prompts=24, batch_size=8, limit_held_out=8)
         data.setup()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_rlhf.apps.charts import draw, frontier, panels
-from lit_rlhf.apps.page import render, write_page
+from lit_rlhf.apps.page import render
 from lit_rlhf.apps.report.calibration import calibration_chart, groups
 from lit_rlhf.apps.report.classification import by_shots, confusion
 from lit_rlhf.apps.report.comparison import (
@@ -30,12 +30,13 @@ from lit_rlhf.apps.report.comparison import (
 from lit_rlhf.apps.report.overview import data_table, road, stage_figures
 from lit_rlhf.apps.report.samples import answers, timelines
 from lit_rlhf.apps.run_reader import Run, load_run
+from lit_rlhf.files import write_text
 from lit_rlhf.stages.stage import all_stages
 
 
 def write_report(run: Path) -> Path:
     """Write ``report.html`` into the folder of a run with at least one stage begun; returns its path."""
-    return write_page(Path(run) / "report.html", page_of(load_run(Path(run))))
+    return write_text(Path(run) / "report.html", page_of(load_run(Path(run))))
 
 
 def page_of(run: Run) -> str:

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_rlhf.functional import cohen_kappa, krippendorff_alpha, percent_agreement
-from lit_rlhf.stages.preference.annotators import ranks_of
-from lit_rlhf.text.records import prompt_key
+from lit_rlhf.text.records import prompt_key, ranks_of
 
 Pair = tuple[str, str, str]  # prompt, and two different answers in alphabetical order
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import freeze, load_reward_model, score_answers
 from lit_rlhf.stages.callables import Annotator, Ranks, name_of, resolve
-from lit_rlhf.text.records import Messages, shown
+from lit_rlhf.text.records import Messages, ranks_of, shown
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import load_tokenizer
 
@@ -56,11 +56,6 @@ def check_ranks(ranks: Any, who: str, prompts: Sequence[Messages], responses: Se
 def place(prompt: Messages) -> str:
     """A prompt as errors name it."""
     return f"the prompt {shown(prompt)[:80]!r}"
-
-
-def ranks_of(scores: Sequence[float]) -> list[int]:
-    """Ranks of scores, higher is better; equal scores tie: [0.5, 2.0, 0.5] -> [2, 1, 2]."""
-    return [1 + sum(other > score for other in scores) for score in scores]
 
 
 class RewardModelAnnotator(nn.Module):

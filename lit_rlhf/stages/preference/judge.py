@@ -8,22 +8,19 @@ import json
 import os
 import random
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.client import HTTPException
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import httpx
 from pydantic import Field
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.callables import Ranks
-from lit_rlhf.stages.preference.annotators import place, ranks_of, run_async
-from lit_rlhf.text.records import Messages, text_of
+from lit_rlhf.stages.preference.annotators import place, run_async
+from lit_rlhf.stages.preference.progress_file import ProgressFile
+from lit_rlhf.text.records import Messages, ranks_of, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens, check
 from lit_rlhf.text.template import Tools
 
@@ -76,13 +73,13 @@ class LLMJudge:
         instruction: the system message; None: helpful, truthful, harmless.
         api_key_env: name of the environment variable that holds the key; where it is not set, none is sent.
         concurrency: requests at the same time.
-        timeout: seconds a request.
+        timeout: seconds per request.
         retries: times that a request which failed, or a reply that is no verdict, is asked again.
         backoff: seconds before the first retry, twice as many before each further one, at most 60.
         max_tokens: of a reply.
         special_tokens: names of control tokens, ``<|im_end|>`` say, in dialogues and answers: "plain" puts a space into
             them, so that the server reads them as text; "refuse" is an error; "rendered" sends them as they are.
-        journal: file of the verdicts; None keeps them in memory.
+        progress_file: of the verdicts so far; None keeps them in memory.
     """
 
     takes_tools = True
@@ -100,7 +97,7 @@ class LLMJudge:
         backoff: Annotated[float, Field(ge=0)] = 1.0,
         max_tokens: Annotated[int, Field(ge=1)] = 16,
         special_tokens: SpecialTokens = "plain",
-        journal: str | Path | None = None,
+        progress_file: str | Path | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"preference.annotator.url={url}: http://... or https://... was expected")
@@ -108,8 +105,9 @@ class LLMJudge:
         self.api_key_env, self.concurrency, self.timeout = api_key_env, concurrency, timeout
         self.retries, self.backoff, self.max_tokens = retries, backoff, max_tokens
         self.name, self.special_tokens = f"llm_judge:{model}", special_tokens
-        self.journal = None if journal is None else Path(journal)
-        self.verdicts: dict[str, Verdict] = _read_verdicts(self.journal)
+        self.progress = ProgressFile(progress_file)
+        known = self.progress.results.items()
+        self.verdicts: dict[str, Verdict] = {key: said for key, said in known if said != "?"}  # nonsense is asked again
 
     def __call__(
         self,
@@ -154,28 +152,31 @@ class LLMJudge:
         turns = asyncio.Semaphore(self.concurrency)
         failed: list[Exception] = []
 
-        async def ask(key: str, question: Question) -> None:
+        async def ask(key: str, question: Question, client: httpx.AsyncClient) -> None:
             async with turns:
                 if failed:  # nothing new is asked; what is on its way is waited for and kept
                     return
                 try:
-                    self._keep(key, *await self._verdict(question, threads))
+                    self.verdicts[key], reply = await self._verdict(question, client)
+                    self.progress.add(key, self.verdicts[key], reply[-200:])
                 except UserError as error:
                     failed.append(error)
 
-        with ThreadPoolExecutor(self.concurrency) as threads:
-            await asyncio.gather(*(ask(key, question) for key, question in still_open.items()))
+        api_key = os.environ.get(self.api_key_env)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits) as client:
+            await asyncio.gather(*(ask(key, question, client) for key, question in still_open.items()))
         if failed:
             raise failed[0]
 
-    async def _verdict(self, question: Question, threads: ThreadPoolExecutor) -> tuple[Verdict, str]:
+    async def _verdict(self, question: Question, client: httpx.AsyncClient) -> tuple[Verdict, str]:
         """The verdict and the reply in which it stands; "?" where no reply had one."""
         reply = ""
         for attempt in range(self.retries + 1):
-            # A cold model that gave no verdict would give the same reply again.
-            request = partial(self._request, question, temperature=0.0 if not reply else 0.7)
             try:
-                reply = await asyncio.get_running_loop().run_in_executor(threads, request)
+                # A cold model that gave no verdict would give the same reply again.
+                reply = await self._request(client, question, temperature=0.0 if not reply else 0.7)
             except _Passing as error:
                 if attempt == self.retries:
                     raise self._down(error, question) from None
@@ -189,46 +190,39 @@ class LLMJudge:
         """Seconds; not the same for all, so that they do not come back together."""
         return min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
 
-    def _request(self, question: Question, temperature: float = 0.0) -> str:
+    async def _request(self, client: httpx.AsyncClient, question: Question, temperature: float) -> str:
         """The model's reply. Raises ``_Passing`` for what may be over soon, ``UserError`` for what will not."""
-        body = {
-            "model": self.model,
-            "messages": self._messages(question),
-            "temperature": temperature,
-            "max_tokens": self.max_tokens,
-        }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.api_key_env):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        body = {"model": self.model, "messages": self._messages(question)}
+        body |= {"temperature": temperature, "max_tokens": self.max_tokens}
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return str(json.loads(response.read())["choices"][0]["message"]["content"] or "")
-        except urllib.error.HTTPError as error:
-            raise self._refused(error, question) from None
-        # No connection, time out, half a reply, no JSON, other JSON.
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            reason = getattr(error, "reason", error)
-            raise _Passing(f"{type(reason).__name__}: {reason}") from None
+            response = await client.post(f"{self.url}/chat/completions", json=body)
+        except httpx.HTTPError as error:  # no connection, time out, half a reply
+            raise _Passing(f"{type(error).__name__}: {error}") from None
+        if not response.is_success:
+            raise self._refused(response, question)
+        try:
+            return str(response.json()["choices"][0]["message"]["content"] or "")
+        except (ValueError, LookupError, TypeError) as error:  # no JSON, other JSON
+            raise _Passing(f"{type(error).__name__}: {error}") from None
 
-    def _refused(self, error: urllib.error.HTTPError, question: Question) -> Exception:
-        said = error.read(300).decode(errors="replace")
-        if error.code in (408, 409, 425, 429) or error.code >= 500:
-            wait = error.headers.get("Retry-After", "")
-            return _Passing(f"HTTP {error.code} {said}", min(float(wait), 60.0) if wait.isdecimal() else None)
+    def _refused(self, response: httpx.Response, question: Question) -> Exception:
+        said, code = response.text[:300], response.status_code
+        if code in (408, 409, 425, 429) or code >= 500:
+            wait = response.headers.get("Retry-After", "")
+            return _Passing(f"HTTP {code} {said}", min(float(wait), 60.0) if wait.isdecimal() else None)
         hints = {
             401: f"set the key: export {self.api_key_env}=...",
             403: f"set the key: export {self.api_key_env}=...",
             404: "the URL ends with the API's version, http://127.0.0.1:8000/v1 say, and model= is a name it knows",
         }
-        hint = hints.get(error.code, "the prompt may be longer than the judge's context")
+        hint = hints.get(code, "the prompt may be longer than the judge's context")
         return UserError(
-            f"preference.annotator: {self.url} refused the question (HTTP {error.code}: {' '.join(said.split())}) on "
+            f"preference.annotator: {self.url} refused the question (HTTP {code}: {' '.join(said.split())}) on "
             f"{place(question.prompt)}; {hint}"
         )
 
     def _down(self, error: Exception, question: Question) -> UserError:
-        kept = f"{len(self.verdicts)} verdicts are kept" + (f" in {self.journal}" if self.journal else "")
+        kept = f"{len(self.verdicts)} verdicts are kept" + (f" in {self.progress.path}" if self.progress.path else "")
         return UserError(
             f"preference.annotator: {self.url} did not answer ({' '.join(str(error).split())}) in {self.retries + 1} "
             f"attempts, the last on {place(question.prompt)}. {kept}; run the same command when the server is there "
@@ -242,8 +236,8 @@ class LLMJudge:
             raise UserError(
                 f"preference.annotator: {self.model} gave no verdict on {len(without)} of {len(questions)} questions, "
                 f"the first on {place(without[0].prompt)}; A, B or tie was expected. Its replies are in "
-                f"{self.journal or 'its journal'}; take another model, another preference.annotator.instruction, or "
-                "more max_tokens for one that thinks aloud"
+                f"{self.progress.path or 'its progress_file'}; take another model, another "
+                "preference.annotator.instruction, or more max_tokens for one that thinks aloud"
             )
 
     def _messages(self, question: Question) -> Messages:
@@ -263,13 +257,6 @@ class LLMJudge:
     def _key(self, question: Question) -> str:
         asked = json.dumps([self.model, self._messages(question)])
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
-
-    def _keep(self, key: str, verdict: Verdict, reply: str) -> None:
-        self.verdicts[key] = verdict
-        if self.journal is not None:
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, verdict, reply[-200:]]) + "\n")
 
 
 class _Passing(Exception):
@@ -292,19 +279,3 @@ def verdict_of(reply: str) -> Verdict | None:
         return None
     word = found.pop()
     return "tie" if word == "TIE" else "A" if word == "A" else "B"
-
-
-def _read_verdicts(journal: Path | None) -> dict[str, Verdict]:
-    verdicts: dict[str, Verdict] = {}
-    if journal is not None and journal.exists():
-        text = journal.read_text(encoding="utf-8")
-        for line in text.split("\n"):
-            try:
-                key, verdict, _ = json.loads(line)
-            except ValueError:  # the line that was being written when the process was killed
-                continue
-            verdicts[key] = verdict
-        if not text.endswith("\n"):
-            with journal.open("a", encoding="utf-8") as file:
-                file.write("\n")
-    return {key: verdict for key, verdict in verdicts.items() if verdict != "?"}  # nonsense is asked again

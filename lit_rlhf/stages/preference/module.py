@@ -21,8 +21,8 @@ from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
 from lit_rlhf.stages.callables import Annotator, with_tools
 from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
-from lit_rlhf.stages.preference.journal import Journal
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
+from lit_rlhf.stages.preference.progress_file import ProgressFile
 from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import Transcript, encode_prompts, is_base
@@ -64,7 +64,7 @@ class PreferenceModule(LightningModule):
         redraws: times that an answer which is equal to another one is drawn again.
         compare: ranking files of others about the same answers; agreement with them is among the figures.
         seed: of the sampling.
-        journal: file to which finished batches are written as they come; None keeps them in memory only.
+        progress_file: to which finished batches are written as they come; None keeps them in memory only.
         round: which round of collection this is; kept with each record.
         special_tokens: what their names mean in the prompts; see :class:`lit_rlhf.stages.prompts.PromptDataModule`.
         note: says what a person should know, each line once.
@@ -87,7 +87,7 @@ class PreferenceModule(LightningModule):
         redraws: Annotated[int, Field(ge=0)] = 2,
         compare: str | Sequence[str] | None = None,
         seed: int = 0,
-        journal: str | Path | None = None,
+        progress_file: str | Path | None = None,
         round: Annotated[int, Field(ge=0)] = 0,
         special_tokens: SpecialTokens = "plain",
         note: Note = say_once,
@@ -105,9 +105,8 @@ class PreferenceModule(LightningModule):
         # Models change fastest: each prompt is answered by as many of them as possible.
         self.turns = [Turn(w, t) for t in temperatures or [self.sampling.temperature] for w in writers]
         self.seed, self.round = seed, round
-        path = None if journal is None else Path(journal)
-        self.drawn = Journal(path)
-        self.ranked = Journal(None if path is None else path.with_suffix(".ranks.jsonl"))
+        self.drawn = ProgressFile(progress_file)
+        self.ranked = ProgressFile(progress_file and Path(progress_file).with_suffix(".ranks.jsonl"))
         self._judged: list[dict[str, Any]] = []  # by people
         self.transcript: Transcript | None = None  # what the policy goes on with where it is a base model
 
@@ -130,15 +129,15 @@ class PreferenceModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to one batch of prompts, and their ranks where the annotator can give them now; its answers."""
-        if batch_idx not in self.drawn.batches:
+        if batch_idx not in self.drawn.results:
             draw = self._given if self.how == "given" else self._draw
             self.drawn.add(batch_idx, draw(batch, batch_idx))
-        if self._ranks_now and batch_idx not in self.ranked.batches:
-            rows = [row for row in self.drawn.batches[batch_idx] if len(row["responses"]) > 1]
+        if self._ranks_now and batch_idx not in self.ranked.results:
+            rows = [row for row in self.drawn.results[batch_idx] if len(row["responses"]) > 1]
             prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
             tools = with_tools(self.annotator, [row.get("tools") for row in rows], self.note)
             self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses, **tools) if rows else [])
-        return self.drawn.batches[batch_idx]
+        return self.drawn.results[batch_idx]
 
     @property
     def _ranks_now(self) -> bool:
@@ -229,14 +228,14 @@ class PreferenceModule(LightningModule):
 
     @property
     def _rows(self) -> list[dict[str, Any]]:
-        return [row for index in sorted(self.drawn.batches) for row in self.drawn.batches[index]]
+        return [row for index in sorted(self.drawn.results) for row in self.drawn.results[index]]
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """All ranking records so far, in the prompts' order."""
         if not self._ranks_now:
             return self._judged
-        ranks = [row for index in sorted(self.ranked.batches) for row in self.ranked.batches[index]]
+        ranks = [row for index in sorted(self.ranked.results) for row in self.ranked.results[index]]
         named = {"annotator": name_of(self.annotator)}
         return [{**answers, "ranks": row, **named} for answers, row in zip(self.answers, ranks)]
 

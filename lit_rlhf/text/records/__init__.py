@@ -49,7 +49,7 @@ from lit_rlhf.text.records.prompts import (
     parse_prompt_record as parse_prompt_record,
     parse_text as parse_text,
 )
-from lit_rlhf.text.records.rankings import Ranking as Ranking, parse_ranking as parse_ranking
+from lit_rlhf.text.records.rankings import Ranking as Ranking, parse_ranking as parse_ranking, ranks_of as ranks_of
 from lit_rlhf.text.records.split import (
     Moved as Moved,
     is_held_out as is_held_out,

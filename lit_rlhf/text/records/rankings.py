@@ -78,7 +78,7 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
 
 
 def ranks_of(points: Sequence[float]) -> list[int]:
-    """1 for the most points; equal points tie."""
+    """Ranks, 1 for the most points; equal points tie: [0.5, 2.0, 0.5] -> [2, 1, 2]."""
     order = sorted(points, reverse=True)
     return [order.index(value) + 1 for value in points]
 
@@ -100,7 +100,7 @@ def _ranks(row: dict[str, Any], count: int) -> list[int]:
     if not isinstance(ranks, list) or len(ranks) != count:
         given = len(ranks) if isinstance(ranks, list) else 0
         raise ValueError(
-            f"'ranks' has {given} entries for {count} responses. Give one rank a response (1 = best, ties allowed)"
+            f"'ranks' has {given} entries for {count} responses. Give one rank per response (1 = best, ties allowed)"
         )
     if not all(isinstance(r, int) and not isinstance(r, bool) and 1 <= r < 2**31 for r in ranks):
         raise ValueError(f"'ranks' is {short(ranks)}; whole numbers from 1 (best) up were expected")
