@@ -18,6 +18,7 @@ LAYERS = (
     "models",
     "text",
     "functional",
+    "files",
     "errors",
 )  # top to bottom
 FILES = sorted(PACKAGE.rglob("*.py"))
