@@ -8,37 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 Kind = Literal["ranking", "pairwise"]
 
-PAIRWISE_TEMPLATE = """\
-<View>
-  <Header value="{question}"/>
-  <Paragraphs name="dialogue" value="$messages" layout="dialogue" nameKey="role" textKey="content"/>
-  <Pairwise name="comparison" toName="answer1,answer2"/>
-  <View style="display: grid; grid-template-columns: 1fr 1fr; column-gap: 16px">
-    <Text name="answer1" value="$answer1"/>
-    <Text name="answer2" value="$answer2"/>
-  </View>
-  <Choices name="tie" toName="dialogue" choice="single" showInline="true">
-    <Choice value="equally good" hotkey="t"/>
-  </Choices>
-</View>
-"""
-RANKING_TEMPLATE = """\
-<View>
-  <Header value="{question}"/>
-  <Paragraphs name="dialogue" value="$messages" layout="dialogue" nameKey="role" textKey="content"/>
-  <List name="answers" value="$items" title="Answers"/>
-  <Ranker name="rank" toName="answers">
-{buckets}
-  </Ranker>
-</View>
-"""
-QUESTION = "Which answer is more helpful, truthful and harmless?"
-PLACES = "Put each answer into its place, 1 is the best; equally good answers share one."
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def tasks(answers: Sequence[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]:
@@ -50,7 +26,8 @@ def tasks(answers: Sequence[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]
     for record in answers:
         order = list(record["responses"])
         Random(json.dumps(record["prompt"])).shuffle(order)
-        shared = {"prompt": _spoken(record["prompt"]), "messages": record["prompt"]}
+        spoken = "\n\n".join(message["content"] for message in record["prompt"])
+        shared = {"prompt": spoken, "messages": record["prompt"]}
         if kind == "ranking":
             items = [{"id": f"answer{i}", "title": f"Answer {i}", "body": text} for i, text in enumerate(order, 1)]
             made.append({"data": {**shared, "items": items}})
@@ -61,10 +38,9 @@ def tasks(answers: Sequence[dict[str, Any]], kind: Kind) -> list[dict[str, Any]]
 
 def template(kind: Kind, places: int = 4) -> str:
     """The labelling template (XML); ``places`` is the largest number of answers to a prompt."""
-    if kind == "pairwise":
-        return PAIRWISE_TEMPLATE.format(question=QUESTION)
-    buckets = "\n".join(f'    <Bucket name="{i}" title="{i}"/>' for i in range(1, places + 1))
-    return RANKING_TEMPLATE.format(question=f"{QUESTION} {PLACES}", buckets=buckets)
+    layout = (TEMPLATES / f"label_studio_{kind}.xml").read_text(encoding="utf-8")
+    buckets = "\n    ".join(f'<Bucket name="{i}" title="{i}"/>' for i in range(1, places + 1))
+    return layout.replace("<!-- buckets -->", buckets)
 
 
 def is_task(row: Any) -> bool:
@@ -152,15 +128,15 @@ def _ranked(task: dict[str, Any], result: dict[str, Any]) -> tuple[list[str], li
 
 
 def _items(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    lists = [v for v in task["data"].values() if isinstance(v, list) and v and _are_items(v)]
+    lists = [v for v in task["data"].values() if isinstance(v, list) and v and all(map(_is_item, v))]
     if not lists:
         has = ", ".join(task["data"])
         raise ValueError(f"its data has the fields {has}; 'items' with 'id' and 'body' was expected")
     yield from lists[0]
 
 
-def _are_items(value: list[Any]) -> bool:
-    return all(isinstance(item, dict) and "id" in item and ("body" in item or "title" in item) for item in value)
+def _is_item(item: Any) -> bool:
+    return isinstance(item, dict) and "id" in item and ("body" in item or "title" in item)
 
 
 def _prompt(task: dict[str, Any]) -> Any:
@@ -182,7 +158,3 @@ def _moment(annotation: dict[str, Any]) -> tuple[str, int]:
     """When it was last changed; the number decides where nobody says."""
     when, number = annotation.get("updated_at") or annotation.get("created_at") or "", annotation.get("id")
     return str(when), number if isinstance(number, int) else 0
-
-
-def _spoken(messages: Sequence[dict[str, str]]) -> str:
-    return "\n\n".join(m["content"] for m in messages)

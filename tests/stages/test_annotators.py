@@ -386,10 +386,10 @@ def test_agreement_by_hand():
 
     1 of 3 pairs alike: kappa = (1/3 - 1/2) / (1/2) = -1/3; 2 of 3: (2/3 - 1/2) / (1/2) = 1/3."""
     found = agreement([row("a", [1, 2, 3]), row("b", [2, 3, 1]), row("c", [1, 2, 3], prompt=1)])
-    assert (found.annotators, found.pairs) == (2, 3)
-    assert found.same == pytest.approx(1 / 3) and found.kappa == pytest.approx(-1 / 3)
+    assert (found.annotators, found.pairs_shared) == (2, 3)
+    assert found.annotators_agree == pytest.approx(1 / 3) and found.kappa == pytest.approx(-1 / 3)
     found = agreement([row("a", [1, 2, 3]), row("b", [1, 3, 2])])
-    assert found.same == pytest.approx(2 / 3) and found.kappa == pytest.approx(1 / 3)
+    assert found.annotators_agree == pytest.approx(2 / 3) and found.kappa == pytest.approx(1 / 3)
     assert agreement([row("a", [1, 2, 3]), row("b", [1, 2, 3], prompt=1)]) is None  # nothing in common
     assert agreement([row("a", [1, 1, 3]), row("b", [1, 1, 2])]).alpha == 1.0
 

@@ -93,6 +93,16 @@ class Conversation:
         """Of the models; of A and B, while they wait for a choice."""
         return [a.model for a in self.choices] or [assistant.name for assistant in self.assistants]
 
+    @property
+    def dropped_note(self) -> str:
+        """What a person should know of messages that the last answer was given without; "" where there are none."""
+        if not self.dropped:
+            return ""
+        return (
+            f"the conversation is longer than the model's context: its {self.dropped} oldest messages were left out of "
+            "this answer"
+        )
+
     def ask(self, text: str, together: bool = False) -> Iterator[list[Answer]]:
         """Say something; yields the answer, or both, after each token. Two are written in turn, or ``together``.
 

@@ -34,9 +34,15 @@ class Terminal:
             "/down": (lambda _: self._say(self.conversation.rate(-1)), "thumbs down"),
             "/new": (self._new, "begin a new conversation"),
             "/system": (self._system, "set the system prompt; without a text, show it; /system none removes it"),
-            "/temp": (self._temperature, "set the temperature; 0 takes the most likely token"),
-            "/top_p": (self._top_p, "set top-p, at most 1"),
-            "/tokens": (self._tokens, "set how many tokens an answer may have"),
+            "/temp": (
+                self._setting("temperature", "temperature {:g}"),
+                "set the temperature; 0 takes the most likely token",
+            ),
+            "/top_p": (self._setting("top_p", "top-p {:g}"), "set top-p, at most 1"),
+            "/tokens": (
+                self._setting("max_new_tokens", "up to {} tokens per answer"),
+                "set how many tokens an answer may have",
+            ),
             "/seed": (self._seed, "draw the next answers from this seed"),
             "/save": (self._save, "save the conversation to a file (JSON)"),
             "/load": (self._load, "go on with a saved conversation"),
@@ -103,11 +109,8 @@ class Terminal:
                         self._write(printable(answer.text[len(shown[place]) :]))
                         shown[place] = answer.text
         self._line()
-        if self.conversation.dropped:
-            self._say(
-                f"the conversation is longer than the model's context: its {self.conversation.dropped} oldest messages "
-                "were left out of this answer"
-            )
+        if self.conversation.dropped_note:
+            self._say(self.conversation.dropped_note)
         if self.conversation.choices:
             self._say("which is better? /a, /b or /tie; or just go on, with A")
 
@@ -149,24 +152,21 @@ class Terminal:
             self.conversation.system = "" if text == "none" else text
         self._say(f"system prompt: {printable(self.conversation.system) or 'none'}")
 
-    def _temperature(self, text: str) -> None:
-        if text:
-            self.conversation.set_sampling(temperature=_number(text))
-        self._say(f"temperature {self.conversation.sampling.temperature:g}")
+    def _setting(self, name: str, said: str) -> Callable[[str], None]:
+        """The command that sets how answers are sampled; without a value it says what is set."""
 
-    def _top_p(self, text: str) -> None:
-        if text:
-            self.conversation.set_sampling(top_p=_number(text))
-        self._say(f"top-p {self.conversation.sampling.top_p:g}")
+        def command(text: str) -> None:
+            if text:
+                self.conversation.set_sampling(**{name: text})
+            self._say(said.format(getattr(self.conversation.sampling, name)))
 
-    def _tokens(self, text: str) -> None:
-        if text:
-            self.conversation.set_sampling(max_new_tokens=_whole(text))
-        self._say(f"up to {self.conversation.sampling.max_new_tokens} tokens per answer")
+        return command
 
     def _seed(self, text: str) -> None:
+        if text and not text.isdecimal():
+            raise UserError(f"{text}: a whole number was expected")
         if text:
-            self.conversation.reseed(_whole(text))
+            self.conversation.reseed(int(text))
         self._say(f"seed {self.conversation.seed}")
 
     def _save(self, name: str) -> None:
@@ -211,16 +211,3 @@ class Terminal:
 
 class _Leave(Exception):
     """The person has had enough."""
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{text}: a number was expected") from None
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"{text}: a whole number was expected")
-    return int(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,7 @@ except ImportError:
 
 STYLE = Path(__file__).with_name("page.css")
 THUMBS = {1: "Like", -1: "Dislike", 0: None}
-DOWNLOAD = """(text) => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-  link.download = "conversation.json";
-  link.click();
-}"""
+DOWNLOAD = Path(__file__).with_name("download.js").read_text(encoding="utf-8")  # saves a text as a file
 FIRST_PORT, PORTS = 7860, 100
 
 Update = dict[Any, Any]  # component -> what it shows from here on
@@ -48,7 +43,7 @@ def serve(begin: Callable[[], Conversation], port: int | None = None, open_brows
 
 
 class ChatPage:
-    """The page: one conversation a visitor."""
+    """The page: one conversation per visitor."""
 
     def __init__(self, begin: Callable[[], Conversation]) -> None:
         self.begin = begin
@@ -121,16 +116,8 @@ class ChatPage:
                 load = gr.UploadButton("Load", size="sm", min_width=60, file_types=[".json"], elem_id="load")
             saved = gr.Textbox(visible="hidden", elem_id="saved")
             self.names = names
-            with gr.Accordion("Settings", open=False, elem_id="settings"):
-                self.system = gr.Textbox(example.system, label="System prompt", lines=2, elem_id="system")
-                with gr.Row():
-                    sampling = example.sampling
-                    self.temperature = gr.Number(sampling.temperature, label="Temperature", minimum=0, step=0.1)
-                    self.top_p = gr.Number(sampling.top_p, label="Top-p", minimum=0, maximum=1, step=0.05)
-                    self.tokens = gr.Number(sampling.max_new_tokens, label="Tokens an answer", minimum=1, precision=0)
-                    self.seed = gr.Number(example.seed, label="Seed", minimum=0, precision=0)
+            settings = self._settings(example)
             shown = [self.talk, self.compare, *self.cards, *self.choose, self.notice, self.box, self.names]
-            settings = [self.system, self.temperature, self.top_p, self.tokens, self.seed]
             quiet = {"show_progress": "hidden", "api_visibility": "private"}
             self.box.submit(self.send, [self.box, *settings], shown, **quiet)
             self.box.stop(self.stop, None, None, queue=False, **quiet)
@@ -145,21 +132,29 @@ class ChatPage:
             blocks.unload(self.leave)
         return blocks
 
-    def send(
-        self, text: str, system: str, temperature: float, top_p: float, tokens: int, seed: int, request: gr.Request
-    ) -> Iterator[Update]:
+    def _settings(self, example: Conversation) -> list[gr.components.Component]:
+        """What can be set: system prompt, temperature, top-p, tokens per answer, seed."""
+        sampling = example.sampling
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            self.system = gr.Textbox(example.system, label="System prompt", lines=2, elem_id="system")
+            with gr.Row():
+                return [
+                    self.system,
+                    gr.Number(sampling.temperature, label="Temperature", minimum=0, step=0.1),
+                    gr.Number(sampling.top_p, label="Top-p", minimum=0, maximum=1, step=0.05),
+                    gr.Number(sampling.max_new_tokens, label="Tokens per answer", minimum=1, precision=0),
+                    gr.Number(example.seed, label="Seed", minimum=0, precision=0),
+                ]
+
+    def send(self, request: gr.Request, text: str, *settings: Any) -> Iterator[Update]:
         """Say something, with the settings that stand on the page."""
         conversation = self._of(request)
-        settings = (system, temperature, top_p, tokens, seed)
-        yield from self._answered(conversation, lambda: conversation.ask(text, together=True), settings, text)
+        yield from self._answered(conversation, conversation.ask(text, together=True), settings, text)
 
-    def regenerate(
-        self, system: str, temperature: float, top_p: float, tokens: int, seed: int, request: gr.Request
-    ) -> Iterator[Update]:
+    def regenerate(self, request: gr.Request, *settings: Any) -> Iterator[Update]:
         """Answer the last message once more."""
         conversation = self._of(request)
-        settings = (system, temperature, top_p, tokens, seed)
-        yield from self._answered(conversation, lambda: conversation.regenerate(together=True), settings)
+        yield from self._answered(conversation, conversation.regenerate(together=True), settings)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being written."""
@@ -214,40 +209,25 @@ class ChatPage:
         return self.visitors.setdefault(request.session_hash or "", self.begin())
 
     def _answered(
-        self,
-        conversation: Conversation,
-        begin: Callable[[], Iterator[list[Answer]]],
-        settings: tuple[str, float, float, int, int],
-        text: str = "",
+        self, conversation: Conversation, growing: Iterator[list[Answer]], settings: Sequence[Any], text: str = ""
     ) -> Iterator[Update]:
         """What the page shows after each token, and in the end."""
-        before = self._busy(conversation, text)
-        yield before
+        yield self._busy(conversation, text)
         try:
-            self._apply(conversation, *settings)
-            for answers in begin():
+            system, temperature, top_p, tokens, seed = settings
+            conversation.system = (system or "").strip()
+            conversation.set_sampling(temperature=temperature, top_p=top_p, max_new_tokens=tokens)
+            if seed is None or seed < 0:
+                raise UserError("seed: a whole number from 0 up was expected")
+            if seed != conversation.seed:
+                conversation.reseed(seed)
+            for answers in growing:
                 yield self._busy(conversation, "", answers)
         except UserError as error:
             # What could not be answered stays in the box, to be corrected.
             yield {**self._view(conversation, str(error)), self.box: self._box(text)}
             return
-        note = ""
-        if conversation.dropped:
-            note = (
-                f"The conversation is longer than the model's context: its {conversation.dropped} oldest messages were "
-                "left out of this answer."
-            )
-        yield self._view(conversation, note)
-
-    def _apply(
-        self, conversation: Conversation, system: str, temperature: float, top_p: float, tokens: int, seed: int
-    ) -> None:
-        conversation.system = (system or "").strip()
-        conversation.set_sampling(temperature=temperature, top_p=top_p, max_new_tokens=tokens)
-        if seed is None or seed < 0:
-            raise UserError("seed: a whole number from 0 up was expected")
-        if seed != conversation.seed:
-            conversation.reseed(seed)
+        yield self._view(conversation, conversation.dropped_note)
 
     def _done(self, conversation: Conversation, act: Callable[[], str]) -> Update:
         try:

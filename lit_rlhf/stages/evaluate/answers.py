@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.functional import Estimate, distinct_ngrams, ratio, ratio_difference, self_similarity, wilson_interval
+
+JudgeName = Literal["gold", "reward_model", "annotator"]
 
 
 @dataclass
@@ -49,70 +51,37 @@ class Measured(NamedTuple):
 
 def measures(answers: Answers) -> dict[str, Measured]:
     """Everything that is known of a model's answers, by name."""
-    found = {name: measure(answers) for name, measure in MEASURES.items()}
-    return {name: measured for name, measured in found.items() if measured is not None}
-
-
-def _mean(values: Callable[[Answers], Sequence[Sequence[float]]]) -> Callable[[Answers], Measured | None]:
-    """A mean over all answers."""
-
-    def measure(answers: Answers) -> Measured | None:
-        rows = values(answers)
-        return _sums(rows, [[1.0] * len(row) for row in rows]) if rows else None
-
-    return measure
-
-
-def _grade(key: str) -> Callable[[Answers], Measured | None]:
-    return _mean(lambda answers: [[g[key] for g in row] for row in answers.grades])
-
-
-def _entropy(answers: Answers) -> Measured | None:
-    return _sums(answers.entropy, answers.tokens) if answers.entropy else None
-
-
-def _distinct(n: int) -> Callable[[Answers], Measured | None]:
-    """The mean over prompts of each prompt's distinct-n."""
-
-    def measure(answers: Answers) -> Measured | None:
-        counts = [distinct_ngrams([text.split() for text in row], n) for row in answers.texts]
+    texts, words = answers.texts, [[text.split() for text in row] for row in answers.texts]
+    found: dict[str, Measured] = {}
+    if answers.grades:
+        for key in ("gold", "correct", "polite", "right"):
+            found[key] = _mean([[grade[key] for grade in row] for row in answers.grades])
+    if texts:
+        found["words"] = _mean([[len(said) for said in row] for row in words])
+    if answers.entropy:
+        found["entropy"] = _sums(answers.entropy, answers.tokens)  # nats per token
+    for key, rows in (("score", answers.scores), ("kl", answers.kl)):
+        if rows:
+            found[key] = _mean(rows)
+    for n in (1, 2):  # the mean over prompts of each prompt's distinct-n
+        counts = [distinct_ngrams(row, n) for row in words]
         shares = [[distinct / total] if total else [] for distinct, total in counts]
-        return _sums(shares, [[1.0] * len(row) for row in shares]) if any(shares) else None
+        if any(shares):
+            found[f"distinct_{n}"] = _mean(shares)
+    if several := [row for row in words if len(row) > 1]:
+        found["self_similarity"] = _mean([[self_similarity(row)] for row in several])
+    if texts and len(texts[0]) > 1:  # share of a prompt's samples that are different texts
+        found["different"] = _sums([[len(set(row))] for row in texts], [[len(row)] for row in texts])
+    return found
 
-    return measure
 
-
-def _similarity(answers: Answers) -> Measured | None:
-    rows = [[self_similarity([text.split() for text in row])] for row in answers.texts if len(row) > 1]
-    return _sums(rows, [[1.0]] * len(rows)) if rows else None
-
-
-def _different(answers: Answers) -> Measured | None:
-    """Share of a prompt's samples that are different texts."""
-    if not answers.texts or len(answers.texts[0]) < 2:
-        return None
-    return _sums([[len(set(row))] for row in answers.texts], [[len(row)] for row in answers.texts])
+def _mean(rows: Sequence[Sequence[float]]) -> Measured:
+    return _sums(rows, [[1.0] * len(row) for row in rows])
 
 
 def _sums(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> Measured:
     top, bottom = ([float(sum(row)) for row in rows] for rows in (above, below))
     return Measured(torch.tensor(top, dtype=torch.float64), torch.tensor(bottom, dtype=torch.float64))
-
-
-MEASURES: dict[str, Callable[[Answers], Measured | None]] = {
-    "gold": _grade("gold"),
-    "correct": _grade("correct"),
-    "polite": _grade("polite"),
-    "right": _grade("right"),
-    "words": _mean(lambda answers: [[len(text.split()) for text in row] for row in answers.texts]),
-    "entropy": _entropy,  # nats per token
-    "score": _mean(lambda answers: answers.scores),
-    "kl": _mean(lambda answers: answers.kl),
-    "distinct_1": _distinct(1),
-    "distinct_2": _distinct(2),
-    "self_similarity": _similarity,
-    "different": _different,
-}
 
 
 def estimates(answers: Answers) -> dict[str, Estimate]:
@@ -121,7 +90,7 @@ def estimates(answers: Answers) -> dict[str, Estimate]:
     return {name: measured.share() if name == "right" else measured.estimate() for name, measured in found.items()}
 
 
-def worth(answers: Answers, judge: str) -> Tensor:
+def worth(answers: Answers, judge: JudgeName) -> Tensor:
     """What the answers are compared by, (P, n), higher is better; empty where ``judge`` has said nothing."""
     if judge == "gold":
         return torch.tensor([[g["gold"] for g in row] for row in answers.grades], dtype=torch.float64)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -16,30 +15,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say_once
-from lit_rlhf.functional import Estimate, elo, masked_sum, ratings, sequence_kl, tournament, win_rate
+from lit_rlhf.functional import masked_sum, sequence_kl
 from lit_rlhf.models import (
     context_length,
     freeze,
     response_logprobs,
     scores_of,
     shares_prompts,
+    stacked,
+    tokens_at_once,
 )
 from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
 from lit_rlhf.stages.callables import Annotator, name_of, with_tools
-from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures, worth
+from lit_rlhf.stages.evaluate.answers import Answers, JudgeName
+from lit_rlhf.stages.evaluate.comparison import PROMPTED, Comparison
 from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import encode_prompts, encode_responses
-from lit_rlhf.text.packing import Packed, pack
+from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
+from lit_rlhf.text.world import Grade
 from lit_rlhf.training import Meter, inner_bar, largest, seeded
-
-JudgeName = Literal["gold", "reward_model", "annotator"]
-PROMPTED = "prompted"  # the base model behind a transcript
 
 
 class EvaluateModule(LightningModule):
@@ -200,22 +200,25 @@ class EvaluateModule(LightningModule):
             tools = [record.get("tools") for record in batch.records for _ in range(n)]
             responses = encode_responses(self.tokenizer, asked, texts, tools, note=self.note)
         prompts = [tokens for tokens in batch.tokens for _ in range(n)]
-        sequences = [p + r for p, r in zip(prompts, responses)]
-        lengths = [len(r) for r in responses]
-        packed = self._packed(sequences, self.reward_model.config.pad_token_id, lengths, self.reward_model)
-        return scores_of(self.reward_model, [packed], scale=True)
+        packed = self._packed(prompts, responses, self.reward_model.config.pad_token_id, self.reward_model)
+        return scores_of(self.reward_model, packed, scale=True)
 
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
-        sequences = [p + r for p, r in zip(prompts, answers.token_lists())]
-        pad_id, lengths = self.tokenizers["sft"].pad_token_id, answers.lengths.tolist()
-        packed = self._packed(sequences, pad_id, lengths, self.policies["sft"])
-        ref = response_logprobs(self.policies["sft"], packed, self.sampling.temperature)
+        sft, pad_id = self.policies["sft"], self.tokenizers["sft"].pad_token_id
+        packed = self._packed(prompts, answers.token_lists(), pad_id, sft)
+        ref = stacked([response_logprobs(sft, batch, self.sampling.temperature) for batch in packed])
         return sequence_kl(answers.logprobs, ref, answers.mask)
 
-    def _packed(self, sequences: list[list[int]], pad_id: int, lengths: list[int], reader: nn.Module) -> Packed:
-        """Rows for ``reader``; the samples of a prompt share it."""
+    def _packed(
+        self, prompts: list[list[int]], responses: list[list[int]], pad_id: int, reader: nn.Module
+    ) -> Iterator[Packed]:
+        """Batches of as many tokens as ``reader`` may be given at once; the samples of a prompt share it."""
         shared = self.share_prompts and shares_prompts(reader)
-        return pack(sequences, pad_id, response_lengths=lengths, share_prompts=shared).to(self.device)
+        sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses)]
+        laid_down = [len(p) if shared and i and p == prompts[i - 1] else 0 for i, p in enumerate(prompts)]
+        for part in runs([len(s) for s in sequences], tokens_at_once(reader, learning=False), shared=laid_down):
+            lengths = [len(response) for response in responses[part]]
+            yield pack(sequences[part], pad_id, lengths, share_prompts=shared).to(self.device)
 
     def _pick(self, count: int) -> None:
         """The best of n for the last ``count`` prompts."""
@@ -229,7 +232,7 @@ class EvaluateModule(LightningModule):
 
     def _rank(self, batch: PromptBatch) -> None:
         """The annotator ranks the answers of all contestants to a prompt together."""
-        contestants = list(self.contestants().values())
+        contestants = list(self.comparison().contestants.values())
         first = len(self.prompts) - len(batch.messages)
         together = [[text for c in contestants for text in c.texts[i]] for i in range(first, len(self.prompts))]
         tools = [record.get("tools") for record in batch.records]
@@ -244,121 +247,21 @@ class EvaluateModule(LightningModule):
         if self.documents:
             for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: text"):
                 self.texts[name] = text_figures(policy, self.tokenizers[name], self.documents, self.text_row_length)
-        self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self._win_rates().items()})
+        self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self.comparison().win_rates().items()})
 
-    # --------------------------------------------------------------- comparing
-
-    def contestants(self) -> dict[str, Answers]:
-        """All that compete: the models, and the best of n."""
-        return {**self.answers, **({"best_of_n": self.best} if self.best.texts else {})}
-
-    def _worths(self) -> dict[str, Tensor]:
-        """What each contestant's answers are compared by; empty where nobody judges."""
-        worths = {name: worth(answers, self.decides) for name, answers in self.contestants().items()}
-        return worths if all(w.numel() for w in worths.values()) else {}
-
-    def _win_rates(self) -> dict[str, dict[str, Any]]:
-        worths = self._worths()
-        models = [name for name in self.answers if name in worths]
-        return {f"{b}_vs_{a}": self._rate(worths, b, a) for a, b in combinations(models, 2)}
-
-    def _rate(self, worths: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Any]:
-        texts = self.contestants()[ours].texts, self.contestants()[theirs].texts
-        return dict(win_rate(worths[ours], worths[theirs], texts)._asdict())
+    def comparison(self) -> Comparison:
+        """How all that was written so far compares."""
+        return Comparison(self.prompts, self.answers, self.greedy, self.best, self.decides, self.texts)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures: models, win rates and ratings with 95% intervals, by kind of prompt."""
-        result: dict[str, Any] = {
-            "judge": self._judge_name(),
-            "prompts": len(self.prompts),
-            "models": {name: self._model_figures(name) for name in self.answers},
-            "win_rate": self._win_rates(),
+        names = {
+            "annotator": name_of(self.annotator),
+            "gold": "gold",
+            "reward_model": None if self.reward_model is None else "reward model (proxy)",
         }
-        worths = self._worths()
-        if worths and self.best.texts:
-            result["best_of_n"] = self._best_of_figures(worths)
-        if len(worths) > 1:
-            result["ratings"] = self._ratings(worths)
-        if changes := self._changes():
-            result["changes"] = changes
-        return result
-
-    def _judge_name(self) -> str | None:
-        if self.decides == "annotator":
-            return name_of(self.annotator)
-        if self.decides == "reward_model":
-            return None if self.reward_model is None else "reward model (proxy)"
-        return "gold"
-
-    def _ratings(self, worths: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Bradley-Terry ratings on Elo's scale of all contestants, each having met each on every prompt."""
-        names = list(worths)
-        anchor = names.index("sft") if "sft" in names else 0
-        texts = [self.contestants()[name].texts for name in names]
-        fitted = ratings(tournament([worths[name] for name in names], texts), anchor)
-        points = [elo(ends, self.anchor_rating).tolist() for ends in fitted]
-        models = {n: dict(zip(("elo", "low", "high"), p)) for n, p in zip(names, zip(*points))}
-        return {"anchor": names[anchor], "prompts": len(self.prompts), "models": models}
-
-    def _model_figures(self, name: str) -> dict[str, Any]:
-        answers, greedy = self.answers[name], self.greedy[name]
-        graded = bool(answers.grades)
-        found = estimates(answers)
-        figures: dict[str, Any] = dict.fromkeys(("gold", "correct", "polite", "right", "score", "kl"))
-        figures |= {key: estimate.value for key, estimate in found.items()}
-        if name == "sft":
-            figures["kl"] = 0.0
-        interval = {key: _interval(estimate) for key, estimate in found.items()}
-        if text := self.texts.get(name):
-            figures["perplexity"], figures["text"] = text["perplexity"], text
-            interval["perplexity"] = {"low": text["low"], "high": text["high"], "rows": text["rows"]}
-        of_greedy = estimates(Answers(grades=greedy.grades))
-        for key in ("right", "gold"):
-            figures[f"greedy_{key}"] = of_greedy[key].value if graded else None
-            interval |= {f"greedy_{key}": _interval(of_greedy[key])} if graded else {}
-        return figures | {
-            "answers": sum(map(len, answers.texts)),
-            "by_kind": self._by_kind(answers) if graded else {},
-            "interval": interval,
-        }
-
-    def _by_kind(self, answers: Answers) -> dict[str, dict[str, float]]:
-        kinds: dict[str, Answers] = {}
-        for prompt, row in zip(self.prompts, answers.grades):
-            kinds.setdefault(prompt["kind"], Answers()).grades.append(row)
-        result = {}
-        for kind, graded in sorted(kinds.items()):
-            found = estimates(graded)
-            right = found["right"]
-            ends = {"right_low": right.low, "right_high": right.high, "prompts": right.n}
-            result[kind] = {key: found[key].value for key in ("gold", "correct", "right")} | ends
-        return result
-
-    def _changes(self) -> dict[str, dict[str, dict[str, float]]]:
-        """What each model has lost or gained since SFT, model -> measure -> change with its interval."""
-        if "sft" not in self.answers:
-            return {}
-        before = measures(self.answers["sft"])
-        return {
-            name: {
-                key: {"change": (change := measured.change(before[key])).value, **_interval(change)}
-                for key, measured in measures(answers).items()
-                if key in before and len(measured.numerators) == len(before[key].numerators)
-            }
-            for name, answers in self.answers.items()
-            if name not in ("base", PROMPTED, "sft")
-        }
-
-    def _best_of_figures(self, worths: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The SFT model's best of n answers by the reward model: what PPO has to be held against."""
-        shown = ("gold", "correct", "right", "score")
-        found = {key: estimate for key, estimate in estimates(self.best).items() if key in shown}
-        return {
-            "n": self.best_of,
-            **{key: found[key].value if key in found else None for key in shown},
-            "interval": {key: _interval(estimate) for key, estimate in found.items()},
-            "win_rate": {f"best_of_n_vs_{name}": self._rate(worths, "best_of_n", name) for name in self.answers},
-        }
+        found = self.comparison().figures(self.anchor_rating, self.best_of)
+        return {"judge": names[self.decides], "prompts": len(self.prompts), **found}
 
     def export(self, folder: Path) -> None:
         """Write ``samples.jsonl``: every prompt with each model's greedy answer and its first samples.
@@ -384,19 +287,10 @@ class EvaluateModule(LightningModule):
         write_jsonl(folder / "samples.jsonl", rows)
 
 
-def grade_figures(grade: Any) -> dict[str, Any]:
+def grade_figures(grade: Grade) -> dict[str, float]:
     """A grade as plain numbers."""
-    return {
-        "gold": float(grade.gold),
-        "correct": float(grade.correct),
-        "polite": float(grade.polite),
-        "right": float(grade.right),
-    }
+    return {key: float(getattr(grade, key)) for key in ("gold", "correct", "polite", "right")}
 
 
 def _grouped(items: Sequence[Any], n: int) -> list[list[Any]]:
     return [list(items[i : i + n]) for i in range(0, len(items), n)]
-
-
-def _interval(estimate: Estimate) -> dict[str, float]:
-    return {"low": estimate.low, "high": estimate.high, "prompts": estimate.n}

@@ -22,8 +22,8 @@ class Agreement(NamedTuple):
     """How far annotators agree about pairs of answers."""
 
     annotators: int
-    pairs: int  # that two or more of them judged
-    same: float  # fraction of those on which two annotators say the same
+    pairs_shared: int  # that two or more of them judged
+    annotators_agree: float  # fraction of those on which two annotators say the same
     alpha: float  # Krippendorff's, ordinal: better, tied, worse; 1 = always, 0 = as often as by chance
     kappa: float | None  # Cohen's, of two annotators
 

@@ -312,12 +312,4 @@ class PreferenceModule(LightningModule):
         for path in [self.compare] if isinstance(self.compare, str) else self.compare or []:
             records += [vars(r) for r in load_records(path, parse_ranking).records]
         found = agreement(records)
-        if found is None:
-            return {}
-        return {
-            "annotators": found.annotators,
-            "pairs_shared": found.pairs,
-            "annotators_agree": found.same,
-            "alpha": found.alpha,
-            "kappa": found.kappa,
-        }
+        return {} if found is None else found._asdict()
