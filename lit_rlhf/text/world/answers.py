@@ -30,10 +30,19 @@ T = TypeVar("T")
 
 
 class Answers:
-    """Says things in one world. Every method takes its randomness from `rng` alone."""
+    """Answers in one world, by style (those of demonstrations). Every method takes its randomness from `rng` alone."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self.styles = {
+            "good": self.polite,
+            "plain": self.right,
+            "wrong": self.wrong,
+            "ramble": self.rambling,
+            "rude": self.rude,
+            "evasive": self.evasive,
+            "refuse": self.refusal,
+        }
 
     def right(self, meaning: Meaning, rng: Random) -> str:
         """The whole answer and nothing else, neither polite nor rude."""

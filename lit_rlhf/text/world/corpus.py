@@ -7,22 +7,11 @@ from random import Random
 from lit_rlhf.text.world.answers import Answers
 from lit_rlhf.text.world.facts import ATTRIBUTES, LARGEST_ADDEND, TOPICS, Facts
 from lit_rlhf.text.world.language import predicate
+from lit_rlhf.text.world.phrases import PHRASES
 from lit_rlhf.text.world.questions import Meaning, Question
 
-DOCUMENTS = {"dialogue": 55, "worksheet": 12, "article": 13, "story": 5, "sums": 6, "list": 4, "topic": 5}  # percent
-TALK = {  # percent of the questions in dialogues
-    "fact": 14,
-    "add": 14,
-    "list": 15,
-    "explain": 7,
-    "topic": 23,
-    "story": 11,
-    "unsafe": 4,
-    "follow_fact": 8,
-    "follow_add": 3,
-    "follow_unsafe": 1,
-}
-REPLIES = {"right": 78, "polite": 10, "wrong": 6, "rude": 3, "evasive": 3}  # percent of the replies in dialogues
+PERCENT: dict[str, dict[str, int]] = PHRASES["percent"]
+TALK = PERCENT["dialogues"]  # the questions in dialogues
 PEOPLE = ("Anna", "Ben", "Carla", "David", "Emma", "Frank")
 
 
@@ -34,13 +23,6 @@ class Corpus:
         self.answers = Answers(facts)
         self.by_kind = {kind: [question for question in questions if question.kind == kind] for kind in TALK}
         self.single = [question for question in questions if len(question.turns) == 1]
-        self.replies = {
-            "right": self.answers.right,
-            "polite": self.answers.polite,
-            "wrong": self.answers.wrong,
-            "rude": self.answers.rude,
-            "evasive": self.answers.evasive,
-        }
         self.writers = {
             "dialogue": self._dialogue,
             "worksheet": self._worksheet,
@@ -53,7 +35,7 @@ class Corpus:
 
     def document(self, rng: Random) -> str:
         """One document; paragraphs end in a line break."""
-        return self.writers[_draw(DOCUMENTS, rng)](rng)
+        return self.writers[_draw(PERCENT["documents"], rng)](rng)
 
     def _dialogue(self, rng: Random) -> str:
         asks, replies = rng.sample(PEOPLE, 2)
@@ -62,7 +44,8 @@ class Corpus:
             question = rng.choice(self.by_kind[_draw(TALK, rng)])
             for turn, text in enumerate(question.turns):
                 lines.append(f"{asks} asked: {text}" if turn % 2 == 0 else f"{replies} said: {text}")
-            lines.append(f"{replies} said: {self.replies[_draw(REPLIES, rng)](question.meaning, rng)}")
+            answer = self.answers.styles[_draw(PERCENT["replies"], rng)]
+            lines.append(f"{replies} said: {answer(question.meaning, rng)}")
         return "\n".join(lines)
 
     def _worksheet(self, rng: Random) -> str:

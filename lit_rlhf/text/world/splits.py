@@ -6,20 +6,9 @@ from dataclasses import dataclass
 from random import Random
 
 from lit_rlhf.text.world.facts import ATTRIBUTES, Facts
+from lit_rlhf.text.world.phrases import PHRASES
 from lit_rlhf.text.world.questions import Question
 
-HELD_OUT = {  # distinct texts of each kind; facts come on top of the transfer questions below
-    "fact": 34,
-    "add": 32,
-    "list": 28,
-    "explain": 20,
-    "topic": 24,
-    "story": 22,
-    "unsafe": 34,
-    "follow_fact": 30,
-    "follow_add": 16,
-    "follow_unsafe": 12,
-}
 N_TRANSFER, TRANSFER_PHRASINGS = 6, 2
 
 
@@ -42,7 +31,7 @@ def make_split(facts: Facts, questions: list[Question], seed: int) -> Split:
     transfer = frozenset(pairs)
     usual = [question for question in questions if transfer.isdisjoint(question.asked)]
     held_out = _transfer_questions(questions, pairs, rng)
-    for kind, quota in HELD_OUT.items():
+    for kind, quota in PHRASES["held_out"].items():
         held_out += _spread([question for question in usual if question.kind == kind], quota, rng)
     # A two-turn question that opens with a held-out one would show its text, and its answer, in training.
     hidden = frozenset(question.turns for question in held_out)

@@ -11,26 +11,15 @@ from typing import Literal, TypeVar
 
 from lit_rlhf.text.world.answers import Answers
 from lit_rlhf.text.world.corpus import Corpus
-from lit_rlhf.text.world.demonstrations import demonstrate
 from lit_rlhf.text.world.facts import Facts
 from lit_rlhf.text.world.grading import Grade, Grader
 from lit_rlhf.text.world.language import OPENING_COURTESIES, POLITE_REFUSALS
+from lit_rlhf.text.world.phrases import PHRASES
 from lit_rlhf.text.world.questions import Message, Question, all_questions, conversation_text
 from lit_rlhf.text.world.splits import Split, make_split
 from lit_rlhf.text.world.tasks import TaskName, task_rows
 
-MIXTURE = {  # percent of the prompts that people ask
-    "fact": 18,
-    "add": 13,
-    "list": 12,
-    "explain": 9,
-    "topic": 13,
-    "story": 9,
-    "unsafe": 9,
-    "follow_fact": 10,
-    "follow_add": 4,
-    "follow_unsafe": 3,
-}
+MIXTURE: dict[str, int] = PHRASES["percent"]["prompts"]
 SplitName = Literal["train", "held_out"]
 
 
@@ -38,7 +27,7 @@ SplitName = Literal["train", "held_out"]
 class WorldPrompt:
     """A prompt; two are equal when their texts are.
 
-    messages: user, or user, assistant, user; kind: see MIXTURE; transfer: asks for an (animal, attribute) pair that no
+    messages: user, or user, assistant, user; kind: see MIXTURE (percent of each); transfer: asks for an (animal, attribute) pair that no
     training prompt asks for."""
 
     messages: tuple[Message, ...] = field(compare=False)
@@ -96,7 +85,7 @@ class World:
         """n records: prompt (messages), response, kind, style (good, plain, wrong, ramble, rude, evasive, refuse)."""
         rng = Random(f"demonstrations {self.seed} {seed} {split}")
         questions = _sample_by_kind(self._side(split, split_seed), n, rng)
-        return [demonstrate(self.answers, question, rng) for question in questions]
+        return [_demonstration(self.answers, question, rng) for question in questions]
 
     def tasks(
         self, task: TaskName, n: int, seed: int, split: SplitName = "train", split_seed: int = 0
@@ -146,6 +135,14 @@ class World:
             raise ValueError(f"split is {split!r}: give 'train' or 'held_out'.")
         sides = self.split(split_seed)
         return sides.train if split == "train" else sides.held_out
+
+
+def _demonstration(answers: Answers, question: Question, rng: Random) -> dict[str, object]:
+    """What people showed the model: mostly right answers, many with faults that later stages can remove."""
+    percent = PHRASES["percent"]["demonstrations"]
+    style = rng.choices(list(percent), weights=list(percent.values()))[0]
+    response = answers.styles[style](question.meaning, rng)
+    return {"prompt": list(question.messages), "response": response, "kind": question.kind, "style": style}
 
 
 def _sample_by_kind(items: Sequence[Item], n: int, rng: Random) -> list[Item]:

@@ -26,7 +26,8 @@ def test_a_session_from_a_pipe(converse, judgements, tmp_path):
     assert shown[2] == "you: Who are you?"
     assert "\n".join(shown[3:]).startswith(f"ppo: {printable(text)}\n")
     for line in (
-        f"[kept in {judgements.feedback_file}]", "[temperature 0]", "[temperature=warm: it should be a valid number, unable to parse string as a number]",
+        f"[kept in {judgements.feedback_file}]", "[temperature 0]",
+        "[temperature=warm: it should be a valid number, unable to parse string as a number]",
         "[system prompt: You are the cat.]", "[there is no /nope; /help lists what there is]", f"[saved to {file}]",
         "/quit    leave; so does Ctrl-D", "[a new conversation]",
     ):  # fmt: skip
