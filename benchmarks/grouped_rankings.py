@@ -26,7 +26,8 @@ from lit_rlhf.functional import ranking_loss, ranking_pairs
 from lit_rlhf.models import RewardHead, load_reward_model, packed_scores
 from lit_rlhf.stages import RewardModule, WorldRewardDataModule
 from lit_rlhf.stages.rankings import EncodedRanking, RankingBatch
-from lit_rlhf.text import load_tokenizer, write_jsonl
+from lit_rlhf.text import load_tokenizer
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.world import World
 from lit_rlhf.training import adamw, make_trainer
 

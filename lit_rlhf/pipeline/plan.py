@@ -23,7 +23,7 @@ from lit_rlhf.pipeline.settings import MissingSetting, planned_stages, resolved
 from lit_rlhf.rollouts.dry_run import DryEngine
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.stage import all_stages
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import ModelSettings, machine_bytes, quiet, resident_bytes
 from lit_rlhf.training.dry_run import Meter, bytes_of
 from lit_rlhf.training.trainer import precision_of

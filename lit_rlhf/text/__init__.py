@@ -14,27 +14,6 @@ from lit_rlhf.text.classifier_inputs import (
     readings as readings,
 )
 from lit_rlhf.text.packing import Packed as Packed, left_pad as left_pad, pack as pack, stream as stream
-from lit_rlhf.text.records import (
-    Demonstration as Demonstration,
-    Feedback as Feedback,
-    LabelledText as LabelledText,
-    Messages as Messages,
-    MultipleChoice as MultipleChoice,
-    OpenQuestion as OpenQuestion,
-    Ranking as Ranking,
-    Similarity as Similarity,
-    load_records as load_records,
-    parse_demonstration as parse_demonstration,
-    parse_feedback as parse_feedback,
-    parse_labelled as parse_labelled,
-    parse_messages as parse_messages,
-    parse_prompt as parse_prompt,
-    parse_ranking as parse_ranking,
-    parse_task as parse_task,
-    parse_text as parse_text,
-    split_by_prompt as split_by_prompt,
-    write_jsonl as write_jsonl,
-)
 from lit_rlhf.text.tokenizer import (
     load_tokenizer as load_tokenizer,
     train_bpe as train_bpe,

@@ -16,7 +16,8 @@ from lit_rlhf.stages import (
     SFTDataModule,
 )
 from lit_rlhf.stages.evaluate.text import text_nats
-from lit_rlhf.text import encode_prompts, train_bpe, write_jsonl
+from lit_rlhf.text import encode_prompts, train_bpe
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.special_tokens import text_start
 from lit_rlhf.text.token_file import Tokens, stored
 

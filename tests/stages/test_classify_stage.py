@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, load_policy, save_model
 from lit_rlhf.stages import ClassifyDataModule, ClassifyModule
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 
 CLASSES = [{"text": f"{'red blue ' * (i % 3)}{i} {('red', 'blue', 'cat')[i % 3]}?", "label": i % 3} for i in range(60)]
 SIMILAR = [

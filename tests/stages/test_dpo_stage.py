@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_rlhf.models import LoRA, add_lora, policy_from_config
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import DPODataModule, DPOModule
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 
 ROWS = [  # rankings of three, one of them with a tie, and pairs
     {"prompt": f"Question {i}?", "responses": ["good " * (i % 3 + 1), "bad", "so so"], "ranks": [1, 3, 2 + i % 2]}

@@ -9,7 +9,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.stages import FewShotDataModule, FewShotModule, WorldFewShotDataModule
 from lit_rlhf.stages.few_shot.module import choice_scores
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import make_trainer
 
 ROWS = [{"text": f"Text {i}.", "label": ("cat", "a long dog")[i % 2]} for i in range(30)]

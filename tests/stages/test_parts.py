@@ -19,7 +19,7 @@ from lit_rlhf.stages import (
     WorldPretrainDataModule,
     WorldSFTDataModule,
 )
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import StepLog
 
 RANKINGS = [

@@ -12,7 +12,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, critic_from_policy, critic_on_policy, lora_layers
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 
 R4 = LoRA(r=4)
 

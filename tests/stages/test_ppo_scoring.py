@@ -18,7 +18,8 @@ from lit_rlhf.stages import PPODataModule
 from lit_rlhf.stages.ppo import GAE, MonteCarlo, Scoring
 from lit_rlhf.stages.ppo.reward_functions import sentiment
 from lit_rlhf.stages.ppo.scoring import Scorer
-from lit_rlhf.text import pack, write_jsonl
+from lit_rlhf.text import pack
+from lit_rlhf.text.records import write_jsonl
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "Who?", "What is a mog?")]
 RESPONSES = ["the cat", "me", "e e e"]

@@ -11,8 +11,8 @@ from lit_rlhf.models import policy_from_config
 from lit_rlhf.rollouts import FastEngine, Sampling
 from lit_rlhf.stages import PreferenceDataModule, PreferenceModule, WorldPreferenceDataModule
 from lit_rlhf.stages.preference import Labels, LabelStudio, agreement
-from lit_rlhf.text import load_records, parse_ranking, write_jsonl
 from lit_rlhf.text.chat import BASE_TEMPLATE
+from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.training import make_trainer
 
 CONFIG = {

@@ -144,7 +144,8 @@ import resource, sys
 import numpy as np
 import lit_rlhf.text.records, lit_rlhf.text.token_file
 from lit_rlhf.stages import PretrainDataModule
-from lit_rlhf.text import load_records, parse_text, train_characters
+from lit_rlhf.text import train_characters
+from lit_rlhf.text.records import load_records, parse_text
 
 def limit(megabytes):
     now = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))

@@ -20,7 +20,7 @@ from lit_rlhf.models import (
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.rankings import EncodedRanking
 from lit_rlhf.stages.reward.diagnosis import diagnosis
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 
 ROWS = [
     {"prompt": f"Question {i}?", "responses": ["good " * (i % 3 + 1), "bad", "so so"], "ranks": [1, 3, 2]}

@@ -31,7 +31,8 @@ from lit_rlhf.stages import (
     SFTModule,
     WorldPPODataModule,
 )
-from lit_rlhf.text import load_tokenizer, write_jsonl
+from lit_rlhf.text import load_tokenizer
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import adamw
 
 STILL = {"optimizer": partial(adamw, lr=0.0, weight_decay=0.1)}

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages import SFTDataModule, SFTModule, WorldSFTDataModule
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 
 
 def data_module(world, tokenizer, **settings):

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text import load_records, parse_ranking
 from lit_rlhf.text.label_studio import rankings_of_task, tasks, template
+from lit_rlhf.text.records import load_records, parse_ranking
 
 MESSAGES = [{"role": "user", "content": "Which way? 👉"}]
 TEXTS = ["left", "שלום עולם 🙂", "x" * 100_000]

@@ -6,8 +6,19 @@ import math
 import pytest
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text import load_records, parse_demonstration, parse_feedback, parse_prompt, parse_ranking
-from lit_rlhf.text.records import files_of, parse_prompt_record, parse_text, prompt_key, text_of, write_jsonl
+from lit_rlhf.text.records import (
+    files_of,
+    load_records,
+    parse_demonstration,
+    parse_feedback,
+    parse_prompt,
+    parse_prompt_record,
+    parse_ranking,
+    parse_text,
+    prompt_key,
+    text_of,
+    write_jsonl,
+)
 
 
 def user(text):

@@ -5,8 +5,7 @@ import random
 import pytest
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text import split_by_prompt
-from lit_rlhf.text.records import Moved, is_held_out, prompt_fingerprint
+from lit_rlhf.text.records import Moved, is_held_out, prompt_fingerprint, split_by_prompt
 
 
 def asked(text):

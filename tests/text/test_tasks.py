@@ -3,18 +3,16 @@
 import pytest
 from transformers import AutoTokenizer
 
-from lit_rlhf.text import (
+from lit_rlhf.text import add_reading_tokens, encode_readings, readings
+from lit_rlhf.text.records import (
     LabelledText,
     MultipleChoice,
     OpenQuestion,
     Similarity,
-    add_reading_tokens,
-    encode_readings,
     parse_labelled,
     parse_task,
-    readings,
+    task_prompt,
 )
-from lit_rlhf.text.records import task_prompt
 
 
 @pytest.mark.parametrize(

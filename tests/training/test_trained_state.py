@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora
 from lit_rlhf.stages import SFTDataModule, SFTModule
-from lit_rlhf.text import write_jsonl
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import LastCheckpoint, RandomState, adamw, make_trainer, trained_state, warmup_decay
 from lit_rlhf.training.trained_state import weights_fingerprint
 

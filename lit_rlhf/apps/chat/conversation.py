@@ -17,7 +17,7 @@ from lit_rlhf.apps.chat.assistant import Assistant, fitted
 from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.text import Messages, parse_messages
+from lit_rlhf.text.records import Messages, parse_messages
 
 Choice = Literal["A", "B", "tie"]
 SAMPLING = Sampling(temperature=0.7)  # of conf/chat, too

@@ -19,7 +19,7 @@ from lit_rlhf.text.world.questions import Message, Question, all_questions, conv
 from lit_rlhf.text.world.splits import Split, make_split
 from lit_rlhf.text.world.tasks import TaskName, task_rows
 
-MIXTURE: dict[str, int] = PHRASES["percent"]["prompts"]
+MIXTURE: dict[str, int] = PHRASES["percent"]["prompts"]  # that people ask, by kind
 SplitName = Literal["train", "held_out"]
 
 
@@ -27,7 +27,7 @@ SplitName = Literal["train", "held_out"]
 class WorldPrompt:
     """A prompt; two are equal when their texts are.
 
-    messages: user, or user, assistant, user; kind: see MIXTURE (percent of each); transfer: asks for an (animal, attribute) pair that no
+    messages: user, or user, assistant, user; kind: see MIXTURE; transfer: asks for an (animal, attribute) pair that no
     training prompt asks for."""
 
     messages: tuple[Message, ...] = field(compare=False)

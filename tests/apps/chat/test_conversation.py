@@ -9,7 +9,8 @@ from lit_rlhf.apps.chat import Chat, Conversation, load_assistant
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.rollouts import FastEngine, Sampling, sample
-from lit_rlhf.text import encode_prompts, load_records, parse_ranking
+from lit_rlhf.text import encode_prompts
+from lit_rlhf.text.records import load_records, parse_ranking
 from lit_rlhf.training import seeded
 
 

@@ -4,9 +4,9 @@ import itertools
 from random import Random
 
 import pytest
+from lit_rlhf.text.world.demonstrations import demonstrate
 
 from lit_rlhf.text.world import SimulatedLabeler, World
-from lit_rlhf.text.world.demonstrations import demonstrate
 
 WORLD = World(0)
 PROMPT = ({"role": "user", "content": "What colour is the rof?"},)

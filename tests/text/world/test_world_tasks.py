@@ -2,8 +2,7 @@
 
 import pytest
 
-from lit_rlhf.text import parse_task
-from lit_rlhf.text.records import task_prompt
+from lit_rlhf.text.records import parse_task, task_prompt
 from lit_rlhf.text.world import World
 
 WORLD = World(3)
