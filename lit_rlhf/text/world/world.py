@@ -85,7 +85,7 @@ class World:
         """n records: prompt (messages), response, kind, style (good, plain, wrong, ramble, rude, evasive, refuse)."""
         rng = Random(f"demonstrations {self.seed} {seed} {split}")
         questions = _sample_by_kind(self._side(split, split_seed), n, rng)
-        return [_demonstration(self.answers, question, rng) for question in questions]
+        return [demonstration(self.answers, question, rng) for question in questions]
 
     def tasks(
         self, task: TaskName, n: int, seed: int, split: SplitName = "train", split_seed: int = 0
@@ -137,7 +137,7 @@ class World:
         return sides.train if split == "train" else sides.held_out
 
 
-def _demonstration(answers: Answers, question: Question, rng: Random) -> dict[str, object]:
+def demonstration(answers: Answers, question: Question, rng: Random) -> dict[str, object]:
     """What people showed the model: mostly right answers, many with faults that later stages can remove."""
     percent = PHRASES["percent"]["demonstrations"]
     style = rng.choices(list(percent), weights=list(percent.values()))[0]

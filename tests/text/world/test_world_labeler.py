@@ -4,9 +4,9 @@ import itertools
 from random import Random
 
 import pytest
-from lit_rlhf.text.world.demonstrations import demonstrate
 
 from lit_rlhf.text.world import SimulatedLabeler, World
+from lit_rlhf.text.world.world import demonstration
 
 WORLD = World(0)
 PROMPT = ({"role": "user", "content": "What colour is the rof?"},)
@@ -16,7 +16,7 @@ ANSWERS = ["The rof is yellow.", "Sure! The rof is brown.", "I do not know.", "T
 def answer_sets(n: int) -> list[tuple[tuple, list[str]]]:
     rng = Random(9)
     questions = [WORLD.question(prompt.messages) for prompt in WORLD.sample_prompts(n, seed=2)]
-    return [(q.messages, [demonstrate(WORLD.answers, q, rng)["response"] for _ in range(4)]) for q in questions]
+    return [(q.messages, [demonstration(WORLD.answers, q, rng)["response"] for _ in range(4)]) for q in questions]
 
 
 def agreement(labeler: SimulatedLabeler) -> float:
