@@ -17,7 +17,10 @@ Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates 
 Message = dict[str, Any]
 Note = Callable[[str], None]  # says a line
 
-SYSTEM, QUESTION, ANSWER = "(system)", "(question)", "(answer)"  # written to see what a template does with it
+OTHER, QUESTION, ANSWER = "(other)", "(question)", "(answer)"  # written to see what a template does with it
+AS_PARTS = re.compile(r"""['"]text['"]: ?['"]\(\w+\)""")  # of these a list of parts, where a text was wanted
+CALL = {"name": "call", "arguments": {}}
+OTHERS = frozenset({"system", "developer", "user", "tool"})  # roles besides the assistant's
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
 
 
@@ -43,7 +46,7 @@ class Template:
         self._added = any_of(token.content for token in added)
         self._run = re.compile(f"(?:{self._added.pattern})+")
         self._tail = re.compile(rf"(?:{self._added.pattern}|\s)+\Z")
-        self._in_parts = False  # whether it wants content as a list of parts
+        self._in_parts: frozenset[str] = frozenset()  # the roles whose content it wants as a list of parts
         self._opening = ""  # of an assistant's turn that it writes at the end of whatever it is given
         self._after: str | None = None  # what it writes after an answer
         self._names = any_of([])
@@ -96,7 +99,7 @@ class Template:
         [*before, answer] = shielded
         prompt, whole = self._prompt(before, tools), self._write(shielded, tools)
         reply, start = self._reply(prompt, whole, before, answer, tools)
-        self._check_said(answer, reply)
+        self._check_said(answer, reply, lambda: prompt[_in_common(prompt, self._write(before, tools)) :])
         return Written(prompt, self._ended(reply), mark=mark), shielded, tools, start
 
     def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
@@ -148,10 +151,10 @@ class Template:
 
     def _as_wanted(self, message: Message) -> Message:
         """Content as a text, or as a list of parts."""
-        content = message.get("content")
-        if isinstance(content, str) and self._in_parts:
+        content, in_parts = message.get("content"), message["role"] in self._in_parts
+        if isinstance(content, str) and in_parts:
             return {**message, "content": [{"type": "text", "text": content}]}
-        if isinstance(content, list) and not self._in_parts:
+        if isinstance(content, list) and not in_parts:
             if other := [part for part in content if not isinstance(part, str) and "text" not in part]:
                 raise UserError(f"a message holds a part that is no text ({str(other[0])[:60]})")
             return {**message, "content": content_of(message)}
@@ -169,7 +172,7 @@ class Template:
         the answer there, or writes the prompt itself anew, the answer stands as it is given (and nowhere in it)."""
         if whole.startswith(prompt):
             return whole[len(prompt) :], len(prompt)
-        blank = self._write([*before, {**answer, "content": self._as_wanted({"content": ANSWER})["content"]}], tools)
+        blank = self._write([*before, self._as_wanted({**answer, "content": ANSWER})], tools)
         start = _in_common(prompt, blank)
         asked = _in_common(prompt, self._write(before, tools))
         said = content_of(answer)
@@ -215,16 +218,14 @@ class Template:
             raise UserError("this tokenizer's chat template marks nothing of an answer as the assistant's")
         return spans
 
-    def _check_said(self, message: Message, written: str) -> None:
-        """Whether what a message says is there."""
+    def _check_said(self, message: Message, written: str, opened: Callable[[], str] = str) -> None:
+        """Whether what a message says is there, or begins in what the prompt has ``opened``, with <think> say."""
         said = {"content": content_of(message), **{key: message.get(key) for key in REASONING}}
         if message["role"] == "assistant":
             calls = [call.get("function", call) for call in message.get("tool_calls") or []]
             said |= {f"tool_calls[{i}]": call.get("name") for i, call in enumerate(calls)}
-        shown = _squeezed(written)
         for key, text in said.items():
-            quoted = json.dumps(text, ensure_ascii=False)[1:-1] if isinstance(text, str) else ""
-            if isinstance(text, str) and not any(_squeezed(form) in shown for form in (text, quoted)):
+            if isinstance(text, str) and not (_says(written, text) or _says(opened() + written, text)):
                 raise UserError(
                     f"this tokenizer's chat template leaves out '{key}' of a message of the {message['role']} "
                     f"({text[:60]!r}); take it out of the data, or set another template"
@@ -233,9 +234,9 @@ class Template:
     # ------------------------------------------------------------------ a first look
 
     def _probe(self) -> str:
-        """What the template writes after an answer, in the form of content that it shows."""
+        """What the template writes after an answer, in the form of content that it shows, which may be the role's."""
         refused = []
-        for self._in_parts in (False, True):
+        for self._in_parts in (frozenset(), OTHERS | {"assistant"}, OTHERS, frozenset({"assistant"})):
             asked, answer = (
                 self._as_wanted({"role": role, "content": text})
                 for role, text in (("user", QUESTION), ("assistant", ANSWER))
@@ -245,11 +246,23 @@ class Template:
             except UserError as error:
                 refused.append(str(error))
                 continue
-            if QUESTION in prompt and ANSWER in whole:
+            if QUESTION in prompt and ANSWER in whole and not AS_PARTS.search(whole):
+                self._choose_forms(asked, answer)
                 self._opening = self._opened_unasked(asked, answer)
                 return _behind(whole, ANSWER).removesuffix(self._opening)
         reason = refused[0] if refused else "it leaves out what is said, whether as a text or as a list of parts"
         raise UserError(f"this tokenizer's chat template cannot write a question and an answer: {reason}")
+
+    def _choose_forms(self, asked: Message, answer: Message) -> None:
+        """Other roles are written as the user, or, where the template shows them in the other form alone, in that."""
+        call = {**answer, "tool_calls": [{"type": "function", "id": "123456789", "function": CALL}]}
+        for roles, before, behind in ((["system", "developer"], [], [asked]), (["tool"], [asked, call], [])):
+            usual = self._in_parts
+            for self._in_parts in (usual, usual ^ {*roles}, usual):
+                said = self._as_wanted({"role": roles[0], "content": OTHER})
+                written = self._write_if_it_can([*before, said, *behind])
+                if OTHER in written and not AS_PARTS.search(written):
+                    break
 
     def _opened_unasked(self, asked: Message, answer: Message) -> str:
         """The opening of an assistant's turn that a template without a look at ``add_generation_prompt`` writes behind
@@ -261,8 +274,8 @@ class Template:
         between = _behind(self._write_if_it_can([asked, answer, asked]), ANSWER)
         if asking != self._write([asked], generation_prompt=True) or between.startswith(closed):
             return ""
-        begun = self._write_if_it_can([self._as_wanted({"role": "system", "content": SYSTEM}), asked])
-        begins = [text.partition(mark)[0] for text, mark in ((begun, SYSTEM), (asking, QUESTION)) if mark in text]
+        begun = self._write_if_it_can([self._as_wanted({"role": "system", "content": OTHER}), asked])
+        begins = [text.partition(mark)[0] for text, mark in ((begun, OTHER), (asking, QUESTION)) if mark in text]
         turns = [self._pieces(text.removeprefix(self.tokenizer.bos_token or "")) for text in begins]
         ending, following = self._pieces(closed), self._pieces(between)
         same = following[: _in_common(following, ending)]
@@ -319,6 +332,11 @@ def _begins_a_turn(pieces: list[str], begins: list[list[str]]) -> list[str]:
     first = (t for t in tails if any(begin[: len(t)] == t for begin in begins))
     within = (t for t in tails if any(t == begin[i : i + len(t)] for begin in begins for i in range(len(begin))))
     return next(first, None) or next(within, [])
+
+
+def _says(written: str, text: str) -> bool:
+    """Whether a text, or the same as a JSON string, is in what was written; spaces do not count."""
+    return any(_squeezed(form) in _squeezed(written) for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
 
 
 def _squeezed(text: str) -> str:

@@ -315,6 +315,43 @@ def test_content_is_written_as_the_template_wants_it(tokenizer, template):
             encode_prompts(tokenizer, [image])
 
 
+PARTS_OF = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] in ROLES %}{% for part in m['content'] %}"
+    "{% if part is mapping %}{{ part['text'] }}{% endif %}{% endfor %}{% else %}{{ m['content'] }}{% endif %}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "roles", [["user"], ["user", "system"], ["user", "tool"], ["assistant"], ["system"], ["user", "assistant", "tool"]]
+)
+def test_some_roles_have_content_in_parts(tokenizer, roles):
+    call = {"type": "function", "function": {"name": "cat", "arguments": {}}}
+    turns = [
+        *SEVERAL[:3], user("And now?"), {**assistant("I call."), "tool_calls": [call]},
+        {"role": "tool", "content": "Here!"}, assistant("It is here."),
+    ]  # fmt: skip
+    tokenizer.chat_template = PARTS_OF.replace("ROLES", str(roles))
+    [[encoded]] = encode_dialogues(tokenizer, [turns], [0])
+    answers = ["the cat<|endoftext|>", "I call.cat<|endoftext|>", "It is here.<|endoftext|>"]
+    assert learned(tokenizer, encoded) == answers
+    assert tokenizer.decode(encoded.tokens) == (
+        f"[system]You are the cat.<|endoftext|>[user]Who are you?<|endoftext|>[assistant]{answers[0]}"
+        f"[user]And now?<|endoftext|>[assistant]{answers[1]}[tool]Here!<|endoftext|>[assistant]{answers[2]}"
+    )
+
+
+def test_an_answer_may_begin_with_what_the_prompt_has_opened(tokenizer):
+    tokenizer.chat_template = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
+    answer = "<think>\nIt is.\n</think>\n42"
+    [prompt], [response] = encode_prompts(tokenizer, [SINGLE[:1]]), encode_responses(tokenizer, [SINGLE[:1]], [answer])
+    assert tokenizer.decode(prompt).endswith("assistant\n<think>\n")
+    assert tokenizer.decode(response) == "It is.\n</think>\n42<|endoftext|>"
+    [[encoded]] = encode_dialogues(tokenizer, [[SINGLE[0], assistant(answer)]], [0])
+    assert encoded.tokens == prompt + response
+
+
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}[assistant]{% generation %}SAID{% endgeneration %}"
     "{% else %}{{ '[user]' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
