@@ -98,7 +98,15 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 def context_length(model: PreTrainedModel) -> int:
     """How many tokens the model can see at once."""
     given = (getattr(model.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions"))
-    return next((int(length) for length in given if length > 0), 2**31)  # -1: no limit that anyone knows (XLNet)
+    length = next((int(length) for length in given if length > 0), 2**31)  # -1: no limit that anyone knows (XLNet)
+    # A text that grows beyond this limit is read anew with other positions: what was sampled is not what it was then.
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one for all layers, or by their type
+    limits = [k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"]
+    if min(limits, default=length) < length:
+        length = min(limits)
+        say_once(f"{type(model).__name__}: texts of up to {length} tokens, for its positions change behind (longrope)")
+    return length
 
 
 def freeze(model: nn.Module) -> nn.Module:

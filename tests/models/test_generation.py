@@ -695,3 +695,22 @@ def test_why_a_response_ended(policy, tokenizer, prompts, engine, monkeypatch):
     assert stopped.ended.tolist() == [Ended.STOP] and stopped.lengths == first + 1 and stopped.finished.all()
     monkeypatch.setattr(policy.generation_config, "eos_token_id", tokens[3])
     assert sample(engine, policy, tokenizer, prompts[:1], greedy).ended.tolist() == [Ended.TOKEN]
+
+
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+def test_a_text_does_not_grow_to_where_its_positions_change(model_config, tokenizer, capsys):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 16, "factor": 4.0}
+    policy = policy_from_config({**model_config, "rope_parameters": rope}, tokenizer).eval()
+    ends = {"eos_id": [], "pad_id": 1, "seeds": [3]}
+    text = torch.arange(5, 22)[None]
+    whole, begun = policy(text).logits[0, :16], policy(text[:, :16]).logits[0]
+    assert (whole - begun).abs().max() > 0.1  # a text of 17 tokens is no longer one of 16 tokens and one more
+    assert context_length(policy) == 16
+    assert "texts of up to 16 tokens, for its positions change behind (longrope)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"a prompt of 12 tokens and 5 new ones .* context of 16"):
+        generate(policy, [[*range(5, 17)]], Sampling(max_new_tokens=5), **ends)
+    drawn = generate(policy, [[*range(5, 17)]], Sampling(max_new_tokens=4), **ends)
+    whole = torch.tensor([[*range(5, 17), *drawn.token_lists()[0]]])
+    own = policy(whole).logits[0, 11:-1].log_softmax(-1).gather(1, whole[0, 12:, None])[:, 0]
+    assert_close(drawn.logprobs[0], own, rtol=1e-4, atol=1e-4)
