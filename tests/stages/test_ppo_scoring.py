@@ -143,6 +143,27 @@ def test_extra_fields_of_a_file_reach_the_function(tmp_path, ppo, tokenizer, fit
     assert all(isinstance(f, bool) for f in record["finished"])
 
 
+def test_fields_that_are_called_as_what_the_policy_wrote(tmp_path, ppo, tokenizer, fit):
+    said = {"responses": ["a", "b"], "finished": "no", "prompts": 1}
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Question {i}?", **said, "x": i} for i in range(20)])
+    calls = []
+
+    def fn(prompts, responses, **record):
+        calls.append((responses, record))
+        return [0.0] * len(responses)
+
+    for fields in (None, {"given": "responses"}):
+        data = PPODataModule(tmp_path / "p.jsonl", tokenizer, batch_size=4, held_out=0.2, fields=fields)
+        fit(ppo(scoring=Scoring(functions=[fn])), data, max_epochs=1, limit_train_batches=1)
+        nobody, functions = data.notes[:2]
+        assert f"nobody reads the fields {'responses, ' * (not fields)}finished, prompts, for reward" in nobody
+        assert functions.endswith(f"only reward functions read the field{'s x, responses' if fields else ' x'}")
+        responses, record = calls[-1]
+        assert all(isinstance(text, str) for text in responses) and {*record["finished"]} <= {True, False}
+        assert record.keys() == {"x", "kind", "finished", *(fields or ())}
+    assert record["given"] == [["a", "b"]] * len(responses)
+
+
 @pytest.fixture
 def talker(policy, tokenizer):
     """A policy that comes to an end now and then."""

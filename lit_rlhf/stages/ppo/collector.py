@@ -37,7 +37,7 @@ from lit_rlhf.stages.ppo.advantage import AdvantageEstimator
 from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_entropy, logprob_and_kl
 from lit_rlhf.stages.ppo.rollout import Rollout
-from lit_rlhf.stages.ppo.scoring import Scorer
+from lit_rlhf.stages.ppo.scoring import OWN, Scorer
 from lit_rlhf.stages.prompts import Judge, PromptBatch, repeated
 from lit_rlhf.text.packing import Packed
 
@@ -244,6 +244,6 @@ class Collector:
 
 def _record(prompts: PromptBatch, responses: Responses) -> dict[str, list[Any]]:
     """What reward functions get to know besides prompts and responses, a list each."""
-    names = dict.fromkeys(name for record in prompts.records for name in record)
+    names = dict.fromkeys(name for record in prompts.records for name in record if name not in OWN)
     columns = {name: [record.get(name) for record in prompts.records] for name in names}
     return {**columns, "kind": prompts.kinds, "finished": responses.finished.tolist()}

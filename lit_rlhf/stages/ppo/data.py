@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lit_rlhf.stages.ppo.scoring import OWN
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, SamplePrompt, WorldPromptDataModule, spread
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import Messages
@@ -13,6 +14,14 @@ from lit_rlhf.training import BatchLoader
 
 class PPODataModule(PromptDataModule):
     """Prompts of a file, as many batches as the trainer takes (``trainer.limit_train_batches``, PPO's iterations)."""
+
+    def note_fields(self, file: str, unread: Iterable[str], passed_on: Iterable[str] = ()) -> None:
+        unread, renamed = [*unread], (self.fields or {}).values()
+        if names := [name for name in unread if name in OWN and name not in renamed]:
+            said = f"nobody reads the field{'s' if len(names) > 1 else ''} {', '.join(names)}, for reward functions get"
+            instead = f"give another name where they are wanted, ppo.data.fields='{{NAME: {names[0]}}}'"
+            self.note(f"{file}: {said} the policy's own; {instead}")
+        super().note_fields(file, [name for name in unread if name not in names], passed_on)
 
     def unread(self, names: str) -> str:
         return f"only reward functions read the field{'s' if ', ' in names else ''} {names}"

@@ -20,6 +20,7 @@ from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
 
 RewardFunction = Callable[..., Sequence[float | None]]
+OWN = ("prompts", "responses", "finished")  # arguments of a function that no field of a record can stand for
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Scoring:
 
     ``functions`` are called as ``fn(prompts, responses, **record)`` and return a number per answer, or None where they
     have nothing to say of it; nothing is learned from an answer of which nobody says anything. ``prompts`` are
-    lists of messages, ``responses`` texts, and ``record`` has a list for each other field of the prompts' records, and
-    ``finished``, whether an answer ended by itself. Each is a callable or its name, ``"my_module.my_function"``.
+    lists of messages, ``responses`` texts, and ``record`` has a list for each other field of the prompts' records, but
+    those of these names, and ``finished``, whether an answer ended by itself. Each is a callable or its name,
+    ``"my_module.my_function"``.
     The score of an answer is ``clip(scaled reward model + sum of weight * function) - penalties``; the running scale
     divides the sum."""
 
