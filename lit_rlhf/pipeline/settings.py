@@ -328,7 +328,15 @@ def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
             takes = ", ".join(name for name in parameters if name != "self")
             raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
         if key in hints and not _holds_objects(value):
-            _check_value(hints[key], value, origin(cfg, f"{address}.{key}"))
+            where = origin(cfg, f"{address}.{key}")
+            if where == "model.config" and value is None:
+                stage = address.partition(".")[0]
+                init = "checkpoint" if all_stages()[stage].replaced_by_checkpoint else "upstream"
+                raise UserError(
+                    f"{stage}/init=scratch makes a model from model.config, and model=hf has none; set "
+                    f"{stage}/init={init} to go on from the checkpoint"
+                )
+            _check_value(hints[key], value, where)
 
 
 def origin(cfg: DictConfig, address: str) -> str:

@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one in tokenizer_config.json")
     rows, used = _of_model(base_of_adapter(path) if is_adapter(path) else path)
     used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    if tokenizer.pad_token is None or tokenizer.pad_token_id in used:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in used | _of_template(tokenizer):
         tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})
     check_template(tokenizer, path)
     return tokenizer

@@ -120,6 +120,13 @@ def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_pat
     assert "\n" not in str(error.value).strip()
 
 
+@pytest.mark.parametrize(("stage", "init"), [("pretrain", "checkpoint"), ("sft", "upstream"), ("reward", "upstream")])
+def test_a_checkpoint_has_no_config_for_a_fresh_model(stage, init):
+    says = rf"{stage}/init=scratch makes a model from model.config, .* set {stage}/init={init} to go on from the"
+    with pytest.raises(UserError, match=says):
+        checked(f"stage={stage}", f"{stage}/init=scratch", "model=hf", "model.path=x")
+
+
 def test_what_must_be_given_is_named_with_where_it_comes_from():
     with pytest.raises(UserError, match=r"pretrain.data.path is not given \(input.txt .*char-rnn\)"):
         checked("experiment=shakespeare")

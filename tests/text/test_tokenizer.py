@@ -144,6 +144,7 @@ ROLES_BY_NAME = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{%
         ({"special": ["<e>", "<a>", "<z>"], "pad_token": "<e>"}, "<z>", 0),
         ({"special": ["<e>", "<a>", "<z>"], "pad_token": "<a>"}, "<a>", 0),  # a good one stays
         ({"special": ["<e>", "<a>", "<z>"], "pad_token": "<a>", "ends": [0, 1]}, "<z>", 0),
+        ({"special": ["<e>", "<x>", "<z>"], "pad_token": "<x>", "template": ROLES_BY_NAME}, "<z>", 0),  # ends a turn
         ({"special": ["<e>"]}, PAD, 1),  # there is nothing else: the embedding will grow
     ],
 )
