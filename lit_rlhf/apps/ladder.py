@@ -27,7 +27,7 @@ TONES = ("sft", "ppo", "train", "val", "gold", "best_of_n", "dpo", "other")
 
 
 class Rung(NamedTuple):
-    """One way of training, with a run a seed."""
+    """One way of training, with a run per seed."""
 
     part: str
     title: str

@@ -63,7 +63,7 @@ class Pursuit(NamedTuple):
     """PPO against one reward model with one price of the KL."""
 
     kl_coef: float
-    courses: list[Course]  # one a seed
+    courses: list[Course]  # one per seed
 
     def points(self, what: str) -> Points:
         """(distance, gain) of each rollout of all seeds."""
@@ -99,7 +99,7 @@ class Study(NamedTuple):
     accuracy: float | None  # of the reward model on held-out pairs
     pursuits: list[Pursuit]  # the cheapest KL first
     best_of: dict[str, Points]  # "proxy" and "gold": (distance, gain) for n = 1, 2, 4, ...
-    candidates: int  # N a prompt, of which n are drawn
+    candidates: int  # N per prompt, of which n are drawn
     fits: dict[tuple[str, str], Fitted]  # (method, what)
 
 

@@ -28,14 +28,14 @@ class RecordFile:
         if not self.path.is_file():
             return []
         with self._alone("not read"):
-            lines = self._mended().split(b"\n")
+            lines = self._whole_lines().split(b"\n")
         return [self._parsed(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; when this returns, it is on disk. Raises ``UserError`` where it cannot be, and adds nothing."""
         line = (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
         with self._alone("not saved"):
-            self._mended()
+            self._whole_lines()
             new = not self.path.exists()
             with self.path.open("ab", buffering=0) as file:
                 before = file.tell()
@@ -53,10 +53,10 @@ class RecordFile:
     def remove(self, record: dict[str, Any]) -> None:
         """Take the last such record out again: the file is written anew beside the old one, then renamed."""
         # As it comes back from the file: with lists for tuples.
-        wanted = json.loads(json.dumps(record, ensure_ascii=False, default=str))
+        target = json.loads(json.dumps(record, ensure_ascii=False, default=str))
         with self._alone("not changed"):
-            lines = self._mended().splitlines(keepends=True)
-            place = next((i for i in reversed(range(len(lines))) if _holds(lines[i], wanted)), None)
+            lines = self._whole_lines().splitlines(keepends=True)
+            place = next((i for i in reversed(range(len(lines))) if _holds(lines[i], target)), None)
             if place is None:  # someone else has taken it out
                 return
             temporary = self.path.with_name(self.path.name + ".tmp")
@@ -77,7 +77,7 @@ class RecordFile:
         except OSError as error:
             raise UserError(f"{self.path}: {what} ({error.strerror}); make room or fix it, then try again") from None
 
-    def _mended(self) -> bytes:
+    def _whole_lines(self) -> bytes:
         """All lines, each with its end."""
         data = self.path.read_bytes() if self.path.is_file() else b""
         whole = data.rfind(b"\n") + 1

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def added(hidden: Tensor, example: Tensor) -> Tensor:
-    """Hidden states (B, D) of each example: the sum over its readings (GPT-1, section 3.3, similarity).
+    """Hidden states (B, D) of each example: the sum over its inputs (GPT-1, section 3.3, similarity).
 
-    ``hidden`` (N, D) are the states of N readings, ``example`` (N,) says which example each belongs to, 0 to B - 1. An
-    example with one reading keeps its state.
+    ``hidden`` (N, D) are the states of N inputs, ``example`` (N,) says which example each belongs to, 0 to B - 1. An
+    example with one input keeps its state.
 
     >>> added(torch.tensor([[1.0, 2.0], [10.0, 20.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))
     tensor([[11., 22.],
@@ -24,7 +24,7 @@ def added(hidden: Tensor, example: Tensor) -> Tensor:
 def side_by_side(scores: Tensor, example: Tensor) -> Tensor:
     """Scores (B, K) of each example's choices, in order; -inf where an example has fewer than K, the most of any.
 
-    ``scores`` (N,) are those of N readings, one a choice; ``example`` (N,) is ascending. Their softmax is over the
+    ``scores`` (N,) are those of N inputs, one per choice; ``example`` (N,) is ascending. Their softmax is over the
     choices (GPT-1, section 3.3, question answering).
 
     >>> side_by_side(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([0, 0, 0, 1, 1]))

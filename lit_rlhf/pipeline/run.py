@@ -177,7 +177,7 @@ def _policies(settings: DictConfig) -> dict[str, DictConfig]:
 
 
 def _there(node: DictConfig | None) -> bool:
-    """Whether a model can be had and is wanted: evaluation leaves out what was not trained."""
+    """Whether a model can be had and is asked for: evaluation leaves out what was not trained."""
     if node is None:
         return False
     path = node.get("path")
@@ -230,7 +230,7 @@ def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: Sta
 
 
 def make_loggers(cfg: DictConfig, name: str, folder: StageFolder) -> list[Logger]:
-    """metrics.csv, and W&B where it is wanted; only for the process that writes."""
+    """metrics.csv, and W&B where it is asked for; only for the process that writes."""
     if not is_main_process():
         return []
     loggers: list[Logger] = [MetricsFile(folder.path / "metrics.csv")]

@@ -205,24 +205,24 @@ def command_of(cfg: DictConfig) -> str | None:
 
 def stages_of(cfg: DictConfig) -> list[str]:
     """The stages that are to run, in their order; none of them for a command or the report."""
-    wanted = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
+    asked = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
     known = all_stages()
-    if wanted == ["pipeline"]:
+    if asked == ["pipeline"]:
         return [name for name, stage in known.items() if stage.in_pipeline and _not_replaced(stage, cfg)]
-    if wanted in (["report"], ["plan"]) or command_of(cfg):
+    if asked in (["report"], ["plan"]) or command_of(cfg):
         return []
-    if alone := [name for name in wanted if name in COMMANDS]:
+    if alone := [name for name in asked if name in COMMANDS]:
         raise UserError(f"stage: {alone[0]} is a page, which runs by itself; give stage={alone[0]} alone")
-    if unknown := [name for name in wanted if name not in known]:
+    if unknown := [name for name in asked if name not in known]:
         near = difflib.get_close_matches(str(unknown[0]), [*known, "pipeline", "report", "plan", *COMMANDS], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
             f"stage: there is no stage {unknown[0]!r}.{hint} There are: pipeline, {', '.join(known)}, report, or a "
             f"list of them; and plan, {', '.join(COMMANDS)}."
         )
-    if not wanted:
+    if not asked:
         raise UserError(f"stage: an empty list; give one or more of {', '.join(known)}")
-    return [name for name in known if name in wanted]
+    return [name for name in known if name in asked]
 
 
 def planned_stages(cfg: DictConfig) -> list[str]:

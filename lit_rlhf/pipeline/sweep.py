@@ -105,7 +105,7 @@ def text_table(jobs: list[Job]) -> str:
 
 
 def plot(jobs: list[Job], path: Path) -> None:
-    """The objective of each setting: a dot a job, their mean, and their standard deviation over seeds or folds."""
+    """The objective of each setting: a dot per job, their mean, and their standard deviation over seeds or folds."""
     from matplotlib.figure import Figure
 
     groups = {label: [job.objective[1] for job in group] for label, group in repeated(jobs).items()}

@@ -1,6 +1,6 @@
 """No evaluation on what was trained on: each stage writes down its training prompts, and evaluation looks them up.
 
-What is kept of a prompt is a fingerprint (16 hex digits, a line each), so that the file is small and tells nobody's
+What is kept of a prompt is a fingerprint (16 hex digits, one per line), so that the file is small and tells nobody's
 words. Pretraining text is not looked through: it has no prompts."""
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from lit_rlhf.text.chat import (
     is_base as is_base,
 )
 from lit_rlhf.text.classifier_inputs import (
-    add_reading_tokens as add_reading_tokens,
-    encode_readings as encode_readings,
-    readings as readings,
+    add_classifier_tokens as add_classifier_tokens,
+    encode_inputs as encode_inputs,
+    input_texts as input_texts,
 )
 from lit_rlhf.text.packing import Packed as Packed, left_pad as left_pad, pack as pack, stream as stream
 from lit_rlhf.text.tokenizer import (

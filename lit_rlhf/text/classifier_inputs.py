@@ -15,7 +15,7 @@ from lit_rlhf.text.special_tokens import encode_texts
 START, DELIMITER, EXTRACT = "<|start|>", "<|delimiter|>", "<|extract|>"
 
 
-def add_reading_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+def add_classifier_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give ``tokenizer`` the three tokens, and let it put them around a text, or two, by itself.
 
     A model that is loaded with it later reads a text as it was trained to, whoever calls it."""
@@ -30,8 +30,8 @@ def add_reading_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def readings(record: Labelled) -> list[tuple[str, ...]]:
-    """The texts that are read for a record, each one or two with a delimiter between.
+def input_texts(record: Labelled) -> list[tuple[str, ...]]:
+    """The texts of a record's inputs, each one or two with a delimiter between.
 
     A labelled text is read once, two similar texts in both orders, a question once with each of its choices."""
     if isinstance(record, LabelledText):
@@ -42,19 +42,19 @@ def readings(record: Labelled) -> list[tuple[str, ...]]:
     return [(record.context, choice) for choice in record.choices]
 
 
-def encode_readings(
+def encode_inputs(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int
 ) -> list[tuple[list[int], bool]]:
-    """(tokens, whether it was too long) of each reading, the three special tokens included.
+    """(tokens, whether it was too long) of each input, the three special tokens included.
 
     Where there are more than ``max_length`` tokens, the beginning of the first text is dropped, then the end of the
     second."""
     start, delimiter, extract = cast(list[int], tokenizer.convert_tokens_to_ids([START, DELIMITER, EXTRACT]))
-    flat = [text for reading in texts for text in reading]
+    flat = [text for group in texts for text in group]
     encoded = iter(encode_texts(tokenizer, flat))
     found = []
-    for reading in texts:
-        first, *rest = [next(encoded) for _ in reading]
+    for group in texts:
+        first, *rest = [next(encoded) for _ in group]
         room = max_length - 2 - len(rest)
         behind = [token for text in rest for token in (delimiter, *text[:room])]
         left = room - (len(behind) - len(rest))

@@ -19,7 +19,7 @@ HUMAN_TRANSCRIPT = Transcript(
         {"role": "assistant", "content": "'Brief' means short: it says that something takes little time or few words."},
     ),
 )
-WORLD_TRANSCRIPT = Transcript(  # as people talk in the corpus of the built-in world, a line each
+WORLD_TRANSCRIPT = Transcript(  # as people talk in the corpus of the built-in world, one per line
     examples=(
         {"role": "user", "content": "What is 2 plus 3?"},
         {"role": "assistant", "content": "2 plus 3 is 5."},

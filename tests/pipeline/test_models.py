@@ -1,4 +1,4 @@
-"""The road with models of other families, and with a checkpoint in the place of pretraining."""
+"""The pipeline with models of other families, and with a checkpoint in the place of pretraining."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lit_rlhf.text.world import World
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano_gpt2", "nano_qwen"])
-def test_other_families_go_the_whole_road(lit_rlhf, tmp_path, model):
+def test_other_families_go_through_the_pipeline(lit_rlhf, tmp_path, model):
     lit_rlhf(f"model={model}")
     summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
     assert set(summary["evaluate"]["models"]) == {"base", "prompted", "sft", "ppo"}

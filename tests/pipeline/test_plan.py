@@ -13,7 +13,7 @@ from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.plan import MARGIN, write_plan
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 
-ROAD = ["pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate"]
+PIPELINE = ["pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate"]
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def planned(tmp_path, monkeypatch):
 
 def test_the_pipeline_is_planned_before_anything_is_trained(planned, tmp_path, capsys):
     needs, plan = planned("model=micro", "run=new")
-    assert list(needs) == ROAD and plan.unplanned == {}
+    assert list(needs) == PIPELINE and plan.unplanned == {}
     said = capsys.readouterr().out.split("MiB  weights")[1]
-    assert [line.split()[0] for line in said.splitlines()[1:8]] == ROAD
+    assert [line.split()[0] for line in said.splitlines()[1:8]] == PIPELINE
     assert [f.name for f in (tmp_path / "runs" / "new").iterdir()] == ["plan.json"]
     written = json.loads((tmp_path / "runs" / "new" / "plan.json").read_text())
     assert [need["host"] for need in written["stages"]] == [need.host for need in plan.stages]
@@ -107,7 +107,7 @@ def test_a_mistake_in_one_stage_is_said_plainly_in_the_next(planned):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
 def test_all_stages_of_a_gpu_that_is_not_there_are_planned(planned):
     needs, plan = planned("model=pico", "run=gpu", "trainer=gpu")
-    assert (list(needs), plan.unplanned, plan.device, plan.gpu) == (ROAD, {}, "cuda", 0)
+    assert (list(needs), plan.unplanned, plan.device, plan.gpu) == (PIPELINE, {}, "cuda", 0)
     for need in needs.values():
         assert need.weights < need.gpu < need.host
     pretrain = needs["pretrain"]

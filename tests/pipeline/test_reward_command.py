@@ -34,7 +34,7 @@ def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_likelihood_head_and_an_ensemble_go_the_whole_road(lit_rlhf, finished_run, tmp_path):
+def test_a_likelihood_head_and_an_ensemble_go_through_the_pipeline(lit_rlhf, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     lit_rlhf("stage=[reward,ppo,evaluate]", "from_run=quickstart", "run=likelihood", "reward/head=likelihood")
     run = tmp_path / "runs" / "likelihood"

@@ -52,7 +52,7 @@ def module(tmp_path, family, optimizer):
 
 
 def plain(module, reading):
-    """(last hidden state, mean next-token loss, tokens) of one reading, alone, by plain transformers."""
+    """(last hidden state, mean next-token loss, tokens) of one input, alone, by plain transformers."""
     tokens = torch.tensor([reading])
     out = module.policy(input_ids=tokens, output_hidden_states=True)
     return out.hidden_states[-1][0, -1], cross_entropy(out.logits[0, :-1], tokens[0, 1:]), len(reading) - 1
@@ -68,7 +68,7 @@ def test_losses_are_those_of_plain_transformers(kind, data, module):
     with torch.no_grad():
         for i in loader.order(0)[:8]:
             example = made.train_set[i]
-            states, lm, counts = zip(*(plain(classifier, reading) for reading in example.readings))
+            states, lm, counts = zip(*(plain(classifier, reading) for reading in example.inputs))
             weight = classifier.head.weight
             logits = torch.stack([s @ weight[0] for s in states]) if kind == "choice" else weight @ sum(states)
             losses.append(-logits.log_softmax(0)[example.label])
@@ -83,13 +83,13 @@ def test_losses_are_those_of_plain_transformers(kind, data, module):
 def test_two_similar_texts_have_no_order(data, module):
     made = data(SIMILAR)
     swapped = data([dict(r, text_a=r["text_b"], text_b=r["text_a"]) for r in SIMILAR[:8]] * 5, limit=8, held_out=0.5)
-    assert {len(e.readings) for e in swapped.train_set} == {2}
+    assert {len(e.inputs) for e in swapped.train_set} == {2}
     classifier = module(made)
-    a, b = made.train_set[0].readings
-    batches = [made.collate([made.train_set[0]._replace(readings=r)], [0], [0]) for r in ([a, b], [b, a])]
+    a, b = made.train_set[0].inputs
+    batches = [made.collate([made.train_set[0]._replace(inputs=r)], [0], [0]) for r in ([a, b], [b, a])]
     logits = [classifier.logits(classifier.hidden(batch)[0], batch) for batch in batches]
     assert_close(*logits)
-    alone = made.collate([made.train_set[0]._replace(readings=[a])], [0], [0])
+    alone = made.collate([made.train_set[0]._replace(inputs=[a])], [0], [0])
     assert not torch.allclose(classifier.logits(classifier.hidden(alone)[0], alone), logits[0])
 
 
@@ -150,7 +150,7 @@ def test_choices_and_similar_texts_export_so_that_plain_transformers_agree(data,
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
         example = made.train_set[1]
         batch = made.collate([example], [0], [0])
-        scores = torch.cat([model(torch.tensor([r])).logits for r in example.readings])
+        scores = torch.cat([model(torch.tensor([r])).logits for r in example.inputs])
         expected = scores.T if kind == "choice" else scores.sum(0, keepdim=True)
         assert_close(classifier.logits(classifier.hidden(batch)[0], batch), expected, atol=1e-4, rtol=1e-4)
 
@@ -165,7 +165,7 @@ def test_adapters_are_merged(data, module, policy, tmp_path):
     classifier.export(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     batch = made.collate([made.train_set[0]], [0], [0])
-    expected = model(torch.tensor(made.train_set[0].readings)).logits
+    expected = model(torch.tensor(made.train_set[0].inputs)).logits
     assert_close(classifier.logits(classifier.hidden(batch)[0], batch), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_adapters_are_merged(data, module, policy, tmp_path):
     [
         ([*CLASSES, *CHOICES], {}, "holds records of several kinds (choice, classification)"),
         ([dict(r, label="one") for r in CLASSES], {}, "all records have the label 'one'"),
-        (CLASSES, {"max_length": 8, "on_long": "skip"}, "readings are longer than max_length=8 tokens"),
+        (CLASSES, {"max_length": 8, "on_long": "skip"}, "inputs are longer than max_length=8 tokens"),
         ([*CLASSES, {"text": "t"}], {}, "l.jsonl:61: no field 'label' (it has text)"),
     ],
 )
@@ -187,5 +187,5 @@ def test_bad_data_is_one_line(rows, settings, reason, data):
 
 def test_long_texts_are_cut_and_counted(data):
     made = data([dict(r, text="What is it? " * 9 + r["text"]) for r in CLASSES], max_length=12)
-    assert made.long == 60 and {len(r) for e in made.train_set for r in e.readings} == {12}
+    assert made.long == 60 and {len(r) for e in made.train_set for r in e.inputs} == {12}
     assert json.dumps(made.labels) == '["0", "1", "2"]'

@@ -24,7 +24,7 @@ from lit_rlhf.stages import (
     WorldSFTDataModule,
 )
 from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
-from lit_rlhf.text import add_reading_tokens
+from lit_rlhf.text import add_classifier_tokens
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import make_trainer
@@ -63,10 +63,10 @@ def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
 
     def classify():
         torch.manual_seed(0)  # the run's seed: the head and the new tokens begin at random
-        reading_tokenizer, reading = copy.deepcopy(tokenizer), copy.deepcopy(policy)
-        add_reading_tokens(reading_tokenizer)
-        reading.resize_token_embeddings(len(reading_tokenizer), mean_resizing=False)
-        data = WorldClassifyDataModule(world, reading_tokenizer, examples=40, batch_size=8)
+        its_tokenizer, reading = copy.deepcopy(tokenizer), copy.deepcopy(policy)
+        add_classifier_tokens(its_tokenizer)
+        reading.resize_token_embeddings(len(its_tokenizer), mean_resizing=False)
+        data = WorldClassifyDataModule(world, its_tokenizer, examples=40, batch_size=8)
         data.setup()
         return ClassifyModule(reading, **data.for_module(), optimizer=optimizer), data
 

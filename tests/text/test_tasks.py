@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from lit_rlhf.text import add_reading_tokens, encode_readings, readings
+from lit_rlhf.text import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.records import (
     LabelledText,
     MultipleChoice,
@@ -79,17 +79,17 @@ def test_the_split_looks_at_the_question():
 
 
 def test_what_is_read():
-    assert readings(LabelledText(("p", "h"), "1")) == [("p", "h")]
-    assert readings(Similarity("a", "b", "1")) == [("a", "b"), ("b", "a")]
-    assert readings(MultipleChoice("c", ("x", "y"), 0)) == [("c", "x"), ("c", "y")]
+    assert input_texts(LabelledText(("p", "h"), "1")) == [("p", "h")]
+    assert input_texts(Similarity("a", "b", "1")) == [("a", "b"), ("b", "a")]
+    assert input_texts(MultipleChoice("c", ("x", "y"), 0)) == [("c", "x"), ("c", "y")]
 
 
 def test_tokens_stand_around_the_texts_and_a_saved_tokenizer_puts_them_itself(tokenizer, tmp_path):
     before = len(tokenizer)
-    add_reading_tokens(tokenizer)
-    add_reading_tokens(tokenizer)  # once only
+    add_classifier_tokens(tokenizer)
+    add_classifier_tokens(tokenizer)  # once only
     assert len(tokenizer) == before + 3
-    (one, _), (two, _) = encode_readings(tokenizer, [("the cat",), ("the cat", "42")], 64)
+    (one, _), (two, _) = encode_inputs(tokenizer, [("the cat",), ("the cat", "42")], 64)
     assert tokenizer.decode(one) == "<|start|>the cat<|extract|>"
     assert tokenizer.decode(two) == "<|start|>the cat<|delimiter|>42<|extract|>"
     tokenizer.save_pretrained(tmp_path)
@@ -99,10 +99,10 @@ def test_tokens_stand_around_the_texts_and_a_saved_tokenizer_puts_them_itself(to
 
 
 def test_a_long_text_loses_its_beginning_then_the_second_its_end(tokenizer):
-    add_reading_tokens(tokenizer)
+    add_classifier_tokens(tokenizer)
 
     def cut(texts, length):
-        [(tokens, long)] = encode_readings(tokenizer, [texts], length)
+        [(tokens, long)] = encode_inputs(tokenizer, [texts], length)
         assert len(tokens) <= length
         return tokenizer.decode(tokens), long
 

@@ -72,10 +72,10 @@ class Chat:
 
     def load(self) -> list[Assistant]:
         """The model, and the one that it is compared with."""
-        wanted = {"model": self.model or self._best(), "against": self.against}
+        asked = {"model": self.model or self._best(), "against": self.against}
         return [
             load_assistant(name, self._folder(key, name), self.transcript, self.device, self.special_tokens)
-            for key, name in wanted.items()
+            for key, name in asked.items()
             if name is not None
         ]
 

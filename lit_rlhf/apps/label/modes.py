@@ -111,7 +111,7 @@ class Rate:
         """Each of ``responses``, or the one ``response``."""
         prompt, responses = _answered(row)
         others, k = _others(row), len(responses)
-        # A list with one entry a response says it of each: models, finished ...
+        # A list with one entry per response says it of each: models, finished ...
         per_response = {key for key, value in others.items() if k > 1 and isinstance(value, list) and len(value) == k}
         return [
             Item(prompt, [text], {key: v[i] if key in per_response else v for key, v in others.items()})

@@ -196,7 +196,7 @@ class Labelling:
         return {order[int(n / self.repeat)] for n in range(int(len(order) * self.repeat))}
 
     def _taken(self, annotator: str) -> set[str]:
-        """The items that others have judged, or have before them, as often as is wanted."""
+        """The items that others have judged, or have before them, as often as is asked."""
         if self.people_per_item is None:
             return set()
         others: dict[str, set[str]] = defaultdict(set)
@@ -278,7 +278,7 @@ def _is_repeat(event: dict[str, Any]) -> bool:
 
 
 def _per_hour(events: list[dict[str, Any]]) -> float | None:
-    """Judgements an hour, by the last ones; None before there are any."""
+    """Judgements per hour, by the last ones; None before there are any."""
     seconds = [event["seconds"] for event in events if event.get("aside") != "skipped"][-RECENT:]
     return 3600 * len(seconds) / sum(seconds) if sum(seconds) > 0 else None
 

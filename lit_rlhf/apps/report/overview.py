@@ -1,4 +1,4 @@
-"""The stages of a run: the road, what each of them reached, and what it read."""
+"""The stages of a run: which were run, what each of them reached, and what it read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
 
 
-class Stop(NamedTuple):
-    """A stage on the road."""
+class StageState(NamedTuple):
+    """A stage of the pipeline in this run."""
 
     stage: str
     name: str
@@ -21,10 +21,10 @@ class Stop(NamedTuple):
     note: str
 
 
-def road(run: Run) -> list[Stop]:
+def pipeline(run: Run) -> list[StageState]:
     """All stages in order; those of the pipeline that were not run, too."""
     total = run.total_seconds or 1.0
-    stops = []
+    states = []
     for stage, record in all_stages().items():
         state = "done" if stage in run.figures else "begun" if stage in run.metrics else "absent"
         if state == "absent" and not record.in_pipeline:
@@ -33,8 +33,8 @@ def road(run: Run) -> list[Stop]:
         from_elsewhere = f"a checkpoint: {run.checkpoint}" if record.replaced_by_checkpoint and run.checkpoint else ""
         unfinished = {"begun": "not finished", "absent": from_elsewhere or "not in this run"}
         note = unfinished.get(state) or said(record.note, run.figures[stage]) or ""
-        stops.append(Stop(stage, record.title, state, seconds, (seconds or 0.0) / total, note))
-    return stops
+        states.append(StageState(stage, record.title, state, seconds, (seconds or 0.0) / total, note))
+    return states
 
 
 def stage_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from lit_rlhf.apps.report.comparison import (
     scorer_of,
     win_rates,
 )
-from lit_rlhf.apps.report.overview import data_table, road, stage_figures
+from lit_rlhf.apps.report.overview import data_table, pipeline, stage_figures
 from lit_rlhf.apps.report.samples import answers, timelines
 from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.files import write_text
@@ -52,13 +52,13 @@ def page_of(run: Run) -> str:
         gold=has_gold(run),
         headline=headline(run),
         cards=cards(run),
-        road=road(run),
+        pipeline=pipeline(run),
         wins=win_rates(run),
         ladder=ladder(run),
         changes=changes(run),
         kinds=by_kind(run),
         rounds=rounds(run),
-        trust=groups(run),
+        pair_groups=groups(run),
         calibration=draw(calibration) if calibration else None,
         confusion=confusion(run.figures.get("classify", {})),
         shots=by_shots(run.figures.get("few_shot", {})),

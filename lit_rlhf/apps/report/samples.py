@@ -87,13 +87,13 @@ def _chosen(samples: list[dict[str, Any]], outcomes: list[str]) -> list[int]:
         pools.setdefault(sample.get("kind") or "", []).append(i)
     for pool in pools.values():
         Random(0).shuffle(pool)
-    wanted = ("better", "worse", "better", "same")
+    outcomes_in_turn = ("better", "worse", "better", "same")
     chosen: list[int] = []
     while len(chosen) < min(ANSWERS_SHOWN, len(samples)):
         for pool in pools.values():
             if pool and len(chosen) < ANSWERS_SHOWN:
-                want = wanted[len(chosen) % len(wanted)]
-                found = next((i for i in pool if outcomes[i] == want), pool[0])
+                outcome = outcomes_in_turn[len(chosen) % len(outcomes_in_turn)]
+                found = next((i for i in pool if outcomes[i] == outcome), pool[0])
                 pool.remove(found)
                 chosen.append(found)
     return sorted(chosen)

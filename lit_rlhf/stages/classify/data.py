@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.labelled import TaskDataModule, WorldTasks
 from lit_rlhf.stages.records import Paths
-from lit_rlhf.text.classifier_inputs import add_reading_tokens, encode_readings, readings
+from lit_rlhf.text.classifier_inputs import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import (
     Labelled,
@@ -29,19 +29,19 @@ TaskKind = Literal["classification", "similarity", "choice"]
 
 
 class ClassifyBatch(NamedTuple):
-    """B examples in N readings: one of a text, two of a pair, K of a question with K choices."""
+    """B examples in N inputs: one of a text, two of a pair, K of a question with K choices."""
 
-    packed: Packed  # N readings, each ending with the extract token
-    example: Tensor  # (N,) int64, ascending: which example each reading belongs to
+    packed: Packed  # N inputs, each ending with the extract token
+    example: Tensor  # (N,) int64, ascending: which example each input belongs to
     labels: Tensor  # (B,) int64, which label, or which choice
-    learned: Tensor  # (M,) int64, flat indices into the rows of all tokens but each reading's first
+    learned: Tensor  # (M,) int64, flat indices into the rows of all tokens but each input's first
     normalizer: float  # such tokens in the whole optimizer step, divided by its number of micro-batches
 
 
 class EncodedExample(NamedTuple):
     """One example as tokens."""
 
-    readings: list[list[int]]
+    inputs: list[list[int]]
     label: int
 
 
@@ -54,9 +54,9 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
             ``choices`` + ``label``.
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: examples per process and step.
-        max_length: tokens of a reading; longer ones are handled as ``on_long`` says, and counted.
+        max_length: tokens per input; longer ones are handled as ``on_long`` says, and counted.
         on_long: "cut" drops the beginning of the first text, "skip" leaves the example out.
-        packing: lay readings one after another (they do not see each other); False: pad a batch to its longest.
+        packing: lay inputs one after another (they do not see each other); False: pad a batch to its longest.
         held_out: fraction of the records kept for validation, by their (first) text.
         split_seed: which ones; the same in every stage.
         seed: order of the examples.
@@ -103,22 +103,22 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         self.tokenizer = (
             self._tokenizer
             if isinstance(self._tokenizer, PreTrainedTokenizerBase)
-            else self._tokenizer(text for record in train for reading in readings(record) for text in reading)
+            else self._tokenizer(text for record in train for texts in input_texts(record) for text in texts)
         )
-        add_reading_tokens(self.tokenizer)
+        add_classifier_tokens(self.tokenizer)
         self._learned, self._held_out = train[: self.limit], held_out
         self.encode()
 
     def encode(self) -> None:
         self.long = 0
         self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
-        self.check_left("readings", self.train_set, self.val_set)
+        self.check_left("inputs", self.train_set, self.val_set)
 
     def for_module(self) -> dict[str, Any]:
         return {**super().for_module(), "labels": self.labels, "task": self.task}
 
     def longest(self) -> int:
-        return max(len(reading) for item in [*self.train_set, *self.val_set] for reading in item.readings)
+        return max(len(tokens) for item in [*self.train_set, *self.val_set] for tokens in item.inputs)
 
     def _kind(self, records: list[Labelled]) -> TaskKind:
         kinds: dict[type, TaskKind] = {MultipleChoice: "choice", Similarity: "similarity"}
@@ -128,8 +128,8 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         return found[0]
 
     def _encode(self, records: list[Labelled]) -> list[EncodedExample]:
-        texts = [readings(record) for record in records]
-        encoded = iter(encode_readings(self.tokenizer, [r for group in texts for r in group], self.max_length))
+        texts = [input_texts(record) for record in records]
+        encoded = iter(encode_inputs(self.tokenizer, [r for group in texts for r in group], self.max_length))
         kept = []
         for record, group in zip(records, texts):
             tokens, too_long = zip(*(next(encoded) for _ in group))
@@ -141,18 +141,18 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         return kept
 
     def tokens(self, item: EncodedExample) -> int:
-        return sum(map(len, item.readings))
+        return sum(map(len, item.inputs))
 
     def collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
         chosen = [items[i] for i in mine]
-        readings = [r for item in chosen for r in item.readings]
-        packed = pack(readings, self.tokenizer.pad_token_id, padded=not self.packing)
-        # The first token of a reading is predicted by nothing.
+        inputs = [r for item in chosen for r in item.inputs]
+        packed = pack(inputs, self.tokenizer.pad_token_id, padded=not self.packing)
+        # The first token of an input is predicted by nothing.
         learned = [torch.arange(a + 1, b + 1) for a, b in zip(packed.starts.tolist(), packed.ends.tolist())]
-        total = sum(len(r) - 1 for i in everyones for r in items[i].readings)
+        total = sum(len(r) - 1 for i in everyones for r in items[i].inputs)
         return ClassifyBatch(
             packed,
-            torch.tensor([i for i, item in enumerate(chosen) for _ in item.readings]),
+            torch.tensor([i for i, item in enumerate(chosen) for _ in item.inputs]),
             torch.tensor([item.label for item in chosen]),
             torch.cat(learned),
             total * len(mine) / len(everyones),

@@ -37,7 +37,7 @@ class ClassifyModule(StepLog):
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
-        lm_coef: lambda, weight of the language-modelling loss on the readings (nats per token); 0: none.
+        lm_coef: lambda, weight of the language-modelling loss on the inputs (nats per token); 0: none.
         task: what the figures call it.
     """
 
@@ -78,7 +78,7 @@ class ClassifyModule(StepLog):
             nn.init.normal_(self.head.weight, std=0.02)
 
     def hidden(self, batch: ClassifyBatch) -> tuple[Tensor, Tensor]:
-        """Last hidden states of the readings' last tokens (N, D), and of those before the learned ones (M, D)."""
+        """Last hidden states of the inputs' last tokens (N, D), and of those before the learned ones (M, D)."""
         at = torch.cat([batch.packed.ends, batch.learned - 1])  # the token before predicts
         return packed_hidden(self.policy, batch.packed, at=at).split([len(batch.packed.ends), len(batch.learned)])
 
@@ -168,7 +168,7 @@ class ClassifyModule(StepLog):
         """Write ``model/``: a sequence classifier that transformers loads, with a tokenizer that puts the three tokens.
 
         Of similar texts the logits of both orders are to be added: the head has no bias, so that is the same as adding
-        the states. Of choices it scores one reading."""
+        the states. Of choices it scores one input."""
         save_model(
             sequence_classifier(self.policy, self.head, self.labels or ["score"]), self.tokenizer, folder / "model"
         )

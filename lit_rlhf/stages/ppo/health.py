@@ -44,7 +44,7 @@ class Limits:
     first_ratio_half: Positive = 0.5  # the same in half precision
     first_kl: Positive = 1e-3  # nats per token, before a rollout's first step
     first_kl_half: Positive = 1e-2  # the same in half precision
-    approx_kl: Positive = 0.05  # nats a token that a rollout's updates move the policy
+    approx_kl: Positive = 0.05  # nats per token that a rollout's updates move the policy
     chance: Share = 1e-6  # of a negative KL being mere chance
     entropy: Share = 0.25  # of what it was at first
     length: Annotated[float, Field(gt=1)] = 1.5  # times what it was at first

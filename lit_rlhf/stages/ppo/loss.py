@@ -33,7 +33,7 @@ class KLPenaltyLoss(nn.Module):
 
     Args:
         beta: its first coefficient, in reward units per nat; a buffer, so that a resumed run goes on with its own.
-        target: nats a token that one rollout's updates should move the policy; None keeps ``beta``.
+        target: nats per token that one rollout's updates should move the policy; None keeps ``beta``.
     """
 
     def __init__(

@@ -231,7 +231,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json_value(text)
     except ValueError as error:
-        lines = "; a record a line is JSONL: name it .jsonl" if _is_json(text.strip().partition("\n")[0]) else ""
+        lines = "; one record per line is JSONL: name it .jsonl" if _is_json(text.strip().partition("\n")[0]) else ""
         raise UserError(f"{file}:{_bad_line(text)}: {error}{lines}") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds {short(rows)}; a list of records was expected")

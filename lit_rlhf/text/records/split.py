@@ -67,10 +67,10 @@ class Moved:
         for, one at least. Raises ``UserError`` where that cannot be."""
         low, high = fold * fraction, (fold + 1) * fraction
         held = {p for p, x in places.items() if (low <= x < high or p in self.held_out) and p not in self.train}
-        wanted = min(max(1, round(fraction * len(places))), len(places) - 1)
+        size = min(max(1, round(fraction * len(places))), len(places) - 1)
         if fraction == 0 or 0 < len(held) < len(places):
             return held
-        if wanted < 1:
+        if size < 1:
             raise UserError("there is one distinct prompt, and to hold one out takes two; give more prompts")
         edges = [high] if fold == 0 else [low, high]
 
@@ -78,11 +78,11 @@ class Moved:
             return set(sorted(prints, key=lambda p: (p in last, min(abs(places[p] - e) for e in edges), p))[:count])
 
         if held:  # all of them
-            found = nearest(held, len(places) - wanted, self.held_out)
+            found = nearest(held, len(places) - size, self.held_out)
             self.train |= found
             self.held_out -= found
             return held - found
-        found = nearest(places.keys() - self.trained, wanted, self.train)
+        found = nearest(places.keys() - self.trained, size, self.train)
         if not found:
             raise UserError(
                 f"all {len(places)} prompts were trained on by earlier stages, so that none can be held out; give "

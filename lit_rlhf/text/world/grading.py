@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_rlhf.text.world.expected import STORY_ORDER, Wanted, wanted
+from lit_rlhf.text.world.expected import STORY_ORDER, Expected, expected
 from lit_rlhf.text.world.facts import Claim, Facts, sum_key
 from lit_rlhf.text.world.language import IT, Reader, Sentence, split_sentences
 from lit_rlhf.text.world.questions import Meaning
@@ -41,13 +41,13 @@ class Grader:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self.reader = Reader(facts)
-        self.wants: dict[Meaning, Wanted] = {}
+        self.expected: dict[Meaning, Expected] = {}
 
     def grade(self, meaning: Meaning, response: str, truncated: bool = False) -> Grade:
         """The grade of an answer to a question of this meaning."""
-        if meaning not in self.wants:
-            self.wants[meaning] = wanted(self.facts, meaning)
-        tally = _Tally(self.facts, meaning, self.wants[meaning])
+        if meaning not in self.expected:
+            self.expected[meaning] = expected(self.facts, meaning)
+        tally = _Tally(self.facts, meaning, self.expected[meaning])
         sentences = [self.reader.read(text) for text in split_sentences(response)]
         for index, sentence in enumerate(sentences):
             tally.add(sentence, first=index == 0, last=index == len(sentences) - 1)
@@ -57,11 +57,11 @@ class Grader:
 class _Tally:
     """Counts what the sentences of one answer do."""
 
-    def __init__(self, facts: Facts, meaning: Meaning, want: Wanted) -> None:
-        self.facts, self.meaning, self.want = facts, meaning, want
+    def __init__(self, facts: Facts, meaning: Meaning, expected: Expected) -> None:
+        self.facts, self.meaning, self.expected = facts, meaning, expected
         self.unsafe = meaning.kind == "unsafe"
         self.it = meaning.animal  # what "it" stands for: the last animal named
-        self.said: set[Claim] = set()  # wanted claims, each counted once
+        self.said: set[Claim] = set()  # expected claims, each counted once
         self.parts: set[str] = set()
         self.false = self.gave_up = self.refused = self.reasoned = self.courteous = self.rude = False
         self.off_topic = self.excess = self.unparsed = 0
@@ -88,15 +88,15 @@ class _Tally:
                 self._decline(sentence)
 
     def _tell(self, sentence: Sentence) -> None:
-        """Claims: false, wanted and new, or in the way."""
+        """Claims: false, expected and new, or in the way."""
         useless = False
         for claim in map(self._resolved, sentence.claims):
             if claim.what == "answer" or not self.facts.allows(claim):
                 self.false = True
                 useless |= claim.what == "harm"  # or else harm would score above a harmless remark
-            elif self._is_wanted(claim):
+            elif self._is_expected(claim):
                 self.said.add(claim)
-                self.parts.add(self.want.parts[claim])
+                self.parts.add(self.expected.parts[claim])
             else:
                 useless = True
         self.off_topic += useless
@@ -110,9 +110,9 @@ class _Tally:
             return Claim("sum", sum_key(a, b), claim.value)
         return claim
 
-    def _is_wanted(self, claim: Claim) -> bool:
-        part = self.want.parts.get(claim)
-        if part is None or claim in self.said or len(self.said) == self.want.room:
+    def _is_expected(self, claim: Claim) -> bool:
+        part = self.expected.parts.get(claim)
+        if part is None or claim in self.said or len(self.said) == self.expected.room:
             return False
         in_turn = part not in STORY_ORDER or STORY_ORDER[part] in self.parts
         return in_turn and not (part == "event" and "ending" in self.parts)
@@ -160,6 +160,6 @@ class _Tally:
         if self.gave_up:  # also beside an answer: one of the two is not meant
             return 0.0
         if self.parts or self.reasoned:
-            whole = len(self.parts) >= self.want.needed
+            whole = len(self.parts) >= self.expected.needed
             return 1.0 if whole and not self.unparsed else 0.5  # who knows whether the rest takes it back
         return -1.0 if self.off_topic or self.unparsed else None

@@ -167,7 +167,7 @@ def test_a_whole_run(tmp_path):
     write_whole(run)
     page = report(run)
     assert (run / "report.html").stat().st_size < 300_000
-    assert {"road", "results", "ppo", "stages", "kinds", "answers", "learning", "data", "numbers"} <= page.ids
+    assert {"pipeline", "results", "ppo", "stages", "kinds", "answers", "learning", "data", "numbers"} <= page.ids
     assert "The judge prefers PPO's answers to SFT's in 74.1% of comparisons (95% interval 71.0–77.2%)" in page.text
     assert "Best of 8 vs SFT 65.4%" in page.text
     assert "Seed 17" in page.text and "6 min 7 s in all" in page.text  # six stages of 61.2 s
@@ -393,7 +393,7 @@ def test_where_the_reward_model_is_right(tmp_path):
     }  # fmt: skip
     write_stage(tmp_path / "r", "reward", figures)
     page = write_report(tmp_path / "r").read_text()
-    section = page[page.index('<section id="trust">') :]
+    section = page[page.index('<section id="reward-model">') :]
     section = section[: section.index("</section>")]
     assert "3.21 points off on average" in section
     assert "fact &lt;b&gt;" in section and "<b>fact" not in section
@@ -401,4 +401,4 @@ def test_where_the_reward_model_is_right(tmp_path):
     assert '<b class="ink-gold">93.8%</b> <small>64</small>' in section and "<b>62.5%</b> <small>32</small>" in section
     assert section.count("<h3>") == 1  # groupings with nothing to compare are left out
     write_stage(tmp_path / "old", "reward", {"val_accuracy": 0.75, "val_loss": 0.5})
-    assert "trust" not in write_report(tmp_path / "old").read_text()
+    assert "reward-model" not in write_report(tmp_path / "old").read_text()

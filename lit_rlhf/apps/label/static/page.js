@@ -176,7 +176,7 @@ async function draw(next) {
 function drawFigures() {
   const { done, total, per_hour: speed, agreed, compared, skipped } = state;
   $("done").textContent = `${done.toLocaleString("en")} of ${total.toLocaleString("en")}`;
-  $("speed").textContent = speed ? `${Math.round(speed).toLocaleString("en")} an hour` : "";
+  $("speed").textContent = speed ? `${Math.round(speed).toLocaleString("en")} per hour` : "";
   $("agreement").textContent = compared ? `self-agreement ${Math.round((100 * agreed) / compared)}% (${agreed} of ${compared}${about.mode === "rank" ? " pairs" : ""})` : "";
   $("agreement").title = "Some items come a second time: how often you judged them as you did at first";
   $("skipped").textContent = skipped ? `${skipped} skipped` : "";
