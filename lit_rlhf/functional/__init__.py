@@ -99,5 +99,4 @@ from lit_rlhf.functional.sampling import (
     drawn_figures as drawn_figures,
     filter_logits as filter_logits,
     sample_index as sample_index,
-    sample_token as sample_token,
 )

@@ -32,16 +32,6 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def sample_token(logits: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
-    """One token id (B,) from each row of ``logits`` (B, V); see :func:`sample_index`.
-
-    >>> logits, uniform = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).log(), torch.tensor([0.5, 0.5], dtype=torch.float64)
-    >>> sample_token(logits, uniform=uniform)
-    tensor([1, 0])
-    """
-    return sample_index(logits.double().softmax(-1), generator, uniform)
-
-
 def sample_index(probs: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
     """One index (B,) from each row of ``probs`` (B, V), by inverting the cumulative distribution.
 

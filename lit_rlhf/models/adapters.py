@@ -142,7 +142,8 @@ def merged(model: PreTrainedModel, quantized: bool = False) -> PreTrainedModel:
     if not modules and (quantized or not is_quantized(model)):
         return model
     shell = _shell(model)
-    packed = [name.removesuffix(".base_layer") for name, module in shell.named_modules() if _is_packed(module)]
+    linear = [(name, module) for name, module in shell.named_modules() if isinstance(module, nn.Linear)]
+    packed = [name.removesuffix(".base_layer") for name, module in linear if is_quantized(module)]
     for name, wrapper in adapted_modules(shell).items():
         shell.set_submodule(name, _plain(wrapper, quantized))
     if packed and not quantized:
@@ -216,10 +217,6 @@ def _dequantize(model: nn.Module, names: list[str]) -> None:
         model.__dict__.pop(name, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def _is_packed(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and is_quantized(module)
 
 
 def _linear_like(module: nn.Module) -> nn.Linear:

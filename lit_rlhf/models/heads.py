@@ -119,7 +119,7 @@ def _load_classifier(
         base_path(path), dtype, new_head is not None or holds_score(path), export_dtype, **quantized
     )
     if fresh:
-        start_head(score_head(model), (new_head or RewardHead()).start)
+        start_head(model.score, (new_head or RewardHead()).start)
     return with_adapter(keep_layout(model), path)
 
 
@@ -136,13 +136,8 @@ def reward_model_from_config(
     architecture = policy.config
     architecture.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(architecture)
-    start_head(score_head(model), head.start)
+    start_head(model.score, head.start)
     return model
-
-
-def score_head(model: PreTrainedModel | RewardTransformer) -> nn.Module:
-    """What reads the score: a linear layer (1, D) of a one-label sequence classifier, or a head of ours."""
-    return model.score
 
 
 def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
@@ -173,14 +168,14 @@ def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed,
         return scores, hidden[at]
     hidden = packed_hidden(model, batch, at=torch.cat([batch.ends, at]))
     last, others = hidden.split([len(batch.ends), len(at)])
-    return score_head(model)(last).squeeze(-1), others
+    return model.score(last).squeeze(-1), others
 
 
 def kept_language_model(model: PreTrainedModel | RewardTransformer) -> PreTrainedModel:
     """The language model in a reward model, whose weights it shares.
 
     Raises ``UserError`` where none was kept: the output embedding is neither the input's nor a likelihood head's."""
-    trunk, head = model.base_model, getattr(score_head(model), "lm_head", None)
+    trunk, head = model.base_model, getattr(model.score, "lm_head", None)
     if head is None and not getattr(model.config, "tie_word_embeddings", False):
         raise UserError(f"{type(trunk).__name__}: its output embedding is not its input embedding")
     return language_model(trunk, tied_head(trunk) if head is None else head)
@@ -234,7 +229,7 @@ def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequen
     config.problem_type = "single_label_classification" if head.out_features > 1 else None
     model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
     model.base_model.load_state_dict(trunk.base_model.state_dict())
-    score_head(model).load_state_dict(head.state_dict())
+    model.score.load_state_dict(head.state_dict())
     keep_format(model, checkpoint_format(policy))
     return model
 
@@ -258,7 +253,7 @@ class Critic(nn.Module):
 
 def head_parameters(model: PreTrainedModel | RewardTransformer | Critic) -> list[nn.Parameter]:
     """The head of a reward model or critic, without a language-modelling head that came with the trunk."""
-    head = model.head if isinstance(model, Critic) else score_head(model)
+    head = model.head if isinstance(model, Critic) else model.score
     return [p for name, p in head.named_parameters() if not name.startswith("lm_head.")]
 
 
@@ -278,7 +273,7 @@ def critic_from_reward_model(
         )
     reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
     critic = _trainable(copy.deepcopy(reward_model), policy.dtype, lora)
-    return Critic(critic.base_model, score_head(critic))
+    return Critic(critic.base_model, critic.score)
 
 
 def critic_from_policy(

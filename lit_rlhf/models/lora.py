@@ -74,7 +74,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     from peft import LoraConfig
 
     settings = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.name != "path"}
-    settings |= {"target_modules": _targets(model, lora), "fan_in_fan_out": _transposed(model)}
+    transposed = any(isinstance(m, Conv1D) for m in model.base_model.modules())  # GPT-2 keeps its matrices so
+    settings |= {"target_modules": _targets(model, lora), "fan_in_fan_out": transposed}
     _check_names(model, lora)
     known = {f.name: f for f in dataclasses.fields(LoraConfig)}
     if unknown := [name for name in settings.keys() - known if settings[name] not in (None, False)]:
@@ -131,10 +132,6 @@ def _matrices(model: nn.Module) -> list[str]:
     """Names of the linear modules between embedding and head."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     return [prefix + n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-
-
-def _transposed(model: nn.Module) -> bool:
-    return any(isinstance(m, Conv1D) for m in model.base_model.modules())  # GPT-2 keeps its matrices so
 
 
 def _targets(model: nn.Module, lora: LoRA) -> str | list[str]:

@@ -317,15 +317,13 @@ def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
         target = get_object(node["_target_"])
     except Exception as error:  # import errors of any kind
         raise UserError(f"{address}._target_: {' '.join(str(error).split())}") from None
-    function = target.__init__ if inspect.isclass(target) else target
-    parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function, include_extras=True)
+    parameters, hints = inspect.signature(target).parameters, _hints(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in node.items():
         if key in ("_target_", "_partial_", "_convert_", "_recursive_"):
             continue
         if key not in parameters and not open_ended:
-            takes = ", ".join(name for name in parameters if name != "self")
+            takes = ", ".join(parameters)
             raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
         if key in hints and not _holds_objects(value):
             where = origin(cfg, f"{address}.{key}")
@@ -337,6 +335,13 @@ def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
                     f"{stage}/init={init} to go on from the checkpoint"
                 )
             _check_value(hints[key], value, where)
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """The types of what a function takes, or a class; a dataclass inherits some that only their own module can tell."""
+    kind = next((k for k in getattr(function, "__mro__", ()) if "__init__" in vars(k)), None)
+    asked = function if kind is None else kind if "__dataclass_fields__" in vars(kind) else kind.__init__
+    return typing.get_type_hints(asked, include_extras=True)
 
 
 def origin(cfg: DictConfig, address: str) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lit_rlhf.functional import position_ids
-from lit_rlhf.models.kernels.attention import has_window, sees_before_it
 from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.self_check import SHORTER, read, texts
@@ -47,8 +46,6 @@ class TransformersDecoder:
 
     def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
-        # Elsewhere transformers makes it: eager attention adds numbers, and a sliding window sees less.
-        self.own_mask = sees_before_it(model.base_model) and not has_window(model)
         read = inspect.signature(model.base_model.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in read else "past_key_values"
 
@@ -73,7 +70,7 @@ class TransformersDecoder:
     def _forward(self, tokens: Tensor) -> Tensor:
         return self.model.base_model(
             input_ids=tokens,
-            attention_mask=_step_mask(self.mask, tokens.shape[1]) if self.own_mask else self.mask.long(),
+            attention_mask=self.mask.long(),
             position_ids=self.positions,
             use_cache=True,
             **{self.cache_name: self.cache},
@@ -119,15 +116,3 @@ def goes_on_alike(model: PreTrainedModel, decoder: Decoder) -> tuple[Tensor, Ten
     found.append(decoder.logits(decoder.step(torch.tensor(shorter[-1:], device=model.device))))
     expected = [torch.stack([logits[i] for logits in own]) for i in (-3, -2)]
     return torch.cat(found), torch.cat([*expected, own[1][-1:]])
-
-
-def _step_mask(mask: Tensor, width: int) -> Tensor:
-    """Boolean attention mask (B, 1, width, S) for the last ``width`` of S positions: real tokens, none ahead.
-
-    Made here, once a step: transformers builds it in every forward pass from general parts, at more than its cost."""
-    size = mask.shape[1]
-    columns = torch.arange(size, device=mask.device)
-    causal = columns <= columns[size - width :, None]
-    allowed = causal & mask[:, None, None, :]
-    # A padding position sees itself, so that its softmax is not empty (0 / 0); nobody sees it.
-    return allowed | (columns == columns[size - width :, None]) if width > 1 else allowed

@@ -1,22 +1,8 @@
-"""Labelled records and open questions: where classification and few-shot take their tasks from."""
+"""Tasks of the built-in world, for classification and few-shot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-from lit_rlhf.stages.records import RecordDataModule
-from lit_rlhf.text.records import task_prompt
-
-
-class TaskDataModule(RecordDataModule):
-    """The tasks of ``path``, read by ``parse_record``; what is held out is decided by their (first) text."""
-
-    parse_record: Callable[[dict[str, Any]], Any]
-
-    def records(self) -> tuple[list[Any], list[Any]]:
-        """(train, held out)."""
-        return self.split(self.load(self.path, self.parse_record), task_prompt)
 
 
 class WorldTasks:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from lightning import LightningModule
 from pydantic import Field
@@ -11,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.models import context_length
 from lit_rlhf.rollouts import FastEngine, Sampling, fitted, sample
-from lit_rlhf.stages.records import Paths, RecordDataModule
+from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, ensure_template
-from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_prompt_record, shown
+from lit_rlhf.text.records import Messages, PromptRecord, parse_prompt_record, shown
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note, Tools
 from lit_rlhf.text.world import Grade, World
@@ -62,6 +64,7 @@ class SamplePrompt(NamedTuple):
     tokens: list[int]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class PromptDataModule(RecordDataModule):
     """Prompts from a file of records with ``prompt`` or ``messages``.
 
@@ -82,39 +85,20 @@ class PromptDataModule(RecordDataModule):
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
-    judge: Judge | None = None  # files come without one; the world brings its own
-    parse_record = staticmethod(parse_prompt_record)
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    max_length: Annotated[int, Field(ge=1)] = 512
+    on_long: Literal["skip", "cut"] = "skip"
+    limit_held_out: Annotated[int, Field(ge=1)] | None = None
+    special_tokens: SpecialTokens = "plain"
+
+    judge: ClassVar[Judge | None] = None  # files come without one; the world brings its own
+    parse_record, asked = staticmethod(parse_prompt_record), attrgetter("messages")
     reads = ("kind",)
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 128,
-        max_length: Annotated[int, Field(ge=1)] = 512,
-        on_long: Literal["skip", "cut"] = "skip",
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
-        split_seed: int = 0,
-        special_tokens: SpecialTokens = "plain",
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(
-            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
-        )  # fmt: skip
-        self.limit, self.tokenizer, self.special_tokens = limit, tokenizer, special_tokens
-        self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
-        self.limit_held_out, self.seed = limit_held_out, seed
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.train_prompts: list[Prompt] = []
         self.held_out_prompts: list[Prompt] = []
-
-    def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
-        """(train, held out)"""
-        return self.split(self.load(self.path, self.parse_record), lambda record: record.messages)
 
     def setup(self, stage: str | None = None) -> None:
         if self.held_out_prompts:

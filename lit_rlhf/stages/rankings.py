@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models import predicting_positions, response_positions
+from lit_rlhf.stages.examples import ExampleDataModule
 from lit_rlhf.stages.prompts import Judge
-from lit_rlhf.stages.records import Paths, RecordDataModule
-from lit_rlhf.text.chat import encode_prompts, encode_responses, ensure_chat_template
+from lit_rlhf.stages.supervised import SupervisedModule
+from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import Messages, OnBadRecord, Ranking, parse_ranking, shown, text_of
+from lit_rlhf.text.records import Messages, Ranking, parse_ranking, shown, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
-from lit_rlhf.training import ExampleDataModule
 
 
 class RankingBatch(NamedTuple):
@@ -42,16 +43,6 @@ class RankingBatch(NamedTuple):
     annotators: tuple[str, ...] = ()  # of each prompt
 
 
-class Judged(NamedTuple):
-    """What is known of the answers to one prompt, K each."""
-
-    ranks: list[int]
-    response_lengths: list[int]  # tokens
-    gold: list[float] | None
-    kind: str
-    annotator: str
-
-
 class EncodedRanking(NamedTuple):
     """One prompt's answers, as tokens."""
 
@@ -65,7 +56,8 @@ class EncodedRanking(NamedTuple):
     margins: list[float] | None = None
 
 
-class RankingDataModule(RecordDataModule, ExampleDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class RankingDataModule(ExampleDataModule):
     """Rankings or pairs from a file.
 
     Args:
@@ -88,61 +80,35 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
-    judge: Judge | None = None
-    parse_record = staticmethod(parse_ranking)
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    share_prompts: bool = True
+    fold: Annotated[int, Field(ge=0)] = 0
+    special_tokens: SpecialTokens = "plain"
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 8,
-        max_length: Annotated[int, Field(ge=2)] = 1024,
-        on_long: Literal["skip", "cut"] = "cut",
-        packing: bool = True,
-        share_prompts: bool = True,
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        split_seed: int = 0,
-        fold: Annotated[int, Field(ge=0)] = 0,
-        special_tokens: SpecialTokens = "plain",
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(
-            path, fields=fields, held_out=held_out, split_seed=split_seed, fold=fold, on_bad_record=on_bad_record
-        )  # fmt: skip
-        self.limit, self._tokenizer, self.special_tokens = limit, tokenizer, special_tokens
-        self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
-        self.share_prompts, self.seed = share_prompts, seed
-        self.train_set: list[EncodedRanking] = []
-        self.alike: list[Ranking] = []  # rankings of answers that are the same to a model
+    judge: ClassVar[Judge | None] = None
+    parse_record, asked = staticmethod(parse_ranking), attrgetter("prompt")
+    called = "answers"
 
-    def records(self) -> list[Ranking]:
+    def rankings(self) -> list[Ranking]:
         """All rankings."""
         return self.load(self.path, self.parse_record)
 
     def sides(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         """(train, held out)."""
-        return self.split(rankings, lambda r: r.prompt)
+        return self.split(rankings)
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set:
-            return
-        self.train_rankings, self.val_rankings = self.sides(self.records())
-        self.tokenizer = (
-            self._tokenizer
-            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
-            else self._tokenizer(_texts(self.train_rankings))
-        )
-        ensure_chat_template(self.tokenizer)
-        self.encode()
+    def records(self) -> tuple[list[Ranking], list[Ranking]]:
+        return self.sides(self.rankings())
+
+    def texts(self, records: list[Ranking]) -> Iterator[str]:
+        yield from (text_of(message) for ranking in records for message in ranking.prompt)
+        yield from (text for ranking in records for text in ranking.responses)
 
     def encode(self) -> None:
-        self.long, self.alike = 0, []
-        self.train_set = self._encode(self.train_rankings[: self.limit])
-        self.val_set = self._encode(self.val_rankings, graded=True)
+        self.alike: list[Ranking] = []  # rankings of answers that are the same to a model
+        super().encode()
+
+    def check_left(self, what: str, train: Sequence[Any] | None, held_out: Sequence[Any]) -> None:
         if self.alike:
             first = self.alike[0]
             line = (
@@ -150,19 +116,16 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
                 f"which none is better (the first: {first.place or shown(first.prompt)[:60]}, "
                 f"{' and '.join(repr(text[:30]) for text in first.responses[:2])})"
             )
-            if not (self.train_set and self.val_set):
-                raise UserError(f"{line}; none is left to {'test' if self.train_set else 'train'} on")
+            if not (train and held_out):
+                raise UserError(f"{line}; none is left to {'test' if train else 'train'} on")
             self.note(line)
-        self.check_left("answers", self.train_set, self.val_set)
-
-    def longest(self) -> int:
-        return max(len(sequence) for item in [*self.train_set, *self.val_set] for sequence in item.sequences)
+        super().check_left(what, train, held_out)
 
     def trained_prompts(self) -> Iterator[Messages]:
         """The prompts whose answers are learned from."""
-        yield from (ranking.prompt for ranking in self.train_rankings[: self.limit])
+        yield from (ranking.prompt for ranking in self.train_records[: self.limit])
 
-    def _encode(self, rankings: list[Ranking], graded: bool = False) -> list[EncodedRanking]:
+    def encoded(self, rankings: list[Ranking], held_out: bool) -> list[EncodedRanking]:
         refused: dict[int, str] = {}
         owners = [i for i, r in enumerate(rankings) for _ in r.responses]
         before = encode_prompts(
@@ -192,7 +155,7 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
             if too_long and self.on_long == "skip":
                 continue
             gold = None
-            if graded and self.judge is not None:
+            if held_out and self.judge is not None:
                 gold = [self.judge.grade(ranking.prompt, text).gold for text in ranking.responses]
             # At least one token of the prompt stays in front: it predicts the answer's first.
             lengths = [min(len(answer), self.max_length - 1) for answer in answered]
@@ -204,8 +167,8 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
             )
         return encoded
 
-    def tokens(self, item: EncodedRanking) -> int:
-        return sum(map(len, item.sequences))
+    def sequences(self, item: EncodedRanking) -> list[list[int]]:
+        return item.sequences
 
     def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
         """The items ``mine`` of this micro-batch, out of ``everyones`` of the optimizer step."""
@@ -239,34 +202,26 @@ class RankingDataModule(RecordDataModule, ExampleDataModule):
         )
 
 
+@dataclass(eq=False, repr=False)
 class WorldRankingDataModule(RankingDataModule):
     """Rankings of the built-in world's prompts, split as the world splits them, with its gold judge."""
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase,
-        world: World,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 24,
-        packing: bool = True,
-        share_prompts: bool = True,
-        split_seed: int = 0,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            batch_size=batch_size,
-            packing=packing,
-            share_prompts=share_prompts,
-            split_seed=split_seed,
-            seed=seed,
-            limit=limit,
-        )
-        self.world = world
-        self.judge = world
+    world: World
+    _: KW_ONLY
+    batch_size: Annotated[int, Field(ge=1)] = 24
+
+    # Settings for other people's records.
+    max_length: ClassVar[int] = 1024
+    on_long: ClassVar[str] = "cut"
+    held_out: ClassVar[float] = 0.1
+    fold: ClassVar[int] = 0
+    special_tokens: ClassVar[SpecialTokens] = "plain"
+    on_bad_record: ClassVar[str] = "fail"
+    fields: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.judge = self.world
 
     def sides(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
         held = {p.text for p in self.world.prompts("held_out", self.split_seed)}
@@ -281,37 +236,79 @@ class WorldRankingDataModule(RankingDataModule):
         )
 
 
-class Ranked(NamedTuple):
-    """How scores order held-out answers."""
+class RankedAnswers(NamedTuple):
+    """All N answers of a validation."""
 
-    loss: Tensor  # nats per pair, the mean over prompts
-    accuracy: Tensor  # fraction of the annotator's pairs
-    gold_accuracy: Tensor | None  # fraction of the gold judge's pairs, where there are any
-    pairs: int  # that the annotator did not tie
+    scores: Tensor  # (N,)
+    ranks: Tensor  # (N,) int64, 1 = best
+    prompt_index: Tensor  # (N,) int64, which prompt an answer belongs to
+    lengths: Tensor  # (N,) int64, tokens
+    ratings: Tensor  # (N,) as in :class:`RankingBatch`
+    gold: Tensor | None  # (N,) grades by the gold judge, where there is one
+    kinds: list[str]  # of each prompt
+    annotators: list[str]  # of each prompt
+
+    @classmethod
+    def of(cls, scored: Sequence[tuple[Tensor, RankingBatch]]) -> RankedAnswers:
+        """All batches together; with each come the scores (N,) of its answers."""
+        scores, batches = zip(*scored)
+        firsts = accumulate((len(batch.kinds) for batch in batches), initial=0)
+        return cls(
+            torch.cat(scores),
+            torch.cat([batch.ranks for batch in batches]),
+            torch.cat([batch.prompt_index + first for batch, first in zip(batches, firsts)]),
+            torch.cat([batch.packed.response_lengths for batch in batches]),
+            torch.cat([batch.ratings for batch in batches]),
+            None if batches[0].gold is None else torch.cat([batch.gold for batch in batches]),
+            [kind for batch in batches for kind in batch.kinds],
+            [annotator for batch in batches for annotator in batch.annotators],
+        )
 
 
-def ranked(scored: list[tuple[Tensor, RankingBatch]]) -> Ranked:
-    """All pairs of all batches together, each once; with each batch come the scores (N,) of its answers."""
-    counts = [int(batch.prompt_index.max()) + 1 for _, batch in scored]
-    prompt_index = torch.cat([b.prompt_index + sum(counts[:i]) for i, (_, b) in enumerate(scored)])
-    scores, batches = torch.cat([s for s, _ in scored]), [batch for _, batch in scored]
-    pairs = ranking_pairs(torch.cat([b.ranks for b in batches]), prompt_index)
-    gold = None
-    if batches[0].gold is not None:
-        graded = ranking_pairs(-torch.cat([b.gold for b in batches]), prompt_index)
-        gold = pair_accuracy(scores, graded) if graded.prompts else None
-    return Ranked(ranking_loss(scores, pairs), pair_accuracy(scores, pairs), gold, len(pairs.better))
+class RankingModule(SupervisedModule):
+    """A module that is validated by how it orders held-out answers."""
 
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self._val: list[tuple[Tensor, RankingBatch]] = []
+        self._val_pairs = 0  # of the last validation
 
-def judged_prompts(batch: RankingBatch) -> list[Judged]:
-    """A batch prompt by prompt."""
-    counts = batch.prompt_index.bincount().tolist()
-    ranks, lengths = batch.ranks.split(counts), batch.packed.response_lengths.split(counts)
-    gold = [None] * len(counts) if batch.gold is None else [grades.tolist() for grades in batch.gold.split(counts)]
-    return [
-        Judged(ranks[i].tolist(), lengths[i].tolist(), gold[i], batch.kinds[i], batch.annotators[i])
-        for i in range(len(counts))
-    ]
+    def worth(self, batch: RankingBatch) -> Tensor:
+        """Scores (N,) by which answers are ordered."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        self._val = []
+
+    def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:
+        self._val.append((self.worth(batch), batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Over all held-out pairs together, each pair once."""
+        metrics = self.held_out_metrics(RankedAnswers.of(self._val))
+        self.log_dict({f"val/{self.stage}/{name}": x for name, x in metrics.items()}, prog_bar=True, sync_dist=True)
+
+    def held_out_metrics(self, held_out: RankedAnswers) -> dict[str, Tensor]:
+        """``loss`` in nats per pair, the mean over prompts; ``accuracy`` over the annotator's pairs; ``gold_accuracy``
+        over the gold judge's, where there are any."""
+        scores, pairs = held_out.scores, ranking_pairs(held_out.ranks, held_out.prompt_index)
+        self._val_pairs = len(pairs.better)
+        metrics = {"loss": ranking_loss(scores, pairs), "accuracy": pair_accuracy(scores, pairs)}
+        if held_out.gold is not None:
+            graded = ranking_pairs(-held_out.gold, held_out.prompt_index)
+            metrics |= {"gold_accuracy": pair_accuracy(scores, graded)} if graded.prompts else {}
+        return metrics
+
+    def figures(self) -> dict[str, Any]:
+        """Headline figures, from the last validation."""
+        metrics = self.trainer.callback_metrics
+        gold = metrics.get(f"val/{self.stage}/gold_accuracy")
+        return {
+            "val_loss": metrics[f"val/{self.stage}/loss"].item(),
+            "val_accuracy": metrics[f"val/{self.stage}/accuracy"].item(),
+            "gold_accuracy": None if gold is None else gold.item(),
+            "val_pairs": self._val_pairs,
+        }
 
 
 def _margins(items: list[EncodedRanking]) -> Tensor | None:
@@ -335,10 +332,3 @@ def _same_tokens(ranking: Ranking, answered: Sequence[Sequence[int]]) -> str | N
         if one != other and ranking.ranks[first] != ranking.ranks[i]:
             return f"the answers {one[:60]!r} and {other[:60]!r} become the same tokens, and are ranked differently"
     return None
-
-
-def _texts(rankings: list[Ranking]) -> list[str]:
-    return [
-        *(text_of(m) for r in rankings for m in r.prompt),
-        *(text for r in rankings for text in r.responses),
-    ]

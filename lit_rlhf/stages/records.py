@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import context_length
 from lit_rlhf.text.records import Messages, Moved, OnBadRecord, bad_record, files_of, load_records, split_by_prompt
+from lit_rlhf.text.tokenizer import TokenizerTrainer
 
 Record = TypeVar("Record")
 Paths = str | Path | Sequence[str | Path]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class FileDataModule(LightningDataModule):
-    """Files that users bring, and what a person should know of them.
+    """Files that users bring, and what a person should know of them; with a ``tokenizer`` from ``setup`` on.
 
     Args:
-        fields: our name of a field -> its name in the files, ``{"prompt": "question"}``; "a.b" is ``b`` inside ``a``.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the files, ``{"prompt": "question"}``; "a.b" is ``b`` inside ``a``.
     """
 
-    parse_record: Callable[[dict[str, Any]], Any] | None = (
-        None  # makes of a row of its files what it reads; None: not by rows
-    )
-    reads: tuple[str, ...] = ()  # fields that are read later on than by ``parse_record``
-    tokenizer: PreTrainedTokenizerBase  # from ``setup`` on
+    on_bad_record: OnBadRecord = "fail"
+    fields: dict[str, str] | None = None
 
-    def __init__(self, *, fields: Mapping[str, str] | None = None, on_bad_record: OnBadRecord = "fail") -> None:
+    # Makes of a row of its files what it reads; None: not by rows.
+    parse_record: ClassVar[Callable[[dict[str, Any]], Any] | None] = None
+    reads: ClassVar[tuple[str, ...]] = ()  # fields that are read later on than by ``parse_record``
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.fields = fields
-        self.on_bad_record: OnBadRecord = on_bad_record
         self.moved = Moved()  # prompts that are not where their hash puts them; a run hands on its own
         self.skipped: list[str] = []  # a line for each bad record
         self.long = 0  # records that were too long
@@ -95,29 +98,42 @@ class FitContext(Callback):
         return context - self.new_tokens
 
 
+@dataclass(eq=False, repr=False)
 class RecordDataModule(FileDataModule):
     """Reads files of records and parts them by prompt; arguments as in :class:`FileDataModule`, and
 
     Args:
         path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
+        tokenizer: one that is ready, or a function that trains one on the texts.
+        batch_size: records per process and batch.
         held_out: fraction of the prompts kept for validation or evaluation.
         split_seed: which ones; the same in every stage.
-        fold: which fraction of them, for cross-validation.
+        seed: order of the others.
+        limit: train on at most so many of them, to try things out; None: all.
     """
 
-    def __init__(
-        self, path: Paths, *, held_out: float = 0.1, split_seed: int = 0, fold: int = 0, **reading: Any
-    ) -> None:
-        super().__init__(**reading)
-        self.path = path
-        self.held_out, self.split_seed, self.fold = held_out, split_seed, fold
-        self.max_length, self.on_long = 2**31, "skip"  # tokens, and what happens to records that have more
-        self.left_out = 0  # of them, those of which cutting would leave nothing to learn from
+    path: Paths
+    tokenizer: PreTrainedTokenizerBase | TokenizerTrainer
+    _: KW_ONLY
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: int = 0
+    seed: int = 0
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+    asked: ClassVar[Callable[[Any], Messages]]  # the prompt of a record, by which it is parted
+    fold = 0  # which fraction is held out, for cross-validation
+    max_length, on_long = 2**31, "skip"  # tokens, and what happens to records that have more
+    left_out = 0  # of them, those of which cutting would leave nothing to learn from
 
     @property
     def source(self) -> str:
         """The files' names, for a message."""
         return str(self.path) if isinstance(self.path, str | Path) else ", ".join(map(str, self.path))
+
+    def records(self) -> tuple[list[Any], list[Any]]:
+        """(train, held out)."""
+        return self.split(self.load(self.path, self.parse_record))
 
     def encode(self) -> None:
         """Make tokens of what was read, none longer than ``max_length``. Raises ``UserError`` where nothing is left."""
@@ -170,11 +186,11 @@ class RecordDataModule(FileDataModule):
         """A record that is bad for a reason that shows when it is encoded: an error, or counted."""
         bad_record(record.place or self.source, reason, self.skipped, self.on_bad_record)
 
-    def split(self, records: list[Record], prompt: Callable[[Record], Messages]) -> tuple[list[Record], list[Record]]:
+    def split(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
         """(train, held out), the same in every stage; the prompts that change sides are noted."""
         before = self.moved.held_out | self.moved.train
         try:
-            sides = split_by_prompt(records, prompt, self.held_out, self.split_seed, self.fold, self.moved)
+            sides = split_by_prompt(records, self.asked, self.held_out, self.split_seed, self.fold, self.moved)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
         if new := (self.moved.held_out | self.moved.train) - before:

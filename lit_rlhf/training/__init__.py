@@ -2,7 +2,6 @@
 
 from lit_rlhf.training.batches import (
     BatchLoader as BatchLoader,
-    ExampleDataModule as ExampleDataModule,
     in_order as in_order,
     seeded as seeded,
     sharding as sharding,
@@ -16,13 +15,16 @@ from lit_rlhf.training.callbacks import (
     StageProgressBar as StageProgressBar,
     StopOnNonFinite as StopOnNonFinite,
     TextSamples as TextSamples,
-    append_rows as append_rows,
     inner_bar as inner_bar,
     said_when_slow as said_when_slow,
 )
 from lit_rlhf.training.dry_run import Meter as Meter, largest as largest
 from lit_rlhf.training.memory import Peak as Peak, machine_bytes as machine_bytes, resident_bytes as resident_bytes
-from lit_rlhf.training.metrics_file import MetricsFile as MetricsFile, read_metrics as read_metrics
+from lit_rlhf.training.metrics_file import (
+    MetricsFile as MetricsFile,
+    append_rows as append_rows,
+    read_metrics as read_metrics,
+)
 from lit_rlhf.training.notices import quiet as quiet
 from lit_rlhf.training.optim import (
     OptimizerFactory as OptimizerFactory,
@@ -31,8 +33,7 @@ from lit_rlhf.training.optim import (
     decay_groups as decay_groups,
     warmup_decay as warmup_decay,
 )
-from lit_rlhf.training.parts import Part as Part
-from lit_rlhf.training.step_log import StepLog as StepLog
+from lit_rlhf.training.parts import LearnsInParts as LearnsInParts, Part as Part
 from lit_rlhf.training.trained_models import ModelSettings as ModelSettings
 from lit_rlhf.training.trained_state import TrainedState as TrainedState
 from lit_rlhf.training.trainer import make_trainer as make_trainer

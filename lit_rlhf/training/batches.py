@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import Trainer
 from torch import Generator
 
-from lit_rlhf.text.packing import runs
 from lit_rlhf.training.parts import Part
 
 Batch = TypeVar("Batch")
@@ -125,49 +124,6 @@ def shuffled(size: int, seed: int, length: int | None = None) -> Callable[[int],
 def in_order(size: int) -> Callable[[int], range]:
     """An order for :class:`BatchLoader`: ``range(size)`` in every epoch."""
     return lambda epoch: range(size)
-
-
-class ExampleDataModule(LightningDataModule):
-    """Batches of the examples in ``train_set``, shuffled, and of those in ``val_set``, in order.
-
-    A subclass sets both, ``batch_size`` and ``seed``. A batch is learned in parts of at most ``learned_at_once``
-    tokens, and those of validation have at most ``read_at_once``: see :func:`fit_memory`."""
-
-    learned_at_once = read_at_once = 2**31
-
-    def sizes(self) -> dict[str, int]:
-        """Examples to train on and held out."""
-        return {"train_set": len(self.train_set), "val_set": len(self.val_set)}
-
-    def tokens(self, item: Any) -> int:
-        """How many a model reads of an example."""
-        raise NotImplementedError
-
-    def collate(self, items: Sequence[Any], mine: list[int], everyones: list[int]) -> Any:
-        """The batch of the items ``mine`` of a micro-batch, out of ``everyones`` of the optimizer step."""
-        raise NotImplementedError
-
-    def train_dataloader(self) -> BatchLoader[Any]:
-        return BatchLoader(
-            shuffled(len(self.train_set), self.seed),
-            min(self.batch_size, len(self.train_set)),
-            lambda mine, everyones: self.collate(self.train_set, mine, everyones),
-            cut=lambda mine: [mine[run] for run in self._runs([self.train_set[i] for i in mine], self.learned_at_once)],
-            **sharding(self.trainer),
-        )
-
-    def val_dataloader(self) -> BatchLoader[Any]:
-        batches = self._runs(self.val_set, self.read_at_once, 4 * self.batch_size)
-        indices = [list(range(len(self.val_set)))[batch] for batch in batches]
-        return BatchLoader(
-            in_order(len(batches)),
-            1,
-            lambda mine, _: self.collate(self.val_set, indices[mine[0]], indices[mine[0]]),
-            keep_rest=True,
-        )
-
-    def _runs(self, items: Sequence[Any], tokens: int, most: int | None = None) -> list[slice]:
-        return runs([self.tokens(item) for item in items], tokens, most)
 
 
 def seeded(*numbers: int) -> Generator:

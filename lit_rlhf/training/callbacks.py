@@ -27,9 +27,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
-from lit_rlhf.files import write_text
 from lit_rlhf.training.checkpoint_files import read_checkpoint
-from lit_rlhf.training.metrics_file import MetricsFile
+from lit_rlhf.training.metrics_file import MetricsFile, append_rows
 
 Item = TypeVar("Item")
 SLOW_STEP = 1.0  # seconds after which a bar is brought up to date at the next step
@@ -97,9 +96,6 @@ class LastCheckpoint(Callback):
     def __init__(self, folder: str | Path, every_n_batches: Annotated[int, Field(ge=1)] = 100) -> None:
         self.path = Path(folder) / "last.ckpt"
         self.every_n_batches = every_n_batches
-        self._interrupted = False
-        self._unkept = False  # a checkpoint is written, and what its step logs is not yet
-        self._stopped = 0  # the batch after which the user's wish to stop was saved
         self._handlers: dict[int, Any] = {}
         self.earlier_seconds = 0.0  # of starts that were interrupted
         self._begun = time.perf_counter()
@@ -111,7 +107,8 @@ class LastCheckpoint(Callback):
         self.earlier_seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._interrupted, self._stopped, self._unkept = False, 0, False
+        self._interrupted = self._unkept = False  # unkept: a checkpoint is written, and what its step logs is not yet
+        self._stopped = 0  # the batch after which the user's wish to stop was saved
         if threading.current_thread() is threading.main_thread():
             # SIGTERM too: a cluster that takes its machine back sends it, and Lightning only notes it down.
             self._handlers = {s: signal.signal(s, self._on_interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -366,15 +363,6 @@ def _steps_done(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
-def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Append JSON lines; what an interrupted run had written of this step or later ones is dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in old if json.loads(line)["step"] < step]
-    lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
 class StageProgressBar(TQDMProgressBar):
     """Lightning's bar with the stage's name in front. Plain text: it works in notebooks, logs and CI alike.
 
@@ -408,11 +396,7 @@ class StageProgressBar(TQDMProgressBar):
         inside = self.trainer.state.fn != "validate"  # of training
         return self._bar(self.validation_description, leave=not inside, position=int(inside))
 
-    def init_test_tqdm(self) -> Tqdm:
-        return self._bar(self.stage)
-
-    def init_predict_tqdm(self) -> Tqdm:
-        return self._bar(self.stage)
+    init_test_tqdm = init_predict_tqdm = init_train_tqdm
 
     @property
     def total_train_batches(self) -> int | float:

@@ -32,14 +32,13 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # kernels of 4-bit weights, sought as peft is imported
     for notice in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=notice)  # of libraries to those who call them: to us, not to a user
-    warnings.filterwarnings(
-        "ignore", message=".*does not have many workers.*"
-    )  # batches are made faster than workers start
-    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the default runs on a CPU on purpose
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # PPO trains without dropout
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's use of torch's pytree
-    warnings.filterwarnings(
-        "ignore", message=".*smaller than the logging interval.*"
-    )  # validation is logged all the same
-    warnings.filterwarnings("ignore", message=".*anonymous.*")  # Lightning passes it, W&B will drop it
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")  # Lightning wraps the optimizer
+    for message in (
+        "does not have many workers",  # batches are made faster than workers start
+        "GPU available but not used",  # the default runs on a CPU on purpose
+        "in eval mode at the start of training",  # PPO trains without dropout
+        "isinstance.treespec, LeafSpec",  # Lightning's use of torch's pytree
+        "smaller than the logging interval",  # validation is logged all the same
+        "anonymous",  # Lightning passes it, W&B will drop it
+        "lr_scheduler.step.*optimizer.step",  # Lightning wraps the optimizer
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_rlhf.models import adds_to_gradients, tokens_at_once
 from lit_rlhf.training.trained_state import TrainedState
@@ -31,8 +32,11 @@ def fit_memory(data: LightningDataModule, module: nn.Module) -> None:
 
 
 class LearnsInParts(TrainedState):
-    """A module with automatic optimization whose batches may come as a list of :class:`Part`."""
+    """A module with automatic optimization whose batches may come as a list of :class:`Part`.
 
+    Gradients are clipped to the norm ``max_grad_norm``, where a module sets it, or as the trainer is told."""
+
+    max_grad_norm: float | None = None
     _zeroed = False  # whether the gradients of the step before are gone, and there may be some of this one
 
     def in_parts(
@@ -75,6 +79,12 @@ class LearnsInParts(TrainedState):
         # As Lightning does it: out of mixed precision, for an average over the micro-batches of a step.
         with alone, torch.autocast(self.device.type, enabled=False):
             strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        norm = self.max_grad_norm if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(optimizer, norm, gradient_clip_algorithm)
 
     def optimizer_zero_grad(self, *arguments: Any) -> None:
         """Lightning asks for it between forward and backward pass, when :meth:`in_parts` has seen to it."""

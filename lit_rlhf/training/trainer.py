@@ -38,7 +38,7 @@ def make_trainer(
 ) -> Trainer:
     """Lightning's trainer; the arguments are its own, with their ranges, but for those that follow.
 
-    ``precision`` may be "auto": see :func:`best_precision`. ``matmul_precision`` is that of float32 matrix products,
+    ``precision`` may be "auto": see :func:`precision_of`. ``matmul_precision`` is that of float32 matrix products,
     in the whole process (``torch.set_float32_matmul_precision``). For ``kernels``, ``activation_checkpointing``,
     ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.ModelSettings`.
 
@@ -72,12 +72,10 @@ def make_trainer(
 
 
 def precision_of(setting: str, accelerator: str) -> str:
-    """What a trainer's ``precision`` comes to on this machine."""
-    return best_precision(accelerator) if setting == "auto" else setting
-
-
-def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """bfloat16 where the processor multiplies matrices in it, else float32."""
+    """What a trainer's ``precision`` comes to on this machine; "auto": bfloat16 where the processor multiplies matrices
+    in it, else float32."""
+    if setting != "auto":
+        return setting
     if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

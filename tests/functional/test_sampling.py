@@ -5,9 +5,13 @@ from scipy.stats import chisquare
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.sampling import filter_logits, sample_index, sample_token
+from lit_rlhf.functional.sampling import filter_logits, sample_index
 
 INF = float("inf")
+
+
+def sample_token(logits, generator=None, uniform=None):
+    return sample_index(logits.double().softmax(-1), generator, uniform)
 
 
 def kept(logits):

@@ -95,7 +95,7 @@ def test_losses_are_those_of_the_model(model, tokenizer):
     learned = torch.cat([packed.starts[:, None] + torch.arange(1, 4)[None]]).flatten()
     batch = SimpleNamespace(packed=packed, learned=learned, normalizer=len(learned))
     expected = -torch.stack([own_logprobs(model, text)[:3] for text in TEXTS]).mean()
-    assert_close(SFTModule(model, tokenizer).eval().loss(batch), expected, rtol=0, atol=1e-7)
+    assert_close(SFTModule(model, tokenizer).eval().losses(batch)[0], expected, rtol=0, atol=1e-7)
 
     end = tokenizer.eos_token_id
     ids = [end, *tokenizer("You are the cat!")["input_ids"], end]

@@ -141,7 +141,7 @@ def test_it_learns_the_order_and_plain_transformers_loads_it(tmp_path, data, tok
     assert figures["val_accuracy"] == 1.0 and figures["val_loss"] < 0.3
     assert figures["gold_accuracy"] is None  # nobody here knows better than the annotator
     assert figures["val_pairs"] == sum(
-        r.ranks[a] != r.ranks[b] for r in made.val_rankings for a, b in combinations(range(len(r.ranks)), 2)
+        r.ranks[a] != r.ranks[b] for r in made.val_records for a, b in combinations(range(len(r.ranks)), 2)
     )
     module.export(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -20,7 +20,7 @@ from lit_rlhf.stages import (
     WorldSFTDataModule,
 )
 from lit_rlhf.text.records import write_jsonl
-from lit_rlhf.training import StepLog
+from lit_rlhf.training import LearnsInParts
 
 RANKINGS = [
     {"prompt": f"Question {i}?", "responses": ["good " * (i % 3 + 1), "bad", "so"], "ranks": [1, 3, 1 + i % 5]}
@@ -72,8 +72,8 @@ def logged(monkeypatch):
             losses.append(value.item())
         plain(self, name, value, **settings)
 
-    plain = StepLog.log
-    monkeypatch.setattr(StepLog, "log", log)
+    plain = LearnsInParts.log
+    monkeypatch.setattr(LearnsInParts, "log", log)
     return losses
 
 
@@ -102,7 +102,7 @@ def test_weights_and_losses_are_those_of_whole_batches(name, accumulate, large, 
 
 def test_a_part_has_as_many_examples_as_fit_and_at_least_one(stage):
     _, data = stage("sft")
-    sizes = [data.tokens(item) for item in data.train_set]
+    sizes = [sum(map(len, data.sequences(item))) for item in data.train_set]
     data.learned_at_once = max(sizes) + min(sizes)
     order = data.train_dataloader().order(0)
     for batch in data.train_dataloader():
@@ -115,7 +115,7 @@ def test_a_part_has_as_many_examples_as_fit_and_at_least_one(stage):
 
 def test_validation_reads_what_it_read_in_batches_of_so_many_tokens(stage):
     _, data = stage("sft")
-    most = max(data.tokens(item) for item in data.val_set)
+    most = max(sum(map(len, data.sequences(item))) for item in data.val_set)
     whole = [int(n) for batch in data.val_dataloader() for n in batch.packed.lengths]
     data.read_at_once = most + 5
     batches = list(data.val_dataloader())

@@ -18,7 +18,7 @@ from lit_rlhf.models import (
     score_shift,
 )
 from lit_rlhf.stages import RewardDataModule, RewardModule
-from lit_rlhf.stages.rankings import EncodedRanking
+from lit_rlhf.stages.rankings import RankedAnswers
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.records import write_jsonl
 
@@ -155,7 +155,7 @@ def test_transcripts_as_in_hh_rlhf(tmp_path, tokenizer):
     write_jsonl(tmp_path / "hh.jsonl", rows)
     data = RewardDataModule(tmp_path / "hh.jsonl", tokenizer, held_out=0.3)
     data.setup()
-    ranking = data.train_rankings[0]
+    ranking = data.train_records[0]
     assert [m["role"] for m in ranking.prompt] == ["user", "assistant", "user"]
     assert (ranking.responses, ranking.ranks) == (["Yes.", "No."], [1, 2])
 
@@ -287,14 +287,23 @@ def test_margin_and_smoothing_reach_the_loss_and_not_the_validation(data, tokeni
 
 
 def item(ranks, lengths, kind="", annotator="", gold=None):
-    return EncodedRanking([[1]] * len(ranks), lengths, ranks, gold, [math.nan] * len(ranks), kind, annotator)
+    return ranks, lengths, kind, annotator, gold
+
+
+def held_out(scores, items):
+    """All answers of some prompts, as a validation has them."""
+    ranks, lengths, kinds, annotators, gold = zip(*items)
+    together = [torch.tensor([x for row in rows for x in row]) for rows in (ranks, lengths)]
+    owner = torch.tensor([i for i, row in enumerate(ranks) for _ in row])
+    grades = None if gold[0] is None else torch.tensor([x for row in gold for x in row])
+    return RankedAnswers(scores, together[0], owner, together[1], scores * math.nan, grades, kinds, annotators)
 
 
 def test_the_diagnosis_by_hand():
     # Six prompts of kind a, by Ann: right, sure of 3/4. Six of kind b, by Bo: wrong, sure of 3/4.
     items = [item([1, 2], [4, 2], "a", "Ann", [5.0, 0.0])] * 6 + [item([2, 1], [3, 3], "b", "Bo", [1.0, 0.0])] * 6
     scores = torch.tensor([math.log(3), 0.0] * 12)
-    found = diagnosis(scores, items)
+    found = diagnosis(held_out(scores, items))
     assert found["by"]["kind"] == {"a": {"accuracy": 1.0, "pairs": 6}, "b": {"accuracy": 0.0, "pairs": 6}}
     assert found["by"]["annotator"]["Ann"] == {"accuracy": 1.0, "pairs": 6}
     assert found["by"]["gold_kind"]["b"] == {"accuracy": 1.0, "pairs": 6}
@@ -308,12 +317,12 @@ def test_the_diagnosis_by_hand():
 
 
 def test_a_diagnosis_without_a_pair_is_empty():
-    assert diagnosis(torch.zeros(2), [item([1, 1], [2, 2])]) == {}
+    assert diagnosis(held_out(torch.zeros(2), [item([1, 1], [2, 2])])) == {}
 
 
 def test_answers_that_the_gold_judge_grades_alike_say_nothing_by_gold():
     items = [item([1, 2], [4, 2], gold=[3.0, 3.0])] * 3
-    found = diagnosis(torch.tensor([1.0, 0.0] * 3), items)
+    found = diagnosis(held_out(torch.tensor([1.0, 0.0] * 3), items))
     assert "gold_calibration_error" not in found and "gold_kind" not in found["by"] and found["calibration_error"] > 0
 
 
@@ -328,11 +337,11 @@ def test_every_head_learns_the_order_and_loads_again(tmp_path, data, tokenizer, 
     assert module.lm_coef == 0.1  # the embedding is tied, so there is a language model to keep
     module.export(tmp_path)
     loaded = load_reward_model(tmp_path / "model", tokenizer).eval()
-    rankings = made.train_rankings[:5]
+    rankings = made.train_records[:5]
     best = score_answers(loaded, tokenizer, [r.prompt for r in rankings], [r.responses[0] for r in rankings])
     worst = score_answers(loaded, tokenizer, [r.prompt for r in rankings], [r.responses[1] for r in rankings])
     assert (best > worst).all()
-    answers = [(d.messages[:-1], d.messages[-1]["content"]) for d in made.answered(made.train_rankings)]
+    answers = [(d.messages[:-1], d.messages[-1]["content"]) for d in made.answered(made.train_records)]
     scores = score_answers(loaded, tokenizer, [p for p, _ in answers], [a for _, a in answers])
     assert_close(scores.mean().item(), 0.0, atol=1e-4, rtol=0)  # demonstrations average 0
 

@@ -22,7 +22,7 @@ def test_loss_is_the_mean_over_response_tokens(world, tokenizer, policy):
     for item in [data.train_set[i] for i in data.train_dataloader().order(0)[:8]]:
         logits = policy(torch.tensor([item.tokens])).logits[0].log_softmax(-1)
         logprobs += [logits[t - 1, item.tokens[t]] for t in range(1, len(item.tokens)) if item.mask[t]]
-    assert_close(SFTModule(policy, tokenizer).loss(batch), -torch.stack(logprobs).mean())
+    assert_close(SFTModule(policy, tokenizer).losses(batch)[0], -torch.stack(logprobs).mean())
 
 
 def test_end_of_text_is_learned(world, tokenizer):
@@ -41,11 +41,11 @@ def test_packing_changes_no_loss(world, tokenizer, policy, packing):
     data.setup()
     batch = next(iter(data.train_dataloader()))
     assert [block.rows for block in batch.packed.blocks] == [8] or packing
-    assert_close(SFTModule(policy, tokenizer).loss(batch).item(), 7.2, atol=1.5, rtol=0)
+    assert_close(SFTModule(policy, tokenizer).losses(batch)[0].item(), 7.2, atol=1.5, rtol=0)
     reference = data_module(world, tokenizer, packing=not packing)
     reference.setup()
-    other = SFTModule(policy, tokenizer).loss(next(iter(reference.train_dataloader())))
-    assert_close(SFTModule(policy, tokenizer).loss(batch), other)
+    other = SFTModule(policy, tokenizer).losses(next(iter(reference.train_dataloader())))[0]
+    assert_close(SFTModule(policy, tokenizer).losses(batch)[0], other)
 
 
 def test_accumulated_micro_batches_equal_a_full_batch(world, tokenizer, policy, optimizer, fit):

@@ -47,8 +47,8 @@ def sides(data):
     """Fingerprints of (train, held out), from what a data module has read, whatever it is."""
     if getattr(data, "train_prompts", None):
         return tuple({prompt_fingerprint(p.messages) for p in s} for s in (data.train_prompts, data.held_out_prompts))
-    if hasattr(data, "train_rankings"):
-        return tuple({prompt_fingerprint(r.prompt) for r in s} for s in (data.train_rankings, data.val_rankings))
+    if hasattr(data, "rankings"):
+        return tuple({prompt_fingerprint(r.prompt) for r in s} for s in (data.train_records, data.val_records))
     train, held_out = data.records()
     found = []
     for side in (train, held_out):

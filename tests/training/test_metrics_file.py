@@ -53,22 +53,6 @@ def test_rows_of_an_interrupted_run_are_kept_without_doubles(tmp_path):
     }  # fmt: skip
 
 
-def test_new_rows_are_appended_and_changed_ones_written_anew(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.csv")
-    anew = []
-    for step, values in [
-        (1, {"loss": 1.0}), (3, {"loss": 3.0}), (5, {"loss": 5.0}), (5, {"loss": 6.0}), (7, {"loss": 7.0}),
-        (8, {"val": 0.5}), (9, {"loss": 9.0}),
-    ]:  # fmt: skip
-        before = file.path.stat().st_ino if file.path.exists() else None
-        file.log_metrics(values, step)
-        file.write()
-        if file.path.stat().st_ino != before:
-            anew.append((step, values))
-    assert anew == [(1, {"loss": 1.0}), (5, {"loss": 6.0}), (8, {"val": 0.5})]
-    assert file.path.read_text() == "step,loss,val\n1,1.0,\n3,3.0,\n5,6.0,\n7,7.0,\n8,,0.5\n9,9.0,\n"
-
-
 def test_a_line_that_was_cut_off_by_a_kill_is_no_row(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss\n1,0.25\n2,0.1")  # of 0.125

@@ -11,7 +11,7 @@ from lit_rlhf.models.kernels import fast_kernels
 from lit_rlhf.models.kernels.attention import BY_BLOCKS
 from lit_rlhf.models.kernels.gelu import GELUTanh
 from lit_rlhf.training import BatchLoader, adamw, decay_groups, in_order, make_trainer
-from lit_rlhf.training.trainer import best_precision
+from lit_rlhf.training.trainer import precision_of
 
 
 class Learner(LightningModule):
@@ -158,11 +158,11 @@ def test_auto_asks_the_processor(accelerator, cuda, avx512_bf16, amx, expected, 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert best_precision(accelerator) == expected
+    assert precision_of("auto", accelerator) == expected
 
 
 def test_auto_is_a_precision_of_the_trainer():
-    assert make_trainer("cpu", precision="auto", logger=False).precision == best_precision("cpu")
+    assert make_trainer("cpu", precision="auto", logger=False).precision == precision_of("auto", "cpu")
 
 
 def test_the_fused_optimizer_is_pytorchs_own():

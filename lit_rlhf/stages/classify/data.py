@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -10,20 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.labelled import TaskDataModule, WorldTasks
-from lit_rlhf.stages.records import Paths
+from lit_rlhf.stages.examples import ExampleDataModule
+from lit_rlhf.stages.labelled import WorldTasks
 from lit_rlhf.text.classifier_inputs import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import (
     Labelled,
     MultipleChoice,
-    OnBadRecord,
     Similarity,
     parse_labelled,
+    task_prompt,
 )
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
-from lit_rlhf.training import ExampleDataModule
 
 TaskKind = Literal["classification", "similarity", "choice"]
 
@@ -45,7 +46,8 @@ class EncodedExample(NamedTuple):
     label: int
 
 
-class ClassifyDataModule(TaskDataModule, ExampleDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class ClassifyDataModule(ExampleDataModule):
     """Labelled records of one kind from a file.
 
     Args:
@@ -65,60 +67,26 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
-    parse_record = staticmethod(parse_labelled)
+    parse_record, asked = staticmethod(parse_labelled), staticmethod(task_prompt)
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        max_length: Annotated[int, Field(ge=8)] = 1024,
-        on_long: Literal["skip", "cut"] = "cut",
-        packing: bool = True,
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        split_seed: int = 0,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(
-            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
-        )  # fmt: skip
-        self.limit, self._tokenizer = limit, tokenizer
-        self.batch_size, self.max_length, self.on_long, self.packing = batch_size, max_length, on_long, packing
-        self.seed = seed
-        self.train_set: list[EncodedExample] = []
+    max_length: Annotated[int, Field(ge=8)] = 1024
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set:
-            return
-        train, held_out = self.records()
-        self.task = self._kind([*train, *held_out])
+    called = "inputs"
+
+    def texts(self, records: list[Labelled]) -> Iterator[str]:
+        return (text for record in records for texts in input_texts(record) for text in texts)
+
+    def prepare(self) -> None:
+        everything = [*self.train_records, *self.val_records]
+        self.task = self._kind(everything)
         # Of a multiple choice only the right one is named; which place it stands at means nothing.
-        self.labels = [] if self.task == "choice" else sorted({record.label for record in (*train, *held_out)})
+        self.labels = [] if self.task == "choice" else sorted({record.label for record in everything})
         if len(self.labels) == 1:
             raise UserError(f"{self.source}: all records have the label {self.labels[0]!r}; two or more were expected")
-        self.tokenizer = (
-            self._tokenizer
-            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
-            else self._tokenizer(text for record in train for texts in input_texts(record) for text in texts)
-        )
         add_classifier_tokens(self.tokenizer)
-        self._learned, self._held_out = train[: self.limit], held_out
-        self.encode()
-
-    def encode(self) -> None:
-        self.long = 0
-        self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
-        self.check_left("inputs", self.train_set, self.val_set)
 
     def for_module(self) -> dict[str, Any]:
         return {**super().for_module(), "labels": self.labels, "task": self.task}
-
-    def longest(self) -> int:
-        return max(len(tokens) for item in [*self.train_set, *self.val_set] for tokens in item.inputs)
 
     def _kind(self, records: list[Labelled]) -> TaskKind:
         kinds: dict[type, TaskKind] = {MultipleChoice: "choice", Similarity: "similarity"}
@@ -127,7 +95,7 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
             raise UserError(f"{self.source}: holds records of several kinds ({', '.join(found)}); give a file of each")
         return found[0]
 
-    def _encode(self, records: list[Labelled]) -> list[EncodedExample]:
+    def encoded(self, records: list[Labelled], held_out: bool) -> list[EncodedExample]:
         texts = [input_texts(record) for record in records]
         encoded = iter(encode_inputs(self.tokenizer, [r for group in texts for r in group], self.max_length))
         kept = []
@@ -140,8 +108,8 @@ class ClassifyDataModule(TaskDataModule, ExampleDataModule):
             kept.append(EncodedExample(list(tokens), label))
         return kept
 
-    def tokens(self, item: EncodedExample) -> int:
-        return sum(map(len, item.inputs))
+    def sequences(self, item: EncodedExample) -> list[list[int]]:
+        return item.inputs
 
     def collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
         chosen = [items[i] for i in mine]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from pydantic import Field
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
@@ -17,12 +16,11 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import added, classification_loss, side_by_side, wilson_interval
 from lit_rlhf.models import RewardHead, packed_hidden, save_model, sequence_classifier, token_logprobs_of
 from lit_rlhf.stages.classify.data import ClassifyBatch
-from lit_rlhf.stages.records import FitContext
-from lit_rlhf.training import OptimizerFactory, Part, Schedule, StepLog, adamw, decay_groups, warmup_decay
-from lit_rlhf.training.optim import optimizer_and_schedule
+from lit_rlhf.stages.supervised import SupervisedModule
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 
 
-class ClassifyModule(StepLog):
+class ClassifyModule(SupervisedModule):
     """Fine-tunes a language model to tell labels, with L3 = L2 + lambda L1 (GPT-1, eq. 5).
 
     The head reads the hidden state at the extract token. Of a pair of similar texts both orders are read and the two
@@ -41,6 +39,8 @@ class ClassifyModule(StepLog):
         task: what the figures call it.
     """
 
+    stage = "classify"
+
     def __init__(
         self,
         policy: PreTrainedModel,
@@ -54,21 +54,16 @@ class ClassifyModule(StepLog):
         lm_coef: Annotated[float, Field(ge=0)] = 0.5,
         task: str = "classification",
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, optimizer, schedule, max_grad_norm)
         if not RewardHead().is_classifier(policy.config):
             raise UserError(
                 f"transformers has no sequence classifier of {type(policy).__name__}, and classification ends in one; "
                 "take a model of another family"
             )
         self.policy = policy.train()
-        self.tokenizer = tokenizer
-        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.head_lr, self.lm_coef, self.labels, self.task = head_lr, lm_coef, list(labels), task
         self.head: nn.Linear | None = None
         self._val: list[tuple[Tensor, ClassifyBatch]] = []
-
-    def configure_callbacks(self) -> list[Callback]:
-        return [FitContext()]
 
     def configure_model(self) -> None:
         """Make the head."""
@@ -103,13 +98,6 @@ class ClassifyModule(StepLog):
             loss = loss + self.lm_coef * watched["classify/lm_loss"]
         return loss, watched
 
-    def training_step(self, batch: ClassifyBatch | list[Part[ClassifyBatch]], batch_idx: int) -> Tensor:
-        loss, watched = self.in_parts(batch, batch_idx, self.losses)
-        self.log("classify/loss", watched.pop("classify/loss"), prog_bar=True)
-        self.log_dict(watched)
-        self.log("classify/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
-
     def on_validation_epoch_start(self) -> None:
         self._val = []
 
@@ -135,9 +123,8 @@ class ClassifyModule(StepLog):
         """(labels, what the model says), both (held-out examples,)."""
         return torch.cat([b.labels for _, b in self._val]), torch.cat([logits.argmax(-1) for logits, _ in self._val])
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        groups = decay_groups(self, self.head.parameters(), self.head_lr)
-        return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self, self.head.parameters(), self.head_lr)
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation; ``guessing``: who always says the most frequent label."""

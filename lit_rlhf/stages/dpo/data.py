@@ -12,7 +12,7 @@ class DPODataModule(RankingDataModule):
     """Rankings or pairs from a file; arguments as in :class:`RankingDataModule`."""
 
     def for_module(self) -> dict[str, Any]:
-        asked = [(ranking.prompt, ranking.tools) for ranking in spread(self.val_rankings, 4)]
+        asked = [(ranking.prompt, ranking.tools) for ranking in spread(self.val_records, 4)]
         prompts = sample_prompts(asked, self.tokenizer, self.special_tokens, self.note)
         return {**super().for_module(), "sample_prompts": prompts, "note": self.note}
 

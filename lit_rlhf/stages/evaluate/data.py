@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, held_out_records
 from lit_rlhf.stages.records import Paths
-from lit_rlhf.text.records import Messages, OnBadRecord, PromptRecord, parse_text
-from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.records import Messages, PromptRecord, parse_text
 from lit_rlhf.text.world import World
 from lit_rlhf.training import BatchLoader
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class EvaluateDataModule(PromptDataModule):
     """The held-out prompts of a file.
 
@@ -25,28 +26,12 @@ class EvaluateDataModule(PromptDataModule):
 
     The others are those of :class:`PromptDataModule`, but for what concerns training."""
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 64,
-        max_length: Annotated[int, Field(ge=1)] = 512,
-        on_long: Literal["skip", "cut"] = "skip",
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
-        split_seed: int = 0,
-        special_tokens: SpecialTokens = "plain",
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-        text: Paths | None = None,
-    ) -> None:
-        super().__init__(
-            path, tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, held_out=held_out,
-            limit_held_out=limit_held_out, split_seed=split_seed, special_tokens=special_tokens,
-            on_bad_record=on_bad_record, fields=fields,
-        )  # fmt: skip
-        self.text = text
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    text: Paths | None = None
+
+    # Settings of training.
+    seed: ClassVar[int] = 0
+    limit: ClassVar[None] = None
 
     def encode(self) -> None:
         self.long = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
@@ -10,14 +11,13 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.labelled import TaskDataModule, WorldTasks
+from lit_rlhf.stages.labelled import WorldTasks
 from lit_rlhf.stages.prompts import spread
-from lit_rlhf.stages.records import Paths
+from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.records import (
     LabelledText,
     Messages,
     MultipleChoice,
-    OnBadRecord,
     OpenQuestion,
     Similarity,
     Task,
@@ -52,7 +52,8 @@ class ShotBatch(NamedTuple):
     texts: list[str]  # of the prompts
 
 
-class FewShotDataModule(TaskDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class FewShotDataModule(RecordDataModule):
     """Tasks of one kind from a file; the held-out ones are asked, the others serve as examples.
 
     Args:
@@ -73,32 +74,17 @@ class FewShotDataModule(TaskDataModule):
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
-    parse_record = staticmethod(parse_task)
+    shots: Sequence[Annotated[int, Field(ge=0)]] = (0, 1, 4, 8, 16, 32)
+    template: str = "{question}\n{answer}"
+    separator: str = "\n\n"
+    instruction: str = ""
+    limit_held_out: Annotated[int, Field(ge=1)] | None = None
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        shots: Sequence[Annotated[int, Field(ge=0)]] = (0, 1, 4, 8, 16, 32),
-        template: str = "{question}\n{answer}",
-        separator: str = "\n\n",
-        instruction: str = "",
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        split_seed: int = 0,
-        seed: int = 0,
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(
-            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
-        )  # fmt: skip
-        self.tokenizer, self.shots = tokenizer, sorted(set(shots))
-        self.template, self.separator, self.instruction = template, separator, instruction
-        self.batch_size, self.limit, self.limit_held_out, self.seed = batch_size, limit, limit_held_out, seed
+    parse_record, asked = staticmethod(parse_task), staticmethod(task_prompt)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.shots, template = sorted(set(self.shots)), self.template
         self.train_set: list[Shot] = []
         if template.count("{question}") != 1 or template.count("{answer}") != 1 or not template.endswith("{answer}"):
             raise UserError(

@@ -19,34 +19,18 @@ def check(
     sampling: Sampling,
 ) -> None:
     """Raise ``UserError`` where PPO could not learn from what these settings make."""
-    check_vocabulary(policy, reward_model)
-    check_group(advantage, answers_per_prompt)
-    check_sampling(sampling)
-
-
-def check_vocabulary(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> None:
-    """Raise ``UserError`` where the reward model would read other words than the policy wrote."""
-    if reward_model is None:
-        return
-    ours, theirs = (len(m.get_input_embeddings().weight) for m in (policy, reward_model))
-    if ours != theirs:
-        raise UserError(
-            f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read "
-            "other words than were written; train the reward model from the same SFT model (stage=reward)"
-        )
-
-
-def check_group(advantage: Callable[..., Any], answers_per_prompt: int) -> None:
-    """Raise ``UserError`` where answers to a prompt are to be compared and there is one only."""
+    if reward_model is not None:
+        ours, theirs = (len(m.get_input_embeddings().weight) for m in (policy, reward_model))
+        if ours != theirs:
+            raise UserError(
+                f"the policy has a vocabulary of {ours} tokens and the reward model one of {theirs}, so it would read "
+                "other words than were written; train the reward model from the same SFT model (stage=reward)"
+            )
     if getattr(advantage, "compares_answers", False) and answers_per_prompt < 2:
         raise UserError(
             "ppo.module.answers_per_prompt is 1, and this advantage (RLOO, GRPO, a mean over the prompt) compares the "
             "answers to a prompt with each other: give 2 or more, 4 say"
         )
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ``UserError`` where the policy could not learn from what is sampled."""
     if sampling.temperature == 0:
         raise UserError("ppo.module.sampling.temperature is 0: PPO learns from samples; give it a value above 0")
     if sampling.top_k or sampling.top_p < 1:

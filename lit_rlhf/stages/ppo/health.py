@@ -229,10 +229,7 @@ CHECKS: dict[str, Callable[[History, Limits], str | None]] = {
         score_spread, advantage_spread, worse_held_out, over_optimization,
     )
 }  # fmt: skip
-CheckName = Literal[
-    "first_step", "large_steps", "negative_kl", "entropy_collapse", "growing_answers", "unfinished_answers",
-    "poor_critic", "score_spread", "advantage_spread", "worse_held_out", "over_optimization",
-]  # fmt: skip
+CheckName = Literal[tuple(CHECKS)]  # type: ignore[valid-type]
 
 
 def findings(history: History, limits: Limits) -> dict[str, str]:

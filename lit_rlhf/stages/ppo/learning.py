@@ -36,6 +36,11 @@ class LearnsFromRollouts(TrainedState):
     sampling: Sampling
     ptx: PretrainingText | None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+
     @property
     def _shared(self) -> dict[str, Any]:
         """What collecting and learning have in common."""

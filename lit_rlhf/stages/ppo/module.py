@@ -144,7 +144,6 @@ class PPOModule(LearnsFromRollouts):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.sampling, self.engine, self.seed = sampling, engine or FastEngine(), seed
         check(policy, reward_model, advantage, answers_per_prompt, self.sampling)
         self.policy, self.tokenizer = learning(policy), tokenizer
@@ -161,7 +160,6 @@ class PPOModule(LearnsFromRollouts):
         self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
         self.micro_batch_size, self.packing = micro_batch_size, packing
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
         self.progress, self.held_out = Progress(), HeldOut(val_samples)
         self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(self)
         self.eval()  # see train(): models made from a config come in training mode

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from lit_rlhf.models.text_rows import TextRows
 from lit_rlhf.stages.records import FileDataModule
 from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK, behind_start
 from lit_rlhf.text.packing import runs
-from lit_rlhf.text.records import OnBadRecord, Seen, files_of, parse_text, read_pieces, read_records
+from lit_rlhf.text.records import Seen, files_of, parse_text, read_pieces, read_records
 from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
@@ -41,6 +42,7 @@ class Source(NamedTuple):
     identity: Any = None  # plain values that change when the documents do; None: nobody can tell
 
 
+@dataclass(eq=False, repr=False)
 class PretrainDataModule(FileDataModule):
     """Text from files: .txt (one document), or records with a field ``text``; or tokens that the user has made.
 
@@ -63,37 +65,29 @@ class PretrainDataModule(FileDataModule):
         cache: the folder that keeps the tokens, which may be deleted at any time; None: they last as long as this.
     """
 
+    path: str | list[str] | None
+    tokenizer: PreTrainedTokenizerBase | TokenizerTrainer
+    _: KW_ONLY
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
+    old_path: str | list[str] | None = None
+    block_size: Annotated[int, Field(ge=2)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: int = 0
+    limit: Annotated[int, Field(ge=1)] | None = None
+    special_tokens: SpecialTokens = "plain"
+    cache: str | Path | None = None
+
     parse_record = staticmethod(parse_text)
     base_template = BASE_TEMPLATE
     learned_at_once = read_at_once = 2**31  # tokens; see lit_rlhf.training.parts.fit_memory
 
-    def __init__(
-        self,
-        path: str | list[str] | None,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        weights: list[Annotated[float, Field(gt=0)]] | None = None,
-        old_path: str | list[str] | None = None,
-        block_size: Annotated[int, Field(ge=2)] = 512,
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        special_tokens: SpecialTokens = "plain",
-        on_bad_record: OnBadRecord = "fail",
-        cache: str | Path | None = None,
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(fields=fields, on_bad_record=on_bad_record)
-        self.limit, self.special_tokens = limit, special_tokens
-        self.paths, self.old_paths = files_of(path or []), files_of(old_path or [])
-        self._tokenizer = tokenizer
-        self.weights = weights
-        self.block_size, self.batch_size, self.held_out, self.seed = block_size, batch_size, held_out, seed
-        self.cache = cache
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.paths, self.old_paths = files_of(self.path or []), files_of(self.old_path or [])
         self.train_streams: list[Tokens] = []  # a source each
-        if weights is not None and len(weights) != len(self.paths):
-            raise UserError(f"pretrain.data.weights has {len(weights)} entries for {len(self.paths)} sources")
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            raise UserError(f"pretrain.data.weights has {len(self.weights)} entries for {len(self.paths)} sources")
 
     def sizes(self) -> dict[str, int]:
         return {}
@@ -131,9 +125,8 @@ class PretrainDataModule(FileDataModule):
             return
         sources = self.sources()
         # The tokenizer sees all text, so that every character of the validation text can be written with it.
-        self.tokenizer = (
-            self._tokenizer if isinstance(self._tokenizer, PreTrainedTokenizerBase) else self._trained(sources)
-        )
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = self._trained(sources)
         self.tokenizer.chat_template = self.tokenizer.chat_template or behind_start(self.tokenizer, self.base_template)
         parts = [self._stored(source) for source in sources]
         old = [self._stored(source) for source in self._files(self.old_paths)]
@@ -171,11 +164,11 @@ class PretrainDataModule(FileDataModule):
             )
 
         def train() -> PreTrainedTokenizerBase:
-            return self._tokenizer(
+            return self.tokenizer(
                 piece for source in sources for document in self._limited(source, []) for piece in document
             )
 
-        how = self._tokenizer
+        how = self.tokenizer
         how = how if isinstance(how, partial) else partial(how)
         known = how.func in (train_bpe, train_characters) and None not in [source.identity for source in sources]
         if not known or self.cache is None:

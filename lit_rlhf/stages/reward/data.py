@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
@@ -15,7 +15,6 @@ from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import (
     Demonstration,
     Messages,
-    OnBadRecord,
     Ranking,
     parse_demonstration,
     parse_feedback,
@@ -23,10 +22,7 @@ from lit_rlhf.text.records import (
     rankings_of_feedback,
     text_of,
 )
-from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Tools
-from lit_rlhf.text.tokenizer import TokenizerTrainer
-from lit_rlhf.text.world import World
 
 Answered = tuple[list[int], int]  # tokens of prompt and answer, and how many at the end are the answer's
 
@@ -38,6 +34,7 @@ class Calibration(NamedTuple):
     answers: list[Answered]  # whose scores' mean and standard deviation are noted
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class RewardDataModule(RankingDataModule):
     """Rankings or pairs from a file; arguments as in :class:`RankingDataModule`, and
 
@@ -52,42 +49,22 @@ class RewardDataModule(RankingDataModule):
 
     parse_record = staticmethod(partial(parse_ranking, margin=True))
 
-    def __init__(
-        self,
-        path: Paths | None,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        demonstrations: Paths | None = None,
-        feedback: Paths | None = None,
-        batch_size: Annotated[int, Field(ge=1)] = 8,
-        max_length: Annotated[int, Field(ge=2)] = 1024,
-        on_long: Literal["skip", "cut"] = "cut",
-        packing: bool = True,
-        share_prompts: bool = True,
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        split_seed: int = 0,
-        fold: Annotated[int, Field(ge=0)] = 0,
-        special_tokens: SpecialTokens = "plain",
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-        score_margin: Annotated[float, Field(ge=0)] = 0.0,
-    ) -> None:
-        if path is None and feedback is None:
-            raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
-        super().__init__(
-            path or [], tokenizer, batch_size=batch_size, max_length=max_length, on_long=on_long, packing=packing,
-            share_prompts=share_prompts, held_out=held_out, split_seed=split_seed, fold=fold,
-            special_tokens=special_tokens, seed=seed, limit=limit, on_bad_record=on_bad_record, fields=fields,
-        )  # fmt: skip
-        self.demonstrations, self.feedback = demonstrations, feedback
-        if score_margin:
-            self.parse_record = partial(parse_ranking, margin=True, score_margin=score_margin)
+    path: Paths | None = field(kw_only=False)
+    demonstrations: Paths | None = None
+    feedback: Paths | None = None
+    score_margin: Annotated[float, Field(ge=0)] = 0.0
 
-    def records(self) -> list[Ranking]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None and self.feedback is None:
+            raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
+        self.path = self.path or []
+        if self.score_margin:
+            self.parse_record = partial(parse_ranking, margin=True, score_margin=self.score_margin)
+
+    def rankings(self) -> list[Ranking]:
         """All rankings, those that follow from feedback last."""
-        rankings = super().records()
+        rankings = super().rankings()
         if self.feedback is None:
             return rankings
         return [*rankings, *rankings_of_feedback(self.load(self.feedback, parse_feedback))]
@@ -103,7 +80,7 @@ class RewardDataModule(RankingDataModule):
         if self.train_set:
             return
         super().setup(stage)
-        encoded = self._encode_answered(self.answered(self.train_rankings[: self.limit])[:1000])
+        encoded = self._encode_answered(self.answered(self.train_records[: self.limit])[:1000])
         demonstrations = [([*p, *r][-self.max_length :], min(len(r), self.max_length - 1)) for p, r in encoded]
         answers = [pair for item in self.train_set[:512] for pair in zip(item.sequences, item.response_lengths)]
         self.calibration = Calibration(demonstrations, answers)
@@ -127,33 +104,16 @@ class RewardDataModule(RankingDataModule):
         return [(p, r) for i, (p, r) in enumerate(zip(before, behind)) if i not in refused]
 
     def for_module(self) -> dict[str, Any]:
-        rankings = self.train_rankings, self.val_rankings
+        rankings = self.train_records, self.val_records
         return {**super().for_module(), "calibration": self.calibration, "rankings": rankings}
 
 
+@dataclass(eq=False, repr=False)
 class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
     """Rankings of the built-in world's prompts; its demonstrations are to score 0 on average."""
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase,
-        world: World,
-        *,
-        feedback: Paths | None = None,
-        batch_size: Annotated[int, Field(ge=1)] = 24,
-        packing: bool = True,
-        share_prompts: bool = True,
-        split_seed: int = 0,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        super().__init__(
-            path, tokenizer, world, batch_size=batch_size, packing=packing,
-            share_prompts=share_prompts, split_seed=split_seed, seed=seed,
-            limit=limit,
-        )  # fmt: skip
-        self.feedback = feedback
+    demonstrations: ClassVar[None] = None
+    score_margin: ClassVar[float] = 0.0
 
     def answered(self, train: list[Ranking]) -> list[Demonstration]:
         rows = self.world.demonstrations(1000, self.split_seed, split="train", split_seed=self.split_seed)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_rlhf.functional import Pairs, calibration, correlation, ranking_pairs
-from lit_rlhf.stages.rankings import Judged
+from lit_rlhf.stages.rankings import RankedAnswers
 
 BINS = 10  # of the calibration curve, from 50% to 100% sure
 LENGTHS = ("less than half", "shorter", "equal", "longer", "more than double")
 FEWEST = 5  # pairs of a group that is shown
 
 
-def diagnosis(scores: Tensor, items: Sequence[Judged]) -> dict[str, Any]:
-    """Figures from the scores (N,) of all answers of ``items``, one item after the other.
+def diagnosis(held_out: RankedAnswers) -> dict[str, Any]:
+    """Figures from the scores of all held-out answers, on the CPU.
 
     ``calibration`` and ``calibration_error``: does the better-scored answer win as often as ``sigmoid`` of the
     difference says, by the annotator and, where there is one, by the gold judge (``gold_calibration_error``)?
     ``length_correlation``: of score and length inside a prompt, beside that of the annotator's preference.
     ``by``: accuracy and number of pairs in groups."""
-    ranks = torch.tensor([rank for item in items for rank in item.ranks])
-    owner = torch.tensor([i for i, item in enumerate(items) for _ in item.ranks])
-    lengths = torch.tensor([n for item in items for n in item.response_lengths])
+    scores, ranks, owner, lengths = held_out[:4]
     pairs = ranking_pairs(ranks, owner)
     if not pairs.prompts:
         return {}
@@ -36,19 +34,21 @@ def diagnosis(scores: Tensor, items: Sequence[Judged]) -> dict[str, Any]:
         "by": {
             name: _by(scores, pairs, name_of)
             for name, name_of in {
-                "kind": lambda p: [items[i].kind for i in owner[p.better].tolist()],
-                "annotator": lambda p: [items[i].annotator for i in owner[p.better].tolist()],
+                "kind": lambda p: [held_out.kinds[i] for i in owner[p.better].tolist()],
+                "annotator": lambda p: [held_out.annotators[i] for i in owner[p.better].tolist()],
                 "distance": lambda p: [_apart(d) for d in p.distance.tolist()],
-                "length": lambda p: [_longer(a / b) for a, b in zip(_at(lengths, p.better), _at(lengths, p.worse))],
+                "length": lambda p: [
+                    _longer(a / b) for a, b in zip(lengths[p.better].tolist(), lengths[p.worse].tolist())
+                ],
             }.items()
         },
     }
-    if items[0].gold is not None:
-        gold = ranking_pairs(-torch.tensor([grade for item in items for grade in item.gold]), owner)
+    if held_out.gold is not None:
+        gold = ranking_pairs(-held_out.gold, owner)
         if not gold.prompts:  # all answers to a prompt were graded alike
             return found
         found["gold_calibration_error"] = _calibration(scores, gold)["calibration_error"]
-        found["by"]["gold_kind"] = _by(scores, gold, lambda p: [items[i].kind for i in owner[p.better].tolist()])
+        found["by"]["gold_kind"] = _by(scores, gold, lambda p: [held_out.kinds[i] for i in owner[p.better].tolist()])
     return found
 
 
@@ -86,10 +86,6 @@ def _longer(ratio: float) -> str:
 
 def _place(group: tuple[str, Any]) -> tuple[int, str]:
     return (LENGTHS.index(group[0]) if group[0] in LENGTHS else 0, group[0])
-
-
-def _at(values: Tensor, index: Tensor) -> list[int]:
-    return values[index].tolist()
 
 
 def _known(value: Tensor) -> float | None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning import LightningDataModule
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import Field
 from torch import Tensor
@@ -21,35 +19,22 @@ from lit_rlhf.models import (
     head_parameters,
     kept_language_model,
     packed_scores,
-    save_adapter,
-    save_model,
     scores_and_hidden,
     scores_of,
     token_logprobs_of,
     tokens_at_once,
 )
 from lit_rlhf.models.logits import check_logits
-from lit_rlhf.stages.rankings import RankingBatch, judged_prompts, ranked
+from lit_rlhf.stages.rankings import RankedAnswers, RankingBatch, RankingModule
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.reward.data import Answered, Calibration
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.text.records import Ranking
-from lit_rlhf.training import (
-    Meter,
-    OptimizerFactory,
-    Part,
-    Schedule,
-    StepLog,
-    adamw,
-    decay_groups,
-    inner_bar,
-    warmup_decay,
-)
-from lit_rlhf.training.optim import optimizer_and_schedule
+from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, inner_bar, warmup_decay
 
 
-class RewardModule(StepLog):
+class RewardModule(RankingModule):
     """Trains a reward model on rankings.
 
     K answers to a prompt take K forward passes, not K (K - 1): each is read once, and its score serves all its pairs.
@@ -74,6 +59,8 @@ class RewardModule(StepLog):
         rankings: (train, held out), for ``bag_of_words``.
     """
 
+    stage = "reward"
+
     def __init__(
         self,
         reward_model: PreTrainedModel | RewardTransformer,
@@ -92,10 +79,8 @@ class RewardModule(StepLog):
         calibration: Calibration | None = None,
         rankings: tuple[list[Ranking], list[Ranking]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, optimizer, schedule, max_grad_norm)
         self.reward_model = reward_model.train()
-        self.tokenizer = tokenizer
-        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
         self.head_lr, self.lm_coef, self.bag_of_words = head_lr, lm_coef, bag_of_words
         self.margin, self.label_smoothing = margin, label_smoothing
         self.feedback_coef, self.feedback_loss = feedback_coef, feedback_loss
@@ -109,18 +94,10 @@ class RewardModule(StepLog):
                 rank_zero_warn(f"no language-modelling loss (lm_coef): {error}")
                 self.lm_coef = 0.0
         self._diagnosis: dict[str, Any] = {}
-        self._val: list[tuple[Tensor, RankingBatch]] = []
-        self._val_pairs = 0  # of the last validation
 
-    def configure_callbacks(self) -> list[Callback]:
-        return [FitContext()]
-
-    def training_step(self, batch: RankingBatch | list[Part[RankingBatch]], batch_idx: int) -> Tensor:
-        loss, watched = self.in_parts(batch, batch_idx, self.losses)
-        self.log("reward/loss", watched.pop("reward/loss"), prog_bar=True)
-        self.log_dict(watched)
-        self.log("reward/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+    @property
+    def trained(self) -> PreTrainedModel | RewardTransformer:
+        return self.reward_model
 
     def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss of a batch, what is to be watched)."""
@@ -144,38 +121,23 @@ class RewardModule(StepLog):
             watched["reward/margin"] = (scores[pairs.better] - scores[pairs.worse]).mean().detach()
         return loss, watched
 
-    def on_validation_epoch_start(self) -> None:
-        self._val = []
+    def worth(self, batch: RankingBatch) -> Tensor:
+        return packed_scores(self.reward_model, batch.packed).float()
 
-    def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:
-        self._val.append((packed_scores(self.reward_model, batch.packed).float(), batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Over all held-out pairs together, each pair once; the loss is the plain one, without margin or smoothing.
-
-        Where there is feedback alone, its loss is the loss: of no pair it would be 0."""
-        loss, accuracy, gold_accuracy, self._val_pairs = ranked(self._val)
-        ratings = torch.cat([batch.ratings for _, batch in self._val])
-        if not ratings.isnan().all():
-            rated = feedback_loss(torch.cat([s for s, _ in self._val]), ratings, self.feedback_loss)
-            self.log("val/reward/feedback_loss", rated, sync_dist=True)
-            loss = loss if self._val_pairs else rated
-        judged = [item for _, batch in self._val for item in judged_prompts(batch)]
-        self._diagnosis = diagnosis(torch.cat([s for s, _ in self._val]).cpu(), judged)
-        metrics = {"val/reward/loss": loss, "val/reward/accuracy": accuracy}
-        if gold_accuracy is not None:
-            metrics["val/reward/gold_accuracy"] = gold_accuracy
+    def held_out_metrics(self, held_out: RankedAnswers) -> dict[str, Tensor]:
+        """The loss is the plain one, without margin or smoothing; where there is feedback alone, the loss of that: of
+        no pair it would be 0."""
+        metrics = super().held_out_metrics(held_out)
+        if not held_out.ratings.isnan().all():
+            metrics["feedback_loss"] = feedback_loss(held_out.scores, held_out.ratings, self.feedback_loss)
+            metrics["loss"] = metrics["loss"] if self._val_pairs else metrics["feedback_loss"]
+        self._diagnosis = diagnosis(RankedAnswers(*(x.cpu() if isinstance(x, Tensor) else x for x in held_out)))
         if self._diagnosis:
-            metrics["val/reward/calibration_error"] = torch.tensor(self._diagnosis["calibration_error"])
-        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+            metrics["calibration_error"] = torch.tensor(self._diagnosis["calibration_error"])
+        return metrics
 
-    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
-        """One step of training and of validation, on models without values."""
-        meter.fit(self, data, lambda batch: self.losses(batch)[0])
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        groups = decay_groups(self.reward_model, head_parameters(self.reward_model), self.head_lr)
-        return optimizer_and_schedule(self, groups, self.optimizer, self.schedule)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self.reward_model, head_parameters(self.reward_model), self.head_lr)
 
     @torch.no_grad()
     def scores(
@@ -217,26 +179,16 @@ class RewardModule(StepLog):
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
-        metrics = self.trainer.callback_metrics
-        gold = metrics.get("val/reward/gold_accuracy")
         beside = {}
         if self.bag_of_words:
             from lit_rlhf.stages.reward.baseline import bag_of_words_accuracy  # scikit-learn takes a second to import
 
             beside["bag_of_words_accuracy"] = bag_of_words_accuracy(*self.rankings)
-        return {
-            "val_loss": metrics["val/reward/loss"].item(),
-            "val_accuracy": metrics["val/reward/accuracy"].item(),
-            **beside,
-            "gold_accuracy": None if gold is None else gold.item(),
-            "val_pairs": self._val_pairs,
-            **self._diagnosis,
-        }
+        return {**super().figures(), **beside, **self._diagnosis}
 
     def export(self, folder: Path) -> None:
         """Write ``model/``: with the plain head a sequence classifier that transformers loads, its logit being the
         score before the shift; with another, a folder that ``load_reward_model`` alone reads. With LoRA and the plain
         head also ``adapter/``, which has the head within and not the shift."""
         self.calibrate()
-        save_model(self.reward_model, self.tokenizer, folder / "model")
-        save_adapter(self.reward_model, self.tokenizer, folder / "adapter")
+        super().export(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,15 +12,14 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.stages.examples import ExampleDataModule
 from lit_rlhf.stages.prompts import SamplePrompt, sample_prompts
-from lit_rlhf.stages.records import Paths, RecordDataModule
-from lit_rlhf.text.chat import Encoded, encode_dialogues, ensure_chat_template
+from lit_rlhf.text.chat import Encoded, encode_dialogues
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import Demonstration, Messages, OnBadRecord, is_learned, parse_demonstration, text_of
+from lit_rlhf.text.records import Demonstration, Messages, is_learned, parse_demonstration, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
-from lit_rlhf.training import ExampleDataModule
 
 
 class SFTBatch(NamedTuple):
@@ -30,7 +30,14 @@ class SFTBatch(NamedTuple):
     normalizer: float  # tokens learned in the whole optimizer step, divided by its number of micro-batches
 
 
-class SFTDataModule(RecordDataModule, ExampleDataModule):
+def first_prompt(record: Demonstration) -> Messages:
+    """What the split looks at: everything before the first answer that is learned."""
+    learned = next(i for i, m in enumerate(record.messages) if is_learned(m) and i >= record.context)
+    return record.messages[:learned]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SFTDataModule(ExampleDataModule):
     """Demonstrations from a file: prompt and response, instruction fields, or messages of several turns.
 
     Args:
@@ -51,82 +58,35 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
-    parse_record = staticmethod(parse_demonstration)
+    parse_record, asked = staticmethod(parse_demonstration), staticmethod(first_prompt)
 
-    def __init__(
-        self,
-        path: Paths,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        max_length: Annotated[int, Field(ge=2)] = 1024,
-        on_long: Literal["skip", "cut"] = "skip",
-        packing: bool = True,
-        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        split_seed: int = 0,
-        special_tokens: SpecialTokens = "plain",
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        samples: Annotated[int, Field(ge=1)] = 4,
-        on_bad_record: OnBadRecord = "fail",
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(
-            path, fields=fields, held_out=held_out, split_seed=split_seed, on_bad_record=on_bad_record
-        )  # fmt: skip
-        self.limit, self._tokenizer, self.special_tokens = limit, tokenizer, special_tokens
-        self.samples = samples
-        self.batch_size, self.max_length, self.on_long = batch_size, max_length, on_long
-        self.packing, self.seed = packing, seed
-        self.train_set: list[Encoded] = []
+    on_long: Literal["skip", "cut"] = "skip"
+    special_tokens: SpecialTokens = "plain"
+    samples: Annotated[int, Field(ge=1)] = 4
 
-    def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
-        """(train, held out)."""
-        return self.split(self.load(self.path, self.parse_record), first_prompt)
+    called = "dialogues"
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set:
-            return
-        train, held_out = self.records()
-        self.tokenizer = (
-            self._tokenizer
-            if isinstance(self._tokenizer, PreTrainedTokenizerBase)
-            else self._tokenizer(text_of(m) for record in train for m in record.messages)
-        )
-        ensure_chat_template(self.tokenizer)
-        self._learned, self._held_out, self._samples = (
-            train[: self.limit],
-            held_out[: self.limit],
-            held_out[: self.samples],
-        )
-        self.encode()
-
-    def encode(self) -> None:
-        self.long = self.left_out = 0
-        self.train_set, self.val_set = self._encode(self._learned), self._encode(self._held_out)
-        self.check_left("dialogues", self.train_set, self.val_set)
+    def texts(self, records: list[Demonstration]) -> Iterator[str]:
+        return (text_of(message) for record in records for message in record.messages)
 
     @property
     def sample_prompts(self) -> list[SamplePrompt]:
         """Held-out prompts that a model answers while it is trained."""
-        asked = [(record.messages[:-1], record.tools) for record in self._samples]
+        asked = [(record.messages[:-1], record.tools) for record in self.val_records[: self.samples]]
         return sample_prompts(asked, self.tokenizer, self.special_tokens, self.note)
 
     def for_module(self) -> dict[str, Any]:
         return {**super().for_module(), "sample_prompts": self.sample_prompts, "note": self.note}
 
-    def longest(self) -> int:
-        return max(len(item.tokens) for item in [*self.train_set, *self.val_set])
-
     def trained_prompts(self) -> Iterator[Messages]:
         """What stands before each answer that is learned."""
-        for record in self._learned:
+        for record in self.train_records[: self.limit]:
             for i, message in enumerate(record.messages):
                 if is_learned(message) and i >= record.context:
                     yield record.messages[:i]
 
-    def _encode(self, records: list[Demonstration]) -> list[Encoded]:
-        kept = []
+    def encoded(self, records: list[Demonstration], held_out: bool) -> list[Encoded]:
+        kept, records = [], records[: self.limit]  # of the held-out ones, too
         messages, contexts, tools = zip(*((r.messages, r.context, r.tools) for r in records)) if records else [()] * 3
         settings = {
             "special_tokens": self.special_tokens,
@@ -143,8 +103,8 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
             kept.append(item)
         return kept
 
-    def tokens(self, item: Encoded) -> int:
-        return len(item.tokens)
+    def sequences(self, item: Encoded) -> list[list[int]]:
+        return [item.tokens]
 
     def collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
         chosen = [items[i] for i in mine]
@@ -154,12 +114,6 @@ class SFTDataModule(RecordDataModule, ExampleDataModule):
         learned = torch.cat([start + offset for start, offset in zip(packed.starts, offsets)])
         total = sum(sum(items[i].mask[1:]) for i in everyones)
         return SFTBatch(packed, learned, total * len(mine) / len(everyones))
-
-
-def first_prompt(record: Demonstration) -> Messages:
-    """What the split looks at: everything before the first answer that is learned."""
-    learned = next(i for i, m in enumerate(record.messages) if is_learned(m) and i >= record.context)
-    return record.messages[:learned]
 
 
 class WorldSFTDataModule(SFTDataModule):

@@ -1,0 +1,104 @@
+"""Records that become examples, tokens to learn from: what the data of SFT, rankings and classification share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.stages.records import RecordDataModule
+from lit_rlhf.text.chat import ensure_chat_template
+from lit_rlhf.text.packing import runs
+from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ExampleDataModule(RecordDataModule):
+    """Batches of the examples in ``train_set``, shuffled, and of those in ``val_set``, in order.
+
+    A batch is learned in parts of at most ``learned_at_once`` tokens, and those of validation have at most
+    ``read_at_once``: see :func:`lit_rlhf.training.parts.fit_memory`. Arguments as in :class:`RecordDataModule`, and
+
+    Args:
+        max_length: tokens; longer examples are handled as ``on_long`` says, and counted.
+        on_long: "skip" leaves them out, "cut" shortens them.
+        packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
+    """
+
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    on_long: Literal["skip", "cut"] = "cut"
+    packing: bool = True
+
+    learned_at_once = read_at_once = 2**31
+    called: ClassVar[str]  # what an example is, in a message
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train_set: list[Any] = []
+
+    def texts(self, records: list[Any]) -> Iterable[str]:
+        """What a tokenizer is trained on."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Give the tokenizer what it lacks, once ``train_records`` and ``val_records`` are known."""
+        ensure_chat_template(self.tokenizer)
+
+    def encoded(self, records: list[Any], held_out: bool) -> list[Any]:
+        """The examples of some records, without those that are refused or too long."""
+        raise NotImplementedError
+
+    def sequences(self, item: Any) -> list[list[int]]:
+        """The token sequences of an example."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Any], mine: list[int], everyones: list[int]) -> Any:
+        """The batch of the items ``mine`` of a micro-batch, out of ``everyones`` of the optimizer step."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set:
+            return
+        self.train_records, self.val_records = self.records()
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = self.tokenizer(self.texts(self.train_records))
+        self.prepare()
+        self.encode()
+
+    def encode(self) -> None:
+        self.long = self.left_out = 0
+        self.train_set = self.encoded(self.train_records[: self.limit], held_out=False)
+        self.val_set = self.encoded(self.val_records, held_out=True)
+        self.check_left(self.called, self.train_set, self.val_set)
+
+    def sizes(self) -> dict[str, int]:
+        """Examples to train on and held out."""
+        return {"train_set": len(self.train_set), "val_set": len(self.val_set)}
+
+    def longest(self) -> int:
+        return max(len(s) for item in [*self.train_set, *self.val_set] for s in self.sequences(item))
+
+    def train_dataloader(self) -> BatchLoader[Any]:
+        return BatchLoader(
+            shuffled(len(self.train_set), self.seed),
+            min(self.batch_size, len(self.train_set)),
+            lambda mine, everyones: self.collate(self.train_set, mine, everyones),
+            cut=lambda mine: [mine[run] for run in self._runs([self.train_set[i] for i in mine], self.learned_at_once)],
+            **sharding(self.trainer),
+        )
+
+    def val_dataloader(self) -> BatchLoader[Any]:
+        batches = self._runs(self.val_set, self.read_at_once, 4 * self.batch_size)
+        indices = [list(range(len(self.val_set)))[batch] for batch in batches]
+        return BatchLoader(
+            in_order(len(batches)),
+            1,
+            lambda mine, _: self.collate(self.val_set, indices[mine[0]], indices[mine[0]]),
+            keep_rest=True,
+        )
+
+    def _runs(self, items: Sequence[Any], tokens: int, most: int | None = None) -> list[slice]:
+        return runs([sum(map(len, self.sequences(item))) for item in items], tokens, most)
