@@ -10,29 +10,15 @@ NUMBERED = 12  # labels; of more, the cells are too small for numbers
 LONGEST = 16  # characters of a label's name in the drawing
 
 
-class Cell(NamedTuple):
-    """How often one label was taken for another; x and y in the drawing."""
-
-    x: float
-    y: float
-    label: str
-    told: str
-    times: int
-    share: float  # of the label's examples
-    right: bool
-
-
 class Confusion(NamedTuple):
-    """The matrix as a drawing."""
+    """How often each label (rows) was taken for each (columns)."""
 
-    cells: list[Cell]
-    names: list[tuple[str, float]]  # of the labels, and where the middle of each lies
-    size: float  # of a cell
-    left: float
-    top: float
-    width: float
-    height: float
+    labels: list[str]
+    counts: list[list[int]]
+    size: float  # of a cell in the drawing
+    margin: float  # above the cells and left of them, for the labels
     numbered: bool
+    longest: int
 
 
 def confusion(figures: dict[str, Any]) -> Confusion | None:
@@ -40,17 +26,9 @@ def confusion(figures: dict[str, Any]) -> Confusion | None:
     labels, counts = figures.get("labels"), figures.get("confusion")
     if not labels or not counts:
         return None
-    size = 44.0 if len(labels) <= NUMBERED else max(8.0, 528.0 / len(labels))
-    names = [label if len(label) <= LONGEST else label[: LONGEST - 1] + "…" for label in labels]
-    margin = 18.0 + 7.2 * max(map(len, names))
-    cells = [
-        Cell(margin + j * size, margin + i * size, labels[i], labels[j], n, n / max(sum(row), 1), i == j)
-        for i, row in enumerate(counts)
-        for j, n in enumerate(row)
-    ]
-    places = [(name, (i + 0.5) * size - 1) for i, name in enumerate(names)]
-    side = margin + len(labels) * size
-    return Confusion(cells, places, size, margin, margin, side + 0.7 * margin, side, len(labels) <= NUMBERED)
+    numbered = len(labels) <= NUMBERED
+    margin = 18.0 + 7.2 * min(LONGEST, max(map(len, labels)))
+    return Confusion(labels, counts, 44.0 if numbered else max(8.0, 528.0 / len(labels)), margin, numbered, LONGEST)
 
 
 class ShotsRow(NamedTuple):

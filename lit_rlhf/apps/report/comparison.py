@@ -179,22 +179,13 @@ def _win(name: str, rate: dict[str, Any], best_of: Any) -> Win:
     return Win(ours, theirs, *names, *(rate[key] for key in ("mean", "low", "high", "n", "prompts")))
 
 
-class Rated(NamedTuple):
-    """A model's rating, and where it lies in the drawing, in percent of its width."""
-
-    model: str
-    name: str
-    elo: float
-    low: float
-    high: float
-    at: tuple[float, float, float]  # low, rating, high
-
-
 class Ladder(NamedTuple):
-    """Ratings of all models, the strongest first."""
+    """Ratings of all models, the strongest first, in Elo points."""
 
-    rated: list[Rated]
-    ticks: list[tuple[float, str]]  # percent of the width, label
+    models: list[tuple[str, str, dict[str, float]]]  # key, name, "elo" with its "low" and "high"
+    low: float  # where the drawing begins
+    high: float
+    ticks: list[tuple[float, str]]
     anchor: str
     prompts: int
 
@@ -205,20 +196,13 @@ def ladder(run: Run) -> Ladder | None:
     found = evaluation.get("ratings")
     if not found:
         return None
-    ends = [r[key] for r in found["models"].values() for key in ("low", "high")]
+    ends = [rated[key] for rated in found["models"].values() for key in ("low", "high")]
     low, high = min(ends) - 20, max(ends) + 20  # room for a point's size
-    step = tick_step(low, high)
-
-    def at(points: float) -> float:
-        return 100 * (points - low) / (high - low)
-
+    marks = [(x, number(round(x))) for x, _ in ticks(low, high, tick_step(low, high))]
     best_of = (evaluation.get("best_of_n") or {}).get("n")
-    rated = [
-        Rated(key, model_name(key, best_of), r["elo"], r["low"], r["high"], (at(r["low"]), at(r["elo"]), at(r["high"])))
-        for key, r in found["models"].items()
-    ]
-    marks = [(at(x), number(round(x))) for x, _ in ticks(low, high, step)]
-    return Ladder(sorted(rated, key=lambda r: -r.elo), marks, model_name(found["anchor"]), found["prompts"])
+    strongest = sorted(found["models"].items(), key=lambda item: -item[1]["elo"])
+    models = [(key, model_name(key, best_of), rated) for key, rated in strongest]
+    return Ladder(models, low, high, marks, model_name(found["anchor"]), found["prompts"])
 
 
 class Cell(NamedTuple):

@@ -39,13 +39,22 @@ def text_of(path):
     return page, " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
 
 
-def test_confusion_by_hand():
-    drawn = confusion(CLASSIFY)
-    assert [(c.label, c.told, c.times, c.share, c.right) for c in drawn.cells] == [
-        ("<b>cat", "<b>cat", 15, 0.75, True), ("<b>cat", "dog", 5, 0.25, False),
-        ("dog", "<b>cat", 2, 0.1, False), ("dog", "dog", 18, 0.9, True),
+CELL = re.compile(
+    r'<rect class="fill-(\w+)" opacity="[\d.]+" x="([\d.]+)" y="([\d.]+)"[^>]*>'
+    r"<title>(\S+) taken for (\S+): (\d+) \(([\d.]+)%\)</title>"
+)
+
+
+def test_confusion_by_hand(tmp_path):
+    write_stage(tmp_path, "classify", CLASSIFY)
+    page = write_report(tmp_path).read_text(encoding="utf-8").replace("&lt;b&gt;", "<b>")
+    tones, xs, ys, *cells = zip(*CELL.findall(page))
+    assert list(zip(*cells)) == [
+        ("<b>cat", "<b>cat", "15", "75.0"), ("<b>cat", "dog", "5", "25.0"),
+        ("dog", "<b>cat", "2", "10.0"), ("dog", "dog", "18", "90.0"),
     ]  # fmt: skip
-    xs, ys = zip(*((c.x, c.y) for c in drawn.cells))
+    assert tones == ("train", "ppo", "ppo", "train")  # what is right lies on the diagonal
+    xs, ys = (list(map(float, places)) for places in (xs, ys))
     assert xs[0] == xs[2] < xs[1] == xs[3] and ys[0] == ys[1] < ys[2] == ys[3]  # rows are labels, columns what was said
     assert confusion({"task": "choice", "accuracy": 0.5}) is None
 
@@ -53,7 +62,7 @@ def test_confusion_by_hand():
 def test_many_labels_stay_within_the_page():
     labels = [f"label number {i}" for i in range(40)]
     drawn = confusion({"labels": labels, "confusion": [[0] * 40 for _ in labels]})
-    assert drawn.width < 1100 and not drawn.numbered
+    assert 1.7 * drawn.margin + 40 * drawn.size < 1100 and not drawn.numbered
 
 
 def test_shots_by_hand():
