@@ -81,9 +81,6 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     if unknown := [name for name in settings.keys() - known if settings[name] not in (None, False)]:
         raise UserError(f"lora.{unknown[0]}: this version of peft has no such setting; it has {', '.join(known)}")
     _inject(model, LoraConfig(**{n: v for n, v in settings.items() if v is not None and n in known}))
-    for name, layer in lora_layers(model).items():
-        if lora.lora_bias and getattr(layer.get_base_layer(), "bias", None) is None:
-            raise UserError(f"lora.lora_bias=true: {name} has no bias that the adapter's could be added to")
     return train_adapters(model)
 
 
@@ -112,8 +109,10 @@ def _require_peft() -> None:
         raise UserError("LoRA needs the package peft: pip install 'lit_rlhf[lora]'") from None
 
 
-def _inject(model: nn.Module, config: Any) -> None:
-    """peft's own, whose complaints about names that match nothing are errors here."""
+def _inject(model: nn.Module, config: Any, written_by_peft: bool = False) -> None:
+    """peft's own, whose complaints about names that match nothing are errors here, but where it wrote them itself.
+
+    Raises ``UserError`` for what could not be exported as a plain model."""
     from peft import inject_adapter_in_model
 
     with warnings.catch_warnings(record=True) as said:
@@ -122,7 +121,12 @@ def _inject(model: nn.Module, config: Any) -> None:
             inject_adapter_in_model(config, model)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"lora: {_line(error)}") from None
-    for warning in said:
+    if config.layer_replication:
+        raise UserError("layer_replication: its blocks share tensors, which no plain model of this architecture does")
+    for name, layer in lora_layers(model).items():
+        if config.lora_bias and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise UserError(f"lora.lora_bias=true: {name} has no bias that the adapter's could be added to")
+    for warning in [] if written_by_peft else said:
         text = str(warning.message)
         if any(part in text for part in ("did not match", "no module", "no parameter")):
             raise UserError(f"lora: {_line(text)}")
@@ -158,7 +162,7 @@ def _check_names(model: nn.Module, lora: LoRA) -> None:
         if (setting == "target_modules" and ends == "all-linear") or ends is None:
             continue
         wrong = [end for end in ends if not any(_matches(n, [end]) for n in names)] if isinstance(ends, list) else []
-        if wrong or (setting == "target_modules" and not ends):
+        if wrong or (setting == "target_modules" and not ends and not lora.target_parameters):
             known = sorted({name.rpartition(".")[2] for name in _matrices(model)})
             raise UserError(
                 f"lora.{setting}={ends}: {', '.join(wrong) or 'an empty list'} matches nothing in this model, whose "
@@ -224,7 +228,7 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     elif heads:
         raise UserError(f"{path}: the adapter of a reward model, where a language model's was expected")
     try:
-        _inject(model, config)
+        _inject(model, config, written_by_peft=True)
         found = set_peft_model_state_dict(model, weights)
         if heads:
             model.score.load_state_dict({n.removeprefix("score."): w for n, w in heads.items()})

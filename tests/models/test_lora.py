@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn, tensor
 from torch.testing import assert_close
@@ -27,6 +27,7 @@ from lit_rlhf.models import (
     merged,
     packed_hidden,
     packed_scores,
+    policy_from_config,
     save_adapter,
     save_model,
 )
@@ -330,6 +331,56 @@ def test_the_base_in_another_folder_and_precision_is_the_base(saved, tokenizer, 
     if not ours:
         anonymous(adapter)
     assert lora_layers(load_policy(tmp_path / "half", tokenizer, lora=LoRA(path=adapter)))
+
+
+def by_peft(folder, base, settings):
+    """An adapter of peft's own that does something, and the model with it."""
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_bias": True}, "q_proj has no bias that the adapter's could be added to"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "its blocks share tensors, which no plain model"),
+    ],
+)
+def test_an_adapter_that_no_plain_model_holds_is_refused(saved, settings, message, tmp_path):
+    base, *_ = saved
+    by_peft(tmp_path / "peft", base, {"r": 2, "target_modules": ["q_proj"], **settings})
+    with pytest.raises(UserError, match=message):
+        load_policy(tmp_path / "peft")
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "intermediate_size": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": "all-linear"}, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}],
+    ids=["all", "experts"],
+)
+def test_adapters_of_experts_are_those_of_peft(settings, tokenizer, tmp_path):
+    policy_from_config(EXPERTS, tokenizer).save_pretrained(tmp_path / "base")
+    theirs = by_peft(tmp_path / "peft", tmp_path / "base", {"r": 2, "task_type": "CAUSAL_LM", **settings})
+    policy = load_policy(tmp_path / "peft")
+    assert_close(policy(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    if settings["target_modules"] == []:
+        ours = load_policy(tmp_path / "base", lora=LoRA(r=2, **settings))
+        learned = {name for name, p in ours.named_parameters() if p.requires_grad}
+        assert learned and all("experts" in name for name in learned)
 
 
 def test_an_adapter_has_its_own_settings(saved, tokenizer):
