@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import merged
@@ -100,11 +101,22 @@ def _name_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writte
 def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tensor]:
     """The weights in the precision of the checkpoint; those that are tied stay so."""
     cast: dict[tuple[int, torch.dtype], Tensor] = {}
-    stored = {}
-    for name, weight in model.state_dict().items():
-        dtype = form.others.get(name, form.dtype) if weight.is_floating_point() else weight.dtype
+    stored, weights = {}, model.state_dict()
+    renamed = not form.others.keys() <= weights.keys()
+    for name, weight in weights.items():
+        names = _names_in_files(model, name, weight) if renamed else [name]
+        dtype = next((form.others[n] for n in names if n in form.others), form.dtype)
+        dtype = dtype if weight.is_floating_point() else weight.dtype
         stored[name] = cast.setdefault((weight.data_ptr(), dtype), weight.to(dtype))
     return stored
+
+
+def _names_in_files(model: PreTrainedModel, name: str, weight: Tensor) -> set[str]:
+    """What checkpoints may call a tensor of ``model``: with and without the prefix of the trunk, of ours or theirs."""
+    trunk = model.base_model
+    own = name.removeprefix(f"{model.base_model_prefix}.")
+    written = revert_weight_conversion(trunk, {own: weight.to("meta")})  # as transformers writes it
+    return {name, own, *written, *(f"{trunk.base_model_prefix}.{n}" for n in written)}
 
 
 def rounded_back(model: torch.nn.Module, stored: dict[str, Tensor], form: CheckpointFormat) -> float:

@@ -66,10 +66,11 @@ def check_characters(value: Any) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """The texts in messages, or in whatever holds texts; roles are none."""
+    """The texts in messages, or in whatever holds texts, names of a tool's arguments too; roles are none."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
+        yield from value
         yield from strings([item for key, item in value.items() if key != "role"])
     elif isinstance(value, list | tuple):
         for item in value:
@@ -88,7 +89,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, names: re.Pattern[str], value: An
 
     def written(item: Any) -> Any:
         if isinstance(item, dict):
-            return {key: inner if key == "role" else written(inner) for key, inner in item.items()}
+            return {written(key): inner if key == "role" else written(inner) for key, inner in item.items()}
         if isinstance(item, list | tuple):
             return [written(inner) for inner in item]
         return _marked(tokenizer, names, item, mark) if isinstance(item, str) and names.search(item) else item

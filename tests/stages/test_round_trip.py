@@ -164,6 +164,39 @@ def test_tensors_of_another_precision_keep_theirs(checkpoint, fit, tmp_path):
     assert_came_back(checkpoint, sft(checkpoint, fit, tmp_path))
 
 
+RENAMED = {  # config, what a file calls a tensor, what the model calls it
+    "mixtral": (
+        {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "num_local_experts": 2},
+        "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight",
+    ),
+    "gpt2": ({"n_embd": 16, "n_layer": 1, "n_head": 2}, "h.0.ln_1.weight", "transformer.h.0.ln_1.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "case"), RENAMED.items(), ids=RENAMED)
+@pytest.mark.parametrize("reward", [False, True], ids=["policy", "reward model"])
+def test_tensors_of_another_precision_keep_theirs_under_other_names(kind, case, reward, tokenizer, tmp_path):
+    settings, name, own = case
+    policy_from_config({"model_type": kind, **settings}, tokenizer).bfloat16().save_pretrained(tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    weights = {n.removeprefix("transformer."): weight for n, weight in load_file(file).items()}
+    weights[name] = weights[name].float() + 1e-6
+    save_file(weights, file, metadata={"format": "pt"})
+    tokenizer.save_pretrained(tmp_path / "in")
+    if reward:
+        model = load_reward_model(tmp_path / "in", tokenizer, new_head=True, head=RewardHead("mlp"))
+    else:
+        model = load_policy(tmp_path / "in", tokenizer)
+    save_model(model, tokenizer, tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    ends = tuple(n.partition("0.")[2] for n in (name, own))
+    assert {n for n, tensor in found.items() if tensor.dtype == torch.float32} == {
+        n for n in found if n.endswith(ends)
+    }
+    assert any(torch.equal(tensor, weights[name]) for tensor in found.values())
+
+
 @pytest.mark.parametrize("model_config", ["llama"], indirect=True)
 def test_what_is_trained_in_float32_is_rounded_once(checkpoint, tmp_path):
     policy, tokenizer = load_policy_and_tokenizer(checkpoint)
