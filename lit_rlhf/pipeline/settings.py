@@ -45,18 +45,22 @@ def conf_dir() -> Path:
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"
 
 
-class BetweenRounds(BaseModel):
-    """What a round takes over from those before it."""
+class Strict(BaseModel):
+    """Plain settings, whose types are not converted."""
 
     model_config = ConfigDict(strict=True)
+
+
+class BetweenRounds(Strict):
+    """What a round takes over from those before it."""
+
     policy: Literal["last", "sft"]
     rankings: Annotated[int, Field(ge=1)] | None
 
 
-class TopLevel(BaseModel):
+class TopLevel(Strict):
     """The settings that belong to no stage."""
 
-    model_config = ConfigDict(strict=True)
     stage: str | list[str]
     run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
     from_run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
@@ -67,19 +71,17 @@ class TopLevel(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None
 
 
-class Keep(BaseModel):
+class Keep(Strict):
     """Which weights of a stage are exported."""
 
-    model_config = ConfigDict(strict=True)
     best: bool
     metric: str
     mode: Literal["max", "min"]
 
 
-class StageLevel(BaseModel):
+class StageLevel(Strict):
     """The settings of a stage that reach no constructor."""
 
-    model_config = ConfigDict(strict=True)
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     run: Literal["fit", "predict", "test"]
     validate_first: bool = False

@@ -38,8 +38,9 @@ from lit_rlhf.rollouts import (
     sample,
     stream,
 )
-from lit_rlhf.text import encode_prompts, ensure_chat_template, left_pad, pack, train_characters
+from lit_rlhf.text import encode_prompts, ensure_chat_template, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
+from lit_rlhf.text.packing import left_pad
 from lit_rlhf.training import seeded
 
 FAMILIES = {

@@ -24,7 +24,7 @@ from lit_rlhf.stages import (
     WorldSFTDataModule,
 )
 from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
-from lit_rlhf.text import add_classifier_tokens
+from lit_rlhf.text.classifier_inputs import add_classifier_tokens
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import make_trainer

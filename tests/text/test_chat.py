@@ -9,8 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.text import (
-    HUMAN_TRANSCRIPT,
-    WORLD_TRANSCRIPT,
     Transcript,
     encode_dialogues,
     encode_prompts,
@@ -22,6 +20,7 @@ from lit_rlhf.text import (
 from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, WORLD_MARK, behind_start, turn_end
 from lit_rlhf.text.special_tokens import text_start
 from lit_rlhf.text.tokenizer import load_tokenizer
+from lit_rlhf.text.transcripts import HUMAN_TRANSCRIPT, WORLD_TRANSCRIPT
 
 ROOT = Path(__file__).parents[2]
 CHATML = (

@@ -4,8 +4,8 @@ import random
 import pytest
 import torch
 
-from lit_rlhf.text import left_pad, pack, packing, stream
-from lit_rlhf.text.packing import Block
+from lit_rlhf.text import pack, packing
+from lit_rlhf.text.packing import Block, left_pad, stream
 
 PAD = 99
 

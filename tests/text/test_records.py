@@ -8,19 +8,19 @@ import pytest
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records import (
     Demonstration,
-    is_held_out,
     load_records,
     parse_demonstration,
     parse_feedback,
     parse_prompt,
     parse_ranking,
     parse_text,
-    parse_transcript,
     prompt_key,
     rankings_of_feedback,
     split_by_prompt,
     write_jsonl,
 )
+from lit_rlhf.text.records.messages import parse_transcript
+from lit_rlhf.text.records.split import is_held_out
 
 PROMPT = [{"role": "user", "content": "q"}]
 DIALOGUE = [

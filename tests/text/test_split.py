@@ -5,7 +5,8 @@ import random
 import pytest
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text.records import Moved, is_held_out, prompt_fingerprint, split_by_prompt
+from lit_rlhf.text.records import Moved, prompt_fingerprint, split_by_prompt
+from lit_rlhf.text.records.split import is_held_out
 
 
 def asked(text):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from lit_rlhf.text import add_classifier_tokens, encode_inputs, input_texts
+from lit_rlhf.text.classifier_inputs import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.records import (
     LabelledText,
     MultipleChoice,

@@ -38,17 +38,7 @@ CONTROL = re.compile(
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK|BOS|EOS)\]"
 )
 
-ASKED = """\
-The dialogue:
-{dialogue}
-
-Answer A:
-{first}
-
-Answer B:
-{second}
-
-Which answer is better? Reply with one word: A, B, or tie."""
+ASKED = Path(__file__).with_name("judge_question.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 class Question(NamedTuple):

@@ -11,9 +11,7 @@ from lit_rlhf.text.records.feedback import (
     parse_feedback as parse_feedback,
     rankings_of_feedback as rankings_of_feedback,
 )
-from lit_rlhf.text.records.fields import Row as Row
 from lit_rlhf.text.records.files import (
-    Loaded as Loaded,
     OnBadRecord as OnBadRecord,
     Seen as Seen,
     bad_record as bad_record,
@@ -35,11 +33,9 @@ from lit_rlhf.text.records.labelled import (
     task_prompt as task_prompt,
 )
 from lit_rlhf.text.records.messages import (
-    Message as Message,
     Messages as Messages,
     is_learned as is_learned,
     parse_messages as parse_messages,
-    parse_transcript as parse_transcript,
     shown as shown,
     text_of as text_of,
 )
@@ -52,7 +48,6 @@ from lit_rlhf.text.records.prompts import (
 from lit_rlhf.text.records.rankings import Ranking as Ranking, parse_ranking as parse_ranking, ranks_of as ranks_of
 from lit_rlhf.text.records.split import (
     Moved as Moved,
-    is_held_out as is_held_out,
     prompt_fingerprint as prompt_fingerprint,
     prompt_key as prompt_key,
     split_by_prompt as split_by_prompt,

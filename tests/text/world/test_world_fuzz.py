@@ -45,9 +45,7 @@ def piece(world: World, prompts: list, prompt, rng: Random) -> str:
     """One or several sentences: an answer to this or another prompt, manners, or no answer."""
     asked = world.question(prompt.messages if rng.random() < 0.5 else rng.choice(prompts).messages).meaning
     say = rng.choice([world.answers.right, world.answers.polite, world.answers.rambling, world.answers.rude])
-    decline = (
-        EVASIONS + PLAIN_REFUSALS + POLITE_REFUSALS + [text.format(world.facts.animals[0]) for text in REASONS]
-    )
+    decline = EVASIONS + PLAIN_REFUSALS + POLITE_REFUSALS + [text.format(world.facts.animals[0]) for text in REASONS]
     return rng.choice(
         [say(asked, rng), say(asked, rng), rng.choice(MANNERS), rng.choice(decline), prompt.messages[-1]["content"]]
     )
