@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -27,21 +28,16 @@ Item = TypeVar("Item")
 BASE_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 WORLD_MARK = "{# the built-in world #}"  # in front of it where that text was the built-in world's
 
-# The space before each text makes its first word the same token as inside a sentence.
-ROLE_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
-# For checkpoints without role tokens: the transcript form of hh-rlhf, in plain text.
-TRANSCRIPT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '\\n\\n' + ('Assistant' if message['role'] == 'assistant' else message['role'].replace('user', 'human')"
-    ".capitalize()) + ': ' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
+def _template(name: str) -> str:
+    """A template of the folder ``templates``, as one line: line breaks and indents in it are for people."""
+    text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return "".join(map(str.strip, text.splitlines()))
+
+
+# The space before each text makes its first word the same token as inside a sentence.
+ROLE_TEMPLATE = _template("roles")
+TRANSCRIPT_TEMPLATE = _template("hh_transcript")  # for checkpoints without role tokens: hh-rlhf's form, in plain text
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,18 +94,15 @@ class Transcript:
         """The chat template; the dialogue's own text is never read as a part of it."""
         names = {"user": self.human, "assistant": self.assistant}
         examples = "".join(f"{names[m['role']]} {m['content']}{self.between}" for m in self.examples)
-        opening, human, assistant, between, written = (
-            json.dumps(text, ensure_ascii=False)  # as a string of the template's language
-            for text in (self.opening, self.human, self.assistant, self.between, examples)
-        )
-        return (
-            "{% set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else "
-            f"{opening} %}}{{{{ system + {between} if system else '' }}}}{{{{ {written} }}}}"
-            "{% for message in messages if message['role'] != 'system' %}"
-            f"{{{{ {assistant} if message['role'] == 'assistant' else {human} }}}}{{{{ ' ' + message['content'] }}}}"
-            f"{{% if not loop.last or add_generation_prompt %}}{{{{ {between} }}}}{{% endif %}}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
-        )
+        texts = {
+            "opening": self.opening,
+            "human": self.human,
+            "assistant": self.assistant,
+            "between": self.between,
+            "examples": examples,
+        }
+        given = [f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}" for name, text in texts.items()]
+        return "".join([*given, _template("transcript")])
 
     def prompting(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy of ``tokenizer`` that writes dialogues like this."""

@@ -129,14 +129,9 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; ``UserError`` where the port is taken or not ours to take."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        # So that a server that was killed can be started again at once; this does not allow two at a time.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen()
+        return socket.create_server((host, port), family=family)  # can be started again at once, but not twice
     except OSError as error:
         raise UserError(
             f"label.port={port}: cannot listen on {host} ({error.strerror}); another program may have it. Give another "
             "port, or 0 for any free one"
         ) from None
-    return listener
