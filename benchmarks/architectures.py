@@ -25,8 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import next_token_logits, packed_hidden, response_positions
-from lit_rlhf.models.policy import packs
+from lit_rlhf.models import next_token_logits, packed_hidden
+from lit_rlhf.models.policy import packs, response_positions
 from lit_rlhf.rollouts import Sampling, draw_seeds, generate
 from lit_rlhf.rollouts.decoder import WholeDecoder
 from lit_rlhf.rollouts.fast import _decoder

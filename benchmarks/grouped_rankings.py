@@ -23,7 +23,8 @@ import yaml
 from lightning import seed_everything
 
 from lit_rlhf.functional import ranking_loss, ranking_pairs
-from lit_rlhf.models import RewardHead, load_reward_model, packed_scores
+from lit_rlhf.models import RewardHead, load_reward_model
+from lit_rlhf.models.heads import packed_scores
 from lit_rlhf.stages import RewardModule, WorldRewardDataModule
 from lit_rlhf.stages.rankings import EncodedRanking, RankingBatch
 from lit_rlhf.text import load_tokenizer

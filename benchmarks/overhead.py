@@ -31,7 +31,9 @@ import transformers
 from lightning import LightningModule
 from torch import nn
 
-from lit_rlhf.training import BatchLoader, MetricsFile, StageProgressBar, in_order, make_trainer
+from lit_rlhf.training import MetricsFile, make_trainer
+from lit_rlhf.training.batches import BatchLoader, in_order
+from lit_rlhf.training.callbacks import StageProgressBar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, transformers\nfrom transformers import AutoTokenizer, GPT2LMHeadModel"

@@ -32,7 +32,9 @@ from lit_rlhf.functional import (
     token_rewards,
     whiten,
 )
-from lit_rlhf.models import Responding, critic_from_reward_model, packed_scores, response_logprobs, scatter
+from lit_rlhf.models import critic_from_reward_model
+from lit_rlhf.models.heads import packed_scores
+from lit_rlhf.models.responses import Responding, response_logprobs, scatter
 from lit_rlhf.text.packing import pack
 from trl_comparison.ours import CLIP, GAMMA, KL_COEF, LAM, MISSING_EOS, VALUE_CLIP
 from trl_comparison.task import EOS, PAD, Task, train_quietly, trl_trainer

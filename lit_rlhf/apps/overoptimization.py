@@ -20,14 +20,7 @@ from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
-from lit_rlhf.functional import (
-    GainFit,
-    best_of_n_kl,
-    expected_best_of_n,
-    fit_best_of_n_gain,
-    fit_rl_gain,
-    rl_gain,
-)
+from lit_rlhf.functional import GainFit, best_of_n_kl, expected_best_of_n, fit_best_of_n_gain, fit_rl_gain, rl_gain
 
 FITS = 0.8  # R squared from which a fitted curve is drawn
 NEAR = 0.01  # nats per answer: a rollout no further away tells where gains begin

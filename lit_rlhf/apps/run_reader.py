@@ -13,7 +13,7 @@ import yaml
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import read_json
 from lit_rlhf.stages.stage import SFT_STD, all_stages
-from lit_rlhf.training import read_metrics
+from lit_rlhf.training.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)

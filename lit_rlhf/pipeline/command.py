@@ -185,7 +185,7 @@ def run(cfg: DictConfig) -> float | None:
     """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others."""
     from lit_rlhf.models.kernels import keep_freed_memory, use_kernels
     from lit_rlhf.pipeline.sweep import write_job
-    from lit_rlhf.training import quiet
+    from lit_rlhf.training.notices import quiet
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     OmegaConf.set_struct(cfg, True)

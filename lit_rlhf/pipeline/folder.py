@@ -293,7 +293,7 @@ class StageFolder:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Mark the stage as finished."""
-        from lit_rlhf.models import fingerprint
+        from lit_rlhf.models.checkpoint import fingerprint
 
         inputs = {os.path.relpath(path, self.run): fingerprint_of(path) for path in self.inputs()}
         record = {"stage": self.stage, **record, "inputs": inputs, "model": fingerprint(self.path / "model")}
@@ -362,7 +362,7 @@ def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 def fingerprint_of(path: Path) -> str | None:
     """Of a model folder's weights or a data file; None where there is nothing."""
-    from lit_rlhf.models import fingerprint
+    from lit_rlhf.models.checkpoint import fingerprint
 
     if path.is_dir():
         return fingerprint(path)

@@ -24,8 +24,10 @@ from lit_rlhf.rollouts.dry_run import DryEngine
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import write_jsonl
-from lit_rlhf.training import ModelSettings, machine_bytes, quiet, resident_bytes
 from lit_rlhf.training.dry_run import Meter, bytes_of
+from lit_rlhf.training.memory import machine_bytes, resident_bytes
+from lit_rlhf.training.notices import quiet
+from lit_rlhf.training.trained_models import ModelSettings
 from lit_rlhf.training.trainer import precision_of
 
 MARGIN = 0.2  # of all tensors: holes between them that are too small for others, workspaces of libraries

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
 from lit_rlhf.errors import UserError, is_main_process, say
-from lit_rlhf.models import load_policy_and_tokenizer
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
+from lit_rlhf.models.policy import load_policy_and_tokenizer
 from lit_rlhf.pipeline.folder import StageFolder, model_nodes
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained_prompts import check_trained, write_trained_prompts
@@ -37,19 +37,18 @@ from lit_rlhf.stages.contract import (
 )
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import Moved
-from lit_rlhf.training import (
+from lit_rlhf.training.callbacks import (
     BestCheckpoint,
     FirstSteps,
     LastCheckpoint,
-    MetricsFile,
-    Peak,
     RandomState,
     StageProgressBar,
     StopOnNonFinite,
     TextSamples,
-    read_metrics,
     said_when_slow,
 )
+from lit_rlhf.training.memory import Peak
+from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 
 
 def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:

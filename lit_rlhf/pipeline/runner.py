@@ -14,14 +14,7 @@ from lit_rlhf.apps.report import write_report
 from lit_rlhf.apps.run_reader import newest, round_folders
 from lit_rlhf.errors import UserError, is_main_process
 from lit_rlhf.files import read_json, write_text
-from lit_rlhf.pipeline.folder import (
-    StageFolder,
-    check_inputs,
-    check_records,
-    checkpoint_of,
-    read_yaml,
-    start_of,
-)
+from lit_rlhf.pipeline.folder import StageFolder, check_inputs, check_records, checkpoint_of, read_yaml, start_of
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.stages.stage import all_stages

@@ -16,11 +16,11 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
-from lit_rlhf.models import context_length, end_tokens
 from lit_rlhf.models.kernels import fast_kernels
 from lit_rlhf.models.kernels.decoding import CachedDecoder, StaticDecoder
 from lit_rlhf.models.kernels.forward_pass import ForwardPass
 from lit_rlhf.models.logits import check_logits
+from lit_rlhf.models.policy import context_length, end_tokens
 from lit_rlhf.models.precision import compute_dtype
 from lit_rlhf.models.self_check import LENGTH, agrees
 from lit_rlhf.rollouts.decoder import Decoder, TransformersDecoder, WholeDecoder, goes_on_alike

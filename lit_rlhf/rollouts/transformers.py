@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import end_tokens
+from lit_rlhf.models.policy import end_tokens
 from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, side_by_side
 
 

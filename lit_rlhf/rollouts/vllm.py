@@ -18,7 +18,8 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import context_length, end_tokens, plain_weights
+from lit_rlhf.models.adapters import plain_weights
+from lit_rlhf.models.policy import context_length, end_tokens
 from lit_rlhf.models.precision import compute_dtype
 from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, side_by_side
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.packing import runs
-from lit_rlhf.training import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

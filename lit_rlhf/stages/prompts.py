@@ -11,7 +11,7 @@ from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.models import context_length
+from lit_rlhf.models.policy import context_length
 from lit_rlhf.rollouts import FastEngine, Sampling, fitted, sample
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, ensure_template
@@ -19,7 +19,7 @@ from lit_rlhf.text.records import Messages, PromptRecord, parse_prompt_record, s
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note, Tools
 from lit_rlhf.text.world import Grade, World
-from lit_rlhf.training import BatchLoader, in_order, seeded, sharding, shuffled
+from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding, shuffled
 
 Item = TypeVar("Item")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import pair_accuracy, ranking_loss, ranking_pairs
-from lit_rlhf.models import predicting_positions, response_positions
+from lit_rlhf.models.policy import predicting_positions, response_positions
 from lit_rlhf.stages.examples import ExampleDataModule
 from lit_rlhf.stages.prompts import Judge
 from lit_rlhf.stages.supervised import SupervisedModule

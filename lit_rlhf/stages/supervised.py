@@ -10,10 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import RewardTransformer, save_adapter, save_model
+from lit_rlhf.models.checkpoint import save_model
+from lit_rlhf.models.lora import save_adapter
+from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
-from lit_rlhf.training import LearnsInParts, Meter, OptimizerFactory, Part, Schedule, decay_groups
-from lit_rlhf.training.optim import optimizer_and_schedule
+from lit_rlhf.training.dry_run import Meter
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, decay_groups, optimizer_and_schedule
+from lit_rlhf.training.parts import LearnsInParts, Part
 
 
 class SupervisedModule(LearnsInParts):

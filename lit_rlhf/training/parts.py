@@ -11,7 +11,8 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_rlhf.models import adds_to_gradients, tokens_at_once
+from lit_rlhf.models.chunked import adds_to_gradients
+from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.training.trained_state import TrainedState
 
 Batch = TypeVar("Batch")
@@ -26,7 +27,7 @@ class Part(NamedTuple, Generic[Batch]):
 
 def fit_memory(data: LightningDataModule, module: nn.Module) -> None:
     """Let ``data`` know how many tokens the models inside ``module`` may be given at once; see
-    :func:`lit_rlhf.models.tokens_at_once`."""
+    :func:`lit_rlhf.models.micro_batches.tokens_at_once`."""
     data.learned_at_once = tokens_at_once(module, learning=True)
     data.read_at_once = tokens_at_once(module, learning=False)
 

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed._composable import checkpoint
 
-from lit_rlhf.models import layers
 from lit_rlhf.models.kernels import Kernels, use_block_attention, use_fast_layers, use_kernels
 from lit_rlhf.models.micro_batches import LEARNING, limit_kept, trunks
+from lit_rlhf.models.policy import layers
 from lit_rlhf.training.parts import fit_memory
 
 

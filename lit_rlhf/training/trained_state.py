@@ -11,7 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import lora_layers
+from lit_rlhf.models.adapters import lora_layers
 
 SAMPLED = 4096  # bytes of each tensor that are looked at one by one
 PIECE = 2**20  # numbers that are summed at once

@@ -40,10 +40,10 @@ def make_trainer(
 
     ``precision`` may be "auto": see :func:`precision_of`. ``matmul_precision`` is that of float32 matrix products,
     in the whole process (``torch.set_float32_matmul_precision``). For ``kernels``, ``activation_checkpointing``,
-    ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.ModelSettings`.
+    ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.trained_models.ModelSettings`.
 
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
-    business of :class:`lit_rlhf.training.LastCheckpoint`."""
+    business of :class:`lit_rlhf.training.callbacks.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
     models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
     trainer = Trainer(

@@ -10,22 +10,10 @@ from torch import tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf.models import (
-    LoRA,
-    Reference,
-    ReferenceUpdate,
-    adapters_off,
-    add_lora,
-    lora_layers,
-    merged,
-    next_token_logits,
-    packed_hidden,
-    plain_weights,
-    save_adapter,
-    save_model,
-    use_kernels,
-)
-from lit_rlhf.models.lora import put_adapter
+from lit_rlhf.models import LoRA, add_lora, next_token_logits, packed_hidden, save_model, use_kernels
+from lit_rlhf.models.adapters import adapters_off, lora_layers, merged, plain_weights
+from lit_rlhf.models.lora import put_adapter, save_adapter
+from lit_rlhf.models.reference import Reference, ReferenceUpdate
 from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import pack
 

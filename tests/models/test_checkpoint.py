@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import checkpoint, fingerprint, save_model
+from lit_rlhf.models import checkpoint, save_model
+from lit_rlhf.models.checkpoint import fingerprint
 
 pytestmark = pytest.mark.parametrize("model_config", ["llama"], indirect=True)  # one family is enough
 

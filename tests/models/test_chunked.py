@@ -17,7 +17,7 @@ from lit_rlhf.functional import full_kl, token_entropy, token_logprobs
 from lit_rlhf.models import LoRA, add_lora, chunked, next_token_logits
 from lit_rlhf.models.chunked import adds_to_gradients, by_row, by_token, token_logprobs_of
 from lit_rlhf.models.kernels import onednn, use_fast_layers
-from lit_rlhf.training import Meter
+from lit_rlhf.training.dry_run import Meter
 
 TOKENS, WIDTH = 37, 8
 

@@ -10,21 +10,18 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import (
     LoRA,
-    adapters_off,
     add_lora,
-    context_length,
     end_tokens,
-    lora_layers,
     next_token_logits,
     packed_hidden,
     policy_from_config,
-    predicting_positions,
-    response_positions,
     use_kernels,
 )
+from lit_rlhf.models.adapters import adapters_off, lora_layers
 from lit_rlhf.models.kernels import forward_pass
 from lit_rlhf.models.kernels.decoding import StaticDecoder
 from lit_rlhf.models.kernels.forward_pass import ForwardPass
+from lit_rlhf.models.policy import context_length, predicting_positions, response_positions
 from lit_rlhf.rollouts import (
     Ended,
     FastEngine,

@@ -13,12 +13,10 @@ from lit_rlhf.models import (
     critic_on_policy,
     load_reward_model,
     packed_hidden,
-    packed_scores,
     reward_model_from_config,
     save_model,
-    score_shift,
-    score_std,
 )
+from lit_rlhf.models.heads import packed_scores, score_shift, score_std
 from lit_rlhf.text import pack
 
 TEXTS = ["What is 42?", "I am the cat", "12", "You are  30, 👍🏽 and the cat! Who?", "It"]

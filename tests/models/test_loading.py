@@ -25,11 +25,11 @@ from lit_rlhf.models import (
     load_policy,
     load_policy_and_tokenizer,
     load_reward_model,
-    packed_scores,
     policy_from_config,
     reward_model_from_config,
     save_model,
 )
+from lit_rlhf.models.heads import packed_scores
 from lit_rlhf.models.loading import check_finite, match_tokenizer
 from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
 from lit_rlhf.text import load_tokenizer

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config, token_logprobs_of
+from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config
+from lit_rlhf.models.chunked import token_logprobs_of
 from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.stages import SFTModule
 from lit_rlhf.stages.evaluate.text import text_nats

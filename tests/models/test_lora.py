@@ -16,21 +16,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
     LoRA,
-    adapters_off,
     add_lora,
     critic_from_policy,
     critic_from_reward_model,
     critic_on_policy,
     load_policy,
     load_reward_model,
-    lora_layers,
-    merged,
     packed_hidden,
-    packed_scores,
     policy_from_config,
-    save_adapter,
     save_model,
 )
+from lit_rlhf.models.adapters import adapters_off, lora_layers, merged
+from lit_rlhf.models.heads import packed_scores
+from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.text import load_tokenizer, pack
 
 TOKENS = tensor([[5, 6, 7, 8, 9, 10]])

@@ -8,20 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models import (
-    context_length,
-    freeze,
-    layers,
-    load_policy,
-    load_policy_and_tokenizer,
-    next_token_logits,
-    packed_hidden,
-    policy_from_config,
-    predicting_positions,
-    response_positions,
-)
+from lit_rlhf.models import load_policy, load_policy_and_tokenizer, next_token_logits, packed_hidden, policy_from_config
 from lit_rlhf.models.kernels import onednn
-from lit_rlhf.models.policy import packs
+from lit_rlhf.models.policy import context_length, freeze, layers, packs, predicting_positions, response_positions
 from lit_rlhf.text import pack, train_bpe
 from lit_rlhf.text.chat import BASE_TEMPLATE
 

@@ -11,21 +11,18 @@ from transformers import AutoModelForCausalLM
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
     LoRA,
-    adapters_off,
     critic_from_policy,
     critic_from_reward_model,
     load_policy,
     load_reward_model,
-    lora_layers,
-    merged,
     next_token_logits,
     packed_hidden,
-    packed_scores,
-    plain_weights,
     policy_from_config,
-    save_adapter,
     save_model,
 )
+from lit_rlhf.models.adapters import adapters_off, lora_layers, merged, plain_weights
+from lit_rlhf.models.heads import packed_scores
+from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.quantization import is_quantized
 from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import pack

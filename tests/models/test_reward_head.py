@@ -12,26 +12,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
     LoRA,
-    RewardEnsemble,
     RewardHead,
     critic_from_reward_model,
-    head_parameters,
-    kept_language_model,
     load_reward_model,
     next_token_logits,
-    packed_scores,
     policy_from_config,
-    predicting_positions,
     reward_model_from_config,
     save_model,
     score_answers,
-    score_shift,
-    score_std,
-    shares_prompts,
 )
-from lit_rlhf.models.reward_head import start_head
+from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores, score_shift, score_std
+from lit_rlhf.models.policy import predicting_positions, shares_prompts
+from lit_rlhf.models.reward_head import RewardEnsemble, start_head
 from lit_rlhf.text import ensure_chat_template, pack
-from lit_rlhf.training import adamw, decay_groups
+from lit_rlhf.training import adamw
+from lit_rlhf.training.optim import decay_groups
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,8 +9,8 @@ from torch import Generator
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import LoRA, adapters_off, add_lora, merged, policy_from_config
-from lit_rlhf.models.adapters import lora_layers, plain_weights
+from lit_rlhf.models import LoRA, add_lora, policy_from_config
+from lit_rlhf.models.adapters import adapters_off, lora_layers, merged, plain_weights
 from lit_rlhf.rollouts import Ended, FastEngine, Request, Sampling, VLLMEngine, draw_seeds, sample, side_by_side
 from lit_rlhf.rollouts.vllm import response_of, settings_of
 

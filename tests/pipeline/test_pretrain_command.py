@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from lit_rlhf.models import load_policy, text_loss
+from lit_rlhf.models import load_policy
+from lit_rlhf.models.text_rows import text_loss
 from lit_rlhf.stages import PretrainDataModule
 from lit_rlhf.text import load_tokenizer
 

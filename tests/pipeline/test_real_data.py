@@ -4,14 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lit_rlhf.models import load_reward_model, score_shift
+from lit_rlhf.models import load_reward_model
+from lit_rlhf.models.heads import score_shift
 
 pytestmark = pytest.mark.slow
 

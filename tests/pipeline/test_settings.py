@@ -9,14 +9,7 @@ from omegaconf import OmegaConf
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.command import check_multirun
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.settings import (
-    check_settings,
-    command_of,
-    compose_settings,
-    conf_dir,
-    stages_of,
-    sweep_jobs,
-)
+from lit_rlhf.pipeline.settings import check_settings, command_of, compose_settings, conf_dir, stages_of, sweep_jobs
 from lit_rlhf.stages.stage import all_stages
 
 register_resolvers()

@@ -20,7 +20,7 @@ from lit_rlhf.stages import (
     WorldSFTDataModule,
 )
 from lit_rlhf.text.records import write_jsonl
-from lit_rlhf.training import LearnsInParts
+from lit_rlhf.training.parts import LearnsInParts
 
 RANKINGS = [
     {"prompt": f"Question {i}?", "responses": ["good " * (i % 3 + 1), "bad", "so"], "ranks": [1, 3, 1 + i % 5]}

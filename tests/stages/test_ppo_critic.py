@@ -9,13 +9,8 @@ from torch import tensor
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import (
-    LoRA,
-    critic_from_policy,
-    critic_from_reward_model,
-    critic_on_policy,
-    lora_layers,
-)
+from lit_rlhf.models import LoRA, critic_from_policy, critic_from_reward_model, critic_on_policy
+from lit_rlhf.models.adapters import lora_layers
 from lit_rlhf.stages.ppo import GAE, KLPenalty, MonteCarlo, Scoring
 
 FUNCTION = Scoring(functions=[lambda p, r, **_: [float(len(x)) for x in r]], reward_model_weight=0.0)

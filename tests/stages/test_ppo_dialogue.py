@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lit_rlhf.models import response_logprobs
+from lit_rlhf.models.responses import response_logprobs
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo
 from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.text import pack

@@ -14,7 +14,8 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_rlhf.models import critic_on_policy, packed_hidden, policy_from_config, predicting_positions
+from lit_rlhf.models import critic_on_policy, packed_hidden, policy_from_config
+from lit_rlhf.models.policy import predicting_positions
 from lit_rlhf.rollouts import Sampling, TransformersEngine, VLLMEngine, generate
 from lit_rlhf.stages import PreferenceModule
 

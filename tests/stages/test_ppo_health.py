@@ -23,15 +23,9 @@ from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule, WorldPPODataModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import HealthWatch, KLPenalty, KLPenaltyLoss, Limits, Scoring, Unhealthy
 from lit_rlhf.stages.ppo.health import CHECKS, HELD_OUT, WATCHED, CheckName, findings
-from lit_rlhf.training import (
-    BatchLoader,
-    LastCheckpoint,
-    MetricsFile,
-    RandomState,
-    in_order,
-    make_trainer,
-    read_metrics,
-)
+from lit_rlhf.training import MetricsFile, make_trainer, read_metrics
+from lit_rlhf.training.batches import BatchLoader, in_order
+from lit_rlhf.training.callbacks import LastCheckpoint, RandomState
 
 LIMITS = Limits()
 

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import LoRA, add_lora, critic_from_policy, critic_on_policy, lora_layers
+from lit_rlhf.models import LoRA, add_lora, critic_from_policy, critic_on_policy
+from lit_rlhf.models.adapters import lora_layers
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
 from lit_rlhf.text.records import write_jsonl

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lit_rlhf.models import LoRA, critic_from_policy, critic_from_reward_model, critic_on_policy, tokens_at_once
+from lit_rlhf.models import LoRA, critic_from_policy, critic_from_reward_model, critic_on_policy
+from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.stages import WorldPretrainDataModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo
 

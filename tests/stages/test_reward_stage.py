@@ -8,15 +8,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import (
-    RewardEnsemble,
-    RewardHead,
-    RewardTransformer,
-    load_reward_model,
-    packed_scores,
-    score_answers,
-    score_shift,
-)
+from lit_rlhf.models import RewardHead, load_reward_model, score_answers
+from lit_rlhf.models.heads import packed_scores, score_shift
+from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.rankings import RankedAnswers
 from lit_rlhf.stages.reward.diagnosis import diagnosis

@@ -191,9 +191,7 @@ def test_tensors_of_another_precision_keep_theirs_under_other_names(kind, case, 
     save_model(model, tokenizer, tmp_path / "out")
     found = tensors(tmp_path / "out")
     ends = tuple(n.partition("0.")[2] for n in (name, own))
-    assert {n for n, tensor in found.items() if tensor.dtype == torch.float32} == {
-        n for n in found if n.endswith(ends)
-    }
+    assert {n for n, tensor in found.items() if tensor.dtype == torch.float32} == {n for n in found if n.endswith(ends)}
     assert any(torch.equal(tensor, weights[name]) for tensor in found.values())
 
 

@@ -135,7 +135,7 @@ def test_a_margin_reaches_the_loss_or_is_said(tmp_path, tokenizer, policy, rewar
     batch = next(iter(data.train_dataloader()))
     module = RewardModule(reward_model, tokenizer)
     loss, _ = module.losses(batch)
-    from lit_rlhf.models import packed_scores
+    from lit_rlhf.models.heads import packed_scores
 
     scores, pairs = packed_scores(module.reward_model, batch.packed), ranking_pairs(batch.ranks, batch.prompt_index)
     each = -torch.nn.functional.logsigmoid(

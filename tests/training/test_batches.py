@@ -2,7 +2,8 @@ import pytest
 import torch
 from lightning import Trainer
 
-from lit_rlhf.training import BatchLoader, in_order, seeded, sharding, shuffled
+from lit_rlhf.training import seeded
+from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
 
 
 def loader(count, batch_size, order=in_order, **settings):

@@ -13,24 +13,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
-from lit_rlhf.training import (
-    BatchLoader,
+from lit_rlhf.training import MetricsFile, adamw, make_trainer, read_metrics, warmup_decay
+from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training.callbacks import (
     LastCheckpoint,
-    MetricsFile,
     RandomState,
     StageProgressBar,
     StopOnNonFinite,
     TextSamples,
-    adamw,
-    append_rows,
-    in_order,
-    make_trainer,
-    read_metrics,
     said_when_slow,
-    sharding,
-    shuffled,
-    warmup_decay,
 )
+from lit_rlhf.training.metrics_file import append_rows
 from lit_rlhf.training.optim import optimizer_and_schedule
 
 STEPS = 20  # optimizer steps; an epoch has 6

@@ -7,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_rlhf.training import Peak, make_trainer
+from lit_rlhf.training import make_trainer
 from lit_rlhf.training.checkpoint_files import CheckpointFiles, read_checkpoint, write_checkpoint
+from lit_rlhf.training.memory import Peak
 
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux measures a peak anew")

@@ -7,8 +7,8 @@ from torch import nn
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config
 from lit_rlhf.text.packing import pack
-from lit_rlhf.training import Meter, Part, largest
-from lit_rlhf.training.dry_run import bytes_of
+from lit_rlhf.training.dry_run import Meter, bytes_of, largest
+from lit_rlhf.training.parts import Part
 
 FLOAT = 4  # bytes
 

@@ -7,17 +7,10 @@ import torch
 from torch import nn
 
 from lit_rlhf.errors import TrainingDiverged
-from lit_rlhf.training import (
-    BatchLoader,
-    FirstSteps,
-    LearnsInParts,
-    adamw,
-    in_order,
-    make_trainer,
-    shuffled,
-    warmup_decay,
-)
+from lit_rlhf.training import FirstSteps, adamw, make_trainer, warmup_decay
+from lit_rlhf.training.batches import BatchLoader, in_order, shuffled
 from lit_rlhf.training.optim import optimizer_and_schedule
+from lit_rlhf.training.parts import LearnsInParts
 
 
 class Fitted(LearnsInParts):

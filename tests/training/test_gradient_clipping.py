@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_rlhf.training import BatchLoader, LearnsInParts, in_order, make_trainer
+from lit_rlhf.training import make_trainer
+from lit_rlhf.training.batches import BatchLoader, in_order
+from lit_rlhf.training.parts import LearnsInParts
 
 
 class Falling(LearnsInParts):

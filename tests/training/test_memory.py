@@ -3,7 +3,8 @@ import mmap
 import pytest
 import torch
 
-from lit_rlhf.training import Peak, memory, resident_bytes
+from lit_rlhf.training import memory
+from lit_rlhf.training.memory import Peak, resident_bytes
 
 
 def test_the_peak_is_remembered_and_can_begin_anew():

@@ -5,7 +5,8 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
-from lit_rlhf.training import BatchLoader, MetricsFile, in_order, make_trainer, read_metrics
+from lit_rlhf.training import MetricsFile, make_trainer, read_metrics
+from lit_rlhf.training.batches import BatchLoader, in_order
 
 
 def test_one_row_a_step_and_one_column_a_metric(tmp_path):

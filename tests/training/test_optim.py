@@ -6,8 +6,9 @@ from lightning import LightningModule
 from torch import nn
 from torch.testing import assert_close
 
-from lit_rlhf.training import BatchLoader, adamw, decay_groups, in_order, make_trainer, warmup_decay
-from lit_rlhf.training.optim import optimizer_and_schedule
+from lit_rlhf.training import adamw, make_trainer, warmup_decay
+from lit_rlhf.training.batches import BatchLoader, in_order
+from lit_rlhf.training.optim import decay_groups, optimizer_and_schedule
 
 
 def rates(total, steps, **settings):

@@ -6,11 +6,14 @@ from lightning import LightningModule
 from torch.testing import assert_close
 
 from lit_rlhf.functional import lm_loss
-from lit_rlhf.models import LoRA, add_lora, freeze, layers, next_token_logits, save_model
+from lit_rlhf.models import LoRA, add_lora, next_token_logits, save_model
 from lit_rlhf.models.kernels import fast_kernels
 from lit_rlhf.models.kernels.attention import BY_BLOCKS
 from lit_rlhf.models.kernels.gelu import GELUTanh
-from lit_rlhf.training import BatchLoader, adamw, decay_groups, in_order, make_trainer
+from lit_rlhf.models.policy import freeze, layers
+from lit_rlhf.training import adamw, make_trainer
+from lit_rlhf.training.batches import BatchLoader, in_order
+from lit_rlhf.training.optim import decay_groups
 from lit_rlhf.training.trainer import precision_of
 
 

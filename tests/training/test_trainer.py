@@ -3,7 +3,8 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
-from lit_rlhf.training import BatchLoader, in_order, make_trainer
+from lit_rlhf.training import make_trainer
+from lit_rlhf.training.batches import BatchLoader, in_order
 
 
 class Recorder(LightningModule):

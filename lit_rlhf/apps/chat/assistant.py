@@ -9,12 +9,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import context_length, freeze, load_policy_and_tokenizer
+from lit_rlhf.models.policy import context_length, freeze, load_policy_and_tokenizer
 from lit_rlhf.rollouts import Growing, Sampling, stream
 from lit_rlhf.text import Transcript, encode_prompts, is_base, transcript_for
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.training import seeded
+from lit_rlhf.training.batches import seeded
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,7 @@ from lit_rlhf.stages.examples import ExampleDataModule
 from lit_rlhf.stages.labelled import WorldTasks
 from lit_rlhf.text.classifier_inputs import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.packing import Packed, pack
-from lit_rlhf.text.records import (
-    Labelled,
-    MultipleChoice,
-    Similarity,
-    parse_labelled,
-    task_prompt,
-)
+from lit_rlhf.text.records import Labelled, MultipleChoice, Similarity, parse_labelled, task_prompt
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.text.world import World
 

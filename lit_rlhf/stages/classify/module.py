@@ -14,10 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import added, classification_loss, side_by_side, wilson_interval
-from lit_rlhf.models import RewardHead, packed_hidden, save_model, sequence_classifier, token_logprobs_of
+from lit_rlhf.models.checkpoint import save_model
+from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.heads import sequence_classifier
+from lit_rlhf.models.policy import packed_hidden
+from lit_rlhf.models.reward_head import RewardHead
 from lit_rlhf.stages.classify.data import ClassifyBatch
 from lit_rlhf.stages.supervised import SupervisedModule
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 
 
 class ClassifyModule(SupervisedModule):

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import say_once
 from lit_rlhf.functional import dpo_loss, implicit_rewards, pair_accuracy, ranking_pairs
-from lit_rlhf.models import Reference, ReferenceUpdate, response_logprobs
+from lit_rlhf.models.reference import Reference, ReferenceUpdate
+from lit_rlhf.models.responses import response_logprobs
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
 from lit_rlhf.stages.rankings import RankingBatch, RankingModule
 from lit_rlhf.text.template import Note
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, warmup_decay
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, warmup_decay
 
 
 class DPOModule(RankingModule):

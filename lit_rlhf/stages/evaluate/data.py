@@ -13,7 +13,7 @@ from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, held_out_reco
 from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.records import Messages, PromptRecord, parse_text
 from lit_rlhf.text.world import World
-from lit_rlhf.training import BatchLoader
+from lit_rlhf.training.batches import BatchLoader
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

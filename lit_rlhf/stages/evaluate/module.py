@@ -16,15 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.functional import masked_sum, sequence_kl
-from lit_rlhf.models import (
-    context_length,
-    freeze,
-    response_logprobs,
-    scores_of,
-    shares_prompts,
-    stacked,
-    tokens_at_once,
-)
+from lit_rlhf.models.heads import scores_of
+from lit_rlhf.models.micro_batches import tokens_at_once
+from lit_rlhf.models.policy import context_length, freeze, shares_prompts
+from lit_rlhf.models.responses import response_logprobs, stacked
 from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
 from lit_rlhf.stages.callables import Annotator, name_of, with_tools
 from lit_rlhf.stages.evaluate.answers import Answers, JudgeName
@@ -39,7 +34,9 @@ from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.text.world import Grade
-from lit_rlhf.training import Meter, inner_bar, largest, seeded
+from lit_rlhf.training.batches import seeded
+from lit_rlhf.training.callbacks import inner_bar
+from lit_rlhf.training.dry_run import Meter, largest
 
 
 class EvaluateModule(LightningModule):

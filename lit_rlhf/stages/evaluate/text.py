@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import ratio
-from lit_rlhf.models import context_length, token_logprobs_of, tokens_at_once
+from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.micro_batches import tokens_at_once
+from lit_rlhf.models.policy import context_length
 from lit_rlhf.text.packing import stream
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 

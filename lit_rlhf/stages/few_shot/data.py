@@ -26,7 +26,7 @@ from lit_rlhf.text.records import (
 )
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.text.world import TaskName, World
-from lit_rlhf.training import BatchLoader, in_order, seeded
+from lit_rlhf.training.batches import BatchLoader, in_order, seeded
 
 
 class Shot(NamedTuple):

@@ -10,7 +10,8 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import wilson_interval
-from lit_rlhf.models import context_length, freeze, response_logprobs
+from lit_rlhf.models.policy import context_length, freeze
+from lit_rlhf.models.responses import response_logprobs
 from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.stages.few_shot.data import Shot, ShotBatch
 from lit_rlhf.text.packing import pack

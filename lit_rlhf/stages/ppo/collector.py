@@ -22,16 +22,11 @@ from lit_rlhf.functional import (
     whiten,
     whole_answer,
 )
-from lit_rlhf.models import (
-    Critic,
-    Reference,
-    Responding,
-    by_token,
-    packed_hidden,
-    scatter,
-    stacked,
-    token_logprobs_of,
-)
+from lit_rlhf.models.chunked import by_token, token_logprobs_of
+from lit_rlhf.models.heads import Critic
+from lit_rlhf.models.policy import packed_hidden
+from lit_rlhf.models.reference import Reference
+from lit_rlhf.models.responses import Responding, scatter, stacked
 from lit_rlhf.rollouts import Engine, Responses, Sampling, sample
 from lit_rlhf.stages.ppo.advantage import AdvantageEstimator
 from lit_rlhf.stages.ppo.batching import Batching

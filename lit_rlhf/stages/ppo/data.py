@@ -9,7 +9,7 @@ from lit_rlhf.stages.ppo.scoring import OWN
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, SamplePrompt, WorldPromptDataModule, spread
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import Messages
-from lit_rlhf.training import BatchLoader
+from lit_rlhf.training.batches import BatchLoader
 
 
 class PPODataModule(PromptDataModule):

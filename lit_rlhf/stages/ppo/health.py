@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.training import MetricsFile, append_rows, read_metrics
+from lit_rlhf.training.metrics_file import MetricsFile, append_rows, read_metrics
 
 History = dict[str, list[float]]  # metric -> its value in each iteration; nan where there was none
 HELD_OUT = "val/ppo/score"

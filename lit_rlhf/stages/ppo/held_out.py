@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.functional import WinRate, population_std, sequence_kl, win_rate
-from lit_rlhf.models import response_logprobs, stacked
+from lit_rlhf.models.responses import response_logprobs, stacked
 from lit_rlhf.stages.ppo.collector import Answered, Collector
 from lit_rlhf.stages.prompts import PromptBatch, repeated
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import Estimator, full_kl, token_entropy, token_logprobs
-from lit_rlhf.models import Reference, next_token_logits
+from lit_rlhf.models.logits import next_token_logits
+from lit_rlhf.models.reference import Reference
 
 
 @dataclass(frozen=True)

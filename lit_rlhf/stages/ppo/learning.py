@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models import Critic, Reference, TextRows, adds_to_gradients, tokens_at_once
+from lit_rlhf.models.chunked import adds_to_gradients
+from lit_rlhf.models.heads import Critic
+from lit_rlhf.models.micro_batches import tokens_at_once
+from lit_rlhf.models.reference import Reference
+from lit_rlhf.models.text_rows import TextRows
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty
@@ -18,7 +22,9 @@ from lit_rlhf.stages.ppo.loss import PolicyLoss
 from lit_rlhf.stages.ppo.objective import Objective
 from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, text_gradients
 from lit_rlhf.stages.ppo.rollout import TEXT, Rollout
-from lit_rlhf.training import TrainedState, inner_bar, seeded
+from lit_rlhf.training.batches import seeded
+from lit_rlhf.training.callbacks import inner_bar
+from lit_rlhf.training.trained_state import TrainedState
 
 
 class LearnsFromRollouts(TrainedState):

@@ -16,19 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.functional import adapted_kl_coef
-from lit_rlhf.models import (
-    CriticFactory,
-    Reference,
-    ReferenceUpdate,
-    critic_from_reward_model,
-    head_parameters,
-    learning,
-    save_adapter,
-    save_model,
-    shares_prompts,
-    text_loss,
-    tokens_at_once,
-)
+from lit_rlhf.models.checkpoint import save_model
+from lit_rlhf.models.heads import CriticFactory, critic_from_reward_model, head_parameters
+from lit_rlhf.models.lora import learning, save_adapter
+from lit_rlhf.models.micro_batches import tokens_at_once
+from lit_rlhf.models.policy import shares_prompts
+from lit_rlhf.models.reference import Reference, ReferenceUpdate
+from lit_rlhf.models.text_rows import text_loss
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, fitted, sample
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check
@@ -45,17 +39,9 @@ from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.records import shown
-from lit_rlhf.training import (
-    Meter,
-    OptimizerFactory,
-    Schedule,
-    adamw,
-    decay_groups,
-    largest,
-    seeded,
-    warmup_decay,
-)
-from lit_rlhf.training.optim import batches_and_size
+from lit_rlhf.training.batches import seeded
+from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, batches_and_size, decay_groups, warmup_decay
 
 
 class PPOModule(LearnsFromRollouts):
@@ -89,7 +75,7 @@ class PPOModule(LearnsFromRollouts):
         ppo_epochs: optimization epochs per rollout.
         minibatch_size: answers per optimizer step and process.
         micro_batch_size: answers in a pass through a model, with gradients (which add up to the minibatch's) or
-            without; None: by :func:`lit_rlhf.models.tokens_at_once`.
+            without; None: by :func:`lit_rlhf.models.micro_batches.tokens_at_once`.
         max_grad_norm: the gradients of policy and critic are clipped to it, each for itself.
         probe_rollouts: rollouts on which the gradient's noise is measured, before the policy's first step; 0: not done.
         packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import TextRows, check_rows, text_loss
+from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
 
 
 class PretrainingText(Protocol):

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, scale_of
-from lit_rlhf.models import freeze, scores_of
+from lit_rlhf.models.heads import scores_of
+from lit_rlhf.models.policy import freeze
 from lit_rlhf.stages.callables import name_of, resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown

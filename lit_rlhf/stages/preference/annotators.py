@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import freeze, load_reward_model, score_answers
+from lit_rlhf.models.heads import load_reward_model, score_answers
+from lit_rlhf.models.policy import freeze
 from lit_rlhf.stages.callables import Annotator, Ranks, name_of, resolve
 from lit_rlhf.text.records import Messages, ranks_of, shown
 from lit_rlhf.text.template import Tools

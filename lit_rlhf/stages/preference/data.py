@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
-from lit_rlhf.training import BatchLoader
+from lit_rlhf.training.batches import BatchLoader
 
 
 class PreferenceDataModule(PromptDataModule):

@@ -16,7 +16,7 @@ from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, Waiting, say_once
-from lit_rlhf.models import context_length, freeze
+from lit_rlhf.models.policy import context_length, freeze
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
 from lit_rlhf.stages.callables import Annotator, with_tools
 from lit_rlhf.stages.preference.annotator_agreement import agreement
@@ -30,7 +30,8 @@ from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
-from lit_rlhf.training import Meter, largest, seeded
+from lit_rlhf.training.batches import seeded
+from lit_rlhf.training.dry_run import Meter, largest
 
 
 class Turn(NamedTuple):

@@ -31,7 +31,7 @@ from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
-from lit_rlhf.training import BatchLoader, in_order, seeded, sharding
+from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding
 
 
 class Source(NamedTuple):

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import say_once
-from lit_rlhf.models import TextRows, check_rows, text_loss
+from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import written
 from lit_rlhf.stages.supervised import SupervisedModule
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.text.template import Note
-from lit_rlhf.training import OptimizerFactory, Part, Schedule, adamw, warmup_decay
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, warmup_decay
+from lit_rlhf.training.parts import Part
 
 
 class PretrainModule(SupervisedModule):

@@ -14,24 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs
-from lit_rlhf.models import (
-    RewardTransformer,
-    head_parameters,
-    kept_language_model,
-    packed_scores,
-    scores_and_hidden,
-    scores_of,
-    token_logprobs_of,
-    tokens_at_once,
-)
+from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores, scores_and_hidden, scores_of
 from lit_rlhf.models.logits import check_logits
+from lit_rlhf.models.micro_batches import tokens_at_once
+from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.rankings import RankedAnswers, RankingBatch, RankingModule
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.reward.data import Answered, Calibration
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.text.records import Ranking
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, decay_groups, inner_bar, warmup_decay
+from lit_rlhf.training.callbacks import inner_bar
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 
 
 class RewardModule(RankingModule):

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import say_once
-from lit_rlhf.models import packed_hidden, token_logprobs_of
+from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
 from lit_rlhf.stages.sft.data import SFTBatch
 from lit_rlhf.stages.supervised import SupervisedModule
 from lit_rlhf.text.template import Note
-from lit_rlhf.training import OptimizerFactory, Schedule, adamw, warmup_decay
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, warmup_decay
 
 
 class SFTModule(SupervisedModule):

@@ -5,18 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from lit_rlhf.models import (
-    layers,
-    packed_hidden,
-    policy_from_config,
-    predicting_positions,
-    response_positions,
-    save_model,
-)
+from lit_rlhf.models import packed_hidden, policy_from_config, save_model
 from lit_rlhf.models.kernels import use_block_attention, use_kernels
 from lit_rlhf.models.kernels.attention import BY_BLOCKS, Layout, attend, block_attention, sees_before_it
 from lit_rlhf.models.kernels.forward_pass import ForwardPass
-from lit_rlhf.models.policy import packs
+from lit_rlhf.models.policy import layers, packs, predicting_positions, response_positions
 from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.text import pack
 from lit_rlhf.text.packing import Block
