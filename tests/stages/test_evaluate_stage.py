@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lightning import Trainer
+from torch.testing import assert_close
 from torchmetrics.text import Perplexity
 
 from lit_rlhf.errors import UserError
@@ -103,6 +104,26 @@ def test_an_annotator_decides_where_there_is_one(data, models, reward_model):
     lengths = {n: torch.tensor([[-len(t) for t in row] for row in module.answers[n].texts]) for n in ("mine", "sft")}
     assert figures["win_rate"]["mine_vs_sft"]["mean"] == win_rate(lengths["mine"], lengths["sft"]).mean
     assert figures["models"]["sft"]["gold"] is not None  # the gold judge is still heard
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_answers_are_read_in_batches_bounded_in_memory(data, models, reward_model, monkeypatch, share_prompts):
+    settings = {"best_of": 0, "prompted_base": False, "share_prompts": share_prompts}
+    whole = evaluated(data, models, reward_model, **settings)
+    monkeypatch.setattr("lit_rlhf.models.micro_batches.LOOKING", 2**15)  # some 40 tokens at once
+    read = []
+    hook = reward_model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    parts = evaluated(data, models, reward_model, **settings)
+    hook.remove()
+    assert (
+        len(read) > 3 * 2 * 3 * 2 and max(read) < 100
+    )  # more passes than models, ways of sampling and batches of prompts
+    for name, known in whole.answers.items():
+        assert parts.answers[name].texts == known.texts
+        assert_close(torch.tensor(parts.answers[name].scores), torch.tensor(known.scores), atol=1e-4, rtol=1e-4)
+        assert_close(torch.tensor(parts.answers[name].kl), torch.tensor(known.kl), atol=1e-4, rtol=1e-4)
 
 
 def test_the_reward_model_can_decide_though_there_is_a_gold_judge(data, models, reward_model):

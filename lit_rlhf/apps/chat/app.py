@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from lit_rlhf.text import Transcript
 from lit_rlhf.text.special_tokens import SpecialTokens
 
 
+@dataclass
 class Chat:
     """A conversation in the terminal or on a page.
 
@@ -36,29 +38,20 @@ class Chat:
         open_browser: whether to open the page at once.
     """
 
-    def __init__(
-        self,
-        models: dict[str, str],
-        judgements: Judgements,
-        *,
-        model: str | None = None,
-        against: str | None = None,
-        ui: Literal["terminal", "web"] = "terminal",
-        sampling: Sampling = SAMPLING,
-        seed: Annotated[int, Field(ge=0)] = 0,
-        system: str = "",
-        transcript: Transcript | None = None,
-        special_tokens: SpecialTokens = "plain",
-        device: str = "cpu",
-        port: Annotated[int, Field(ge=1, lt=2**16)] | None = None,
-        open_browser: bool = False,
-    ) -> None:
-        self.models, self.judgements, self.ui = models, judgements, ui
-        self.model, self.against = model, against
-        self.sampling, self.seed, self.system = sampling, seed, system
-        self.transcript, self.device = transcript, device
-        self.special_tokens: SpecialTokens = special_tokens
-        self.port, self.open_browser = port, open_browser
+    models: dict[str, str]
+    judgements: Judgements
+    _: KW_ONLY
+    model: str | None = None
+    against: str | None = None
+    ui: Literal["terminal", "web"] = "terminal"
+    sampling: Sampling = SAMPLING
+    seed: Annotated[int, Field(ge=0)] = 0
+    system: str = ""
+    transcript: Transcript | None = None
+    special_tokens: SpecialTokens = "plain"
+    device: str = "cpu"
+    port: Annotated[int, Field(ge=1, lt=2**16)] | None = None
+    open_browser: bool = False
 
     def launch(self) -> None:
         """Talk until the person leaves."""

@@ -12,23 +12,7 @@ from pathlib import Path
 
 from lit_rlhf.apps.charts import draw, frontier, panels
 from lit_rlhf.apps.page import render
-from lit_rlhf.apps.report.calibration import calibration_chart, groups
-from lit_rlhf.apps.report.classification import by_shots, confusion
-from lit_rlhf.apps.report.comparison import (
-    by_kind,
-    cards,
-    changes,
-    compared,
-    has_gold,
-    headline,
-    judge_of,
-    ladder,
-    rounds,
-    scorer_of,
-    win_rates,
-)
-from lit_rlhf.apps.report.overview import data_table, pipeline, stage_figures
-from lit_rlhf.apps.report.samples import answers, timelines
+from lit_rlhf.apps.report import calibration, classification, comparison, overview, samples
 from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.files import write_text
 from lit_rlhf.stages.stage import all_stages
@@ -41,34 +25,32 @@ def write_report(run: Path) -> Path:
 
 def page_of(run: Run) -> str:
     """The page as HTML."""
-    calibration, stages = calibration_chart(run), all_stages()
+    calibrated, stages = calibration.calibration_chart(run), all_stages()
     return render(
         "report.html.jinja",
         run=run,
         stages=stages,
         begun={*run.figures, *run.metrics},
-        judge=judge_of(run),
-        scorer=scorer_of(judge_of(run)),
-        gold=has_gold(run),
-        headline=headline(run),
-        cards=cards(run),
-        pipeline=pipeline(run),
-        wins=win_rates(run),
-        ladder=ladder(run),
-        changes=changes(run),
-        kinds=by_kind(run),
-        rounds=rounds(run),
-        pair_groups=groups(run),
-        calibration=draw(calibration) if calibration else None,
-        confusion=confusion(run.figures.get("classify", {})),
-        shots=by_shots(run.figures.get("few_shot", {})),
+        judge=comparison.judge_of(run),
+        scorer=comparison.scorer_of(comparison.judge_of(run)),
+        gold=comparison.has_gold(run),
+        headline=comparison.headline(run),
+        cards=comparison.cards(run),
+        pipeline=overview.pipeline(run),
+        wins=comparison.win_rates(run),
+        ladder=comparison.ladder(run),
+        changes=comparison.changes(run),
+        kinds=comparison.by_kind(run),
+        rounds=comparison.rounds(run),
+        pair_groups=calibration.groups(run),
+        calibration=draw(calibrated) if calibrated else None,
+        confusion=classification.confusion(run.figures.get("classify", {})),
+        shots=classification.by_shots(run.figures.get("few_shot", {})),
         curves={stage: [draw(chart) for chart in panels(run, stage)] for stage in stages},
         frontier=[draw(chart) for chart in frontier(run)],
         more_curves={stage: [draw(chart) for chart in panels(run, stage, folded=True)] for stage in stages},
-        stage_figures={stage: stage_figures(run.figures.get(stage, {})) for stage in stages},
-        answers=answers(run.samples.get("evaluate", []), *compared(run)),
-        learned={
-            stage: timelines(samples) for stage, samples in run.samples.items() if samples and "step" in samples[0]
-        },
-        data=data_table(run.data),
+        stage_figures={stage: overview.stage_figures(run.figures.get(stage, {})) for stage in stages},
+        answers=samples.answers(run.samples.get("evaluate", []), *comparison.compared(run)),
+        learned={stage: samples.timelines(rows) for stage, rows in run.samples.items() if rows and "step" in rows[0]},
+        data=overview.data_table(run.data),
     )
