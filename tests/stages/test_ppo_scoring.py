@@ -355,6 +355,11 @@ def test_rollouts_without_a_score_take_no_step_and_say_so(ppo, train, capsys):
     assert math.isnan(module.logged["ppo/score"][0]) and math.isfinite(module.logged["ppo/score"][1])
     lengths = module.rollouts[1].rewards
     assert module.progress.unscored == 9 and math.isfinite(lengths.sum())
+    progress = module.progress
+    assert progress.score_first.item() == progress.score_last.item() == module.logged["ppo/score"][1]
+    silent = Scoring(functions=[lambda p, r, **_: [None] * len(r)], reward_model_weight=0.0)
+    progress = train(ppo(scoring=silent)).progress
+    assert progress.unscored == 8 and progress.score_first.isnan() and progress.score_last.isnan()
 
 
 def test_the_held_out_scores_of_the_sft_model_are_the_policys_before_its_first_step(ppo, prompts, fit):

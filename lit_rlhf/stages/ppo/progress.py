@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,11 @@ class Progress(nn.Module):
         for name in ("episodes", "unscored"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         for name in ("score_first", "score_last", "entropy"):
-            self.register_buffer(name, torch.zeros(()))
+            self.register_buffer(name, torch.full((), math.nan))  # nothing yet
 
     def add(self, statistics: dict[str, Tensor], size: int, total: Callable[[Tensor], Tensor], processes: int) -> None:
         """A rollout of ``size`` responses; ``total`` sums over processes."""
-        if self.episodes == 0 or self.score_first.isnan():
+        if self.score_first.isnan():
             self.score_first.copy_(statistics["score"])
         if not statistics["score"].isnan():
             self.score_last.copy_(statistics["score"])
