@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -215,12 +216,14 @@ TURNS = [("user", "firstmark"), ("assistant", "replymark"), ("user", "lastmark")
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
-    """A dialogue as the template writes it; of contents as text and as a list of parts, what keeps more."""
+    """A dialogue as the template writes it; of contents as text and as a list of parts, by role, what keeps more."""
     rendered: list[str] = []
     failures: list[Exception] = []
-    for listed in (False, True):
+    roles = {role for role, _ in turns}
+    for forms in product((False, True), repeat=len(roles)):
+        in_parts = dict(zip(sorted(roles), forms))
         messages: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": t}] if listed else t} for role, t in turns
+            {"role": role, "content": [{"type": "text", "text": t}] if in_parts[role] else t} for role, t in turns
         ]
         try:
             rendered.append(str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)))

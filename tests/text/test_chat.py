@@ -316,7 +316,7 @@ def test_content_is_written_as_the_template_wants_it(tokenizer, template):
 
 PARTS_OF = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] in ROLES %}{% for part in m['content'] %}"
-    "{% if part is mapping %}{{ part['text'] }}{% endif %}{% endfor %}{% else %}{{ m['content'] }}{% endif %}"
+    "{% if part is mapping %}{{ part['text'] }}{% endif %}{% endfor %}{% else %}{{ m['content'] + '' }}{% endif %}"
     "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
@@ -325,13 +325,15 @@ PARTS_OF = (
 @pytest.mark.parametrize(
     "roles", [["user"], ["user", "system"], ["user", "tool"], ["assistant"], ["system"], ["user", "assistant", "tool"]]
 )
-def test_some_roles_have_content_in_parts(tokenizer, roles):
+def test_some_roles_have_content_in_parts(tokenizer, roles, tmp_path):
     call = {"type": "function", "function": {"name": "cat", "arguments": {}}}
     turns = [
         *SEVERAL[:3], user("And now?"), {**assistant("I call."), "tool_calls": [call]},
         {"role": "tool", "content": "Here!"}, assistant("It is here."),
     ]  # fmt: skip
     tokenizer.chat_template = PARTS_OF.replace("ROLES", str(roles))
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     [[encoded]] = encode_dialogues(tokenizer, [turns], [0])
     answers = ["the cat<|endoftext|>", "I call.cat<|endoftext|>", "It is here.<|endoftext|>"]
     assert learned(tokenizer, encoded) == answers

@@ -185,6 +185,8 @@ def test_ultrafeedback_as_it_was_collected():
     with pytest.raises(ValueError, match="'completions' holds 1 different answers; two or more were expected"):
         parse_ranking({"instruction": "q", "completions": completions[::2]})
     with pytest.raises(ValueError, match="'overall_score', or 'annotations', was expected"):
+        parse_ranking({"prompt": "q", "completions": [{"response": "a", "annotations": [1]}, {"response": "b"}]})
+    with pytest.raises(ValueError, match="'overall_score', or 'annotations', was expected"):
         parse_ranking({"instruction": "q", "completions": [completion("x"), completion("y")]})
 
 

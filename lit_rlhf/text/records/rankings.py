@@ -173,8 +173,9 @@ def _overall(completion: dict[str, Any]) -> float:
     """The overall score of an answer, else the mean of its ratings by aspect (``annotations``)."""
     if completion.get("overall_score") is not None:
         return number(completion["overall_score"], "overall_score")
-    aspects = (completion.get("annotations") or {}).values()
-    ratings = [a["Rating"] for a in aspects if isinstance(a, dict) and a.get("Rating") not in (None, "N/A")]
+    aspects = completion.get("annotations")
+    found = aspects.values() if isinstance(aspects, dict) else ()
+    ratings = [a["Rating"] for a in found if isinstance(a, dict) and a.get("Rating") not in (None, "N/A")]
     if not ratings:
         raise ValueError(f"'completions' holds {short(completion)}; 'overall_score', or 'annotations', was expected")
     return sum(number(rating, "Rating") for rating in ratings) / len(ratings)
