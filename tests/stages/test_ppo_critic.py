@@ -65,7 +65,7 @@ def test_the_value_loss_by_plain_transformers(critic, value_clip_range, ppo, alo
         module.critic.head.weight.add_(0.02 * torch.randn_like(module.critic.head.weight))
     trunk = module.policy.model if module.critic.trunk is None else module.critic.trunk
     errors, clipped = [], 0
-    for i, (sequence, n) in enumerate(zip(rollout.sequences, map(sum, rollout.response_mask))):
+    for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
         hidden = trunk(input_ids=tensor([sequence])).last_hidden_state[0, -n - 1 : -1]
         values, old, target = hidden @ module.critic.head.weight[0], rollout.values[i, :n], rollout.returns[i, :n]
         error = (values - target) ** 2

@@ -37,7 +37,7 @@ def divergence(estimator, policy, reference, sequence, n, temperature=1.0):
 def divergences(estimator, module, rollout):
     return [
         divergence(estimator, module.policy, module.reference.start, s, n, module.sampling.temperature)
-        for s, n in zip(rollout.sequences, map(sum, rollout.response_mask))
+        for s, n in zip(rollout.sequences, rollout.lengths.tolist())
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_reference_that_averages_the_policy(policy, ppo, train, logprobs_of):
         assert torch.equal(p, start[name])
     # The next rollout pays for its distance from there.
     rollout, _ = module.collect(module.batches[0])
-    for i, (sequence, n) in enumerate(zip(rollout.sequences, map(sum, rollout.response_mask))):
+    for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
         expected = logprobs_of(module.reference.moving, sequence, n)
         assert_close(rollout.ref_logprobs[i, :n], expected, atol=1e-5, rtol=1e-5)
 

@@ -50,7 +50,7 @@ def test_the_reference_is_the_model_without_adapters(adapted, reward_model_of, p
     plain, policy = adapted
     module, batch = alone(moved(ppo(policy, reward_model_of(plain), advantage=MonteCarlo())))
     rollout, _ = module.collect(batch)
-    for i, (sequence, n) in enumerate(zip(rollout.sequences, map(sum, rollout.response_mask))):
+    for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
         assert_close(rollout.ref_logprobs[i, :n], logprobs_of(plain.eval(), sequence, n), atol=1e-4, rtol=1e-4)
     assert (rollout.old_logprobs - rollout.ref_logprobs).abs().max() > 0.01
 
@@ -66,7 +66,7 @@ def test_a_penalty_in_the_loss_reaches_the_adapters(estimator, policy, reward_mo
     gradients = {name: p.grad.clone() for name, p in module.policy.named_parameters() if p.requires_grad}
     module.policy.zero_grad()
     terms = []
-    for sequence, n in zip(rollout.sequences, map(sum, rollout.response_mask)):
+    for sequence, n in zip(rollout.sequences, rollout.lengths.tolist()):
         tokens = torch.tensor([sequence])
         ours, theirs = (m(tokens).logits[0, -n - 1 : -1].log_softmax(-1) for m in (module.policy, plain))
         d = (ours - theirs).gather(1, tokens[0, -n:, None])[:, 0]

@@ -34,6 +34,11 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens (N,) that the policy wrote in each sequence."""
+        return torch.tensor([sum(mask) for mask in self.response_mask], device=self.mask.device)
+
     def select(self, index: Tensor) -> Rollout:
         """The sequences at ``index`` (M,), cut to the widest of them."""
         chosen = index.tolist()
