@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from lit_rlhf.models.loading import checkpoint_format, keep_format
 from lit_rlhf.models.quantization import is_quantized, plain_weight
 
+Layer = Any  # a module, plain or wrapped by peft: torch gives the attributes of modules no types
 
-def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+
+def adapted_modules(model: nn.Module) -> dict[str, Layer]:
     """The modules of ``model`` that peft has wrapped, by name, outermost ones only; none without adapters."""
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Layer] = {}
     if "peft" not in sys.modules:  # who has not imported it has no adapters, and need not wait for it
         return found
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,13 +37,13 @@ def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, Layer]:
     """The matrices and embeddings of ``model`` that have low-rank adapters, by name; none without LoRA."""
     kinds = ("lora_A", "lora_embedding_A")
     return {n: m for n, m in adapted_modules(model).items() if any(len(getattr(m, kind, ())) for kind in kinds)}
 
 
-def effective_weight(module: nn.Module) -> Tensor:
+def effective_weight(module: Layer) -> Tensor:
     """The weight that a linear module, an embedding or a norm computes with: with its adapters where they are on, and
     dequantized. Gradients flow into the adapters."""
     if hasattr(module, "modules_to_save"):
@@ -64,7 +67,7 @@ def effective_weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def effective_bias(module: nn.Module) -> Tensor | None:
+def effective_bias(module: Layer) -> Tensor | None:
     """The same of a bias; None where there is none."""
     if hasattr(module, "modules_to_save"):
         return effective_bias(_in_use(module))
@@ -80,24 +83,24 @@ def effective_bias(module: nn.Module) -> Tensor | None:
     return bias
 
 
-def wrapped_module(module: nn.Module) -> nn.Module:
+def wrapped_module(module: Layer) -> Layer:
     """The module inside of peft's; itself where it is a plain one."""
     if hasattr(module, "modules_to_save"):
         return _in_use(module)
     return module.get_base_layer() if hasattr(module, "base_layer") else module
 
 
-def _adapters_of(layer: nn.Module) -> list[str]:
+def _adapters_of(layer: Layer) -> list[str]:
     """Its adapters that are on; an active one need not be in every layer."""
     return [name for name in layer.active_adapters if name in layer.scaling]
 
 
-def _in_use(wrapper: nn.Module) -> nn.Module:
+def _in_use(wrapper: Layer) -> Layer:
     """The copy of a whole module that is trained, or, where adapters are off, the module as it was."""
     return wrapper.original_module if wrapper.disable_adapters else wrapper.modules_to_save[wrapper.active_adapters[0]]
 
 
-def plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) as a checkpoint of ``model`` without adapters has them; tied ones under each of their names.
 
     Matrices are put together one by one, as they are asked for."""
@@ -126,7 +129,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(was)
 
 
-def _enable(layers: Iterator[nn.Module], on: bool) -> None:
+def _enable(layers: Iterable[Layer], on: bool) -> None:
     for outer in layers:
         for layer in outer.modules():  # several parameters of one module are wrapped one around the other
             if hasattr(layer, "enable_adapters"):
@@ -154,7 +157,7 @@ def merged(model: PreTrainedModel, quantized: bool = False) -> PreTrainedModel:
     return shell
 
 
-def _shell(model: nn.Module) -> nn.Module:
+def _shell(model: Layer) -> Layer:
     """A copy of ``model`` with parameters of its own that share their memory with those of ``model``."""
     memo: dict[int, object] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():
@@ -167,7 +170,7 @@ def _shell(model: nn.Module) -> nn.Module:
     return shell
 
 
-def _plain(wrapper: nn.Module, quantized: bool = False) -> nn.Module:
+def _plain(wrapper: Layer, quantized: bool = False) -> Layer:
     """The module that one of peft's amounts to, out of a :func:`_shell`."""
     if hasattr(wrapper, "modules_to_save"):
         return _in_use(wrapper)
@@ -192,7 +195,7 @@ def _plain(wrapper: nn.Module, quantized: bool = False) -> nn.Module:
     return base
 
 
-def changes(layer: nn.Module) -> bool:
+def changes(layer: Layer) -> bool:
     """Whether the adapters of a module change what it computes."""
     base, bias = layer.get_base_layer(), effective_bias(layer)
     weights = effective_weight(layer), plain_weight(base)
@@ -200,12 +203,12 @@ def changes(layer: nn.Module) -> bool:
     return not (same_bias and torch.allclose(*weights, rtol=1e-5, atol=1e-7))
 
 
-def _dequantize(model: nn.Module, names: list[str]) -> None:
+def _dequantize(model: Layer, names: list[str]) -> None:
     """Modules of numbers, of the kind that a model of this architecture has, in the place of those ``names``."""
     with torch.device("meta"):
         usual = type(model)(model.config)
     for name in names:
-        module = model.get_submodule(name)
+        module: Layer = model.get_submodule(name)
         module = _linear_like(module) if is_quantized(module) else module
         if isinstance(usual.get_submodule(name), Conv1D):  # which was quantized turned around
             module.weight = nn.Parameter(module.weight.t().contiguous(), False)
@@ -219,7 +222,7 @@ def _dequantize(model: nn.Module, names: list[str]) -> None:
         del model.config.quantization_config
 
 
-def _linear_like(module: nn.Module) -> nn.Linear:
+def _linear_like(module: Layer) -> nn.Linear:
     """A linear module of numbers in the place of a quantized one."""
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(plain_weight(module), False)
@@ -227,9 +230,9 @@ def _linear_like(module: nn.Module) -> nn.Linear:
     return linear
 
 
-def _untie_what_differs(model: nn.Module) -> None:
+def _untie_what_differs(model: Layer) -> None:
     """An embedding that was trained apart from the head that it was tied to is written down beside it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -74,7 +75,7 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     generation = folder / "generation_config.json"
     if generation.exists() and form.generation is None:
         generation.unlink()
-    elif generation.exists():
+    elif generation.exists() and form.generation is not None:
         generation.write_text(form.generation, encoding="utf-8")
     _name_dtype(folder / "config.json", _plain(form.dtype))
 
@@ -113,7 +114,7 @@ def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tens
 
 def _names_in_files(model: PreTrainedModel, name: str, weight: Tensor) -> set[str]:
     """What checkpoints may call a tensor of ``model``: with and without the prefix of the trunk, of ours or theirs."""
-    trunk = model.base_model
+    trunk: Any = model.base_model
     own = name.removeprefix(f"{model.base_model_prefix}.")
     written = revert_weight_conversion(trunk, {own: weight.to("meta")})  # as transformers writes it
     return {name, own, *written, *(f"{trunk.base_model_prefix}.{n}" for n in written)}

@@ -43,7 +43,7 @@ def by_token(model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: 
 
 def by_row(
     logits: Callable[[Tensor], Tensor],
-    head: nn.Module,
+    head: Any,
     measure: Measure,
     hidden: Tensor,
     *others: Tensor,
@@ -55,7 +55,7 @@ def by_row(
     rows = max(1, size // (4 * head.weight.shape[0]))
     if leading.numel() <= rows:
         return measure(logits(hidden), *others)
-    hidden, others = hidden.flatten(0, -2), [x.flatten(0, len(leading) - 1) for x in others]
+    hidden, others = hidden.flatten(0, -2), tuple(x.flatten(0, len(leading) - 1) for x in others)
     if alone and torch.is_grad_enabled() and isinstance(head, nn.Linear):
         found = _Chunked.apply(logits, head, measure, rows, hidden, head.weight, head.bias, *others)
     else:  # nothing is kept, or adapters and other weights of the head's are trained, too

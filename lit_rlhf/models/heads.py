@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.models.adapters import merged
+from lit_rlhf.models.adapters import effective_weight, merged
 from lit_rlhf.models.loading import (
     Dtype,
     checkpoint_format,
@@ -83,7 +83,7 @@ def load_reward_model(
     if found is not None:
         if new_head:
             check_head(found, wanted, path)
-        model = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
+        model: Any = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
         keep_format(model, format_of(path, export_dtype))
     elif new_head and not wanted.is_classifier(load_config(base_path(path))):
         if wanted.plain:
@@ -111,6 +111,7 @@ def _load_classifier(
     quantization: Quantization | None,
 ) -> PreTrainedModel:
     quantized = quantized_loading(quantization, getattr(torch, dtype))
+    model: Any
     model, fresh = load_classifier(
         base_path(path), dtype, new_head is not None or holds_score(path), export_dtype, **quantized
     )
@@ -164,14 +165,16 @@ def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed,
         return scores, hidden[at]
     hidden = packed_hidden(model, batch, at=torch.cat([batch.ends, at]))
     last, others = hidden.split([len(batch.ends), len(at)])
-    return model.score(last).squeeze(-1), others
+    head: Any = model.score
+    return head(last).squeeze(-1), others
 
 
 def kept_language_model(model: PreTrainedModel | RewardTransformer) -> PreTrainedModel:
     """The language model in a reward model, whose weights it shares.
 
     Raises ``UserError`` where none was kept: the output embedding is neither the input's nor a likelihood head's."""
-    trunk, head = model.base_model, getattr(model.score, "lm_head", None)
+    trunk: Any = model.base_model
+    head = getattr(model.score, "lm_head", None)
     if head is None and not getattr(model.config, "tie_word_embeddings", False):
         raise UserError(f"{type(trunk).__name__}: its output embedding is not its input embedding")
     return language_model(trunk, tied_head(trunk) if head is None else head)
@@ -241,7 +244,7 @@ class Critic(nn.Module):
         """Values (M,) at the tokens ``at`` (M,), flat indices.
 
         The policy's states there, (M, D), serve a shared trunk; another needs none."""
-        if isinstance(self.head, ScoreHead):  # which may look at all tokens of a sequence
+        if isinstance(self.head, ScoreHead) and self.trunk is not None:  # which may look at all tokens of a sequence
             return self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at].float()
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
         return self.head(hidden).squeeze(-1).float()
@@ -249,7 +252,7 @@ class Critic(nn.Module):
 
 def head_parameters(model: PreTrainedModel | RewardTransformer | Critic) -> list[nn.Parameter]:
     """The head of a reward model or critic, without a language-modelling head that came with the trunk."""
-    head = model.head if isinstance(model, Critic) else model.score
+    head: Any = model.head if isinstance(model, Critic) else model.score
     return [p for name, p in head.named_parameters() if not name.startswith("lm_head.")]
 
 
@@ -280,7 +283,7 @@ def critic_from_policy(
     return Critic(trunk.base_model, _zero_head(policy))
 
 
-def _trainable(model: PreTrainedModel, dtype: torch.dtype, lora: LoRA | None) -> PreTrainedModel:
+def _trainable(model: Any, dtype: torch.dtype, lora: LoRA | None) -> Any:
     """A copy that is to be a critic, with adapters where ``lora`` asks for them."""
     if is_quantized(model):
         check_quantization("4bit", lora, "ppo.critic")
@@ -296,6 +299,6 @@ def critic_on_policy(policy: PreTrainedModel, reward_model: PreTrainedModel | No
 
 
 def _zero_head(policy: PreTrainedModel) -> nn.Linear:
-    head = nn.Linear(policy.get_input_embeddings().weight.shape[1], 1, bias=False)
+    head = nn.Linear(effective_weight(policy.get_input_embeddings()).shape[1], 1, bias=False)
     nn.init.zeros_(head.weight)
     return head.to(policy.device, policy.dtype)

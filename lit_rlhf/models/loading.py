@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.model_folder import model_settings
@@ -200,7 +200,7 @@ def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[P
     try:
         if torch.empty(0).is_meta:
             config = AutoConfig.from_pretrained(str(path), **{k: v for k, v in settings.items() if k == "num_labels"})
-            nothing = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
+            nothing: dict[str, Any] = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
             return kind.from_config(config, dtype=getattr(torch, dtype)), nothing
         return kind.from_pretrained(str(path), dtype=getattr(torch, dtype), **settings)
     except Exception as error:  # a config.json whose numbers make no model ends anywhere
@@ -266,7 +266,7 @@ def check_finite(model: torch.nn.Module, path: str | Path) -> None:
 def format_of(path: str | Path, export_dtype: Dtype | None = None) -> CheckpointFormat:
     """What the export of a model from ``path`` keeps: generation settings, and precision where no ``export_dtype`` is
     given."""
-    folder = Path(cached_file(str(path), "config.json")).parent
+    folder = Path(cached_file(str(path), "config.json") or path).parent
     file = folder / "generation_config.json"
     generation = file.read_text(encoding="utf-8") if file.is_file() else None
     if export_dtype is not None:
@@ -289,7 +289,8 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     Raises ``UserError`` where the tokenizer is another model's: it has tokens of its own that the model does not know,
     or more than 16 that were added."""
-    rows, pad = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    embedding: Any = model.get_input_embeddings()
+    rows, pad = embedding.num_embeddings, tokenizer.pad_token_id
     new = sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
     if len(new) > 16 or any(i not in tokenizer.added_tokens_decoder for i in new):
         raise UserError(
@@ -333,7 +334,7 @@ def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
                 f"{where}: {what}_token_id is {', '.join(map(str, sorted(known)))} in the model's settings and {own} "
                 f"({getattr(tokenizer, f'{what}_token')}) in the tokenizer: is it this model's?"
             )
-        rows = model.get_input_embeddings().num_embeddings
+        rows: Any = model.get_input_embeddings().num_embeddings
         if beyond := sorted(i for i in known if i >= rows):
             say(f"{where}: {what}_token_id names {', '.join(map(str, beyond))}, and the model has {rows} tokens")
     for config in configs:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.kernels.onednn import rows_to_add, with_rows_added
@@ -68,7 +68,8 @@ def _shell(trunk: PreTrainedModel) -> PreTrainedModel:
     except ValueError as error:
         raise UserError(f"{type(trunk).__name__}: no family with a language model ({error})") from None
     model.config = trunk.config  # and no copy: whoever changes how it attends, changes it for both
-    head, more = model.get_output_embeddings(), {}
+    more: dict[str, Tensor] = {}
+    head = model.get_output_embeddings()
     for name, module in model._modules.items():
         if module is not head and name != model.base_model_prefix:
             more |= {f"{name}.{of}": weight for of, weight in module.state_dict().items()}
@@ -94,8 +95,8 @@ def _apart_and_whole(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The forward pass of a shallow copy of ``model``, which shares its weights, and whose trunk gives ``hidden``."""
-    twin, trunk = copy.copy(model), model.base_model_prefix
-    twin._modules = {**model._modules, trunk: _Given(model._modules[trunk], hidden)}
+    twin, name = copy.copy(model), model.base_model_prefix
+    twin._modules = {**model._modules, name: _Given(model.get_submodule(name), hidden)}
     return twin.forward(inputs_embeds=hidden).logits
 
 

@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
 from lit_rlhf.models.loading import checkpoint_format
-from lit_rlhf.models.quantization import is_quantized
+from lit_rlhf.models.quantization import Model, is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -84,7 +84,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     return train_adapters(model)
 
 
-def train_adapters(model: nn.Module) -> nn.Module:
+def train_adapters(model: Model) -> Model:
     """Let adapters, what trains with them and a scalar head learn, and nothing else; all of a model that has none."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
@@ -97,7 +97,7 @@ def train_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def learning(model: nn.Module) -> nn.Module:
+def learning(model: Model) -> Model:
     """``model`` to be trained: where all of it came frozen out of another module, as :func:`train_adapters` says."""
     return model if any(p.requires_grad for p in model.parameters()) else train_adapters(model)
 
@@ -132,7 +132,7 @@ def _inject(model: nn.Module, config: Any, written_by_peft: bool = False) -> Non
             raise UserError(f"lora: {_line(text)}")
 
 
-def _matrices(model: nn.Module) -> list[str]:
+def _matrices(model: Any) -> list[str]:
     """Names of the linear modules between embedding and head."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     return [prefix + n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
@@ -229,9 +229,9 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         raise UserError(f"{path}: the adapter of a reward model, where a language model's was expected")
     try:
         _inject(model, config, written_by_peft=True)
-        found = set_peft_model_state_dict(model, weights)
+        found: Any = set_peft_model_state_dict(model, weights)
         if heads:
-            model.score.load_state_dict({n.removeprefix("score."): w for n, w in heads.items()})
+            model.get_submodule("score").load_state_dict({n.removeprefix("score."): w for n, w in heads.items()})
     except (UserError, RuntimeError, KeyError, ValueError) as error:
         raise _for_another(path, model, _line(error)) from None
     train_adapters(model)
@@ -321,7 +321,7 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
             tokenizer.save_pretrained(temporary)
 
 
-def _write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
+def _write_adapter(model: Any, base: str, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -19,7 +19,7 @@ from lit_rlhf.models.kernels.onednn import rows_to_add
 from lit_rlhf.models.loading import Dtype, load_config, load_language_model, match_tokenizer
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, with_adapter
-from lit_rlhf.models.quantization import Quantization, keep_layout, quantized_loading
+from lit_rlhf.models.quantization import Model, Quantization, keep_layout, quantized_loading
 from lit_rlhf.models.self_check import SHORTER, agrees, read, texts
 from lit_rlhf.text.chat import ensure_template, turn_end
 from lit_rlhf.text.packing import Packed, pack
@@ -95,7 +95,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     return turn_end(tokenizer) | {token for token in (*of_model, tokenizer.eos_token_id) if token is not None}
 
 
-def context_length(model: PreTrainedModel) -> int:
+def context_length(model: Any) -> int:
     """How many tokens the model can see at once."""
     given = (getattr(model.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions"))
     length = next((int(length) for length in given if length > 0), 2**31)  # -1: no limit that anyone knows (XLNet)
@@ -109,7 +109,7 @@ def context_length(model: PreTrainedModel) -> int:
     return length
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Model) -> Model:
     """No gradients and no dropout."""
     return model.requires_grad_(False).eval()
 
@@ -122,7 +122,7 @@ def packed_hidden(
     ``embeddings`` (T, D) stand in for the tokens' own. ``at``, flat indices (M,) of the tokens whose states are wanted,
     in any order and as often as one likes: those (M, D) alone."""
     # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
-    trunk = model.base_model
+    trunk: Any = model.base_model
     source, name = (batch.tokens, "input_ids") if embeddings is None else (embeddings, "inputs_embeds")
     if packs(trunk):
         return _in_one_row(trunk, batch, name, source, at)
@@ -130,7 +130,7 @@ def packed_hidden(
     return hidden if at is None else hidden.index_select(0, at)
 
 
-def packs(trunk: PreTrainedModel) -> bool:
+def packs(trunk: Any) -> bool:
     """Whether packed sequences can be read in one row, with attention of our own; then several may share a prompt."""
     # A kind of attention that is not asked of this one was chosen by someone: no line about it.
     return (

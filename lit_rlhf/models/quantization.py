@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_rlhf.errors import UserError
 
 Quantization = Literal["4bit"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantized_loading(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -36,11 +37,12 @@ def quantized_loading(quantization: Quantization | None, dtype: torch.dtype) -> 
     }
 
 
-def keep_layout(model: nn.Module) -> nn.Module:
+def keep_layout(model: Model) -> Model:
     """Let the weights of a ``model`` stay as they were read.
 
     On some CPUs bitsandbytes 0.50 lays them out anew in the first pass in evaluation mode, with less precise scales and
     without gradients: a policy in PPO is in that mode, and its reference would change."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -52,7 +54,7 @@ def is_quantized(module: nn.Module) -> bool:
     return any(_state(p) is not None for p in module.parameters())
 
 
-def plain_weight(module: nn.Module) -> Tensor:
+def plain_weight(module: Any) -> Tensor:
     """The weight of a module as numbers: dequantized where it is of a few bits."""
     state = _state(module.weight)
     if state is None:

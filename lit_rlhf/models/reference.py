@@ -51,7 +51,7 @@ class Reference(nn.Module):
                 "with LoRA there is no copy of the policy that could move or be made smaller: leave ppo.reference alone"
             )
         dtype = policy.dtype if update.dtype is None else getattr(torch, update.dtype)
-        self.start = None if lora else freeze(copy.deepcopy(policy).to(dtype))
+        self.start = None if lora else freeze(copy.deepcopy(policy).to(dtype))  # type: ignore[arg-type]
         # In the policy's own precision: in half of it, small steps of an average would be rounded away.
         self.moving = freeze(copy.deepcopy(policy)) if moves else None
         self._began: dict[str, Tensor] = {}

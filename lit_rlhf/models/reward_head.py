@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -144,11 +145,12 @@ class RewardTransformer(nn.Module):
         """A language model with a fresh head in place of its own, which a likelihood head keeps for itself.
 
         Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
-        embedding, lm_head = policy.get_input_embeddings(), policy.get_output_embeddings()
+        trunk: Any = policy.base_model
+        embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
         if spec.kind == "likelihood":
-            check_logits(language_model(policy.base_model, tied_head(policy.base_model) if own is None else own))
-        model = cls(policy.base_model, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
+            check_logits(language_model(trunk, tied_head(trunk) if own is None else own))
+        model = cls(trunk, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
         keep_format(model, checkpoint_format(policy))
         return model
 
@@ -169,9 +171,9 @@ class RewardTransformer(nn.Module):
         model = cls(trunk, ScoreHead(spec, width, lm_head))
         if not weights:  # on ``meta``, without values
             return model.to(dtype)
-        own = model.state_dict()
-        wrong = [(n, weights[n].shape, own[n].shape) for n in own.keys() & weights if own[n].shape != weights[n].shape]
-        check_tensors(folder, own.keys() - weights.keys(), weights.keys() - own.keys(), wrong)
+        of = model.state_dict()
+        wrong = [(n, weights[n].shape, of[n].shape) for n in of.keys() & weights if of[n].shape != weights[n].shape]
+        check_tensors(folder, of.keys() - weights.keys(), weights.keys() - of.keys(), wrong)
         model.load_state_dict(weights)
         check_finite(model, folder)
         model.config.update({name: settings[name] for name in SCALE & settings.keys()})
@@ -213,7 +215,7 @@ class RewardTransformer(nn.Module):
         if self.score.spec.pooling == "token":
             hidden, added = self._with_added_token(batch)
         else:
-            hidden, added = packed_hidden(self, batch), None
+            hidden, added = packed_hidden(self.trunk, batch), None
         return self.score.scores(hidden, batch, added, self.trunk), hidden
 
     def _with_added_token(self, batch: Packed) -> tuple[Tensor, Tensor]:
@@ -227,7 +229,7 @@ class RewardTransformer(nn.Module):
         places = wider.tokens
         embeddings = self.get_input_embeddings()(batch.tokens)
         table = torch.cat([embeddings, self.score.token.to(embeddings.dtype)[None]])
-        output = packed_hidden(self, wider, table[places.clamp(min=0)])
+        output = packed_hidden(self.trunk, wider, table[places.clamp(min=0)])
         old = (places >= 0) & (places < cells)
         # Read from one copy of a shared prompt: written from all, each would get the whole gradient.
         copy_of = torch.full((cells,), -1, device=places.device).index_put_((places[old],), old.nonzero().squeeze(1))
@@ -245,14 +247,14 @@ class RewardEnsemble(nn.Module):
         combine: "mean" of their scores, or the "worst": an answer earns what the most sceptical of them gives.
     """
 
-    def __init__(self, members: list[nn.Module], combine: Literal["mean", "worst"] = "mean") -> None:
+    def __init__(self, members: Sequence[Any], combine: Literal["mean", "worst"] = "mean") -> None:
         super().__init__()
         sizes = {len(m.get_input_embeddings().weight) for m in members}
         if len(sizes) > 1:
             raise UserError(f"these reward models cannot be an ensemble: they know {sorted(sizes)} tokens")
-        self.members = nn.ModuleList(members)
+        self.members: Any = nn.ModuleList(members)
         self.combine = combine
-        self.config = copy.copy(members[0].config)
+        self.config: Any = copy.copy(members[0].config)
         self.config.score_shift, self.config.score_std = 0.0, 1.0
         means = [getattr(m.config, "score_mean", 0.0) / getattr(m.config, "score_std", 1.0) for m in members]
         self.config.score_mean = sum(means) / len(means)

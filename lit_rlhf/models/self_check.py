@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError, say
@@ -25,7 +26,7 @@ BESIDE = {
     "score_std", "transformers_version", "_name_or_path",
 }  # fmt: skip
 
-_answers: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
+_answers: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 _by_kind: dict[tuple[type, str, torch.dtype, str], str | None] = {}
 _read: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[int, int]], Tensor]] = WeakKeyDictionary()
 
@@ -100,7 +101,7 @@ def texts(model: PreTrainedModel) -> Tensor:
     return tokens.to(model.device)
 
 
-def read(model: PreTrainedModel) -> Tensor:
+def read(model: Any) -> Tensor:
     """What the model's own forward pass makes of :func:`texts`: logits (2, LENGTH, V), or hidden states of a trunk.
 
     Several forms are compared with one such pass, as long as the weights stay as they are."""

@@ -108,8 +108,8 @@ class WholeDecoder:
 def goes_on_alike(model: PreTrainedModel, decoder: Decoder) -> tuple[Tensor, Tensor]:
     """Logits at the end of two texts and of what they go on with: by a fresh ``decoder``, and by the model itself."""
     one, other = texts(model).tolist()
-    longer, shorter, own = one, other[:SHORTER], read(model)
-    own = own[0], own[1, :SHORTER]
+    longer, shorter, whole = one, other[:SHORTER], read(model)
+    own = whole[0], whole[1, :SHORTER]
     found = [decoder.logits(decoder.begin([longer[:-2], shorter[:-2]]))]
     found.append(decoder.logits(decoder.step(torch.tensor([longer[-2], shorter[-2]], device=model.device))))
     decoder.keep(torch.tensor([1], device=model.device))

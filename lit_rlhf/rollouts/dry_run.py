@@ -38,7 +38,7 @@ class DryEngine:
         grown = 0 if isinstance(decoder, CachedDecoder) else cache // 4  # its cache grows with what is written
         logits, _ = decoder.logits(hidden).float(), torch.empty(grown, device="meta")
         drawn_figures(logits, logits.softmax(-1), torch.zeros(rows, dtype=torch.int64))
-        figures = torch.zeros(2, len(prompts), limit)
-        tokens, ended = figures[0].long(), torch.zeros(len(prompts), dtype=torch.int64)
+        figures, ended = torch.zeros(len(prompts), limit), torch.zeros(len(prompts), dtype=torch.int64)
+        tokens, none = figures.long(), [()] * len(prompts)
         kept = torch.empty(*tokens.shape, hidden.shape[-1], device="meta") if states else None
-        return Responses(tokens, tokens == 0, *figures, ended, [()] * len(prompts), states=kept)
+        return Responses(tokens, tokens == 0, figures, figures, ended, none, states=kept)

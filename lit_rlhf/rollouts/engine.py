@@ -160,7 +160,9 @@ def by_sampling(
 
     return parts[0]._replace(
         tokens=joined("tokens", pad_id),
-        **{name: joined(name) for name in ("mask", "logprobs", "entropy")},
+        mask=joined("mask"),
+        logprobs=joined("logprobs"),
+        entropy=joined("entropy"),
         ended=torch.cat([part.ended for part in parts])[order],
         stops=[request.sampling.stop for request in requests],
         states=None if parts[0].states is None else joined("states"),

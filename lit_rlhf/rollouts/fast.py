@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -64,7 +64,7 @@ class FastEngine:
         cache_gib: Annotated[float, Field(gt=0)] = 1.0,
         cuda_graphs: bool = False,
     ) -> None:
-        self.settings = {"rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
+        self.settings: dict[str, Any] = {"rows": rows, "cache_gib": cache_gib, "cuda_graphs": cuda_graphs}
 
     def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
         self.policy, self.tokenizer, self.version = policy, tokenizer, self.version + 1
@@ -75,8 +75,8 @@ class FastEngine:
 
         def draw(sampling: Sampling, requests: list[Request]) -> Responses:
             prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
-            settings = {"eos_id": ends, "pad_id": pad_id, "seeds": seeds, "stopped": self._stopped(sampling.stop)}
-            drawn = generate(self.policy, prompts, sampling, states=states, **settings, **self.settings)
+            ending: dict[str, Any] = {"eos_id": ends, "pad_id": pad_id, "stopped": self._stopped(sampling.stop)}
+            drawn = generate(self.policy, prompts, sampling, seeds=seeds, states=states, **ending, **self.settings)
             return drawn._replace(stops=[sampling.stop] * len(prompts), ends=ends, version=self.version)
 
         return by_sampling(requests, draw, pad_id)
@@ -157,8 +157,9 @@ def generate(
     for drawn in _draw(model, prompts, sampling, uniforms, ends, pad_id, stopped, rows, cuda_graphs):
         places.append(torch.stack([drawn.answers, drawn.steps]))
         tokens.append(drawn.tokens)
-        for figures, kept in zip(drawn_figures(drawn.logits, drawn.probs, drawn.tokens), (logprobs, entropies)):
-            kept.append(figures)
+        figures = drawn_figures(drawn.logits, drawn.probs, drawn.tokens)
+        logprobs.append(figures[0])
+        entropies.append(figures[1])
         ended_there.append(drawn.ended)
         if states:
             hidden.append(drawn.hidden.clone())  # a replayed step writes the next ones in their place
@@ -176,8 +177,8 @@ def generate(
     last = table.gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(1)
     by_token = torch.isin(last, torch.tensor(ends, device=device))
     ended = torch.where(finished, torch.where(by_token, int(Ended.TOKEN), int(Ended.STOP)), int(Ended.LENGTH))
-    figures = table, mask, laid_out(logprobs, 0), laid_out(entropies, 0), ended
-    return Responses(*figures, states=laid_out(hidden, 0) if states else None)
+    kept = laid_out(hidden, 0) if states else None
+    return Responses(table, mask, laid_out(logprobs, 0), laid_out(entropies, 0), ended, states=kept)
 
 
 class Growing(NamedTuple):
@@ -206,7 +207,7 @@ def stream(
     for drawn in _draw(policy, [prompt], sampling, uniforms, ends, pad_id):
         tokens.append(int(drawn.tokens))
         finished = tokens[-1] in ends
-        text = tokenizer.decode(tokens[: len(tokens) - finished], skip_special_tokens=True)
+        text = str(tokenizer.decode(tokens[: len(tokens) - finished], skip_special_tokens=True))
         if (before := before_stop(text, sampling.stop)) != text:
             yield Growing(before.strip(), True)
             return
@@ -325,11 +326,11 @@ def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, graphs:
     dtype = compute_dtype(model)
 
     @cache
-    def own_pass() -> ForwardPass | None:  # laying out matrices takes longer than the check: once for both
+    def own_pass() -> Any:  # laying out matrices takes longer than the check: once for both
         return ForwardPass.of(model, max(width, LENGTH), dtype)
 
     def passes(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        own = own_pass() if dtype == model.dtype else ForwardPass.of(model, LENGTH)
+        own: Any = own_pass() if dtype == model.dtype else ForwardPass.of(model, LENGTH)
         return goes_on_alike(model, CachedDecoder(own, 2, LENGTH))
 
     def caches(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

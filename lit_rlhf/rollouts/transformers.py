@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,8 @@ class TransformersEngine:
     version = 0
 
     def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-        self.policy, self.tokenizer, self.version = policy, tokenizer, self.version + 1
+        self.policy: Any = policy  # torch gives the attributes of modules no types
+        self.tokenizer, self.version = tokenizer, self.version + 1
         return self.version
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
     behind = len(query) - sum(sizes)
     pieces = zip(*(x.split([*sizes, behind] if behind else sizes) for x in (query, key, value)))
     attended = []
-    for block, mask, piece in zip(layout.blocks, layout.masks or [None] * len(sizes), pieces):
+    for block, mask, piece in zip(layout.blocks, layout.masks or repeat(None), pieces):
         q, k, v = (x.view(*block, *x.shape[1:]).transpose(1, 2) for x in piece)
         out = F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
@@ -86,7 +87,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
     return (torch.cat(attended) if len(attended) > 1 else attended[0]).to(dtype)
 
 
-@torch.compiler.disable  # what it does depends on the blocks, and they are others in every batch
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what it does depends on the blocks, and they are others in every batch
 def block_attention(
     module: nn.Module,
     query: Tensor,
@@ -112,9 +113,9 @@ def block_attention(
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
         if layout is not None:
             layout = layout.within(settings.get("sliding_window"), query.device)
-            heads = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+            query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
             scale = size**-0.5 if scaling is None else scaling
-            return attend(*heads, layout, scale, dropout).unflatten(0, (rows, length)), None
+            return attend(query, key, value, layout, scale, dropout).unflatten(0, (rows, length)), None
         if on_cpu and dtype in (torch.bfloat16, torch.float16):
             query, key, value = query.float(), key.float(), value.float()
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)[0].to(dtype), None
@@ -135,7 +136,7 @@ def use_block_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(BY_BLOCKS)
 
 
-def sees_before_it(model: PreTrainedModel) -> bool:
+def sees_before_it(model: Any) -> bool:
     """Whether all layers of ``model`` are attention to what stands before a token, all of it or within a window, whose
     parts are given as arguments, so that it may be :func:`block_attention`."""
     text = model.config.get_text_config()

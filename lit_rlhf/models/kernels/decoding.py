@@ -68,7 +68,7 @@ class CachedDecoder:
 
         def within(layer: int, queries: Tensor, kv: Tensor) -> Tensor:
             keep(layer, kv)
-            return attend(queries, *kv.unbind(1), layout, scale=1.0).flatten(1)
+            return attend(queries, kv[:, 0], kv[:, 1], layout, scale=1.0).flatten(1)
 
         return self.model(packed.tokens, packed.positions, within, packed.ends)
 

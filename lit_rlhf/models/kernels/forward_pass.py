@@ -8,7 +8,7 @@ function is the same, to rounding. It holds no gradients: training runs through 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,7 @@ def _weight(module: nn.Module) -> Tensor:
     return effective_weight(module).detach()
 
 
-def _bias(module: nn.Module) -> Tensor | None:
+def _bias(module: nn.Module) -> Any:
     bias = effective_bias(module)
     return None if bias is None else bias.detach()
 
@@ -196,8 +196,12 @@ def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
     return Product.of(_weight(module).t().to(dtype), None if bias is None else bias.to(dtype))
 
 
+def _trunk(model: PreTrainedModel) -> Any:
+    return model.base_model
+
+
 def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
-    trunk, config = model.base_model, model.config
+    trunk, config = _trunk(model), model.config
     size = config.n_embd // config.n_head
 
     def norm(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -261,7 +265,7 @@ def _side_by_side(
 
 
 def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
-    trunk, config = model.base_model, model.config
+    trunk, config = _trunk(model), model.config
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     layers = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import GELUTanh as PlainGELU, NewGELUActivation
@@ -28,7 +30,7 @@ def use_fast_layers(module: nn.Module, on_cpu: bool) -> None:
                 parent.register_module(name, new[child])
 
 
-def _faster(layer: nn.Module, on_cpu: bool) -> nn.Module:
+def _faster(layer: Any, on_cpu: bool) -> nn.Module:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return layer
     if type(layer) in (NewGELUActivation, PlainGELU):
@@ -36,6 +38,7 @@ def _faster(layer: nn.Module, on_cpu: bool) -> nn.Module:
     if not on_cpu or type(layer) not in (nn.Linear, Conv1D) or not multiplies(layer.weight):
         return layer
     with torch.device("meta"):
+        own: Any
         if isinstance(layer, Conv1D):
             own = OneDNNConv1D(layer.nf, layer.nx)
         else:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.kernels.choice import fast_kernels
@@ -34,7 +33,7 @@ def rows_up_to(multiple: int, count: int) -> int:
     return -count % multiple
 
 
-def rows_to_add(trunk: PreTrainedModel, count: int) -> int:
+def rows_to_add(trunk: Any, count: int) -> int:
     """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: on a
     CPU, of 16-bit numbers and in wide models."""
     if trunk.device.type not in ("cpu", "meta") or not fast_kernels():
@@ -81,7 +80,7 @@ def _times(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 def multiplies(matrix: Tensor) -> bool:
     """Whether float32 products with a matrix of this shape should be oneDNN's, where PyTorch was built with it."""
     has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return has_it and min(matrix.shape) >= WIDTH
+    return bool(has_it) and min(matrix.shape) >= WIDTH
 
 
 def _suited(x: Tensor, matrix: Tensor) -> bool:
