@@ -196,9 +196,11 @@ def _plain(wrapper: Layer, quantized: bool = False) -> Layer:
 
 
 def changes(layer: Layer) -> bool:
-    """Whether the adapters of a module change what it computes."""
+    """Whether the adapters of a module change what it computes; without values (on ``meta``) they do not."""
     base, bias = layer.get_base_layer(), effective_bias(layer)
     weights = effective_weight(layer), plain_weight(base)
+    if weights[0].is_meta:
+        return False
     same_bias = bias is None or (base.bias is not None and torch.equal(bias, base.bias))
     return not (same_bias and torch.allclose(*weights, rtol=1e-5, atol=1e-7))
 

@@ -21,6 +21,7 @@ from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.pipeline.run import make_data, make_module
 from lit_rlhf.pipeline.settings import MissingSetting, planned_stages, resolved
 from lit_rlhf.rollouts.dry_run import DryEngine
+from lit_rlhf.stages.contract import Planned, check_contract
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import write_jsonl
@@ -127,8 +128,9 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     meter = Meter(module, precision, plan.device, held=state - offloaded)
     if hasattr(module, "engine"):
         module.engine = DryEngine(module.engine, meter)
+    check_contract(module, Planned, f"{name}.module")
     with meter:
-        module.dry_run(meter, data)
+        records = module.dry_run(meter, data)
     several = settings.trainer.devices if isinstance(settings.trainer.devices, int) else len(settings.trainer.devices)
     tensors = int((1 + MARGIN) * (meter.peak + (gradients if several > 1 else 0)))  # DDP's buckets
     host = max(resident_bytes(), plan.process) + (weights + offloaded if on_gpu else tensors)
@@ -136,9 +138,12 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     sizes = weights, gradients, state, meter.activations, meter.cache, checkpoint, tensors if on_gpu else 0, host
     need = Need(name, *sizes, advice="")
     if host * several > plan.host or (on_gpu and 0 < plan.gpu < tensors):
-        need.advice = _advice(need, on_gpu)
+        need.advice = _advice(need, on_gpu, "lora" in settings)
     if all_stages()[name].in_pipeline:
-        _make_up(name, module, data, folder)
+        if records:
+            write_jsonl(folder / "data" / "rankings-0.jsonl", records)
+        if trained:
+            _make_up(module, all_stages()[name].trained, data, folder / name / "model")
     return need
 
 
@@ -151,11 +156,11 @@ def _state_bytes(settings: DictConfig) -> int:
     return sum(t.nbytes for t in optimizer.state[parameter].values()) // parameter.numel()
 
 
-def _advice(need: Need, on_gpu: bool) -> str:
+def _advice(need: Need, on_gpu: bool, has_lora: bool) -> str:
     """Settings that make a stage smaller, each with what it saves at most."""
     name, trained = need.stage, need.gradients + need.optimizer
     saves = {
-        f"{name}.lora.r=8": trained * (name != "pretrain"),
+        f"{name}.lora.r=8": trained * has_lora,
         f"{name}.trainer.precision=bf16-true": (need.weights + trained) // 2,
         f"{name}.trainer.activation_checkpointing=true": need.activations,
         f"a smaller {name}.trainer.kept_gib or {name}.data.batch_size": need.activations,
@@ -180,17 +185,8 @@ def _made_up(node: Any, run: str, folder: str) -> Any:
     return folder + node[len(run) :] if missing else node
 
 
-def _make_up(name: str, module: LightningModule, data: LightningDataModule, folder: Path) -> None:
-    """What later stages read of this one: a model without values, or rankings of responses as long as allowed."""
-    if name == "preference":
-        tokens = data.tokenizer.encode(" word" * module.sampling.max_new_tokens, add_special_tokens=False)
-        text = data.tokenizer.decode(tokens[: module.sampling.max_new_tokens - 3])
-        ranked = {"responses": [f"{i} {text}" for i in range(module.answers_per_prompt)]}
-        ranked["ranks"] = [*range(1, module.answers_per_prompt + 1)]
-        prompts = sorted([*data.train_prompts, *data.held_out_prompts], key=lambda p: len(p.tokens))[-256:]
-        write_jsonl(folder / "data" / "rankings-0.jsonl", [{"prompt": p.messages, **ranked} for p in prompts])
-    elif name != "evaluate":
-        model = module.reward_model if name == "reward" else module.policy
-        (folder / name / "model").mkdir(parents=True)
-        model.save_pretrained(folder / name / "model", state_dict={"nothing": torch.zeros(1)})
-        data.tokenizer.save_pretrained(folder / name / "model")
+def _make_up(module: LightningModule, trained: str, data: LightningDataModule, folder: Path) -> None:
+    """The folder of a trained model, without values, from which later stages start."""
+    folder.mkdir(parents=True)
+    getattr(module, trained).save_pretrained(folder, state_dict={"nothing": torch.zeros(1)})
+    data.tokenizer.save_pretrained(folder)

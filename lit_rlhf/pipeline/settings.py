@@ -182,7 +182,8 @@ def _composition_error(text: str, overrides: list[str]) -> str:
         for old, new in RENAMED.items():
             if renamed := re.fullmatch(old, key):
                 return f"{key}: there is no such setting any more; it is {renamed.expand(new)} now"
-        base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0] or o in outside_groups()])
+        kept = ("hydra.searchpath=", *outside_groups())
+        base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0] or o.startswith(kept)])
         known = list(_addresses(base))
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})

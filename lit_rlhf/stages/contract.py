@@ -79,6 +79,17 @@ class EvaluatesPrompts(Protocol):
         ...
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """A module whose need for memory ``stage=plan`` finds out: of each stage of the pipeline, and that aligns."""
+
+    def dry_run(self, meter: Any, data: Any) -> list[dict[str, Any]] | None:
+        """Do once what takes most memory, inside of a :class:`lit_rlhf.training.Meter`, with models without values.
+
+        Returns records such as the stage would collect, where another stage reads them."""
+        ...
+
+
 def check_contract(made: Any, contract: type, address: str) -> None:
     """Raise ``UserError`` where an object, made from the setting ``address``, lacks something of a protocol."""
     names = {name for kind in contract.__mro__ for name in (*vars(kind), *vars(kind).get("__annotations__", ()))}

@@ -60,6 +60,16 @@ def test_settings_reach_the_plan(planned):
     assert less["sft"].activations < 0.8 * one["sft"].activations
 
 
+def test_adapters_are_planned(planned):
+    lora = ("sft.lora.r=2", "reward.lora.r=2", "ppo.lora.r=2", "dpo.lora.r=2")
+    full, adapted = planned("model=pico", "run=full")[0], planned("model=pico", "run=adapted", *lora)[0]
+    for stage in ("sft", "reward", "ppo", "dpo"):
+        assert 0 < adapted[stage].gradients < 0.5 * full[stage].gradients
+        assert adapted[stage].optimizer < 0.5 * full[stage].optimizer
+    assert adapted["ppo"].weights < 0.85 * full["ppo"].weights  # no copy for the reference
+    assert adapted["dpo"].weights < 0.6 * full["dpo"].weights
+
+
 def test_models_of_other_kinds_are_planned(planned, monkeypatch):
     """Gemma 2: sliding windows, logits that are capped; transformers' modules write."""
     monkeypatch.setattr("lit_rlhf.pipeline.plan.planned_stages", lambda cfg: ["pretrain", "sft", "preference"])

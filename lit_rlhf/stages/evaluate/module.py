@@ -140,9 +140,11 @@ class EvaluateModule(LightningModule):
         return "annotator" if self.annotator is not None else "gold" if graded else "reward_model"
 
     def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
-        """Answers to one batch, and their scores, by models without values."""
+        """Answers of the largest model to one batch, and their scores, by models without values."""
         self.on_test_start()
-        self.test_step(largest(data.test_dataloader()), 0)
+        name = max(list(self.policies)[::-1], key=lambda name: self.policies[name].num_parameters())
+        most = max(self.samples, self.best_of)
+        self._answer(name, largest(data.test_dataloader()), most, self.sampling, (0,), Answers())
 
     # ---------------------------------------------------------------- sampling
 

@@ -121,10 +121,15 @@ class PreferenceModule(LightningModule):
             self.tokenizers[self.name] = self.transcript.prompting(tokenizer)
             self.note(f"{self.name} is a base model: it goes on with {self.transcript}")
 
-    def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
-        """Answers to one batch, by models without values."""
-        self.redraws = 0
+    def dry_run(self, meter: Meter, data: LightningDataModule) -> list[dict[str, Any]]:
+        """Answers to one batch, by models without values; returns rankings of responses as long as allowed."""
+        self.redraws, k, most = 0, self.answers_per_prompt, self.sampling.max_new_tokens
         self._draw(largest(data.predict_dataloader()), 0)
+        tokens = data.tokenizer.encode(" word" * most, add_special_tokens=False)
+        text = data.tokenizer.decode(tokens[: most - 3])
+        ranked = {"responses": [f"{i} {text}" for i in range(k)], "ranks": [*range(1, k + 1)]}
+        prompts = sorted([*data.train_prompts, *data.held_out_prompts], key=lambda p: len(p.tokens))[-256:]
+        return [{"prompt": p.messages, **ranked} for p in prompts]
 
     # ---------------------------------------------------------------- answers
 
