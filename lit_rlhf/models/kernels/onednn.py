@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_rlhf.models.kernels.choice import fast_kernels
 from lit_rlhf.models.precision import compute_dtype
 
-WIDTH = 256  # inputs and outputs of a layer from where on float32 products are faster by oneDNN, though shapes change
+WIDTH = 128  # inputs and outputs of a layer from where on float32 products are faster by oneDNN, though shapes change
 ROWS = 32  # of which the number of rows of a product is a multiple; of many rows a larger one
 
 
