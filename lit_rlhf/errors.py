@@ -46,3 +46,9 @@ def say(line: str) -> None:
 def say_once(line: str) -> None:
     """Print a line where it is not known yet: what is asked again and again is told once a process."""
     say(line)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, for a message of one line; its name where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0][:200] if said else type(error).__name__

@@ -79,11 +79,6 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def from_to(first: float | None, last: float) -> str:
-    """ "6.90 → 0.577"; the last alone where the first is not known."""
-    return ("" if first is None else f"{number(first)} → ") + number(last)
-
-
 def model_name(name: str, best_of: Any = None) -> str:
     """What a model is called on the page."""
     if name.startswith("round_"):
@@ -110,6 +105,8 @@ def said(template: str, figures: Mapping[str, Any]) -> str | None:
     for key, form in places:
         value = figures[key]
         first = figures.get(f"{key}_first")
-        text = percent(value) if form == "%" else from_to(first, value) if form == "change" else number(value)
+        text = percent(value) if form == "%" else number(value)
+        if form == "change" and first is not None:
+            text = f"{number(first)} → {text}"
         template = template.replace(f"{{{key}:{form}}}" if form else f"{{{key}}}", text)
     return template

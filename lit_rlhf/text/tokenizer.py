@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_rlhf.errors import UserError, say
+from lit_rlhf.errors import UserError, first_line, say
 from lit_rlhf.text.model_folder import base_of_adapter, is_adapter, model_settings
 
 TokenizerTrainer = Callable[[Iterable[str]], PreTrainedTokenizerBase]
@@ -95,7 +95,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # whatever libraries raise of files that hold something else
         _check_files(Path(path))
         raise UserError(
-            f"{path}: no tokenizer could be loaded from there ({_first_line(error)}). Give a folder that holds one "
+            f"{path}: no tokenizer could be loaded from there ({first_line(error)}). Give a folder that holds one "
             "(tokenizer.json, or vocab.json and merges.txt), or a Hub name where there is a network."
         ) from error
     if tokenizer.eos_token is None:
@@ -121,7 +121,7 @@ def _check_files(folder: Path) -> None:
             if (folder / name).is_file():
                 read(folder / name)
         except Exception as error:  # tokenizers raises no kind of its own
-            raise UserError(f"{folder / name}: cannot be read ({_first_line(error)}); copy it again") from None
+            raise UserError(f"{folder / name}: cannot be read ({first_line(error)}); copy it again") from None
 
 
 def _of_model(path: str) -> tuple[int | None, set[int]]:
@@ -198,7 +198,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None
             text = _rendered(tokenizer, turns)
             dropped |= {role for role, said in turns if said not in text}
         except Exception as error:  # whatever a template's own code raises
-            failures.append(_first_line(error))
+            failures.append(first_line(error))
     if len(failures) == 2:
         file = TEMPLATE if (Path(path) / TEMPLATE).is_file() else "tokenizer_config.json"
         raise UserError(f"{path}: its chat template ({file}) fails on a plain dialogue ({failures[0]}); give another")
@@ -232,7 +232,3 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str
     if not rendered:
         raise failures[0]
     return max(rendered, key=lambda text: sum(said in text for _, said in turns))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from lit_rlhf.text.records import OnBadRecord, load_records
 INSTRUCTIONS = Path(__file__).parent / "instructions.txt"
 
 
+@dataclass
 class LabellingPage:
     """Serves a file of records to people who judge them, and writes what they say as records to train on.
 
@@ -37,30 +39,26 @@ class LabellingPage:
         on_bad_record: whether a bad record ends the command or is left out.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        folder: str | Path,
-        *,
-        mode: Literal["rank", "rate", "write"] = "rank",
-        round: Annotated[int, Field(ge=0)] = 0,
-        instructions: str | Path | None = None,
-        repeat: Annotated[float, Field(ge=0, le=1)] = 0.1,
-        people_per_item: Annotated[int, Field(ge=1)] | None = None,
-        scale: Annotated[int, Field(ge=2, le=9)] = 2,
-        drafts: bool = True,
-        seed: int = 0,
-        host: str = "127.0.0.1",
-        port: Annotated[int, Field(ge=0, le=65535)] = 7860,
-        names: str = "run=...",
-        on_bad_record: OnBadRecord = "fail",
-    ) -> None:
-        self.path, self.folder = Path(path), Path(folder)
-        tasks: dict[str, Task] = {"rank": Rank(), "rate": Rate(scale), "write": Write(drafts)}
-        self.task = tasks[mode]
-        self.round, self.seed, self.repeat, self.people_per_item = round, seed, repeat, people_per_item
-        self.instructions = INSTRUCTIONS if instructions is None else Path(instructions)
-        self.host, self.port, self.names, self.on_bad_record = host, port, names, on_bad_record
+    path: str | Path
+    folder: str | Path
+    _: KW_ONLY
+    mode: Literal["rank", "rate", "write"] = "rank"
+    round: Annotated[int, Field(ge=0)] = 0
+    instructions: str | Path | None = None
+    repeat: Annotated[float, Field(ge=0, le=1)] = 0.1
+    people_per_item: Annotated[int, Field(ge=1)] | None = None
+    scale: Annotated[int, Field(ge=2, le=9)] = 2
+    drafts: bool = True
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    names: str = "run=..."
+    on_bad_record: OnBadRecord = "fail"
+
+    def __post_init__(self) -> None:
+        self.path, self.folder = Path(self.path), Path(self.folder)
+        tasks: dict[str, Task] = {"rank": Rank(), "rate": Rate(self.scale), "write": Write(self.drafts)}
+        self.task = tasks[self.mode]
 
     def launch(self) -> None:
         """Serve until Ctrl-C. Raises ``UserError`` where the records, the files or the port cannot be had."""
@@ -109,8 +107,9 @@ class LabellingPage:
 
     def about(self) -> dict[str, Any]:
         """What the page says that is the same for everyone."""
-        if not self.instructions.is_file():
-            raise UserError(f"label.instructions={self.instructions}: no such file; give a text file, or null")
+        instructions = INSTRUCTIONS if self.instructions is None else Path(self.instructions)
+        if not instructions.is_file():
+            raise UserError(f"label.instructions={instructions}: no such file; give a text file, or null")
         records = self.folder / f"{self.task.file}-{self.round}.jsonl"
         stage = next(name for name, known in all_stages().items() if self.task.mode in known.learns_from)
         data = f"{stage}.data.path={records}"
@@ -119,7 +118,7 @@ class LabellingPage:
         return {
             "mode": self.task.mode,
             "ratings": self.task.ratings if isinstance(self.task, Rate) else [],
-            "instructions": self.instructions.read_text(encoding="utf-8"),
+            "instructions": instructions.read_text(encoding="utf-8"),
             "records": str(records),
             "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {data}",
         }
@@ -131,7 +130,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)  # can be started again at once, but not twice
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
         raise UserError(
-            f"label.port={port}: cannot listen on {host} ({error.strerror}); another program may have it. Give another "
-            "port, or 0 for any free one"
+            f"label.port={port}: cannot listen on {host} ({reason}); another program may have it. Give another port, "
+            "or 0 for any free one"
         ) from None

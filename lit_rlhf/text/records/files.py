@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
 from lit_rlhf.text.records.fields import Row, json_value, short
 
@@ -339,10 +339,9 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_dataset(name, split="train")
     except Exception as error:  # network, name, configuration: the library has many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name}: no such file here, and as a Hub data set it could not be loaded ({reason}). Offline: download it "
-            "elsewhere and give the path of the file."
+            f"{name}: no such file here, and as a Hub data set it could not be loaded ({first_line(error)}). Offline: "
+            "download it elsewhere and give the path of the file."
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}: record {number}", row
