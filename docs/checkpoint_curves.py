@@ -20,11 +20,11 @@ ADVANTAGES = {"gae": ("PPO with a critic", "#2b8a8a"), "rloo": ("RLOO", "#c2410c
 SEEDS = (0, 1, 2)
 
 
-def points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric of one stage."""
+def points(folder: Path, x: str | None, y: str) -> tuple[list[float], list[float]]:
+    """Values of two metrics of one stage, from the steps that have both; ``x`` None: the step."""
     rows = read_metrics(folder / "metrics.csv")
-    found = [(step, row[metric]) for step, row in rows.items() if metric in row]
-    return [step for step, _ in found], [value for _, value in found]
+    found = [(step if x is None else row[x], row[y]) for step, row in rows.items() if y in row]
+    return [there for there, _ in found], [value for _, value in found]
 
 
 def axis(ax: Axes, title: str, x: str) -> None:
@@ -35,16 +35,18 @@ def axis(ax: Axes, title: str, x: str) -> None:
 
 
 def draw_sentiment(runs: Path) -> None:
-    """Score and divergence of the rollouts, a line per seed."""
-    figure, (score, kl) = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
+    """Score of the rollouts, by iteration and by divergence; a line per seed."""
+    figure, (by_time, by_kl) = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained", sharey=True)
     for name, (label, colour) in ADVANTAGES.items():
         folders = [runs / f"sentiment_{name}_{seed}" / "ppo" for seed in SEEDS]
         for i, folder in enumerate(filter(Path.is_dir, folders)):
-            for ax, metric in ((score, "ppo/score"), (kl, "ppo/kl")):
-                ax.plot(*points(folder, metric), color=colour, lw=1.1, alpha=0.8, label=None if i else label)
-    axis(score, "Sentiment of the rollouts, 1 at most", "iteration of 64 answers")
-    axis(kl, "KL to the checkpoint, nats per answer", "iteration of 64 answers")
-    kl.legend(fontsize=8, frameon=False)
+            label = None if i else label
+            by_time.plot(*points(folder, None, "ppo/score"), color=colour, lw=1.1, alpha=0.8, label=label)
+            there = points(folder, "ppo/kl", "ppo/score")
+            by_kl.plot(*([x[1:] for x in there]), color=colour, marker=".", ms=4, lw=0, alpha=0.7, label=label)
+    axis(by_time, "Sentiment of the rollouts, 1 at most", "iteration of 64 answers")
+    axis(by_kl, "the same", "KL to the checkpoint, nats per answer")
+    by_kl.legend(fontsize=8, frameon=False)
     figure.savefig(HERE / "checkpoints_sentiment.svg", metadata={"Date": None})
 
 
