@@ -164,11 +164,13 @@ def spare_token(tokenizer: PreTrainedTokenizerBase, used: set[int], rows: int | 
 
 
 def _of_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens of the chat template: that stand in it, or that it writes (``'<|' + role + '|>'``)."""
+    """The added tokens of the chat template: that stand in it, or that it writes (``'<|' + role + '|>'``).
+
+    By their text: encoded, words that a tokenizer does not know would become the unknown token, which may be padding."""
     texts = [str(tokenizer.chat_template or "")]
     with suppress(Exception):  # whatever a template's own code raises: it is said elsewhere
         texts += [_rendered(tokenizer, turns) for turns in (TURNS, [SYSTEM, *TURNS]) if tokenizer.chat_template]
-    return {i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if any(token.content in text for text in texts)}
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

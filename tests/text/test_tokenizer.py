@@ -156,6 +156,16 @@ def test_a_spare_token_serves_as_padding(tmp_path, settings, padding, added):
     assert (load_tokenizer(tmp_path).pad_token_id, len(load_tokenizer(tmp_path))) == (loaded.pad_token_id, len(loaded))
 
 
+def test_padding_that_stands_for_unknown_words_stays(tmp_path):
+    """A template's words are not in this vocabulary: encoded, they are padding, which it does not write."""
+    inner = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1, "<e>": 2}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<e>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' <e> ' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    assert (load_tokenizer(tmp_path).pad_token_id, len(load_tokenizer(tmp_path))) == (1, 3)
+
+
 def test_a_real_checkpoint_keeps_its_vocabulary(test_checkpoint):
     loaded, plain = load_tokenizer(test_checkpoint), AutoTokenizer.from_pretrained(test_checkpoint)
     assert plain.pad_token == plain.eos_token and loaded.get_vocab() == plain.get_vocab()
