@@ -166,7 +166,7 @@ def spare_token(tokenizer: PreTrainedTokenizerBase, used: set[int], rows: int | 
 def _of_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The added tokens of the chat template: that stand in it, or that it writes (``'<|' + role + '|>'``).
 
-    By their text: encoded, words that a tokenizer does not know would become the unknown token, which may be padding."""
+    By their text: encoded, words that a tokenizer does not know would be the unknown token, which may be padding."""
     texts = [str(tokenizer.chat_template or "")]
     with suppress(Exception):  # whatever a template's own code raises: it is said elsewhere
         texts += [_rendered(tokenizer, turns) for turns in (TURNS, [SYSTEM, *TURNS]) if tokenizer.chat_template]

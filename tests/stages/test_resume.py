@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, critic_from_reward_model, critic_on_policy
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import (
@@ -24,6 +25,7 @@ from lit_rlhf.stages import (
     WorldSFTDataModule,
 )
 from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
+from lit_rlhf.stages.preference.progress_file import ProgressFile
 from lit_rlhf.text.classifier_inputs import add_classifier_tokens
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
@@ -215,3 +217,18 @@ def test_collection_that_was_killed_ends_with_the_same_records(tmp_path, world, 
     assert resumed.records == whole.records
     assert len(whole.records) == 32
     assert len((tmp_path / "parts.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("half", ['[1, "ä'.encode()[:-1], b"[", b'[1, "b"]'], ids=["in a character", "begun", "whole"])
+def test_the_half_line_of_a_killed_writer_is_written_anew(tmp_path, half):
+    (tmp_path / "progress.jsonl").write_bytes(b'[0, "a"]\n' + half)
+    assert ProgressFile(tmp_path / "progress.jsonl").results == {0: "a"}
+    ProgressFile(tmp_path / "progress.jsonl").add(1, "b")
+    assert ProgressFile(tmp_path / "progress.jsonl").results == {0: "a", 1: "b"}
+
+
+@pytest.mark.parametrize("line", ["nonsense", "{}", "[1]", "", '[[], "b"]', "1"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "progress.jsonl").write_text(f'[0, "a"]\n{line}\n[2, "c"]\n')
+    with pytest.raises(UserError, match=r"progress.jsonl, line 2: damaged.*delete the line"):
+        ProgressFile(tmp_path / "progress.jsonl")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import os
 from pathlib import Path
 from typing import Any
+
+from lit_rlhf.errors import UserError
 
 
 class ProgressFile:
@@ -20,13 +22,18 @@ class ProgressFile:
         self.results: dict[Any, Any] = {}
         if self.path is None or not self.path.exists():
             return
-        text = self.path.read_text(encoding="utf-8")
-        for line in text.split("\n"):
-            with suppress(ValueError):  # the line that was being written when the process was killed
+        *lines, half = self.path.read_bytes().split(b"\n")
+        if half:  # the line that was being written when the process was killed; it is written anew
+            os.truncate(self.path, self.path.stat().st_size - len(half))
+        for number, line in enumerate(lines, 1):
+            try:
                 key, result, *_ = json.loads(line)
                 self.results[key] = result
-        if not text.endswith("\n"):
-            self._append("\n")
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{self.path}, line {number}: damaged, [key, result] in JSON was expected; delete the line, and "
+                    "its result is made again"
+                ) from None
 
     def add(self, key: Any, result: Any, *remarks: Any) -> None:
         """Keep a result; ``remarks`` stand behind it in the file, for people."""
