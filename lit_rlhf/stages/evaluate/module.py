@@ -143,8 +143,10 @@ class EvaluateModule(LightningModule):
         """Answers of the largest model to one batch, and their scores, by models without values."""
         self.on_test_start()
         name = max(list(self.policies)[::-1], key=lambda name: self.policies[name].num_parameters())
-        most = max(self.samples, self.best_of)
-        self._answer(name, largest(data.test_dataloader()), most, self.sampling, (0,), Answers())
+        most, batch = max(self.samples, self.best_of), largest(data.test_dataloader())
+        sample(self.engine, self.policies[name], self.tokenizers[name], batch.tokens * most, self.sampling)
+        few = PromptBatch(*(column[:4] for column in batch))  # scores are read in batches, of which one is like another
+        self._answer(name, few, most, self.sampling, (0,), Answers())
 
     # ---------------------------------------------------------------- sampling
 
