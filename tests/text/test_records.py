@@ -293,7 +293,7 @@ def error(path, parse, on_bad_record="fail"):
         (
             parse_ranking,
             {"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2]},
-            "'ranks' has 2 entries for 3 responses. Give one rank a response (1 = best, ties allowed)",
+            "'ranks' has 2 entries for 3 responses. Give one rank per response (1 = best, ties allowed)",
         ),
         (
             parse_ranking,
@@ -388,7 +388,7 @@ def test_the_first_bad_record_is_the_one_named(tmp_path):
 def test_a_record_a_line_in_a_json_file_is_told_its_name(tmp_path):
     path = write(tmp_path / "x.json", '{"text": "a"}\n{"text": "b"}\n')
     found = error(path, parse_text)
-    assert found == f"{path}:2: not JSON (Extra data at column 1); a record a line is JSONL: name it .jsonl"
+    assert found == f"{path}:2: not JSON (Extra data at column 1); one record per line is JSONL: name it .jsonl"
 
 
 def test_wrong_json(tmp_path):
