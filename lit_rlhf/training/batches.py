@@ -68,10 +68,12 @@ class BatchLoader(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch | list[Part[Batch]]]:
         if self.keep_rest:
             self.cursor = 0
-        # Lightning never asks a sized loader for the end of an epoch, so the next one begins here.
-        elif self.cursor >= len(self):
-            self.epoch, self.cursor = self.epoch + 1, 0
-        for step in range(self.cursor, len(self)):
+        # As many as an epoch has, from its place on: an epoch of a trainer, which may take fewer, ends where it says.
+        for _ in range(len(self)):
+            # Lightning never asks a sized loader for the end of an epoch, so the next one begins here.
+            if self.cursor >= len(self):
+                self.epoch, self.cursor = self.epoch + 1, 0
+            step = self.cursor
             whole = list(self._order()[step // self.accumulate * self.global_batch :][: self.global_batch])
             part = (step % self.accumulate) * self.world_size + self.rank
             # Every shard has an equal share of a full batch; of a rest, what its stride hits.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_rlhf.training.batches import BatchLoader
+
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Callable[[Optimizer, int], LambdaLR]
@@ -138,11 +140,12 @@ def total_steps(trainer: Trainer) -> int:
     """Optimizer steps of the whole training.
 
     Lightning's own ``estimated_stepping_batches`` sets up the loader before a checkpoint is read, and the loader's
-    place is then never restored: a run that is resumed in the middle of an epoch would begin that epoch's data anew."""
+    place is then never restored: a run that is resumed would begin its data anew."""
     if trainer.max_steps > 0:
         return trainer.max_steps
-    if trainer.datamodule is None:
+    loader = trainer.fit_loop._data_source.dataloader()  # of a data module, of the module, or given as it is
+    if not isinstance(loader, BatchLoader):
         return int(trainer.estimated_stepping_batches)
-    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches, limit = len(loader), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import pytest
 import torch
 from lightning import Trainer
@@ -65,9 +67,14 @@ def test_a_restored_loader_goes_on_with_the_next_batch(accumulate):
     for taken in range(2 * length + 1):  # within an epoch and at its end
         restored = fresh()
         restored.load_state_dict(states[taken])
-        first, second = list(restored), list(restored)
-        assert len(first) == length - taken % length and len(second) == length
-        assert first + second == expected[taken:][: len(first) + length]
+        assert [*restored, *restored] == expected[taken:][: 2 * length]
+
+
+def test_epochs_of_a_trainer_that_takes_fewer_batches_are_all_whole():
+    batches = loader(8, 2, lambda n: shuffled(n, seed=1))  # 4 an epoch; the trainer takes 3
+    taken = [batch for _ in range(4) for batch in islice(batches, 3)]
+    again = loader(8, 2, lambda n: shuffled(n, seed=1))
+    assert taken == [batch for _ in range(3) for batch in again]
 
 
 def test_the_place_is_behind_the_batch_in_hand():
