@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> Path:
     """Write under a temporary name, then rename: who is killed leaves no half file. Returns the path."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two commands may write one summary
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return path

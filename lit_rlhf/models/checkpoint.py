@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,18 +40,36 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into, which takes the place of ``folder`` when all is written."""
-    temporary, old = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
-    for left_over in (temporary, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another paths.runs") from error
-    if folder.exists():
-        folder.rename(old)  # removed only after the new one stands: removing takes a while, and may be interrupted
-    temporary.rename(folder)
+    put_in_place(temporary, folder)
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Rename a folder to ``folder``; one that is there is exchanged for it in one step, and then removed."""
+    if folder.exists() and _swapped(new, folder):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Whether two names were exchanged: Linux and macOS can, on most of their file systems, and Python has no word."""
+    system = ctypes.CDLL(None) if os.name == "posix" else None
+    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    if hasattr(system, "renameat2"):
+        return system.renameat2(-1, names[0], -1, names[1], 2) == 0  # RENAME_EXCHANGE
+    return hasattr(system, "renamex_np") and system.renamex_np(*names, 2) == 0  # RENAME_SWAP
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:
