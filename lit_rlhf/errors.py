@@ -21,7 +21,14 @@ class Waiting(UserError):
 
 
 class Interrupted(UserError):
-    """The user pressed Ctrl-C, and what was reached is on disk."""
+    """A signal (Ctrl-C is one) ended the work, and what was reached is on disk: the same command goes on."""
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+STOPPED = 75  # exit code then, as sysexits.h has it for what may be tried again (EX_TEMPFAIL)
 
 
 def users_mistake(error: BaseException | None) -> UserError | None:

@@ -3,15 +3,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported
 os.environ["WANDB_MODE"] = "offline"
 
+import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from lit_rlhf.errors import Interrupted
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.models.kernels import use_kernels
 from lit_rlhf.text import train_bpe
@@ -35,6 +40,45 @@ FAMILIES = {
         "initializer_range": 0.3, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+class Stop(Callback):
+    """Ends a training at its ``moment``-th hook: by Ctrl-C, or as a SIGKILL does, after which the disk is as it was."""
+
+    def __init__(self, folder, moment, killed):
+        self.folder, self.moment, self.killed = folder, moment, killed
+
+    def hook(self, *_):
+        self.moment -= 1
+        if self.moment == 0 and self.killed:
+            shutil.copytree(self.folder, f"{self.folder}-killed")
+            raise Killed
+        if self.moment == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    on_train_start = on_train_epoch_start = on_train_batch_start = on_before_optimizer_step = hook
+    on_train_batch_end = on_validation_start = on_validation_end = on_train_epoch_end = on_train_end = hook
+
+
+@pytest.fixture
+def stop_at():
+    """with stop_at(folder, moment, killed) as callback: what the training of ``folder`` was stopped in is there."""
+
+    @contextmanager
+    def stop(folder, moment, killed):
+        try:
+            yield Stop(folder, moment, killed)
+        except (Interrupted, KeyboardInterrupt, SystemExit):  # outside of training Ctrl-C ends it at once
+            pass
+        except Killed:
+            shutil.rmtree(folder)
+            shutil.move(f"{folder}-killed", folder)
+
+    return stop
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import Interrupted, UserError, Waiting, is_main_process, users_mistake
+from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, is_main_process, users_mistake
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.settings import (
@@ -182,16 +185,20 @@ def prepare(cfg: DictConfig) -> None:
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others."""
+    """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others.
+
+    A signal that asks to stop ends it as Ctrl-C does; in training, ``LastCheckpoint`` saves."""
     from lit_rlhf.models.kernels import keep_freed_memory, use_kernels
     from lit_rlhf.pipeline.sweep import write_job
     from lit_rlhf.training.notices import quiet
+    from lit_rlhf.training.resuming import handle_signals
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     OmegaConf.set_struct(cfg, True)
     try:
         prepare(cfg)
         check_settings(cfg)
+        handle_signals(partial(stop_at_once, cfg))
         quiet()
         limit_threads(cfg)
         use_kernels(cfg.trainer.kernels)  # where no stage's trainer does, as in chat
@@ -205,20 +212,46 @@ def run(cfg: DictConfig) -> float | None:
         if sweeping:
             note_failure(cfg, error)
             if isinstance(error, Interrupted):  # the person meant the sweep
-                fail(f"sweep ended; to go on, add hydra.sweep.dir={HydraConfig.get().sweep.dir} to the same command")
+                go_on = f"to go on, add hydra.sweep.dir={HydraConfig.get().sweep.dir} to the same command"
+                fail(f"sweep ended; {go_on}", code=STOPPED)
             return float("nan")
         if isinstance(error, Waiting) and len(stages_of(cfg)) == 1:  # what was asked for is done as far as it can be
             print(error)
             return float("nan")
+        if isinstance(error, Interrupted):
+            requeue(cfg, error.signal)
+            fail(error, code=STOPPED)
         if isinstance(error, UserError):
             fail(error)
         raise
-    except SystemExit:
-        # Lightning's answer to a second Ctrl-C.
-        fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
+    except SystemExit as stopped:  # by stop_at_once, or Lightning's answer to a second Ctrl-C
+        code = STOPPED if stopped.code == STOPPED else 130
+        fail("stopped; what was finished is kept. Run the same command again to go on", code)
     if sweeping:
         write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value, **about(cfg)})
     return value
+
+
+def stop_at_once(cfg: DictConfig, number: int, _: Any) -> None:
+    """Outside of training: what is finished, batches of a collection among it, is on disk already."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    requeue(cfg, number)
+    sys.exit(STOPPED)
+
+
+def requeue(cfg: DictConfig, number: int | None) -> None:
+    """Have Slurm start this job again where ``trainer.requeue`` asks for it and the signal is Slurm's warning of a
+    time limit or a preemption (``sbatch --signal=USR1@120``), not somebody's wish to end the job."""
+    if not (cfg.trainer.get("requeue") and is_main_process() and number == getattr(signal, "SIGUSR1", None)):
+        return
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"trainer.requeue: `scontrol requeue {job}` failed ({error})", file=sys.stderr)
 
 
 def work(cfg: DictConfig) -> tuple[str, float]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,14 +15,10 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import read_json, write_text
 from lit_rlhf.pipeline.settings import resolved, stages_of
 from lit_rlhf.stages.stage import Stage, all_stages
 
-# How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
-WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
-KEEPING = ("data.cache", "ptx.cache", "module.ptx.cache")
-REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
+NEW = ".new"  # ends the name of the folder in which a stage is done again, until it takes the place of the old one
 
 
 class Origin(NamedTuple):
@@ -39,7 +33,7 @@ class Origin(NamedTuple):
 def origin_of(run: Path) -> Origin:
     """What the stages of a run have written down beside their settings; nothing where there is no such run."""
     files = [*sorted(run.glob("*/config.yaml")), *sorted(run.glob("rounds/*/*/config.yaml"))]
-    written = [origin_of_stage(file.parent) for file in files]
+    written = [origin_of_stage(file.parent) for file in files if file.parent.suffix != NEW]
     seeds = {part: o.seeds[part] for o in reversed(written) for part in o.seeds}
     runs = list(dict.fromkeys(name for o in written for name in o.runs))
     checkpoint = next((o.checkpoint for o in written if o.checkpoint), None)
@@ -103,7 +97,7 @@ def upstream_model(stage: str, if_there: bool = False, *, _root_: DictConfig) ->
     if stage in stages_of(_root_) or (found.exists() and found.is_relative_to(_root_.paths.run_dir)):
         return str(found)
     checkpoint = checkpoint_of(_root_) if record.skipped_for_checkpoint else None
-    if checkpoint and _began_with(found, _root_) != _absolute(checkpoint):
+    if checkpoint and _began_with(found, _root_) != absolute(checkpoint):
         return upstream_model(record.models[record.trained], _root_=_root_)
     if not record.replaced_by_checkpoint:
         return str(found)
@@ -205,120 +199,7 @@ def remember_world(cfg: DictConfig) -> None:
             cfg[part].seed = known.get(part, cfg.seed)
 
 
-class StageFolder:
-    """``runs/<run>/<stage>/``."""
-
-    def __init__(self, cfg: DictConfig, stage: str) -> None:
-        self.stage = stage
-        self.path = Path(cfg.paths.run_dir) / stage
-        self.overwrite = bool(cfg.overwrite)
-        self.run = Path(cfg.paths.run_dir)
-        self.settings: dict[str, Any] = {
-            stage: resolved(cfg, stage),
-            "world": {"seed": cfg.world.seed},
-            "split": {"seed": cfg.split.seed},
-            "origin": {
-                "from_run": None if Path(cfg.paths.runs) / cfg.from_run == self.run else cfg.from_run,
-                "checkpoint": _absolute(cfg.model.path) if OmegaConf.select(cfg, "model.path") else None,
-                "recipe": cfg.recipe,
-            },
-        }
-
-    @property
-    def done(self) -> dict[str, Any] | None:
-        """What the finished stage left behind; None while it is not finished."""
-        return read_json(self.path / "done.json") or None
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """Where training goes on, if it was interrupted."""
-        path = self.path / "checkpoints" / "last.ckpt"
-        return path if path.is_file() else None
-
-    def check(self) -> bool:
-        """Whether the stage is finished already; raises ``UserError`` where it was made by other settings."""
-        if self.overwrite or not self._has_results():
-            return False
-        before = self._comparable(read_yaml(self.path / "config.yaml"))
-        now = self._comparable(self.settings)
-        changed = [
-            f"{key} was {before.get(key, 'not there')}, now {now.get(key, 'not there')}"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-        if changed and self._waits_for_people() and all(c.startswith(f"{self.stage}.annotator") for c in changed):
-            return False
-        if changed:
-            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-            raise UserError(
-                f"{self.path} was made by other settings: {'; '.join(changed[:3])}{more}. Choose another run= (with "
-                f"from_run={self.run.name} to start from its models), or overwrite=true to do it again."
-            )
-        done = self.done
-        if done is None:
-            return False
-        for path, known in done["inputs"].items():
-            now_there = fingerprint_of(self.run / path)
-            if now_there is None or now_there.startswith(known):  # older versions wrote down a file's size alone
-                continue
-            if self._waits_for_people():
-                return False  # people have judged more
-            raise UserError(
-                f"{self.path} was made from another {Path(path).parent.name} than what is in "
-                f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
-            )
-        return True
-
-    def _has_results(self) -> bool:
-        """Whether anything was reached: a start that failed before its first checkpoint binds nobody."""
-        reached = self.done is not None or self.checkpoint is not None or (self.path / "progress.jsonl").is_file()
-        return reached and (self.path / "config.yaml").is_file()
-
-    def _waits_for_people(self) -> bool:
-        """Whether there are answers that nobody but people has ranked: who they are, and what they say, may change."""
-        return (self.path / "progress.jsonl").is_file() and not (self.path / "progress.ranks.jsonl").is_file()
-
-    def begin(self) -> None:
-        """Make the folder and write down the settings."""
-        try:
-            if self.overwrite and self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "done.json").unlink(missing_ok=True)
-            write_text(self.path / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another folder with paths.runs="
-            ) from None
-
-    def finish(self, record: dict[str, Any]) -> None:
-        """Mark the stage as finished."""
-        from lit_rlhf.models.checkpoint import fingerprint
-
-        inputs = {os.path.relpath(path, self.run): fingerprint_of(path) for path in self.inputs()}
-        record = {"stage": self.stage, **record, "inputs": inputs, "model": fingerprint(self.path / "model")}
-        write_text(self.path / "done.json", json.dumps(record, indent=2) + "\n")
-
-    def inputs(self) -> list[Path]:
-        """The models and data of other stages that this one reads."""
-        found = [Path(path) for _, path in input_paths(self.stage, self.settings[self.stage])]
-        return [path for path in found if path.exists()]
-
-    def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
-        flat = dict(_flat(settings))
-        skip = ("origin.", *(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING)))
-        return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
-
-    def _relative(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._relative(v) for v in value]
-        if isinstance(value, str) and value and os.path.exists(value):
-            return os.path.relpath(value, self.run)
-        return value
-
-
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """A folder's whole path, for later commands may be given elsewhere; a Hub name as it is."""
     return os.path.abspath(path) if os.path.isdir(path) else str(path)
 
@@ -428,9 +309,3 @@ def check_records(cfg: DictConfig) -> None:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Settings as they were written."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(node, dict):
-        return [pair for key, value in node.items() for pair in _flat(value, f"{prefix}{key}.")]
-    return [(prefix[:-1], node)]

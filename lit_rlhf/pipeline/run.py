@@ -24,8 +24,9 @@ from lit_rlhf.errors import UserError, is_main_process, say
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
-from lit_rlhf.pipeline.folder import StageFolder, model_nodes
+from lit_rlhf.pipeline.folder import model_nodes
 from lit_rlhf.pipeline.split import remember_split, remembered_split
+from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.pipeline.trained_prompts import check_trained, write_trained_prompts
 from lit_rlhf.stages.contract import (
     EvaluatesPrompts,
@@ -37,27 +38,28 @@ from lit_rlhf.stages.contract import (
 )
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import Moved
-from lit_rlhf.training.callbacks import (
-    BestCheckpoint,
-    FirstSteps,
-    LastCheckpoint,
-    RandomState,
-    StageProgressBar,
-    StopOnNonFinite,
-    TextSamples,
-    said_when_slow,
-)
+from lit_rlhf.training.callbacks import FirstSteps, StageProgressBar, StopOnNonFinite, TextSamples, said_when_slow
+from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.memory import Peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
+from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState
+from lit_rlhf.training.trained_state import weights_fingerprint
 
 
 def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
     """Run a stage that is not finished, or go on with it; returns its figures."""
     folder = StageFolder(cfg, name)
+    with folder.held() if is_main_process() else nullcontext():
+        return _run_stage(cfg, name, folder)
+
+
+def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any]:
     begun, memory = time.perf_counter(), Peak()
     if is_main_process():
+        if folder.check():  # by a command that held the lock before
+            return folder.done["figures"]
         folder.begin()
-    settings = OmegaConf.create(folder.settings[name])
+    settings = OmegaConf.create(folder.written_here())
     seed_everything(settings.seed, verbose=False)
     check_models(name, settings)
     with said_when_slow(f"{name}: reading the data"):
@@ -76,13 +78,14 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         settings.trainer,
         logger=loggers or False,
         callbacks=callbacks,
-        default_root_dir=str(folder.path),
+        default_root_dir=str(folder.path / "checkpoints"),
         enable_progress_bar=bool(cfg.callbacks.progress_bar),
     )
     try:
         execute(settings, trainer, module, data, folder)
         if not trainer.is_global_zero:
             return {}
+        notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
         with said_when_slow(f"{name}: writing what came out"):
             module.export(folder.path)
         figures = figures_of(settings, module, name, folder) | finding_of(callbacks)
@@ -91,12 +94,17 @@ def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         # Beside the figures, which are the same whenever a stage is done again.
         before, peak = memory.measure()
-        notes = {
+        notes |= {
             "memory": {"before_mib": before / 2**20, "peak_mib": peak / 2**20},
             "versions": versions(),
             "data": data_notes(data),
         }
         folder.finish({"figures": figures, "seconds": seconds, **notes})
+    except (OSError, UserError) as error:
+        rescued = any(isinstance(c, LastCheckpoint) and c.rescued for c in callbacks)
+        if is_main_process() and (rescued or not folder.path.is_dir()):
+            raise gone(folder, loggers[0] if rescued else None) from error
+        raise
     finally:
         close(loggers)
     return figures
@@ -207,24 +215,55 @@ def execute(
         trainer.validate(module, datamodule=data, verbose=False)
 
 
+def gone(folder: StageFolder, rescued: MetricsFile | None) -> UserError:
+    """What to say where a stage's folder was deleted or renamed while it was written; ``rescued``: what was logged,
+    where the last step was saved elsewhere."""
+    said = f"{folder.path} was deleted or renamed while it was written"
+    if rescued is None:
+        return UserError(f"{said}; run the same command again")
+    path = folder.rescue()
+    rescued.path = path / "metrics.csv"
+    rescued.write(anew=True)
+    return UserError(
+        f"{said}; the last step is saved in {path}: to go on from there, run the same command with "
+        f"run={path.parent.name} and from_run={folder.run.name} (or where that is now)"
+    )
+
+
+def exported_weights(trainer: Trainer, module: LightningModule, folder: StageFolder) -> dict[str, Any]:
+    """The step whose weights are about to be exported, and their digest. Raises ``UserError`` where they are not those
+    of the checkpoint of that step."""
+    best = next((c.best for c in trainer.callbacks if isinstance(c, BestCheckpoint)), None)
+    step = best["step"] if best else trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    saved = read_checkpoint(folder.path / "checkpoints" / ("best.ckpt" if best else "last.ckpt"))["state_dict"]
+    state = module.state_dict()
+    names = [name for name, _ in module.named_parameters() if name in state]
+    digest = weights_fingerprint(state[name] for name in names)
+    if digest != weights_fingerprint(saved[name] for name in names):
+        raise UserError(
+            f"{folder.stage}: the weights in memory are not those that step {step} left in {folder.path}/checkpoints, "
+            "so nothing is exported; run the same command again"
+        )
+    return {"weights": {"step": step, "digest": digest}}
+
+
 def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: StageFolder) -> list[Any]:
     """What every stage needs around its training."""
     callbacks: list[Any] = []
     if cfg.callbacks.progress_bar:
         callbacks.append(StageProgressBar(name, cfg.callbacks.progress_refresh if settings.run == "fit" else 1))
     if "health" in settings:
-        callbacks.append(instantiate(settings.health))  # before LastCheckpoint, which saves what it has seen
-    if settings.run == "fit":
-        callbacks += [
-            RandomState(),
-            StopOnNonFinite(name),
-            *([instantiate(cfg.callbacks.first_steps)(name)] if settings.validate_first else []),
-            LastCheckpoint(folder.path / "checkpoints", settings.checkpoint_every),
-        ]
-    if "keep" in settings and settings.keep.best:
-        callbacks.append(BestCheckpoint(folder.path / "checkpoints", settings.keep.metric, settings.keep.mode))
+        callbacks.append(instantiate(settings.health))
     if "samples_every" in settings:
         callbacks.append(TextSamples(folder.path / "samples.jsonl", settings.samples_every))
+    if settings.run == "fit":
+        checkpoints = folder.path / "checkpoints"
+        callbacks += [RandomState(), StopOnNonFinite(name)]
+        callbacks += [instantiate(cfg.callbacks.first_steps)(name)] if settings.validate_first else []
+        if "keep" in settings and settings.keep.best:
+            callbacks.append(BestCheckpoint(checkpoints, settings.keep.metric, settings.keep.mode))
+        # Behind those whose state it saves.
+        callbacks.append(LastCheckpoint(checkpoints, settings.checkpoint_every, folder.rescue))
     return callbacks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.apps.run_reader import newest, round_folders
-from lit_rlhf.errors import UserError, is_main_process
+from lit_rlhf.errors import STOPPED, Interrupted, UserError, is_main_process
 from lit_rlhf.files import read_json, write_text
-from lit_rlhf.pipeline.folder import StageFolder, check_inputs, check_records, checkpoint_of, read_yaml, start_of
+from lit_rlhf.pipeline.folder import check_inputs, check_records, checkpoint_of, read_yaml, start_of
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
+from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.stages.stage import all_stages
+from lit_rlhf.training.resuming import handle_signals, restore_handlers
 
 
 def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -61,7 +64,13 @@ def run_alone(name: str, overrides: list[str]) -> None:
     Lightning starts the other processes by repeating the whole command; were it the whole chain, they would run through
     stages that are not theirs."""
     command = [sys.executable, "-m", "lit_rlhf", *(o for o in overrides if not o.startswith("stage=")), f"stage={name}"]
-    code = subprocess.run(command).returncode
+    child = subprocess.Popen(command)
+    # Ctrl-C in a terminal reaches it, too.
+    before = handle_signals(lambda number, _: child.send_signal(number) if number != signal.SIGINT else None)
+    code = child.wait()
+    restore_handlers(before)
+    if code == STOPPED:
+        raise Interrupted(f"{name}: stopped; run the same command again to go on")
     if code:
         raise UserError(f"{name}: failed with exit code {code}; what it said stands above")
 

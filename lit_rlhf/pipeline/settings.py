@@ -245,6 +245,7 @@ def check_top_level(cfg: DictConfig) -> None:
     top["stage"] = list(cfg.stage) if not isinstance(cfg.stage, str) else cfg.stage
     _check_model(TopLevel, top, "")
     _check_model(BetweenRounds, dict(cfg.between_rounds), "between_rounds.")
+    _check_value(bool, cfg.trainer.get("requeue", False), "trainer.requeue")
     for part in ("world", "split"):
         if cfg[part].seed is not None:
             _check_value(Annotated[int, Field(ge=0)], cfg[part].seed, f"{part}.seed")

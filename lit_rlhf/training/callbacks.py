@@ -1,22 +1,17 @@
-"""What every stage needs around its training: exact resuming, a guard against NaN, text samples, a progress bar."""
+"""What every stage needs around its training: a guard against NaN, text samples, a progress bar."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -26,193 +21,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
-from lit_rlhf.training.checkpoint_files import read_checkpoint
-from lit_rlhf.training.metrics_file import MetricsFile, append_rows
+from lit_rlhf.errors import TrainingDiverged
+from lit_rlhf.training.metrics_file import append_rows
 
 Item = TypeVar("Item")
 SLOW_STEP = 1.0  # seconds after which a bar is brought up to date at the next step
-
-
-class RandomState(Callback):
-    """Keeps the random number generators of every process in the checkpoint; Lightning does not."""
-
-    def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        mine = _random_state()
-        if not (dist.is_available() and dist.is_initialized()):
-            return {"ranks": [mine]}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-        return {"ranks": ranks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # As late as can be: building loaders and loading weights may draw numbers too.
-        if self._restored is not None and trainer.global_rank < len(self._restored["ranks"]):
-            _set_random_state(self._restored["ranks"][trainer.global_rank])
-
-    # A validation draws nothing from what training will draw: on resuming, the one after the saved step is left out.
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._training = _random_state()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _set_random_state(self._training)
-
-
-def _random_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {  # plain lists and tensors: a checkpoint must load with weights_only
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-class LastCheckpoint(Callback):
-    """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and on Ctrl-C or SIGTERM.
-
-    Always after a whole step, so that what is resumed is what an uninterrupted run had there. The file is written under
-    another name, and gets its own when what the step has logged is on disk, too: whenever the process is killed, there
-    is a checkpoint with all the rows of ``metrics.csv`` up to it."""
-
-    def __init__(self, folder: str | Path, every_n_batches: Annotated[int, Field(ge=1)] = 100) -> None:
-        self.path = Path(folder) / "last.ckpt"
-        self.every_n_batches = every_n_batches
-        self._handlers: dict[int, Any] = {}
-        self.earlier_seconds = 0.0  # of starts that were interrupted
-        self._begun = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.earlier_seconds + time.perf_counter() - self._begun}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.earlier_seconds = state_dict["seconds"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._interrupted = self._unkept = False  # unkept: a checkpoint is written, and what its step logs is not yet
-        self._stopped = 0  # the batch after which the user's wish to stop was saved
-        if threading.current_thread() is threading.main_thread():
-            # SIGTERM too: a cluster that takes its machine back sends it, and Lightning only notes it down.
-            self._handlers = {s: signal.signal(s, self._on_interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        stop = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
-        # Between the micro-batches of one optimizer step nothing is saved: the gathered gradients would be lost.
-        if batches % trainer.accumulate_grad_batches == 0 and (stop or batches % self.every_n_batches == 0):
-            self._save(trainer)
-            self._stopped = batches if stop else 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._keep(trainer)  # not sooner: Lightning logs a step, and a validation after it, when the step has ended
-        self._raise_if_stopped()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
-        self._keep(trainer)
-        if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):  # also in a validation at the end
-            self._stopped = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        self._raise_if_stopped()
-        self._restore_handler()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore_handler()
-
-    def _save(self, trainer: Trainer) -> None:
-        with self._disk(), said_when_slow(f"writing {self.path}"):
-            trainer.save_checkpoint(self.path.with_suffix(".tmp"))
-        self._unkept = True
-
-    def _keep(self, trainer: Trainer) -> None:
-        """Let the checkpoint that was saved take the place of the one before."""
-        if not self._unkept:
-            return
-        self._unkept = False
-        with self._disk():
-            for logger in trainer.loggers:
-                if isinstance(logger, MetricsFile):
-                    logger.write()
-            if trainer.is_global_zero:
-                self.path.with_suffix(".tmp").replace(self.path)
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
-
-    def _raise_if_stopped(self) -> None:
-        if self._stopped:
-            self._restore_handler()
-            raise Interrupted(
-                f"stopped after step {self._stopped}, which is saved; run the same command again to go on"
-            )
-
-    def _on_interrupt(self, *_: Any) -> None:
-        if self._interrupted:  # pressed twice: now, without saving
-            raise KeyboardInterrupt
-        self._interrupted = True
-
-    def _restore_handler(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-
-
-class BestCheckpoint(Callback):
-    """Saves ``<folder>/best.ckpt`` whenever a validation during training shows a better figure than all before.
-
-    What the best was stands beside it in ``best.json``: a run that was stopped right after the validation knows it."""
-
-    def __init__(self, folder: str | Path, metric: str, mode: Literal["max", "min"] = "max") -> None:
-        self.path = Path(folder) / "best.ckpt"
-        self.metric, self.mode = metric, mode
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        if self.metric not in trainer.callback_metrics:
-            known = ", ".join(sorted(n for n in trainer.callback_metrics if n.startswith("val/")))
-            raise UserError(f"keep.metric={self.metric}: validation logs no such figure; there are {known}")
-        value = trainer.callback_metrics[self.metric].item()
-        if math.isnan(value):  # there was nothing to measure
-            return
-        best = self.best()
-        if best is None or (value > best["value"] if self.mode == "max" else value < best["value"]):
-            trainer.save_checkpoint(self.path)
-            if trainer.is_global_zero:
-                step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-                note = {"metric": self.metric, "value": value, "step": step}
-                self.path.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
-
-    def best(self) -> dict[str, Any] | None:
-        """The best figure so far: metric, value, step."""
-        file = self.path.with_suffix(".json")
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-    def restore(self, module: LightningModule) -> None:
-        """Give ``module`` the best weights."""
-        if self.path.is_file():
-            module.load_state_dict(read_checkpoint(self.path)["state_dict"])
 
 
 class StopOnNonFinite(Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """``torch.save``, under another name first: whole or not at all. Raises ``OSError`` where it cannot be written."""
     path, temporary = Path(path), Path(f"{path}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     try:
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)

@@ -45,6 +45,7 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = 0 if step is None else step
         if self._rows is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # once: one that is deleted later is missed
             self._rows = {s: row for s, row in read_metrics(self.path).items() if s <= step}
         self._rows.setdefault(step, {}).update({k: float(v) for k, v in metrics.items() if k != "epoch"})
         self._changed = True
@@ -55,13 +56,12 @@ class MetricsFile(Logger):
             self.write()
 
     @rank_zero_only
-    def write(self) -> None:
-        """Everything that was logged so far."""
-        if not self._changed:
+    def write(self, anew: bool = False) -> None:
+        """Everything that was logged so far; ``anew``: into another file than before."""
+        if not self._changed and not anew:
             return
         begun = time.monotonic()
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         table = StringIO(newline="")
         csv.writer(table).writerow(["step", *columns])
         csv.writer(table).writerows([step, *map(self._rows[step].get, columns)] for step in sorted(self._rows))

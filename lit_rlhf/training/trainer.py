@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field
 
@@ -43,9 +44,12 @@ def make_trainer(
     ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.trained_models.ModelSettings`.
 
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
-    business of :class:`lit_rlhf.training.callbacks.LastCheckpoint`."""
+    business of :class:`lit_rlhf.training.resuming.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
     models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Else Lightning saves in the middle of a step when Slurm takes the machine back.
+        settings["plugins"] = [*settings.get("plugins", []), SLURMEnvironment(auto_requeue=False)]
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,

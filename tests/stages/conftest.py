@@ -16,7 +16,7 @@ from lit_rlhf.stages import PPOModule, WorldPPODataModule
 from lit_rlhf.text import ensure_chat_template, train_bpe
 from lit_rlhf.text.world import World
 from lit_rlhf.training import adamw, make_trainer, warmup_decay
-from lit_rlhf.training.callbacks import LastCheckpoint, RandomState
+from lit_rlhf.training.resuming import LastCheckpoint, RandomState
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -16,16 +16,17 @@ from omegaconf import OmegaConf
 
 from lit_rlhf.apps import write_report
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import StageFolder, register_resolvers, remember_world
+from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.run import make_callbacks
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
+from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule, WorldPPODataModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import HealthWatch, KLPenalty, KLPenaltyLoss, Limits, Scoring, Unhealthy
 from lit_rlhf.stages.ppo.health import CHECKS, HELD_OUT, WATCHED, CheckName, findings
 from lit_rlhf.training import MetricsFile, make_trainer, read_metrics
 from lit_rlhf.training.batches import BatchLoader, in_order
-from lit_rlhf.training.callbacks import LastCheckpoint, RandomState
+from lit_rlhf.training.resuming import LastCheckpoint, RandomState
 
 LIMITS = Limits()
 

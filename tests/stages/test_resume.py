@@ -1,18 +1,22 @@
 """A stage that was stopped and goes on gives the weights of one that was not, to the bit."""
 
 import copy
+import random
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, critic_from_reward_model, critic_on_policy
+from lit_rlhf.pipeline.run import execute, exported_weights, finding_of, make_callbacks
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import (
     ClassifyModule,
     DPOModule,
+    PPOModule,
     PreferenceModule,
     PretrainModule,
     RewardModule,
@@ -29,7 +33,7 @@ from lit_rlhf.stages.preference.progress_file import ProgressFile
 from lit_rlhf.text.classifier_inputs import add_classifier_tokens
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
-from lit_rlhf.training import make_trainer
+from lit_rlhf.training import MetricsFile, make_trainer, read_metrics
 
 
 class Stop(Exception):
@@ -171,6 +175,106 @@ def test_every_ppo_resumes_with_its_coefficients_and_metrics(kind, world, policy
         for name, values in resumed.logged.items():
             assert values == whole.logged[name][-len(values) :], (batches, name)
         assert len(resumed.logged["ppo/score"]) == 5 - batches
+
+
+class Start:
+    """Starts of a stage in one folder, each as the command makes it; what they leave behind."""
+
+    def __init__(self, folder, name, make, draw):
+        self.path, self.stage, self.make, self.rescue = folder, name, make, None
+        budget = draw.choice([{"max_steps": draw.randint(5, 9)}, {"max_epochs": draw.randint(2, 3)}])
+        if name == "ppo":
+            budget = {"max_epochs": 2}
+        every = draw.choice([1, 2, 3, 7])
+        self.trainer = {
+            **budget, "val_check_interval": draw.choice([2, 3, 4]), "limit_train_batches": draw.choice([2, 3, 4]),
+            "log_every_n_steps": 1, "enable_progress_bar": False,
+        }  # fmt: skip
+        self.settings = OmegaConf.create(
+            {"run": "fit", "validate_first": name != "ppo", "checkpoint_every": every}
+            | ({"keep": {"best": True, "metric": f"val/{name}/{'score' if name == 'ppo' else 'loss'}", "mode": "min"}})
+            | ({"samples_every": 2} if name not in ("reward", "classify") else {})
+            | ({"health": {"_target_": "lit_rlhf.stages.ppo.HealthWatch", "path": str(folder / "health.jsonl")}}
+               if name == "ppo" else {})
+        )  # fmt: skip
+
+    @property
+    def checkpoint(self):
+        return next(self.path.glob("checkpoints/last.ckpt"), None)
+
+    def __call__(self, stop=None, first=False):
+        self.path.mkdir(exist_ok=True)
+        module, data = self.make()
+        first_steps = {"_target_": "lit_rlhf.training.FirstSteps", "_partial_": True, "window": 2, "margin": 0.01}
+        cfg = OmegaConf.create({"callbacks": {"progress_bar": False, "first_steps": first_steps}})
+        callbacks = make_callbacks(cfg, self.stage, self.settings, self)
+        callbacks = [*([stop] if first else []), *callbacks, *([stop] if stop and not first else [])]
+        logger = MetricsFile(self.path / "metrics.csv")
+        trainer = make_trainer("cpu", logger=logger, callbacks=callbacks, default_root_dir=self.path, **self.trainer)
+        data.setup()
+        self.last = trainer, module
+        execute(self.settings, trainer, module, data, self)
+        logger.write()
+        return {
+            **module.state_dict(),
+            "metrics": read_metrics(self.path / "metrics.csv"),
+            "figures": str(module.figures()) + str(finding_of(callbacks)),
+            **{name: file.read_text() for name in ("samples", "health") for file in self.path.glob(f"{name}.jsonl")},
+        }
+
+
+def differing(a, b):
+    same = {k: torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() & b.keys()}
+    return [name for name in a.keys() | b.keys() if not same.get(name)]
+
+
+def check_history(draw, folder, name, make, stop_at):
+    """A stage that is stopped 1 to 4 times, anywhere, leaves what it leaves when nothing stops it."""
+    state = draw.getstate()
+    whole = Start(folder / "whole", name, make, draw)()
+    draw.setstate(state)
+    start = Start(folder / "parts", name, make, draw)
+    stops = [(draw.randint(1, 45), draw.random() < 0.7, draw.random() < 0.5) for _ in range(draw.randint(1, 4))]
+    for moment, killed, first in stops:
+        with stop_at(start.path, moment, killed) as stop:
+            start(stop, first)
+    assert not differing(start(), whole), (stops, start.trainer, start.settings)
+
+
+@pytest.mark.parametrize("stage", ["sft"], indirect=True)
+def test_weights_that_no_step_has_left_are_not_exported(stage, tmp_path):
+    start = Start(tmp_path / "run", "sft", stage, random.Random(0))
+    start()
+    trainer, module = start.last
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    step = best["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+    assert exported_weights(trainer, module, start)["weights"]["step"] == step
+    with torch.no_grad():
+        next(module.parameters())[0, 0] += 1e-4
+    with pytest.raises(UserError, match=f"the weights in memory are not those that step {step} left"):
+        exported_weights(trainer, module, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "classify"], indirect=True)
+def test_any_history_of_stops(stage, seed, request, tmp_path, stop_at):
+    name = request.node.callspec.params["stage"]
+    check_history(random.Random(f"{name} {seed}"), tmp_path, name, stage, stop_at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [*PPO, "a budget that ends it"])
+def test_any_history_of_stops_of_ppo(kind, seed, world, policy, ppo, prompts, tmp_path, stop_at):
+    def make():
+        budget = {"kl": KLPenalty(budget=1e-3)}
+        settings = PPO[kind](world) if kind in PPO else budget
+        torch.manual_seed(0)  # the run's seed: adapters begin at random
+        adapted = add_lora(copy.deepcopy(policy), settings.pop("lora", None))
+        return ppo(adapted, sampling=Sampling(max_new_tokens=4), kind=PPOModule, **settings), prompts()
+
+    check_history(random.Random(f"{kind} {seed}"), tmp_path, "ppo", make, stop_at)
 
 
 @pytest.mark.parametrize("step", [9, 10, 13])  # 8 an iteration: in the first optimization epoch, its end, the second

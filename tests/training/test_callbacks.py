@@ -15,16 +15,10 @@ from torch import nn
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
 from lit_rlhf.training import MetricsFile, adamw, make_trainer, read_metrics, warmup_decay
 from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
-from lit_rlhf.training.callbacks import (
-    LastCheckpoint,
-    RandomState,
-    StageProgressBar,
-    StopOnNonFinite,
-    TextSamples,
-    said_when_slow,
-)
+from lit_rlhf.training.callbacks import StageProgressBar, StopOnNonFinite, TextSamples, said_when_slow
 from lit_rlhf.training.metrics_file import append_rows
 from lit_rlhf.training.optim import optimizer_and_schedule
+from lit_rlhf.training.resuming import LastCheckpoint, RandomState
 
 STEPS = 20  # optimizer steps; an epoch has 6
 
@@ -86,16 +80,17 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def fit(folder, *more, every=4, seed=0, accumulate=2, module=None, **settings):
+def fit(folder, *more, every=4, seed=0, accumulate=2, module=None, first=False, **settings):
     """Train from ``folder``'s last checkpoint, or from the beginning; the module and the trainer."""
     torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
     last = LastCheckpoint(folder, every)
+    callbacks = [RandomState(), StopOnNonFinite("sft"), last]
     trainer = make_trainer(
         "cpu",
         accumulate_grad_batches=accumulate,
         logger=MetricsFile(folder / "metrics.csv"),
         enable_progress_bar=False,
-        callbacks=[RandomState(), StopOnNonFinite("sft"), last, *more],
+        callbacks=[*more, *callbacks] if first else [*callbacks, *more],
         **{"max_steps": STEPS, "log_every_n_steps": 1, "val_check_interval": 6, **settings},
     )
     module = module or Noisy()
@@ -289,14 +284,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
 
 def test_the_seconds_of_earlier_starts_are_kept(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr("lit_rlhf.training.callbacks.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("lit_rlhf.training.resuming.time.perf_counter", lambda: float(next(clock)))
     one = LastCheckpoint(tmp_path)  # begun at 0
     state = one.state_dict()
-    assert state == {"seconds": 100.0}
+    assert state == {"seconds": 100.0, "ended_early": False}
     two = LastCheckpoint(tmp_path)  # begun at 200
     two.load_state_dict(state)
     assert two.earlier_seconds == 100.0
-    assert two.state_dict() == {"seconds": 200.0}
+    assert two.state_dict()["seconds"] == 200.0
 
 
 def test_random_state_restores_all_three_generators(tmp_path):
@@ -318,6 +313,65 @@ def test_random_state_restores_all_three_generators(tmp_path):
     draw()
     callback.on_train_start(type("Rank0", (), {"global_rank": 0}), None)
     assert draw() == expected
+
+
+# Any number of stops, at any moment
+
+
+class SeenInValidation(Noisy):
+    """Training that depends on what validations have said, and a callback that does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("validations", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + self.validations)
+
+    def on_validation_epoch_end(self):
+        self.validations += 1
+
+
+def history(seed):
+    """(settings of the training, [(moment, by SIGKILL, first or last of the callbacks)])"""
+    draw = random.Random(seed)
+    budget = draw.choice([{"max_steps": draw.randint(7, 20)}, {"max_steps": -1, "max_epochs": draw.randint(2, 3)}])
+    settings = {
+        **budget,
+        "accumulate": draw.randint(1, 3),
+        "every": draw.choice([1, 2, 3, 4, 13]),
+        "limit_train_batches": draw.choice([1.0, 5]),
+        "val_check_interval": draw.choice([None, 3, 4, 5, 13]),
+    }
+    stops = [(draw.randint(1, 70), draw.random() < 0.7, draw.random() < 0.5) for _ in range(draw.randint(1, 4))]
+    return settings, stops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [range(start, start + 25) for start in range(0, 300, 25)], ids=str)
+def test_any_history_of_stops_gives_the_run_that_nothing_stopped(tmp_path, seeds, stop_at):
+    wrong = []
+    for seed in seeds:
+        settings, stops = history(seed)
+        whole, trainer = fit(tmp_path / f"{seed}-whole", module=SeenInValidation(), **settings)
+        folder = tmp_path / str(seed)
+        for moment, killed, first in stops:
+            folder.mkdir(exist_ok=True)
+            begun = seed if (folder / "last.ckpt").exists() else 0
+            with stop_at(folder, moment, killed) as stop:
+                fit(folder, stop, first=first, module=SeenInValidation(), seed=begun, **settings)
+        begun = seed if (folder / "last.ckpt").exists() else 0
+        module, resumed = fit(folder, module=SeenInValidation(), seed=begun, **settings)
+        rows = read_metrics(tmp_path / f"{seed}-whole" / "metrics.csv")
+        same = {
+            "steps": resumed.global_step == trainer.global_step,
+            "weights": equal(module.state_dict().values(), whole.state_dict().values()),
+            "order": whole.seen[len(whole.seen) - len(module.seen) :] == module.seen,
+            "metrics": read_metrics(folder / "metrics.csv") == rows,
+        }
+        if not all(same.values()):
+            wrong.append((seed, [what for what in same if not same[what]], settings, stops))
+    assert not wrong, wrong[:3]
 
 
 # Numbers that are not finite

@@ -13,7 +13,7 @@ from lit_rlhf.models import LoRA, add_lora
 from lit_rlhf.stages import SFTDataModule, SFTModule
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training import adamw, make_trainer, trained_state, warmup_decay
-from lit_rlhf.training.callbacks import LastCheckpoint, RandomState
+from lit_rlhf.training.resuming import LastCheckpoint, RandomState
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 KINDS = {

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.training.metrics_file import MetricsFile, append_rows, read_metrics
+from lit_rlhf.training.metrics_file import append_rows
 
 History = dict[str, list[float]]  # metric -> its value in each iteration; nan where there was none
 HELD_OUT = "val/ppo/score"
@@ -304,16 +304,8 @@ class HealthWatch(Callback):
         self.history, self.found = state_dict["history"], state_dict["found"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_missed_validation(trainer)
         if self.path is not None and trainer.is_global_zero:
             append_rows(self.path, self.iterations + 1, [])  # what comes after the checkpoint is done again
-
-    def _take_missed_validation(self, trainer: Trainer) -> None:
-        """The one after the checkpoint was saved: on resuming it is not done again, but metrics.csv has it."""
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile) and self.iterations:
-                row = read_metrics(logger.path).get(self.iterations - 1, {})
-                self.history[HELD_OUT][-1] = row.get(HELD_OUT, self.history[HELD_OUT][-1])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Not sooner: what the iteration logs, a checkpoint and a validation after it are written.

@@ -1,0 +1,199 @@
+"""Where one stage of a run is written: by whom, whether it is finished, and how it takes another's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf.errors import UserError, say
+from lit_rlhf.files import read_json, write_text
+from lit_rlhf.models.checkpoint import fingerprint, put_in_place
+from lit_rlhf.pipeline.folder import NEW, absolute, fingerprint_of, input_paths, read_yaml
+from lit_rlhf.pipeline.settings import resolved
+
+# How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
+WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
+KEEPING = ("data.cache", "ptx.cache", "module.ptx.cache")
+REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
+
+
+class StageFolder:
+    """``runs/<run>/<stage>/``; done again (``overwrite=true``), ``<stage>.new`` beside it until that is whole."""
+
+    def __init__(self, cfg: DictConfig, stage: str) -> None:
+        self.stage = stage
+        self.overwrite = bool(cfg.overwrite)
+        self.run = Path(cfg.paths.run_dir)
+        self.place = self.run / stage
+        self.path = self.run / f"{stage}{NEW}" if self.overwrite else self.place
+        self.settings: dict[str, Any] = {
+            stage: resolved(cfg, stage),
+            "world": {"seed": cfg.world.seed},
+            "split": {"seed": cfg.split.seed},
+            "origin": {
+                "from_run": None if Path(cfg.paths.runs) / cfg.from_run == self.run else cfg.from_run,
+                "checkpoint": absolute(cfg.model.path) if OmegaConf.select(cfg, "model.path") else None,
+                "recipe": cfg.recipe,
+            },
+        }
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What the finished stage left behind; None while it is not finished."""
+        return read_json(self.path / "done.json") or None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where training goes on, if it was interrupted."""
+        path = self.path / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
+
+    def check(self) -> bool:
+        """Whether the stage is finished already; raises ``UserError`` where it was made by other settings."""
+        if self.overwrite or not self._has_results():
+            return False
+        changed = self._changed()
+        if changed and self._waits_for_people() and all(c.startswith(f"{self.stage}.annotator") for c in changed):
+            return False
+        if changed:
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.path} was made by other settings: {'; '.join(changed[:3])}{more}. Choose another run= (with "
+                f"from_run={self.run.name} to start from its models), or overwrite=true to do it again."
+            )
+        done = self.done
+        if done is None:
+            return False
+        for path, known in done["inputs"].items():
+            now_there = fingerprint_of(self.run / path)
+            if now_there is None or now_there.startswith(known):  # older versions wrote down a file's size alone
+                continue
+            if self._waits_for_people():
+                return False  # people have judged more
+            raise UserError(
+                f"{self.path} was made from another {Path(path).parent.name} than what is in "
+                f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
+            )
+        return True
+
+    def _changed(self) -> list[str]:
+        """Settings that are others than those that were written down."""
+        before = self._comparable(read_yaml(self.path / "config.yaml"))
+        now = self._comparable(self.settings)
+        return [
+            f"{key} was {before.get(key, 'not there')}, now {now.get(key, 'not there')}"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+
+    def _has_results(self) -> bool:
+        """Whether anything was reached: a start that failed before its first checkpoint binds nobody."""
+        reached = self.done is not None or self.checkpoint is not None or (self.path / "progress.jsonl").is_file()
+        return reached and (self.path / "config.yaml").is_file()
+
+    def _waits_for_people(self) -> bool:
+        """Whether there are answers that nobody but people has ranked: who they are, and what they say, may change."""
+        return (self.path / "progress.jsonl").is_file() and not (self.path / "progress.ranks.jsonl").is_file()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock of the stage. Raises ``UserError`` where another process does; a crash frees it."""
+        file = self.run / f".{self.stage}.lock"
+        holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        lock = FileLock(file)
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            file.write_text(holder, encoding="utf-8")
+        except Timeout:
+            other = file.read_text(encoding="utf-8") or "another process"
+            raise UserError(
+                f"{self.place} is being written by {other}; wait for that to end, stop it, or choose another run="
+            ) from None
+        except (OSError, NotImplementedError) as error:  # some network file systems
+            say(f"{self.stage}: {file} cannot be locked ({error}); see to it that no other command writes this stage")
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            lock.release()
+
+    def begin(self) -> None:
+        """Make the folder and write down the settings; what an interrupted start with others had reached is removed."""
+        try:
+            if self.overwrite and (not (self.path / "config.yaml").is_file() or self._changed()):
+                shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "done.json").unlink(missing_ok=True)
+            self._write_settings(self.path)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder with paths.runs="
+            ) from None
+
+    def written_here(self) -> dict[str, Any]:
+        """The stage's settings, with the files that it writes into its folder where that is now."""
+        read = {path for _, path in input_paths(self.stage, self.settings[self.stage])}
+
+        def moved(node: Any) -> Any:
+            if isinstance(node, dict):
+                return {key: moved(value) for key, value in node.items()}
+            if isinstance(node, str) and node not in read and Path(node).is_relative_to(self.place):
+                return str(self.path / Path(node).relative_to(self.place))
+            return node
+
+        return moved(self.settings[self.stage])
+
+    def rescue(self) -> Path:
+        """A folder like this one, of a run beside this one: for what is in memory when this one has gone."""
+        path = self.run.with_name(f"{self.run.name}-rescue") / self.stage
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_settings(path)
+        return path
+
+    def _write_settings(self, folder: Path) -> None:
+        write_text(folder / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Mark the stage as finished, and put it in its place."""
+        inputs = {os.path.relpath(path, self.run): fingerprint_of(path) for path in self.inputs()}
+        record = {"stage": self.stage, **record, "inputs": inputs, "model": fingerprint(self.path / "model")}
+        write_text(self.path / "done.json", json.dumps(record, indent=2) + "\n")
+        if self.path != self.place:
+            put_in_place(self.path, self.place)
+            self.path = self.place
+
+    def inputs(self) -> list[Path]:
+        """The models and data of other stages that this one reads."""
+        found = [Path(path) for _, path in input_paths(self.stage, self.settings[self.stage])]
+        return [path for path in found if path.exists()]
+
+    def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
+        flat = dict(_flat(settings))
+        skip = ("origin.", *(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING)))
+        return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
+
+    def _relative(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._relative(v) for v in value]
+        if isinstance(value, str) and value and os.path.exists(value):
+            return os.path.relpath(value, self.run)
+        return value
+
+
+def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [pair for key, value in node.items() for pair in _flat(value, f"{prefix}{key}.")]
+    return [(prefix[:-1], node)]

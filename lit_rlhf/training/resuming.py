@@ -1,0 +1,272 @@
+"""Checkpoints of a training that may be stopped at any moment, any number of times, and goes on exactly."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from pydantic import Field
+
+from lit_rlhf.errors import Interrupted, UserError
+from lit_rlhf.training.callbacks import said_when_slow
+from lit_rlhf.training.checkpoint_files import read_checkpoint
+from lit_rlhf.training.metrics_file import MetricsFile
+
+
+class RandomState(Callback):
+    """Keeps the random number generators of every process in the checkpoint; Lightning does not."""
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        mine = _random_state()
+        if not (dist.is_available() and dist.is_initialized()):
+            return {"ranks": [mine]}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # As late as can be: building loaders and loading weights may draw numbers too.
+        if self._restored is not None and trainer.global_rank < len(self._restored["ranks"]):
+            _set_random_state(self._restored["ranks"][trainer.global_rank])
+
+    # A validation draws nothing from what training will draw: on resuming, the one after the saved step is left out.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._training = _random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _set_random_state(self._training)
+
+
+def _random_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {  # plain lists and tensors: a checkpoint must load with weights_only
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+# What asks a training to stop: Ctrl-C; a scheduler that takes its machine back; a terminal that was closed.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+def handle_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Have what asks to stop handled; returns the handlers before. What is ignored, as under ``nohup``, stays so."""
+    here = threading.current_thread() is threading.main_thread()  # elsewhere Python lets nobody
+    heeded = [number for number in STOPPING if here and signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
+
+
+def restore_handlers(handlers: dict[int, Any]) -> None:
+    """Undo :func:`handle_signals`."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class LastCheckpoint(Callback):
+    """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and when a signal asks to stop.
+
+    Always after a whole step and the validation behind it, so that what is resumed is what an uninterrupted run had
+    there. The file is written under another name, and gets its own when what the step has logged is on disk, too:
+    whenever the process is killed, there is a checkpoint with all the rows of ``metrics.csv`` up to it. To be placed
+    behind the callbacks whose state it saves.
+
+    ``rescue`` makes another folder, into which the last whole step is saved where ``folder`` was deleted or renamed."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every_n_batches: Annotated[int, Field(ge=1)] = 100,
+        rescue: Callable[[], Path] | None = None,
+    ) -> None:
+        self.path = Path(folder) / "last.ckpt"
+        self.rescue, self.rescued = rescue, False
+        self._folder: int | None = None  # its inode, while training
+        self.every_n_batches = every_n_batches
+        self._signal: int | None = None  # that asked to stop
+        self._due = False  # the step that has ended is to be saved
+        self._unkept = False  # a checkpoint is written, and what its step logs is not yet
+        self._stopped = 0  # the batch after which the wish to stop was saved
+        self._handlers: dict[int, Any] = {}
+        self._ended_early = False  # before the trainer's limits, as `should_stop` asks
+        self.earlier_seconds = 0.0  # of starts that were interrupted
+        self._begun = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds = self.earlier_seconds + time.perf_counter() - self._begun
+        return {"seconds": seconds, "ended_early": self._ended_early}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier_seconds, self._ended_early = state_dict["seconds"], state_dict.get("ended_early", False)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the loops' progress as Lightning can resume it: its own, of an epoch's last step, it counts wrongly."""
+        epoch = trainer.num_training_batches
+        if math.isinf(epoch):  # of a loader without a length
+            return
+        fit = checkpoint["loops"]["fit_loop"]
+        batches = fit["epoch_loop.batch_progress"]
+        ended, rest = divmod(batches["total"]["ready"], epoch)
+        begun = ended + (rest > 0)
+        for part in ("total", "current"):
+            fit["epoch_progress"][part] = {"ready": ended + 1, "started": begun, "processed": ended, "completed": ended}
+            batches[part]["completed"] -= trainer.validating  # as before the validation, which is not done again
+        batches["is_last_batch"] = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signal, self._due, self._stopped, self._unkept = None, False, 0, False
+        trainer.should_stop |= self._ended_early
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = self.path.parent.stat().st_ino
+        self._handlers = handle_signals(self._on_signal)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._gone():
+            raise FileNotFoundError(str(self.path.parent))
+        loop = trainer.fit_loop.epoch_loop
+        batches = loop.total_batch_idx + 1
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        # Between the micro-batches of one optimizer step nothing is saved: the gathered gradients would be lost.
+        if not loop._should_accumulate() and (stop or batches % self.every_n_batches == 0):
+            self._stopped = batches if stop else 0
+            self._due = True
+            if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due:
+            self._save(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._keep(trainer)  # not sooner: Lightning logs a step, and a validation after it, when the step has ended
+        self._raise_if_stopped()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended_early = trainer.should_stop
+        self._save(trainer)
+        self._keep(trainer)
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):  # in a validation at the end
+            self._stopped = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self._raise_if_stopped()
+        self._restore_handlers()
+        self._folder = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+        batch = trainer.fit_loop.epoch_loop.batch_progress.total
+        if self.rescue is not None and trainer.is_global_zero and self._gone() and batch.ready == batch.processed:
+            trainer.save_checkpoint(self.rescue() / "checkpoints" / "last.ckpt")
+            self.rescued = True
+
+    def _gone(self) -> bool:
+        """Whether the folder in which training began has been deleted or renamed."""
+        try:
+            return self._folder is not None and self.path.parent.stat().st_ino != self._folder
+        except FileNotFoundError:
+            return True
+
+    def _save(self, trainer: Trainer) -> None:
+        with self._disk(), said_when_slow(f"writing {self.path}"):
+            trainer.save_checkpoint(self.path.with_suffix(".tmp"))
+        self._due, self._unkept = False, True
+
+    def _keep(self, trainer: Trainer) -> None:
+        """Let the checkpoint that was saved take the place of the one before."""
+        if not self._unkept:
+            return
+        self._unkept = False
+        with self._disk():
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.write()
+            if trainer.is_global_zero:
+                self.path.with_suffix(".tmp").replace(self.path)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            self._restore_handlers()
+            raise Interrupted(
+                f"stopped after step {self._stopped}, which is saved; run the same command again to go on", self._signal
+            )
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if number == self._signal == signal.SIGINT:  # pressed twice: now, without saving
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _restore_handlers(self) -> None:
+        restore_handlers(self._handlers)
+        self._handlers = {}
+
+
+class BestCheckpoint(Callback):
+    """Saves ``<folder>/best.ckpt`` whenever a validation during training shows a better figure than all before.
+
+    ``best`` is what that was: metric, value, step; None before any."""
+
+    def __init__(self, folder: str | Path, metric: str, mode: Literal["max", "min"] = "max") -> None:
+        self.path = Path(folder) / "best.ckpt"
+        self.metric, self.mode = metric, mode
+        self.best: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if self.metric not in trainer.callback_metrics:
+            known = ", ".join(sorted(n for n in trainer.callback_metrics if n.startswith("val/")))
+            raise UserError(f"keep.metric={self.metric}: validation logs no such figure; there are {known}")
+        value = trainer.callback_metrics[self.metric].item()
+        if math.isnan(value):  # there was nothing to measure
+            return
+        if self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"]):
+            self.best = {"metric": self.metric, "value": value, "step": trainer.fit_loop.epoch_loop.total_batch_idx + 1}
+            trainer.save_checkpoint(self.path)
+
+    def restore(self, module: LightningModule) -> None:
+        """Give ``module`` the best weights."""
+        if self.best is not None:
+            module.load_state_dict(read_checkpoint(self.path)["state_dict"])

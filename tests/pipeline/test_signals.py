@@ -1,0 +1,75 @@
+"""What a scheduler, a closed terminal and a person send, in a job of Slurm."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from lit_rlhf.errors import STOPPED
+from lit_rlhf.training.trained_state import weights_fingerprint
+
+SLURM = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_LOCALID": "0",
+         "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
+MORE = ["stage=sft", "run=job", "from_run=quickstart", "sft.trainer.max_epochs=20"]
+
+
+@pytest.fixture
+def job(lit_rlhf, finished_run, tmp_path):
+    """(signals, settings) -> exit code and what a job of Slurm says to them, and what ``scontrol`` was asked."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(finished_run / "runs" / "quickstart")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    env = {**lit_rlhf.env, **SLURM, "PATH": f"{tmp_path}/bin:{lit_rlhf.env['PATH']}"}
+
+    def run(*signals, settings=()):
+        process = subprocess.Popen(
+            lit_rlhf.command(*MORE, *settings), cwd=tmp_path, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while signals and not (tmp_path / "runs/job/sft/checkpoints/last.ckpt").is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.05)
+        said = "".join(process.communicate(timeout=300))
+        asked = tmp_path / "asked"
+        return process.returncode, said, asked.read_text() if asked.is_file() else ""
+
+    return run
+
+
+def weights_of(stage, name):
+    """(step, digest) of a checkpoint."""
+    checkpoint = torch.load(stage / "checkpoints" / name, weights_only=True)
+    step = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+    once = {tensor.data_ptr(): tensor for tensor in checkpoint["state_dict"].values()}  # tied weights have two names
+    return {"step": step, "digest": weights_fingerprint(iter(once.values()))}
+
+
+def test_slurm_takes_the_machine_back_and_the_job_ends_as_if_it_had_not(job, lit_rlhf, tmp_path, same_weights):
+    code, said, asked = job(signal.SIGUSR1, settings=["trainer.requeue=true"])
+    assert (code, asked) == (STOPPED, "requeue 4711\n"), said
+    assert "which is saved; run the same command again to go on" in said and "Traceback" not in said
+    sft = tmp_path / "runs" / "job" / "sft"
+    assert not list(sft.rglob("hpc_ckpt*")) and not (sft / "model").exists()
+    torch.save({"state_dict": {}}, sft / "hpc_ckpt_1.ckpt")  # of an older version; it was loaded before the export
+    code, said, _ = job()
+    assert code == 0 and "goes on from" in said
+    lit_rlhf(*MORE, "run=whole")
+    assert same_weights(sft, tmp_path / "runs" / "whole" / "sft")
+    for run in ("job", "whole"):
+        stage = tmp_path / "runs" / run / "sft"
+        assert json.loads((stage / "done.json").read_text())["weights"] == weights_of(stage, "last.ckpt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_no_warning_of_slurms_is_no_reason_to_requeue(job, number):
+    code, said, asked = job(signal.SIGCONT, number, number, settings=["trainer.requeue=true"])
+    assert (code, asked) == (STOPPED, "") and "run the same command again to go on" in said

@@ -1,0 +1,154 @@
+"""Where a stage is written: one writer at a time, and what is there stays until what takes its place is whole."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.command import prepare
+from lit_rlhf.pipeline.folder import register_resolvers
+from lit_rlhf.pipeline.settings import compose_settings
+from lit_rlhf.pipeline.stage_folder import StageFolder
+from lit_rlhf.training import read_metrics
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """(settings) -> the folder of SFT in the run ``quickstart``."""
+    register_resolvers()
+
+    def make(*settings):
+        cfg = compose_settings([f"paths.runs={tmp_path}/runs", "debug=fast", *settings])
+        prepare(cfg)
+        return StageFolder(cfg, "sft")
+
+    return make
+
+
+def result(folder, text):
+    """A finished stage, whose model is one file."""
+    folder.begin()
+    (folder.path / "model").mkdir(exist_ok=True)
+    (folder.path / "model" / "model.safetensors").write_text(text)
+    folder.finish({"figures": {}})
+
+
+def test_the_old_result_stays_until_the_new_one_is_whole(folder, tmp_path):
+    sft, model = tmp_path / "runs/quickstart/sft", tmp_path / "runs/quickstart/sft/model/model.safetensors"
+    result(folder(), "old")
+    again = folder("overwrite=true", "sft.optimizer.lr=1e-3")
+    again.begin()
+    (again.path / "model").mkdir()
+    assert model.read_text() == "old" and (sft / "done.json").is_file()
+    result(again, "new")
+    assert model.read_text() == "new" and again.path == sft and sorted(os.listdir(sft.parent)) == ["sft"]
+    assert folder("sft.optimizer.lr=1e-3").check()
+
+
+def test_an_interrupted_overwrite_goes_on_and_one_by_other_settings_begins_anew(folder):
+    result(folder(), "old")
+    first = folder("overwrite=true")
+    first.begin()
+    (first.path / "checkpoints").mkdir()
+    (first.path / "checkpoints" / "last.ckpt").touch()
+    second = folder("overwrite=true")
+    second.begin()
+    assert second.checkpoint is not None
+    third = folder("overwrite=true", "sft.optimizer.lr=1e-3")
+    third.begin()
+    assert third.checkpoint is None and (third.place / "model" / "model.safetensors").read_text() == "old"
+
+
+def test_files_of_a_stage_are_written_where_the_stage_is(folder, tmp_path):
+    own = f"{tmp_path}/runs/quickstart/sft"
+    data = ["sft/data=jsonl", f"sft.data.path={own}/rows.jsonl"]
+    again = folder("overwrite=true", f"sft.policy.path={own}/model", *data)
+    settings = again.written_here()
+    assert settings["policy"]["path"] == f"{own}/model"  # read before it is replaced
+    assert settings["data"]["path"] == f"{own}.new/rows.jsonl"
+    assert again.settings["sft"]["data"]["path"] == f"{own}/rows.jsonl"
+
+
+def test_one_command_writes_a_stage_and_the_other_says_who(folder):
+    first = folder()
+    with (
+        first.held(),
+        pytest.raises(UserError, match=rf"sft is being written by process {os.getpid()} on \S+ since \d{{4}}-"),
+        folder("overwrite=true").held(),
+    ):
+        raise AssertionError("two hold one lock")
+    with folder().held():
+        assert os.listdir(first.run) == [".sft.lock"]
+    assert os.listdir(first.run) == []
+
+
+def test_the_lock_of_a_killed_command_is_taken_over(folder):
+    run = folder().run
+    run.mkdir(parents=True)
+    code = (
+        f"from filelock import FileLock; import pathlib, time; lock = FileLock(r'{run}/.sft.lock'); lock.acquire();"
+        f"pathlib.Path(r'{run}/.sft.lock').write_text('process 1'); print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="is being written by process 1;"), folder().held():
+        pass
+    holder.kill()
+    holder.wait()
+    with folder().held():
+        assert str(os.getpid()) in (run / ".sft.lock").read_text()
+
+
+def test_where_files_cannot_be_locked_a_line_says_so(folder, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with folder().held():
+        pass
+    assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs", tmp_path / "runs")
+    return tmp_path / "runs" / "quickstart"
+
+
+def test_bad_data_destroys_nothing(lit_rlhf, run_copy, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "no response"}\n')
+    before = {file: file.read_bytes() for file in run_copy.rglob("*") if file.is_file()}
+    done = lit_rlhf("stage=sft", "overwrite=true", "sft/data=jsonl", "sft.data.path=bad.jsonl", check=False)
+    assert done.returncode == 2 and "bad.jsonl:1" in done.stderr
+    assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+def test_a_folder_that_goes_while_it_trains_is_rescued(lit_rlhf, run_copy, tmp_path, same_weights, how):
+    more = ["stage=sft", "from_run=quickstart", "sft.trainer.max_epochs=20", "sft.checkpoint_every=1000"]
+    lost = run_copy.parent / "lost"
+    command = lit_rlhf.command(*more, "run=lost")
+    process = subprocess.Popen(command, cwd=tmp_path, env=lit_rlhf.env, stderr=subprocess.PIPE, text=True)
+    while not (lost / "sft" / "checkpoints").is_dir() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGSTOP)  # or the training may end before the folder has gone
+    shutil.rmtree(lost) if how == "deleted" else lost.rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 2 and said.count("\n") == 1
+    assert "was deleted or renamed while it was written; the last step is saved in runs/lost-rescue/sft" in said
+    assert "goes on from" in lit_rlhf(*more, "run=lost-rescue").stdout
+    lit_rlhf(*more, "run=whole")
+    stages = [run_copy.parent / run / "sft" for run in ("lost-rescue", "whole")]
+    assert same_weights(*stages)
+    assert read_metrics(stages[0] / "metrics.csv") == read_metrics(stages[1] / "metrics.csv")
+    figures = [json.loads((stage / "done.json").read_text())["figures"] for stage in stages]
+    assert figures[0] == figures[1]
