@@ -65,11 +65,12 @@ def put_in_place(new: Path, folder: Path) -> None:
 
 def _swapped(one: Path, other: Path) -> bool:
     """Whether two names were exchanged: Linux and macOS can, on most of their file systems, and Python has no word."""
-    system = ctypes.CDLL(None) if os.name == "posix" else None
-    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    if os.name != "posix":
+        return False
+    system, names = ctypes.CDLL(None), (os.fsencode(one.absolute()), os.fsencode(other.absolute()))
     if hasattr(system, "renameat2"):
-        return system.renameat2(-1, names[0], -1, names[1], 2) == 0  # RENAME_EXCHANGE
-    return hasattr(system, "renamex_np") and system.renamex_np(*names, 2) == 0  # RENAME_SWAP
+        return bool(system.renameat2(-1, names[0], -1, names[1], 2) == 0)  # RENAME_EXCHANGE
+    return hasattr(system, "renamex_np") and bool(system.renamex_np(*names, 2) == 0)  # RENAME_SWAP
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:
