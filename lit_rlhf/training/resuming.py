@@ -82,9 +82,13 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Have what asks to stop handled; returns the handlers before. What is ignored, as under ``nohup``, stays so."""
-    here = threading.current_thread() is threading.main_thread()  # elsewhere Python lets nobody
-    heeded = [number for number in STOPPING if here and signal.getsignal(number) is not signal.SIG_IGN]
+    """Have what asks to stop handled; returns the handlers before. A closed terminal that ``nohup`` ignores stays so.
+
+    Ctrl-C is heeded where a shell ignores it, too: it does in all that a script starts in the background."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python lets nobody
+        return {}
+    closed = getattr(signal, "SIGHUP", None)
+    heeded = [number for number in STOPPING if number != closed or signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heeded}
 
 

@@ -26,10 +26,11 @@ def job(lit_rlhf, finished_run, tmp_path):
     (tmp_path / "bin" / "scontrol").chmod(0o755)
     env = {**lit_rlhf.env, **SLURM, "PATH": f"{tmp_path}/bin:{lit_rlhf.env['PATH']}"}
 
-    def run(*signals, settings=()):
+    def run(*signals, settings=(), hangup=signal.SIG_DFL):  # these tests may themselves be run by nohup
         process = subprocess.Popen(
             lit_rlhf.command(*MORE, *settings), cwd=tmp_path, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
         )  # fmt: skip
         deadline = time.monotonic() + 300
         while signals and not (tmp_path / "runs/job/sft/checkpoints/last.ckpt").is_file():
@@ -73,3 +74,8 @@ def test_slurm_takes_the_machine_back_and_the_job_ends_as_if_it_had_not(job, lit
 def test_a_signal_that_is_no_warning_of_slurms_is_no_reason_to_requeue(job, number):
     code, said, asked = job(signal.SIGCONT, number, number, settings=["trainer.requeue=true"])
     assert (code, asked) == (STOPPED, "") and "run the same command again to go on" in said
+
+
+def test_a_closed_terminal_is_ignored_under_nohup(job):
+    code, said, _ = job(signal.SIGHUP, hangup=signal.SIG_IGN)
+    assert code == 0 and "stopped" not in said
