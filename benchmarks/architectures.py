@@ -29,7 +29,7 @@ from lit_rlhf.models import next_token_logits, packed_hidden
 from lit_rlhf.models.policy import packs, response_positions
 from lit_rlhf.rollouts import Sampling, draw_seeds, generate
 from lit_rlhf.rollouts.decoder import WholeDecoder
-from lit_rlhf.rollouts.fast import _decoder
+from lit_rlhf.rollouts.fast import make_decoder
 from lit_rlhf.text.packing import Packed, pack
 
 ARCHITECTURES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -165,7 +165,7 @@ def sampled(row: Row, model: PreTrainedModel) -> None:
     drawn = generate(model, prompts, Sampling(max_new_tokens=6), **ends)
     whole = [prompt + answer for prompt, answer in zip(prompts, drawn.token_lists())]
     own = [of_text(model(input_ids=torch.tensor([text]), use_cache=False).logits[0], text)[-6:] for text in whole]
-    way = OWN_WAY if isinstance(_decoder(model, 4, CONTEXT, 0, False), WholeDecoder) else EQUAL
+    way = OWN_WAY if isinstance(make_decoder(model, 4, CONTEXT, 0, False), WholeDecoder) else EQUAL
     row.sampled_logprobs = compared(list(drawn.logprobs), own, way)
     greedy = generate(model, prompts, Sampling(max_new_tokens=6, temperature=0.0), **ends).tokens
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.functional import drawn_figures
 from lit_rlhf.models.kernels.decoding import CachedDecoder
 from lit_rlhf.rollouts.engine import Engine, Request, Responses
-from lit_rlhf.rollouts.fast import _decoder, cache_bytes, rows_that_fit
+from lit_rlhf.rollouts.fast import cache_bytes, make_decoder, rows_that_fit
 from lit_rlhf.training.dry_run import Meter
 
 
@@ -33,7 +33,7 @@ class DryEngine:
         rows = min(len(prompts), known["rows"] or rows_that_fit(self.policy, width, known["cache_gib"]))
         cache = rows * cache_bytes(self.policy, width)
         self.meter.cache = max(self.meter.cache, cache)
-        decoder = _decoder(self.policy, rows, width, 0, False)
+        decoder = make_decoder(self.policy, rows, width, 0, False)
         hidden = decoder.begin(prompts[:rows])
         grown = 0 if isinstance(decoder, CachedDecoder) else cache // 4  # its cache grows with what is written
         logits, _ = decoder.logits(hidden).float(), torch.empty(grown, device="meta")

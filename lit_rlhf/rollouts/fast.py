@@ -257,7 +257,7 @@ def _draw(
     check_room(model, prompts, sampling)
     longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
     rows = min(rows or len(prompts), len(prompts))
-    decoder = _decoder(model, rows, longest + limit, pad_id, cuda_graphs and device.type == "cuda")
+    decoder = make_decoder(model, rows, longest + limit, pad_id, cuda_graphs and device.type == "cuda")
     ends_there = torch.tensor(ends, device=device)
     begun = rows
     answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
@@ -321,7 +321,7 @@ def _closed_up(going: Tensor) -> Tensor:
     return rows
 
 
-def _decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, graphs: bool) -> Decoder:
+def make_decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, graphs: bool) -> Decoder:
     """The fastest that goes on with texts as the model itself does."""
     dtype = compute_dtype(model)
 

@@ -442,8 +442,8 @@ def test_new_prompts_take_the_places_of_answers_that_end(policy, prompts, plain)
 
 def test_as_many_answers_at_a_time_as_fit_into_memory(policy, prompts, monkeypatch):
     prompts, begun, policy = [*prompts, *prompts[::-1]], [], policy.double()
-    real = fast._decoder
-    monkeypatch.setattr(fast, "_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
+    real = fast.make_decoder
+    monkeypatch.setattr(fast, "make_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
     whole = by_both(policy, prompts, Sampling(20))[0]
     # Keys and values in float64, for prompts of 11 tokens and 20 new ones; float32 logits, and three as large.
     trunk = ForwardPass.of(policy, 31)
