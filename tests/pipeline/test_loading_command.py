@@ -1,6 +1,7 @@
 """Whatever stage or command loads a broken model refuses it, by name and in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,15 +71,42 @@ def settings_of(arguments):
     return cfg.stage, OmegaConf.create(resolved(cfg, cfg.stage))
 
 
+UP = "model.layers.0.mlp.up_proj.weight"
+FAULTS = {  # of the tensors, and what is said of each
+    "nan": (lambda w: w, "up_proj.weight holds 1 of 256"),
+    "infinite": (lambda w: w[UP].fill_(torch.inf), "up_proj.weight holds 256 of 256"),
+    "missing": (lambda w: w.pop(UP), f"1 missing ({UP})"),
+    "unexpected": (lambda w: w.update({UP: torch.ones(16, 16), "odd": torch.ones(2)}), "1 unexpected (odd)"),
+    "shape": (lambda w: w.update({UP: torch.ones(3, 16)}), f"{UP} is [3, 16] for [16, 16]"),
+}
+
+
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_every_stage_refuses_a_broken_model(models, consumer):
     stage, settings = settings_of(CONSUMERS[consumer].format(models))
-    check_models(stage, settings)
+    for change, expected in FAULTS.values():
+        for name in ("bad_policy", "bad_reward"):
+            weights = load_file(models / name / "model.safetensors")
+            change(weights)
+            save_file(weights, models / name / "model.safetensors", metadata={"format": "pt"})
+        check_models(stage, settings)
+        with pytest.raises(Exception) as error:
+            load_models(stage, settings, load_tokenizer(models / "policy"))
+        said = users_mistake(error.value)
+        assert said is not None and "\n" not in str(said)
+        assert str(said).startswith(f"{models / 'bad_'}") and expected in str(said)
+
+
+@pytest.mark.parametrize("consumer", [c for c in CONSUMERS if c != "reward"])  # which goes on from either
+def test_every_stage_refuses_a_model_of_another_kind(models, consumer):
+    for name, other in (("bad_policy", "reward"), ("bad_reward", "policy")):
+        shutil.rmtree(models / name)
+        shutil.copytree(models / other, models / name)
+    stage, settings = settings_of(CONSUMERS[consumer].format(models))
     with pytest.raises(Exception) as error:
         load_models(stage, settings, load_tokenizer(models / "policy"))
-    said = users_mistake(error.value)
-    assert said is not None and "\n" not in str(said)
-    assert str(said).startswith(f"{models / 'bad_'}") and "up_proj.weight holds 1 of 256" in str(said)
+    said = str(users_mistake(error.value))
+    assert said.startswith(f"{models / 'bad_'}") and " was expected" in said and "\n" not in said
 
 
 def test_model_hf_without_a_path_asks_for_it_where_nothing_else_is_named(lit_rlhf, models, tmp_path):
