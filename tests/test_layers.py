@@ -18,6 +18,7 @@ LAYERS = (
     "models",
     "text",
     "functional",
+    "finished",
     "files",
     "errors",
 )  # top to bottom

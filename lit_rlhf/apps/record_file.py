@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import damaged, json_value, read_bytes
 
 
 class RecordFile:
@@ -25,7 +26,7 @@ class RecordFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All records, whoever wrote them. Raises ``UserError``, naming the line, where one is none."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return []
         with self._alone("not read"):
             lines = self._whole_lines().split(b"\n")
@@ -79,12 +80,12 @@ class RecordFile:
 
     def _whole_lines(self) -> bytes:
         """All lines, each with its end."""
-        data = self.path.read_bytes() if self.path.is_file() else b""
+        data = read_bytes(self.path) or b""
         whole = data.rfind(b"\n") + 1
         if whole == len(data):
             return data
         try:
-            json.loads(data[whole:])
+            json_value(data[whole:].decode("utf-8"))
         except ValueError:
             os.truncate(self.path, whole)
             return data[:whole]
@@ -93,20 +94,19 @@ class RecordFile:
         return data + b"\n"
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        cure = "fix the line, or move the file away and start again"
         try:
-            record = json.loads(line)
+            record = json_value(line.decode("utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("an object with named fields was expected")
         except ValueError as error:
-            raise UserError(
-                f"{self.path}:{number}: not a record ({error}). Fix the line, or move the file away and start again"
-            ) from None
+            raise damaged(self.path, f"not a record: {error}", number, cure) from None
         return record
 
 
 def _holds(line: bytes, record: dict[str, Any]) -> bool:
     try:
-        return json.loads(line) == record
+        return bool(json_value(line.decode("utf-8")) == record)
     except ValueError:
         return False
 

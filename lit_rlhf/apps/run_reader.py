@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import Field
 
-from lit_rlhf.errors import UserError
-from lit_rlhf.files import read_json
+from lit_rlhf.errors import UserError, say
+from lit_rlhf.files import Checked, read_json, read_jsonl, read_text, read_yaml
+from lit_rlhf.finished import changes, read_done
 from lit_rlhf.stages.stage import SFT_STD, all_stages
 from lit_rlhf.training.metrics_file import read_metrics
+
+
+class Summary(Checked):
+    """The fields of ``summary.json`` that others read."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The headline figures of a run; nothing where no stage is finished."""
+    return read_json(folder / "summary.json", Summary)
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,7 @@ class Run:
     samples: dict[str, list[dict[str, Any]]]
     health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
     rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint that took the place of pretraining; "" where there was none."""
-        origins = [(yaml.safe_load(text) or {}).get("origin") or {} for text in self.settings.values()]
-        return next((Path(origin["checkpoint"]).name for origin in origins if origin.get("checkpoint")), "")
+    checkpoint: str = ""  # name of that which took the place of pretraining; "": there was none
 
     @property
     def scored_by(self) -> str:
@@ -67,9 +73,9 @@ def newest(run: Path, inside: str) -> Path:
 
 def load_run(path: Path) -> Run:
     """Read a run's folder; of stages that were gone through in rounds, the last round's."""
-    summary = read_json(path / "summary.json")
+    summary = read_summary(path)
     folders = {stage: newest(path, stage) for stage in all_stages()}
-    done = {stage: read_json(folder / "done.json") for stage, folder in folders.items()}
+    done = {stage: read_done(folder) for stage, folder in folders.items()}
     done = {stage: record for stage, record in done.items() if record}
     metrics = {stage: read_metrics(folder / "metrics.csv") for stage, folder in folders.items()}
     metrics = {stage: rows for stage, rows in metrics.items() if rows}
@@ -79,6 +85,12 @@ def load_run(path: Path) -> Run:
     seconds = {stage: record["seconds"] for stage, record in done.items() if record.get("seconds") is not None}
     if round_folders(path):  # of all rounds together
         seconds = {stage: value for stage, value in summary.get("seconds", {}).items() if stage in done}
+    for folder in folders.values():
+        for name, how in changes(folder).items():
+            if (folder / name).parent == folder:
+                say(f"report: {folder / name}: {how} since the stage ended")
+    settings = {stage: known for stage, f in folders.items() if (known := read_yaml(f / "config.yaml"))}
+    origins = [known.get("origin") or {} for known in settings.values()]
     return Run(
         name=_run_name(path.resolve()),
         seed=summary.get("seed"),
@@ -88,10 +100,11 @@ def load_run(path: Path) -> Run:
         metrics=metrics,
         data={stage: record.get("data") or {} for stage, record in done.items()},
         versions={name: v for record in done.values() for name, v in (record.get("versions") or {}).items()},
-        settings={s: _read_text(f / "config.yaml") for s, f in folders.items() if (f / "config.yaml").is_file()},
+        settings={stage: read_text(folders[stage] / "config.yaml") or "" for stage in settings},
         samples={stage: read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
-        health=read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").is_file() else None,
-        rounds={f.name: known for f in round_folders(path) if (known := read_json(f / "summary.json"))},
+        health=read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").exists() else None,
+        rounds={f.name: known for f in round_folders(path) if (known := read_summary(f))},
+        checkpoint=next((Path(origin["checkpoint"]).name for origin in origins if origin.get("checkpoint")), ""),
     )
 
 
@@ -101,13 +114,3 @@ def _run_name(path: Path) -> str:
         return "/".join(path.parts[-4:])
     return "/".join(path.parts[-3:]) if path.parent.name == "rounds" else path.name
 
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    # Not splitlines(): a text may hold line separators of Unicode.
-    return [json.loads(line) for line in _read_text(path).split("\n") if line.strip()]

@@ -7,19 +7,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.files import read_json
+from lit_rlhf.apps.run_reader import read_summary
+from lit_rlhf.errors import UserError
+from lit_rlhf.files import Checked, read_json
+
+
+class Ended(Checked):
+    """``job.json``: how a job of a sweep ended."""
+
+    status: str
+    overrides: list[str]
+    error: str = ""
+    objective: str = "objective"
+    value: float | None = None
 
 
 class Job:
-    """One job of a sweep, as its folder tells."""
+    """One job of a sweep, as its folder tells; one whose files are damaged has failed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
-        self.record: dict[str, Any] = read_json(folder / "job.json")
+        try:
+            self.record: dict[str, Any] = read_json(folder / "job.json", Ended)
+            figures = read_summary(folder)
+        except UserError as error:
+            self.record, figures = {"status": "damaged", "overrides": [], "error": str(error)}, {}
         self.status: str = self.record["status"]
         pairs = [o.lstrip("+~").split("=", 1) for o in self.record["overrides"]]
         self.settings: dict[str, str] = {p[0]: p[1] for p in pairs if len(p) == 2}
-        self.figures = numbers(read_json(folder / "summary.json")) if self.done else {}
+        self.figures = numbers(figures) if self.done else {}
 
     @property
     def done(self) -> bool:

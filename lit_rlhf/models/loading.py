@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import cached_file
 
 from lit_rlhf.errors import UserError, say
+from lit_rlhf.finished import check_unchanged
 from lit_rlhf.text.model_folder import model_settings
 
 MODEL_TYPE = "lit_rlhf_reward"  # in the config.json of a reward model that transformers does not know
@@ -145,7 +146,9 @@ def load_config(path: str | Path) -> PretrainedConfig:
 
 
 def check_files(folder: Path) -> None:
-    """Raise ``UserError`` where a folder holds no config.json, or not all of its weights in safetensors."""
+    """Raise ``UserError`` where a folder holds no config.json, or not all of its weights in safetensors, or where the
+    stage that wrote it had left other files."""
+    check_unchanged(folder)
     if (folder / "adapter_config.json").is_file():
         base = model_settings(folder, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(f"{folder}: an adapter (adapter_config.json) of {base}, where a whole model was expected")
@@ -249,18 +252,25 @@ def check_tensors(
         )
 
 
-def check_finite(model: torch.nn.Module, path: str | Path) -> None:
+def check_finite(
+    model: torch.nn.Module, path: str | Path, cure: str = "take a checkpoint from before it diverged"
+) -> None:
     """Raise ``UserError``, with its name, where a tensor holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
-        # Least and largest are NaN where one number is: a pass over memory that takes none.
-        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            raise UserError(
-                f"{path}: tensor {name} holds {bad} of {tensor.numel()} numbers that are NaN or infinite"
-                f" (as {str(tensor.dtype).removeprefix('torch.')}); take a checkpoint from before it diverged"
-            )
+        if said := not_finite(tensor):
+            raise UserError(f"{path}: tensor {name} holds {said}; {cure}")
+
+
+def not_finite(tensor: torch.Tensor) -> str:
+    """How many numbers of a tensor are NaN or infinite, in words; "" where none is."""
+    # Least and largest are NaN where one number is: a pass over memory that takes none.
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    if torch.stack(tensor.aminmax()).isfinite().all():
+        return ""
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{bad} of {tensor.numel()} numbers that are NaN or infinite (as {dtype})"
 
 
 def format_of(path: str | Path, export_dtype: Dtype | None = None) -> CheckpointFormat:

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
-from lit_rlhf.models.loading import checkpoint_format
+from lit_rlhf.models.loading import checkpoint_format, not_finite
 from lit_rlhf.models.quantization import Model, is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 
@@ -288,6 +289,7 @@ def _base_identity(folder: Path) -> str | None:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
+    check_unchanged(folder)
     file = folder / WEIGHTS
     if not file.is_file():
         other = next((f.name for f in folder.glob("adapter_model.*")), None)
@@ -297,9 +299,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cut off or damaged ({error}); copy it again") from None
-    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if bad:
-        raise UserError(f"{file}: {bad[0]} holds numbers that are not finite")
+    for name, tensor in weights.items():
+        if said := not_finite(tensor):
+            raise UserError(f"{file}: {name} holds {said}; take an adapter from before it diverged")
     return weights
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -10,15 +9,44 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import Checked, damaged, read_yaml
+from lit_rlhf.finished import digest_of
 from lit_rlhf.pipeline.settings import resolved, stages_of
 from lit_rlhf.stages.stage import Stage, all_stages
 
 NEW = ".new"  # ends the name of the folder in which a stage is done again, until it takes the place of the old one
+
+
+class Seed(Checked):
+    """Settings of the world, or of the split."""
+
+    seed: int
+
+
+class Begun(Checked):
+    """What a run began with, beside the settings of a stage."""
+
+    from_run: str | None = None
+    checkpoint: str | None = None
+    recipe: str | None = None
+
+
+class Written(Checked):
+    """The fields of ``config.yaml`` that others read; beside them stand the stage's own settings."""
+
+    __pydantic_extra__: dict[str, dict[str, Any]]
+    world: Seed | None = None
+    split: Seed | None = None
+    origin: Begun | None = None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings with which the stage in ``folder`` was begun; nothing where it was not."""
+    return read_yaml(folder / "config.yaml", Written)
 
 
 class Origin(NamedTuple):
@@ -32,8 +60,11 @@ class Origin(NamedTuple):
 
 def origin_of(run: Path) -> Origin:
     """What the stages of a run have written down beside their settings; nothing where there is no such run."""
-    files = [*sorted(run.glob("*/config.yaml")), *sorted(run.glob("rounds/*/*/config.yaml"))]
-    written = [origin_of_stage(file.parent) for file in files if file.parent.suffix != NEW]
+    folders: dict[Path, None] = {}
+    for stages in ("*", "rounds/*/*"):
+        found = {file.parent for name in ("config.yaml", "done.json") for file in run.glob(f"{stages}/{name}")}
+        folders |= dict.fromkeys(sorted(found))
+    written = [origin_of_stage(folder) for folder in folders if folder.suffix != NEW]
     seeds = {part: o.seeds[part] for o in reversed(written) for part in o.seeds}
     runs = list(dict.fromkeys(name for o in written for name in o.runs))
     checkpoint = next((o.checkpoint for o in written if o.checkpoint), None)
@@ -43,13 +74,17 @@ def origin_of(run: Path) -> Origin:
 def origin_of_stage(folder: Path) -> Origin:
     """What one stage of a run has written down; nothing where ``folder`` is not that of a stage."""
     file = folder / "config.yaml"
-    return _origin(file, file.stat().st_mtime_ns) if file.is_file() else Origin({}, [], None, None)
+    if os.path.lexists(file):
+        return _origin(file, file.lstat().st_mtime_ns)
+    if (folder / "done.json").exists():
+        raise damaged(file, "it is gone, and the stage is finished")
+    return Origin({}, [], None, None)
 
 
 @cache
 def _origin(file: Path, changed: int) -> Origin:
     """Read once, for many settings ask."""
-    settings = read_yaml(file)
+    settings = read_settings(file.parent)
     seeds = {part: settings[part]["seed"] for part in ("world", "split") if part in settings}
     known = settings.get("origin") or {}
     runs = [known["from_run"]] if known.get("from_run") else []
@@ -247,11 +282,7 @@ def fingerprint_of(path: Path) -> str | None:
 
     if path.is_dir():
         return fingerprint(path)
-    if not path.is_file():
-        return None
-    # A person who turns a ranking round changes no length.
-    with path.open("rb") as file:
-        return f"{path.stat().st_size} bytes {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    return digest_of(path) if path.is_file() else None  # a person who turns a ranking round changes no length
 
 
 def check_inputs(cfg: DictConfig) -> None:
@@ -304,8 +335,3 @@ def check_records(cfg: DictConfig) -> None:
         for path in files_of(data.get("path") or []):
             if Path(path).is_file() and not Path(path).is_relative_to(cfg.paths.runs):
                 load_records(path, kind.parse_record, *how)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings as they were written."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))

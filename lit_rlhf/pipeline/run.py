@@ -42,7 +42,7 @@ from lit_rlhf.training.callbacks import FirstSteps, StageProgressBar, StopOnNonF
 from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.memory import Peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
-from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState
+from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState, check_training
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 
@@ -232,10 +232,12 @@ def gone(folder: StageFolder, rescued: MetricsFile | None) -> UserError:
 
 def exported_weights(trainer: Trainer, module: LightningModule, folder: StageFolder) -> dict[str, Any]:
     """The step whose weights are about to be exported, and their digest. Raises ``UserError`` where they are not those
-    of the checkpoint of that step."""
+    of the checkpoint of that step, or are not finite."""
     best = next((c.best for c in trainer.callbacks if isinstance(c, BestCheckpoint)), None)
     step = best["step"] if best else trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    saved = read_checkpoint(folder.path / "checkpoints" / ("best.ckpt" if best else "last.ckpt"))["state_dict"]
+    path = folder.path / "checkpoints" / ("best.ckpt" if best else "last.ckpt")
+    check_training(module, [], path)
+    saved = read_checkpoint(path)["state_dict"]
     state = module.state_dict()
     names = [name for name, _ in module.named_parameters() if name in state]
     digest = weights_fingerprint(state[name] for name in names)

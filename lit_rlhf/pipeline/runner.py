@@ -12,10 +12,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
-from lit_rlhf.apps.run_reader import newest, round_folders
+from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
 from lit_rlhf.errors import STOPPED, Interrupted, UserError, is_main_process
-from lit_rlhf.files import read_json, write_text
-from lit_rlhf.pipeline.folder import check_inputs, check_records, checkpoint_of, read_yaml, start_of
+from lit_rlhf.files import write_text
+from lit_rlhf.finished import read_done
+from lit_rlhf.pipeline.folder import check_inputs, check_records, checkpoint_of, read_settings, start_of
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.pipeline.stage_folder import StageFolder
@@ -79,17 +80,17 @@ def write_summary(run: Path) -> dict[str, Any]:
     """``summary.json``: the headline figures of all finished stages; the seed is the last one's.
 
     Of stages that were gone through in rounds it has the last round's, and ``rounds`` has each round's own."""
-    done = {name: read_json(newest(run, f"{name}/done.json")) for name in all_stages()}
+    done = {name: read_done(newest(run, name)) for name in all_stages()}
     records = {name: record for name, record in done.items() if record}
-    rounds = [read_json(folder / "summary.json") for folder in round_folders(run)]
-    seconds = {name: record["seconds"] for name, record in records.items()}
+    rounds = [read_summary(folder) for folder in round_folders(run)]
+    seconds = {name: record["seconds"] or 0.0 for name, record in records.items()}
     if rounds:
-        each = [r["seconds"] for r in rounds if r]
+        each = [r.get("seconds", {}) for r in rounds]
         seconds |= {name: sum(s.get(name, 0.0) for s in each) for name in seconds if any(name in s for s in each)}
     summary = {
-        "seed": [read_yaml(newest(run, f"{name}/config.yaml"))[name]["seed"] for name in records][-1],
+        "seed": [read_settings(newest(run, name)).get(name, {}).get("seed") for name in records][-1],
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "peak_mib": {name: record["memory"]["peak_mib"] for name, record in records.items() if "memory" in record},
+        "peak_mib": {name: record["memory"]["peak_mib"] for name, record in records.items() if record["memory"]},
         **{name: record["figures"] for name, record in records.items()},
         **({"rounds": rounds} if rounds else {}),
     }

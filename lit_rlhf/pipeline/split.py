@@ -7,13 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
+from pydantic import Field
 
-from lit_rlhf.files import read_json, write_text
+from lit_rlhf.files import Checked, read_json, write_text
 from lit_rlhf.pipeline.folder import lineage
-from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED, trained_stages
+from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED, read_trained_prompts, trained_stages
 from lit_rlhf.text.records import Moved
 
 FILE = "split.json"
+
+
+class Sides(Checked):
+    """Fingerprints of the prompts that changed sides."""
+
+    held_out: list[str] = Field(default_factory=list)
+    train: list[str] = Field(default_factory=list)
 
 
 def remembered_split(cfg: DictConfig) -> Moved:
@@ -21,14 +29,13 @@ def remembered_split(cfg: DictConfig) -> Moved:
     trained on there."""
     moved = Moved()
     for run in _runs(cfg):
-        known = read_json(run / FILE)
+        known = read_json(run / FILE, Sides)
         # What this run says comes first: it took over what it knew of the others.
         moved.held_out |= set(known.get("held_out", ())) - moved.train
         moved.train |= set(known.get("train", ())) - moved.held_out
         models = [file.parent / "model" for file in [*run.glob(f"*/{TRAINED}"), *run.glob(f"rounds/*/*/{TRAINED}")]]
         for folder in trained_stages(models):
-            if (folder / TRAINED).is_file():
-                moved.trained |= set((folder / TRAINED).read_text(encoding="utf-8").split())
+            moved.trained |= read_trained_prompts(folder) or set()
     return moved
 
 

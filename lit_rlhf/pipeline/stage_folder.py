@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -12,14 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.files import read_json, write_text
-from lit_rlhf.models.checkpoint import fingerprint, put_in_place
-from lit_rlhf.pipeline.folder import NEW, absolute, fingerprint_of, input_paths, read_yaml
+from lit_rlhf.files import damaged, write_yaml
+from lit_rlhf.finished import changes, check_unchanged, read_done, write_done
+from lit_rlhf.models.checkpoint import put_in_place
+from lit_rlhf.pipeline.folder import NEW, absolute, collecting_stage, fingerprint_of, input_paths, read_settings
 from lit_rlhf.pipeline.settings import resolved
 
 # How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
@@ -51,13 +50,13 @@ class StageFolder:
     @property
     def done(self) -> dict[str, Any] | None:
         """What the finished stage left behind; None while it is not finished."""
-        return read_json(self.path / "done.json") or None
+        return read_done(self.path) or None
 
     @property
     def checkpoint(self) -> Path | None:
         """Where training goes on, if it was interrupted."""
         path = self.path / "checkpoints" / "last.ckpt"
-        return path if path.is_file() else None
+        return path if os.path.lexists(path) else None
 
     def check(self) -> bool:
         """Whether the stage is finished already; raises ``UserError`` where it was made by other settings."""
@@ -75,6 +74,7 @@ class StageFolder:
         done = self.done
         if done is None:
             return False
+        self._check_files()
         for path, known in done["inputs"].items():
             now_there = fingerprint_of(self.run / path)
             if now_there is None or now_there.startswith(known):  # older versions wrote down a file's size alone
@@ -87,9 +87,20 @@ class StageFolder:
             )
         return True
 
+    def _check_files(self) -> None:
+        """Raise ``UserError`` where what others read is not as the finished stage left it, and say what else is not.
+
+        A model that was removed as a whole is missed by those who want it."""
+        for name in ("model", "adapter", "trained_prompts.txt"):
+            if (self.path / name).exists() or name == "trained_prompts.txt":
+                check_unchanged(self.path / name)
+        for name, how in changes(self.path).items():
+            if not name.startswith(("model", "adapter")):
+                say(f"{self.stage}: {os.path.normpath(self.path / name)}: {how} since the stage ended")
+
     def _changed(self) -> list[str]:
         """Settings that are others than those that were written down."""
-        before = self._comparable(read_yaml(self.path / "config.yaml"))
+        before = self._comparable(read_settings(self.path))
         now = self._comparable(self.settings)
         return [
             f"{key} was {before.get(key, 'not there')}, now {now.get(key, 'not there')}"
@@ -99,8 +110,10 @@ class StageFolder:
 
     def _has_results(self) -> bool:
         """Whether anything was reached: a start that failed before its first checkpoint binds nobody."""
-        reached = self.done is not None or self.checkpoint is not None or (self.path / "progress.jsonl").is_file()
-        return reached and (self.path / "config.yaml").is_file()
+        reached = self.done is not None or self.checkpoint is not None or (self.path / "progress.jsonl").exists()
+        if reached and not (self.path / "config.yaml").exists():
+            raise damaged(self.path / "config.yaml", "it is gone, and results are there")
+        return reached
 
     def _waits_for_people(self) -> bool:
         """Whether there are answers that nobody but people has ranked: who they are, and what they say, may change."""
@@ -117,7 +130,7 @@ class StageFolder:
             lock.acquire(timeout=0)
             file.write_text(holder, encoding="utf-8")
         except Timeout:
-            other = file.read_text(encoding="utf-8") or "another process"
+            other = file.read_text(encoding="utf-8", errors="replace") or "another process"
             raise UserError(
                 f"{self.place} is being written by {other}; wait for that to end, stop it, or choose another run="
             ) from None
@@ -163,13 +176,14 @@ class StageFolder:
         return path
 
     def _write_settings(self, folder: Path) -> None:
-        write_text(folder / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        write_yaml(folder / "config.yaml", self.settings)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Mark the stage as finished, and put it in its place."""
         inputs = {os.path.relpath(path, self.run): fingerprint_of(path) for path in self.inputs()}
-        record = {"stage": self.stage, **record, "inputs": inputs, "model": fingerprint(self.path / "model")}
-        write_text(self.path / "done.json", json.dumps(record, indent=2) + "\n")
+        collected = [*(self.run / "data").glob("*-*.jsonl")] if self.stage == collecting_stage() else []
+        written = [file for file in collected if file.name.startswith(("answers-", "rankings-"))]
+        write_done(self.path, {"stage": self.stage, **record, "inputs": inputs}, written)
         if self.path != self.place:
             put_in_place(self.path, self.place)
             self.path = self.place
@@ -181,7 +195,7 @@ class StageFolder:
 
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
-        flat = dict(_flat(settings))
+        flat = {key: value for key, value in _flat(settings) if key != "format"}
         skip = ("origin.", *(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING)))
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 

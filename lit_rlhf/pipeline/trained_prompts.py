@@ -5,6 +5,7 @@ words. Pretraining text is not looked through: it has no prompts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from lightning import LightningDataModule
 from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import read_json, write_text
-from lit_rlhf.pipeline.folder import input_paths, read_yaml
+from lit_rlhf.files import damaged, read_text, write_text
+from lit_rlhf.finished import check_unchanged, read_done
+from lit_rlhf.pipeline.folder import input_paths, read_settings
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import prompt_fingerprint, shown
 
@@ -28,6 +30,16 @@ def write_trained_prompts(stage: str, folder: Path, data: LightningDataModule) -
         write_text(folder / FILE, "".join(f"{line}\n" for line in prints))
 
 
+def read_trained_prompts(folder: Path) -> set[str] | None:
+    """Fingerprints of the prompts that the stage in ``folder`` has trained on; None where it does not say."""
+    check_unchanged(folder / FILE)
+    text = read_text(folder / FILE)
+    prints = None if text is None else set(text.split())
+    if prints and (not text.endswith("\n") or any(not re.fullmatch("[0-9a-f]{16}", each) for each in prints)):
+        raise damaged(folder / FILE, "lines of 16 hex digits were expected")
+    return prints
+
+
 def check_trained(stage: str, settings: DictConfig, data: Any) -> dict[str, int]:
     """Stage folder -> how many of the prompts to be evaluated it has trained on, for all that the models came from.
 
@@ -36,8 +48,8 @@ def check_trained(stage: str, settings: DictConfig, data: Any) -> dict[str, int]
     seen: dict[str, set[str]] = {}
     models = [Path(path) for _, path in input_paths(stage, settings)]
     for folder in trained_stages([model for model in models if model.exists()]):  # one that is not there is left out
-        if (folder / FILE).is_file():
-            seen[str(folder)] = held_out.keys() & (folder / FILE).read_text(encoding="utf-8").split()
+        if (prints := read_trained_prompts(folder)) is not None:
+            seen[str(folder)] = held_out.keys() & prints
         elif folder.name in all_stages() and all_stages()[folder.name].trains_on_prompts:  # by an older version
             print(f"{stage}: {folder} does not say which prompts it was trained on, so that was not checked")
     leaked = {folder: prints for folder, prints in seen.items() if prints}
@@ -66,12 +78,12 @@ def trained_stages(models: list[Path]) -> Iterator[Path]:
             continue
         seen.add(folder)
         yield folder
-        inputs = read_json(folder / "done.json").get("inputs", {})  # of a model from elsewhere nobody knows
+        inputs = read_done(folder).get("inputs", {})  # of a model from elsewhere nobody knows
         todo += [folder.parent / path for path in inputs if Path(path).name == "model"]
 
 
 def _place(folder: Path) -> str:
     """A stage and the file that it was trained on."""
-    data = read_yaml(folder / "config.yaml")[folder.name]["data"]
+    data = read_settings(folder).get(folder.name, {}).get("data") or {}
     source = data.get("path") or "the built-in world"
     return f"{folder.name} ({source}; {folder})"

@@ -1,13 +1,17 @@
-"""Checkpoint files, written and read without a second copy in memory."""
+"""Checkpoint files: written whole, read without a second copy in memory, and checked for damage."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lit_rlhf.errors import UserError, first_line
+from lit_rlhf.files import check_regular, damaged
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -27,9 +31,23 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
-    """``torch.load``; on Linux and macOS tensors stay on disk until they are looked at."""
-    # Elsewhere a file that is mapped cannot be replaced by the next checkpoint.
-    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=os.name == "posix")
+    """``torch.load``; on Linux and macOS tensors stay on disk until they are looked at.
+
+    Raises ``UserError`` where the file is not what was written."""
+    path = Path(path)
+    try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as file:  # which keeps a checksum of each tensor; torch does not look at them
+            wrong = file.testzip()
+        # Elsewhere a file that is mapped cannot be replaced by the next checkpoint.
+        found = None if wrong else torch.load(path, "cpu", weights_only=weights_only, mmap=os.name == "posix")
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and pickle have many kinds
+        raise damaged(path, first_line(error)) from None
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise damaged(path, f"{wrong} was changed" if wrong else "no checkpoint of a training")
+    return found
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -12,7 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_rlhf.files import write_text
+from lit_rlhf.errors import say
+from lit_rlhf.files import Checked, damaged, read_jsonl, read_text, write_text
 
 
 class MetricsFile(Logger):
@@ -55,6 +56,11 @@ class MetricsFile(Logger):
         if time.monotonic() > self._due:
             self.write()
 
+    @property
+    def rows(self) -> int:
+        """How many steps have logged something."""
+        return len(self._rows or {})
+
     @rank_zero_only
     def write(self, anew: bool = False) -> None:
         """Everything that was logged so far; ``anew``: into another file than before."""
@@ -77,20 +83,38 @@ class MetricsFile(Logger):
 def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
     """step -> {metric: value} of a ``metrics.csv``; empty where there is no such file.
 
-    A line without its end, of a process that was killed as it wrote, is none."""
-    if not Path(path).is_file():
-        return {}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return {
-            int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(line for line in file if line.endswith("\n"))
-        }
+    A last line without its end is none, and a line says so. Raises ``UserError``, naming the line, for other damage."""
+    path, found = Path(path), dict[int, dict[str, float]]()
+    *lines, half = (read_text(path) or "").split("\n")
+    if half:
+        say(f"{path}: its last line has no end; it is left out")
+    table = csv.reader(lines, strict=True)
+    try:
+        first, *names = next(table, ["step"])
+        if first != "step":
+            raise ValueError(f"{first[:40]!r} was found, where 'step' was expected")
+        for step, *values in table:
+            if len(values) != len(names):
+                raise ValueError(f"{1 + len(values)} fields, where {1 + len(names)} were expected")
+            found[int(step)] = {name: float(value) for name, value in zip(names, values) if value}
+    except (ValueError, csv.Error) as error:
+        raise damaged(path, str(error), table.line_num) from None
+    return found
+
+
+class Stepped(Checked):
+    """A row of ``samples.jsonl`` and the like, which a step of training has written."""
+
+    step: int
 
 
 def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
     """Append JSON lines; what an interrupted run had written of this step or later ones is dropped first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in old if json.loads(line)["step"] < step]
-    lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
-    write_text(path, "".join(line + "\n" for line in lines))
+    kept = [row for row in read_jsonl(path, Stepped) if row["step"] < step]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+
+
+def logged_rows(path: Path) -> int:
+    """How many rows there are in ``metrics.csv``, or in a file of JSON lines that steps have written."""
+    return len(read_metrics(path) if path.suffix == ".csv" else read_jsonl(path, Stepped))

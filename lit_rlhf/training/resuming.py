@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,11 +18,14 @@ import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lit_rlhf.errors import Interrupted, UserError
+from lit_rlhf.errors import Interrupted, UserError, say
+from lit_rlhf.models.loading import check_finite, not_finite
 from lit_rlhf.training.callbacks import said_when_slow
 from lit_rlhf.training.checkpoint_files import read_checkpoint
-from lit_rlhf.training.metrics_file import MetricsFile
+from lit_rlhf.training.metrics_file import MetricsFile, logged_rows
 
 
 class RandomState(Callback):
@@ -123,6 +126,7 @@ class LastCheckpoint(Callback):
         self._unkept = False  # a checkpoint is written, and what its step logs is not yet
         self._stopped = 0  # the batch after which the wish to stop was saved
         self._handlers: dict[int, Any] = {}
+        self._resumed = False
         self._ended_early = False  # before the trainer's limits, as `should_stop` asks
         self.earlier_seconds = 0.0  # of starts that were interrupted
         self._begun = time.perf_counter()
@@ -136,6 +140,7 @@ class LastCheckpoint(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the loops' progress as Lightning can resume it: its own, of an epoch's last step, it counts wrongly."""
+        checkpoint["rows"] = self._written(trainer)
         epoch = trainer.num_training_batches
         if math.isinf(epoch):  # of a loader without a length
             return
@@ -148,9 +153,30 @@ class LastCheckpoint(Callback):
             batches[part]["completed"] -= trainer.validating  # as before the validation, which is not done again
         batches["is_last_batch"] = False
 
+    def _written(self, trainer: Trainer) -> dict[str, int]:
+        """File -> rows that the steps so far have written into it, or are about to."""
+        rows = {name: logged_rows(file) for name, file in self._files(trainer).items() if file.exists()}
+        return {**rows, **{log.path.name: log.rows for log in trainer.loggers if isinstance(log, MetricsFile)}}
+
+    def _files(self, trainer: Trainer) -> dict[str, Path]:
+        """Name -> file, of those to which steps add rows."""
+        logs = [log.path for log in trainer.loggers if isinstance(log, MetricsFile)]
+        beside = [self.path.parent.parent / name for name in ("samples.jsonl", "health.jsonl")]
+        return {file.name: file for file in [*beside, *logs]}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say which rows, of steps before the checkpoint, are not there any more."""
+        self._resumed = True
+        for name, file in self._files(trainer).items():
+            rows = checkpoint.get("rows", {}).get(name, 0)
+            if trainer.is_global_zero and (found := logged_rows(file)) < rows:
+                say(f"{file}: {rows - found} of {rows} rows before the checkpoint are not there; training goes on")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal, self._due, self._stopped, self._unkept = None, False, 0, False
         trainer.should_stop |= self._ended_early
+        if self._resumed:
+            check_training(pl_module, trainer.optimizers, self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = self.path.parent.stat().st_ino
         self._handlers = handle_signals(self._on_signal)
@@ -239,6 +265,22 @@ class LastCheckpoint(Callback):
     def _restore_handlers(self) -> None:
         restore_handlers(self._handlers)
         self._handlers = {}
+
+
+DIVERGED = (
+    "the training has diverged, and neither goes on from there nor is exported. Delete the checkpoints, lower the "
+    "learning rate, and run it again"
+)
+
+
+def check_training(module: LightningModule, optimizers: Sequence[Optimizer], path: Path) -> None:
+    """Raise ``UserError`` where a weight, or what an optimizer keeps, came as NaN or infinity from ``path``."""
+    check_finite(module, path, DIVERGED)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for parameter, state in ((p, s) for optimizer in optimizers for p, s in optimizer.state.items()):
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (said := not_finite(value)):
+                raise UserError(f"{path}: the optimizer's {key} of {names.get(parameter)} holds {said}; {DIVERGED}")
 
 
 class BestCheckpoint(Callback):

@@ -35,7 +35,12 @@ class TrainedState(LightningModule):
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [name for name in found.missing_keys if not name.startswith(left_out or "\0")]
         if strict and (missing or found.unexpected_keys):
-            raise RuntimeError(f"missing from the checkpoint: {missing}; unexpected in it: {found.unexpected_keys}")
+            wrong = {"missing": missing, "unexpected": found.unexpected_keys}
+            names = [f"{len(n)} {what} ({n[0]})" for what, n in wrong.items() if n]
+            raise UserError(
+                f"the checkpoint is not of this model: of its tensors, {' and '.join(names)}; put the right one back, "
+                "or begin anew with overwrite=true"
+            )
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

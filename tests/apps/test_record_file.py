@@ -18,10 +18,10 @@ def test_the_last_equal_record_is_taken_out_and_no_other_byte_changes(tmp_path):
     file.append({"d": 4})
     first = '{"a": 1}\n{"b": [2, "\u2028 \\r é"]}\n'.encode()
     assert file.path.read_bytes() == first + foreign + b'{"d": 4}\n'
-    with pytest.raises(UserError, match=r"labels-0.jsonl:5: not a record \(Expecting value"):
+    with pytest.raises(UserError, match=r"labels-0.jsonl:5: damaged \(not a record: not JSON \(Expecting value"):
         file.read()
     file.path.write_bytes(first + b"7\n")
-    with pytest.raises(UserError, match=r"labels-0.jsonl:3: not a record \(an object with named fields was expected"):
+    with pytest.raises(UserError, match=r"labels-0.jsonl:3: damaged \(not a record: an object with named"):
         file.read()
 
 

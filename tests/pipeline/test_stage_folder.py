@@ -37,7 +37,7 @@ def result(folder, text):
     folder.begin()
     (folder.path / "model").mkdir(exist_ok=True)
     (folder.path / "model" / "model.safetensors").write_text(text)
-    folder.finish({"figures": {}})
+    folder.finish({"figures": {}, "seconds": 1.0})
 
 
 def test_the_old_result_stays_until_the_new_one_is_whole(folder, tmp_path):

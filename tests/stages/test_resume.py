@@ -334,5 +334,5 @@ def test_the_half_line_of_a_killed_writer_is_written_anew(tmp_path, half):
 @pytest.mark.parametrize("line", ["nonsense", "{}", "[1]", "", '[[], "b"]', "1"])
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "progress.jsonl").write_text(f'[0, "a"]\n{line}\n[2, "c"]\n')
-    with pytest.raises(UserError, match=r"progress.jsonl, line 2: damaged.*delete the line"):
+    with pytest.raises(UserError, match=r"progress.jsonl:2: damaged.*delete the line"):
         ProgressFile(tmp_path / "progress.jsonl")

@@ -510,3 +510,37 @@ def test_what_takes_long_is_said_and_what_does_not_is_not(capsys):
         pass
     shown = "".join(capsys.readouterr())
     assert "  writing ...\n" in shown and "reading" not in shown
+
+
+def change(path, edit):
+    """Change a checkpoint in place."""
+    checkpoint = torch.load(path, weights_only=True)
+    edit(checkpoint)
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda c: c["state_dict"]["layer.0.weight"][1].fill_(torch.nan), r"tensor layer\.0\.weight holds 4 of 32"),
+        (
+            lambda c: c["optimizer_states"][0]["state"][1]["exp_avg"].fill_(-torch.inf),
+            r"the optimizer's exp_avg of layer\.0\.bias holds 8 of 8",
+        ),
+    ],
+)
+def test_what_is_not_finite_is_not_resumed(tmp_path, edit, said):
+    fit(tmp_path, max_steps=4)
+    change(tmp_path / "last.ckpt", edit)
+    module = Noisy()
+    with pytest.raises(UserError, match=rf"last\.ckpt: {said} numbers that are NaN .*; the training has div"):
+        fit(tmp_path, module=module)
+    assert module.seen == []
+
+
+def test_rows_that_are_missing_before_the_checkpoint_are_counted(tmp_path, capsys):
+    fit(tmp_path, max_steps=4)
+    (tmp_path / "metrics.csv").write_bytes(b"".join((tmp_path / "metrics.csv").read_bytes().splitlines(True)[:2]))
+    capsys.readouterr()
+    fit(tmp_path)
+    assert f"{tmp_path / 'metrics.csv'}: 3 of 4 rows before the checkpoint are not there" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, Waiting, say_once
+from lit_rlhf.files import Checked
 from lit_rlhf.models.policy import context_length, freeze
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
 from lit_rlhf.stages.callables import Annotator, with_tools
@@ -39,6 +40,15 @@ class Turn(NamedTuple):
 
     model: str
     temperature: float
+
+
+class Drawn(Checked):
+    """The fields of an answers record that are kept while a collection runs, and read when it goes on."""
+
+    prompt: list[dict[str, Any]]
+    responses: list[str]
+    finished: list[bool]
+    equal: int
 
 
 class PreferenceModule(LightningModule):
@@ -106,8 +116,9 @@ class PreferenceModule(LightningModule):
         # Models change fastest: each prompt is answered by as many of them as possible.
         self.turns = [Turn(w, t) for t in temperatures or [self.sampling.temperature] for w in writers]
         self.seed, self.round = seed, round
-        self.drawn = ProgressFile(progress_file)
-        self.ranked = ProgressFile(progress_file and Path(progress_file).with_suffix(".ranks.jsonl"))
+        self.drawn = ProgressFile(progress_file, tuple[int, list[Drawn]])
+        ranks = progress_file and Path(progress_file).with_suffix(".ranks.jsonl")
+        self.ranked = ProgressFile(ranks, tuple[int, list[list[int]]])
         self._judged: list[dict[str, Any]] = []  # by people
         self.transcript: Transcript | None = None  # what the policy goes on with where it is a base model
 

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.errors import UserError
+from pydantic import TypeAdapter, ValidationError
+
+from lit_rlhf.files import damaged, json_value, read_bytes
 
 
 class ProgressFile:
@@ -15,25 +17,29 @@ class ProgressFile:
 
     Args:
         path: the file; None keeps the results in memory only.
+        kind: of key and result, as types have it: ``tuple[int, list[str]]``.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, kind: Any = tuple[Any, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.results: dict[Any, Any] = {}
-        if self.path is None or not self.path.exists():
+        data = None if self.path is None else read_bytes(self.path)
+        if self.path is None or data is None:
             return
-        *lines, half = self.path.read_bytes().split(b"\n")
+        *lines, half = data.split(b"\n")
         if half:  # the line that was being written when the process was killed; it is written anew
-            os.truncate(self.path, self.path.stat().st_size - len(half))
+            os.truncate(self.path, len(data) - len(half))
+        expected = TypeAdapter(kind)
         for number, line in enumerate(lines, 1):
             try:
-                key, result, *_ = json.loads(line)
+                key, result = json_value(line.decode("utf-8"))[:2]
+                expected.validate_python((key, result))
                 self.results[key] = result
-            except (ValueError, TypeError):
-                raise UserError(
-                    f"{self.path}, line {number}: damaged, [key, result] in JSON was expected; delete the line, and "
-                    "its result is made again"
-                ) from None
+            except (ValueError, TypeError, KeyError) as error:
+                first = error.errors()[0] if isinstance(error, ValidationError) else None
+                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+                cure = "delete the line, and its result is made again"
+                raise damaged(self.path, f"[key, result] in JSON was expected; {reason}", number, cure) from None
 
     def add(self, key: Any, result: Any, *remarks: Any) -> None:
         """Keep a result; ``remarks`` stand behind it in the file, for people."""

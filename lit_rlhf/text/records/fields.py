@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -118,18 +117,6 @@ def number(value: Any, name: str, what: str = "a number") -> float:
     if isinstance(value, bool) or not math.isfinite(found):
         raise ValueError(f"'{name}' is {short(value)}; {what} was expected")
     return found
-
-
-def json_value(text: str) -> Any:
-    """What a JSON text says; ``ValueError`` says why it says nothing."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read (lists or objects in each other, thousands deep)") from None
-    except ValueError:  # Python's limit to what it makes a number of
-        raise ValueError("not JSON that can be read (a whole number of thousands of digits)") from None
 
 
 def short(value: Any) -> str:

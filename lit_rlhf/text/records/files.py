@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from lit_rlhf.errors import UserError, first_line
-from lit_rlhf.files import written_anew
+from lit_rlhf.files import json_value, written_anew
 from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
-from lit_rlhf.text.records.fields import Row, json_value, short
+from lit_rlhf.text.records.fields import Row, short
 
 OnBadRecord = Literal["fail", "skip"]
 Record = TypeVar("Record")

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lit_rlhf.text.records.fields import json_value, require, short
+from lit_rlhf.files import json_value
+from lit_rlhf.text.records.fields import require, short
 
 Message = dict[str, Any]
 Messages = list[Message]  # {"role": one of ROLES, "content": str, a list of text parts, or None beside "tool_calls"}
