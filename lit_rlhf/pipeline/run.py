@@ -101,9 +101,9 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         }
         folder.finish({"figures": figures, "seconds": seconds, **notes})
     except (OSError, UserError) as error:
-        rescued = any(isinstance(c, LastCheckpoint) and c.rescued for c in callbacks)
+        rescued = next((c.rescued for c in callbacks if isinstance(c, LastCheckpoint)), None)
         if is_main_process() and (rescued or not folder.path.is_dir()):
-            raise gone(folder, loggers[0] if rescued else None) from error
+            raise gone(folder, rescued) from error
         raise
     finally:
         close(loggers)
@@ -215,18 +215,15 @@ def execute(
         trainer.validate(module, datamodule=data, verbose=False)
 
 
-def gone(folder: StageFolder, rescued: MetricsFile | None) -> UserError:
-    """What to say where a stage's folder was deleted or renamed while it was written; ``rescued``: what was logged,
-    where the last step was saved elsewhere."""
+def gone(folder: StageFolder, rescued: Path | None) -> UserError:
+    """What to say where a stage's folder was deleted or renamed while it was written; ``rescued``: where the last step
+    was saved instead."""
     said = f"{folder.path} was deleted or renamed while it was written"
     if rescued is None:
         return UserError(f"{said}; run the same command again")
-    path = folder.rescue()
-    rescued.path = path / "metrics.csv"
-    rescued.write(anew=True)
     return UserError(
-        f"{said}; the last step is saved in {path}: to go on from there, run the same command with "
-        f"run={path.parent.name} and from_run={folder.run.name} (or where that is now)"
+        f"{said}; the last step is saved in {rescued}: to go on from there, run the same command with "
+        f"run={rescued.parent.name} and from_run={folder.run.name} (or where that is now)"
     )
 
 

@@ -61,10 +61,14 @@ class MetricsFile(Logger):
         """How many steps have logged something."""
         return len(self._rows or {})
 
+    def move(self, path: Path) -> None:
+        """Write into another file from now on, with what was logged so far."""
+        self.path, self._changed = path, self._rows is not None
+
     @rank_zero_only
-    def write(self, anew: bool = False) -> None:
-        """Everything that was logged so far; ``anew``: into another file than before."""
-        if not self._changed and not anew:
+    def write(self) -> None:
+        """Everything that was logged so far."""
+        if not self._changed:
             return
         begun = time.monotonic()
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))

@@ -109,7 +109,8 @@ class LastCheckpoint(Callback):
     whenever the process is killed, there is a checkpoint with all the rows of ``metrics.csv`` up to it. To be placed
     behind the callbacks whose state it saves.
 
-    ``rescue`` makes another folder, into which the last whole step is saved where ``folder`` was deleted or renamed."""
+    ``rescue`` makes another stage folder, into which the last whole step and what was logged are saved where ``folder``
+    was deleted or renamed; ``rescued`` is that folder."""
 
     def __init__(
         self,
@@ -118,7 +119,8 @@ class LastCheckpoint(Callback):
         rescue: Callable[[], Path] | None = None,
     ) -> None:
         self.path = Path(folder) / "last.ckpt"
-        self.rescue, self.rescued = rescue, False
+        self.rescue = rescue
+        self.rescued: Path | None = None
         self._folder: int | None = None  # its inode, while training
         self.every_n_batches = every_n_batches
         self._signal: int | None = None  # that asked to stop
@@ -182,11 +184,9 @@ class LastCheckpoint(Callback):
         self._handlers = handle_signals(self._on_signal)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._gone():
-            raise FileNotFoundError(str(self.path.parent))
         loop = trainer.fit_loop.epoch_loop
         batches = loop.total_batch_idx + 1
-        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None or self._gone(), all=False)
         # Between the micro-batches of one optimizer step nothing is saved: the gathered gradients would be lost.
         if not loop._should_accumulate() and (stop or batches % self.every_n_batches == 0):
             self._stopped = batches if stop else 0
@@ -214,10 +214,12 @@ class LastCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-        batch = trainer.fit_loop.epoch_loop.batch_progress.total
-        if self.rescue is not None and trainer.is_global_zero and self._gone() and batch.ready == batch.processed:
-            trainer.save_checkpoint(self.rescue() / "checkpoints" / "last.ckpt")
-            self.rescued = True
+        if self.rescue is None or not trainer.is_global_zero or not self._gone():
+            return
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.total.ready == loop.batch_progress.total.processed and not loop._should_accumulate():
+            self._move(trainer)
+            trainer.save_checkpoint(self.path)
 
     def _gone(self) -> bool:
         """Whether the folder in which training began has been deleted or renamed."""
@@ -226,7 +228,21 @@ class LastCheckpoint(Callback):
         except FileNotFoundError:
             return True
 
+    def _move(self, trainer: Trainer) -> None:
+        """Save into another folder, for this one has gone."""
+        if self.rescue is None:
+            raise FileNotFoundError(str(self.path.parent))
+        self.rescued = self.rescue()
+        self.path = self.rescued / "checkpoints" / "last.ckpt"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = self.path.parent.stat().st_ino
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.move(self.rescued / "metrics.csv")
+
     def _save(self, trainer: Trainer) -> None:
+        if self._gone():
+            self._move(trainer)
         with self._disk(), said_when_slow(f"writing {self.path}"):
             trainer.save_checkpoint(self.path.with_suffix(".tmp"))
         self._due, self._unkept = False, True
@@ -251,6 +267,8 @@ class LastCheckpoint(Callback):
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
 
     def _raise_if_stopped(self) -> None:
+        if self.rescued is not None:
+            raise FileNotFoundError(str(self.rescued))
         if self._stopped:
             self._restore_handlers()
             raise Interrupted(

@@ -80,10 +80,10 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def fit(folder, *more, every=4, seed=0, accumulate=2, module=None, first=False, **settings):
+def fit(folder, *more, every=4, seed=0, accumulate=2, module=None, first=False, rescue=None, **settings):
     """Train from ``folder``'s last checkpoint, or from the beginning; the module and the trainer."""
     torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
-    last = LastCheckpoint(folder, every)
+    last = LastCheckpoint(folder, every, rescue)
     callbacks = [RandomState(), StopOnNonFinite("sft"), last]
     trainer = make_trainer(
         "cpu",
@@ -195,6 +195,46 @@ def test_ctrl_c_saves_says_so_and_is_resumed_exactly(tmp_path, uninterrupted, ba
         assert_like_uninterrupted(tmp_path, module, uninterrupted)
     else:
         assert equal(weights(module), weights(uninterrupted[1]))
+
+
+class Delete(Callback):
+    """Deletes or renames the folder within step ``step``, counted from 1, or within the validation behind it."""
+
+    def __init__(self, folder, step, where, how):
+        self.folder, self.step, self.where, self.how = folder, step, where, how
+
+    def at(self, trainer, where):
+        begun = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if where == self.where and begun >= self.step and self.folder.is_dir():
+            if self.how == "deleted":
+                shutil.rmtree(self.folder)
+            else:
+                self.folder.rename(self.folder.with_name("elsewhere"))
+
+    def on_train_batch_start(self, trainer, *_):
+        self.at(trainer, "step")
+
+    def on_validation_start(self, trainer, *_):
+        self.at(trainer, "validation")
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+@pytest.mark.parametrize(
+    ("step", "where"), [(s, "step") for s in (1, 2, 3, 11, 12, 13, 39, 40)] + [(12, "validation"), (40, "validation")]
+)
+def test_a_folder_that_goes_loses_no_row_and_no_step(tmp_path, uninterrupted, step, where, how):
+    lost, rescue = tmp_path / "lost", tmp_path / "rescue"
+    with pytest.raises(FileNotFoundError):
+        more = {"val_check_interval": STEPS} if (step, where) == (40, "validation") else {}
+        fit(lost, Delete(lost, step, where, how), every=1000, rescue=lambda: rescue, first=True, **more)
+    (rescue / "checkpoints" / "last.ckpt").rename(rescue / "last.ckpt")
+    done = min(step + step % 2 + 2 * (where == "validation"), 2 * STEPS)  # the optimizer step that was under way
+    assert torch.load(rescue / "last.ckpt", weights_only=True)["global_step"] == done / 2
+    module, _ = fit(rescue, every=1000, seed=99)
+    if module.seen:
+        assert_like_uninterrupted(rescue, module, uninterrupted)
+    assert equal(weights(module), weights(uninterrupted[1]))
+    assert set(read_metrics(rescue / "metrics.csv")) == set(range(STEPS))
 
 
 def test_ctrl_c_in_the_last_validation_is_not_lost(tmp_path, uninterrupted):
