@@ -248,7 +248,7 @@ def test_a_line_that_is_no_record_is_named(open_, files):
     path = files.folder / "labels-0.jsonl"
     with path.open("a") as file:
         file.write('{"prompt": \n')
-    with pytest.raises(UserError, match=r"labels-0.jsonl:2: not a record \(Expecting value"):
+    with pytest.raises(UserError, match=r"labels-0.jsonl:2: damaged \(not a record: not JSON \(Expecting value"):
         open_()
     path.write_text(path.read_text().splitlines()[0] + "\n")
     open_()  # the refusal did not keep the files
