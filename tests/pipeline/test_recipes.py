@@ -63,7 +63,7 @@ def test_experiments_stand_on_the_recipe_and_the_command_line_on_both():
 def test_a_study_of_a_fresh_model_starts_from_the_checkpoint_where_one_is_given(name):
     cfg = fitted(f"experiment={name}", *MODEL)
     start = cfg.sft.policy if cfg.stage == "sft" else cfg.reward.reward_model
-    own = {"reward": 1e-4} if name == "instruction_preferences" else {}
+    own = {} if name == "instructions" else {"reward": 1e-4}
     assert start.path == "weights" and rates(cfg) == {**rates(fitted(*MODEL)), **own} and cfg.model.config is None
     fresh = fitted(f"experiment={name}")
     assert "path" not in (fresh.sft.policy if fresh.stage == "sft" else fresh.reward.reward_model)
