@@ -208,6 +208,8 @@ def run(cfg: DictConfig) -> float | None:
             print(recipe_line(cfg), flush=True)
         address, value = work(cfg)
     except Exception as raised:
+        if isinstance(raised, Interrupted):
+            handle_signals(signal.SIG_IGN)  # schedulers ask twice: the second must not end what says what to do
         error = users_mistake(raised) or raised
         if sweeping:
             note_failure(cfg, error)
@@ -234,8 +236,11 @@ def run(cfg: DictConfig) -> float | None:
 
 def stop_at_once(cfg: DictConfig, number: int, _: Any) -> None:
     """Outside of training: what is finished, batches of a collection among it, is on disk already."""
+    from lit_rlhf.training.resuming import handle_signals
+
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    handle_signals(signal.SIG_IGN)
     requeue(cfg, number)
     sys.exit(STOPPED)
 

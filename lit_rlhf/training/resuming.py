@@ -84,7 +84,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
-def handle_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+def handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> dict[int, Any]:
     """Have what asks to stop handled; returns the handlers before. A closed terminal that ``nohup`` ignores stays so.
 
     Ctrl-C is heeded where a shell ignores it, too: it does in all that a script starts in the background."""
