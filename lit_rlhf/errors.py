@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
+
+# user:password@ of an address, or a key in its query.
+CREDENTIALS = re.compile(
+    r"(?<=://)(?:[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*|[^\s/?#@]+)@|(?<=[?&])\w*(?:key|token|secret|password)=[^\s&#'\"]+",
+    re.IGNORECASE,
+)
+SECRET_NAMES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of environment variables
+
+
+def scrubbed(text: str, *secrets: str) -> str:
+    """Text without ``secrets``, values of the environment's keys and tokens, and credentials in addresses.
+
+    What is shorter than 8 characters ("EMPTY", for a server that asks for no key) is no secret."""
+    named = [value for name, value in os.environ.items() if SECRET_NAMES.search(name)]
+    for secret in sorted({*named, *secrets}, key=len, reverse=True):
+        text = text.replace(secret, "[secret]") if len(secret) >= 8 else text
+    return CREDENTIALS.sub("[secret]", text)
 
 
 class UserError(ValueError):
     """Something that the user can fix: what was found, where, what was expected, what to do.
 
-    The command prints its text alone, in one line, without a traceback."""
+    The command prints its text alone, in one line, without a traceback. It holds no secrets."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(scrubbed(str(message)))
 
 
 class TrainingDiverged(UserError):

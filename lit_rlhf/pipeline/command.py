@@ -24,10 +24,11 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, is_main_process, users_mistake
+from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, is_main_process, scrubbed, users_mistake
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.settings import (
+    check_no_credentials,
     check_settings,
     command_of,
     compose_settings,
@@ -52,6 +53,7 @@ def main() -> None:
     # Hydra's parser takes overrides in one piece only; people put -m anywhere.
     sys.argv[1:] = arguments = opened(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
     try:
+        check_no_credentials({a.partition("=")[0]: a for a in arguments})  # W&B and sweeps write down the command line
         with imports_kept():
             cfg = one_job(arguments)
         if cfg is None:
@@ -283,7 +285,7 @@ def note_failure(cfg: DictConfig, error: Exception) -> None:
     """Name a failed job of a sweep and write down why."""
     from lit_rlhf.pipeline.sweep import write_job
 
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    reason = str(error) if isinstance(error, UserError) else scrubbed(f"{type(error).__name__}: {error}")
     print(f"job {HydraConfig.get().job.num} failed: {reason}", file=sys.stderr)
     write_job(_output_dir(), _overrides(), {"status": "failed", "error": reason, **about(cfg)})
 

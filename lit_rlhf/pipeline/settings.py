@@ -27,7 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import CREDENTIALS, UserError
 from lit_rlhf.stages.stage import Stage, all_stages
 
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
@@ -253,6 +253,7 @@ def check_top_level(cfg: DictConfig) -> None:
 
 def check_settings(cfg: DictConfig) -> None:
     """Check types and ranges of everything that the chosen stages will use."""
+    check_no_credentials({key: value for key, value in OmegaConf.to_container(cfg).items() if key != "hydra"})
     check_top_level(cfg)
     if command := command_of(cfg):
         _check_node(cfg, resolved(cfg, command), command)
@@ -263,6 +264,17 @@ def check_settings(cfg: DictConfig) -> None:
         for name in planned_stages(cfg):
             with suppress(MissingSetting):  # what is not given is not planned
                 check_stage(cfg, name)
+
+
+def check_no_credentials(node: Any, address: str = "") -> None:
+    """Raise ``UserError`` where an address has a password or key in it: settings are written down, and shown."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        check_no_credentials(value, f"{address}.{key}" if address else str(key))
+    if isinstance(node, str) and CREDENTIALS.search(node):
+        raise UserError(
+            f"{address}: an address with a password or key in it, which would be written to the run's files; leave it "
+            "out of the address, and give it in the environment (preference.annotator.api_key_env names the variable)"
+        )
 
 
 def check_stage(cfg: DictConfig, name: str) -> None:
@@ -313,6 +325,8 @@ def _check_node(cfg: DictConfig, node: Any, address: str) -> None:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             _check_node(cfg, value, f"{address}[{index}]")
+    else:
+        check_no_credentials(node, address)  # also where it comes from the environment
 
 
 def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
@@ -376,7 +390,7 @@ def _check_value(kind: Any, value: Any, address: str) -> None:
     try:
         adapter.validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{address}={_shown(value)}: {_reasons(error)}") from None
+        raise UserError(f"{address}={_shown(value, address)}: {_reasons(error)}") from None
     # Python takes True for 1 and pydantic "3" for 3; a person who writes that has made a mistake.
     if isinstance(value, bool) and bool not in _kinds(kind) and typing.get_origin(kind) is not Literal:
         raise UserError(f"{address}={_shown(value)}: a number was expected, not true or false")
@@ -396,10 +410,12 @@ def _check_model(model: type[BaseModel], values: dict[str, Any], prefix: str) ->
 
 def _reasons(error: ValidationError) -> str:
     """What was expected, in pydantic's words; the alternatives of a union once each."""
-    reasons = dict.fromkeys(e["msg"].replace("Input should be", "it should be") for e in error.errors())
-    return ", or ".join(reasons)
+    said = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+    return ", or ".join(dict.fromkeys(each.replace("Input should be", "it should be") for each in said))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, address: str = "") -> str:
+    if re.search(r"(?:_|\.)(?:key|token|secret|password)(?:_|$)", address):  # it may be the secret itself
+        return "..."
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import httpx
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import CREDENTIALS, UserError, scrubbed
 from lit_rlhf.stages.callables import Ranks
 from lit_rlhf.stages.preference.annotators import place, run_async
 from lit_rlhf.stages.preference.progress_file import ProgressFile
@@ -38,7 +38,16 @@ CONTROL = re.compile(
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK|BOS|EOS)\]"
 )
 
+API_KEY = "OPENAI_API_KEY"
+
 ASKED = Path(__file__).with_name("judge_question.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+def variable(name: str) -> str:
+    """The name of an environment variable that may hold a key; ``UserError`` where it looks like the key itself."""
+    if name != API_KEY and (name not in os.environ or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name)):
+        raise UserError(f"the name of an environment variable that is set was expected, in capitals as {API_KEY} is")
+    return name
 
 
 class Question(NamedTuple):
@@ -61,7 +70,9 @@ class LLMJudge:
         url: of the API, up to and with its version: the requests go to ``<url>/chat/completions``.
         model: its name there.
         instruction: the system message; None: helpful, truthful, harmless.
-        api_key_env: name of the environment variable that holds the key; where it is not set, none is sent.
+        api_key_env: name of the environment variable that holds the key, or a whole ``Authorization`` header
+            (``Basic ...``); where ``OPENAI_API_KEY`` is not set, none is sent. It goes to this URL alone: no redirect
+            is followed.
         concurrency: requests at the same time.
         timeout: seconds per request.
         retries: times that a request which failed, or a reply that is no verdict, is asked again.
@@ -80,7 +91,7 @@ class LLMJudge:
         model: str,
         *,
         instruction: str | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
+        api_key_env: Annotated[str, AfterValidator(variable)] = API_KEY,
         concurrency: Annotated[int, Field(ge=1)] = 8,
         timeout: Annotated[float, Field(gt=0)] = 60.0,
         retries: Annotated[int, Field(ge=0)] = 5,
@@ -89,10 +100,13 @@ class LLMJudge:
         special_tokens: SpecialTokens = "plain",
         progress_file: str | Path | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"preference.annotator.url={url}: http://... or https://... was expected")
+        if not url.startswith(("http://", "https://")) or CREDENTIALS.search(url):
+            raise UserError(
+                "preference.annotator.url: http://... or https://... was expected, without a password or key, which "
+                "preference.annotator.api_key_env names"
+            )
         self.url, self.model, self.instruction = url.rstrip("/"), model, instruction or INSTRUCTION
-        self.api_key_env, self.concurrency, self.timeout = api_key_env, concurrency, timeout
+        self.api_key_env, self.concurrency, self.timeout = variable(api_key_env), concurrency, timeout
         self.retries, self.backoff, self.max_tokens = retries, backoff, max_tokens
         self.name, self.special_tokens = f"llm_judge:{model}", special_tokens
         self.progress = ProgressFile(progress_file)
@@ -148,17 +162,27 @@ class LLMJudge:
                     return
                 try:
                     self.verdicts[key], reply = await self._verdict(question, client)
-                    self.progress.add(key, self.verdicts[key], reply[-200:])
+                    self.progress.add(key, self.verdicts[key], self._scrubbed(reply)[-200:])
                 except UserError as error:
                     failed.append(error)
 
-        api_key = os.environ.get(self.api_key_env)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Authorization": key if " " in key else f"Bearer {key}"} if (key := self._api_key) else {}
         limits = httpx.Limits(max_connections=self.concurrency)
         async with httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits) as client:
             await asyncio.gather(*(ask(key, question, client) for key, question in still_open.items()))
         if failed:
             raise failed[0]
+
+    @property
+    def _api_key(self) -> str:
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{self.api_key_env}: the key holds characters that no header can; set it again")
+        return key
+
+    def _scrubbed(self, text: str) -> str:
+        """What a server said, without the key, which some servers repeat."""
+        return scrubbed(text, self._api_key, self._api_key.rpartition(" ")[2])
 
     async def _verdict(self, question: Question, client: httpx.AsyncClient) -> tuple[Verdict, str]:
         """The verdict and the reply in which it stands; "?" where no reply had one."""
@@ -187,7 +211,7 @@ class LLMJudge:
         try:
             response = await client.post(f"{self.url}/chat/completions", json=body)
         except httpx.HTTPError as error:  # no connection, time out, half a reply
-            raise _Passing(f"{type(error).__name__}: {error}") from None
+            raise _Passing(self._scrubbed(f"{type(error).__name__}: {error}")) from None
         if not response.is_success:
             raise self._refused(response, question)
         try:
@@ -196,7 +220,7 @@ class LLMJudge:
             raise _Passing(f"{type(error).__name__}: {error}") from None
 
     def _refused(self, response: httpx.Response, question: Question) -> Exception:
-        said, code = response.text[:300], response.status_code
+        said, code = self._scrubbed(response.text)[:300], response.status_code
         if code in (408, 409, 425, 429) or code >= 500:
             wait = response.headers.get("Retry-After", "")
             return _Passing(f"HTTP {code} {said}", min(float(wait), 60.0) if wait.isdecimal() else None)
@@ -205,6 +229,8 @@ class LLMJudge:
             403: f"set the key: export {self.api_key_env}=...",
             404: "the URL ends with the API's version, http://127.0.0.1:8000/v1 say, and model= is a name it knows",
         }
+        if response.has_redirect_location:
+            hints[code] = f"it points to {self._scrubbed(response.headers['Location'])}, where nothing was sent"
         hint = hints.get(code, "the prompt may be longer than the judge's context")
         return UserError(
             f"preference.annotator: {self.url} refused the question (HTTP {code}: {' '.join(said.split())}) on "
