@@ -185,7 +185,7 @@ def _policies(settings: DictConfig) -> dict[str, DictConfig]:
 
 def _there(node: DictConfig | None) -> bool:
     """Whether a model can be had and is asked for: evaluation leaves out what was not trained."""
-    if node is None:
+    if node is None or ("path" in node and node.path is None):
         return False
     path = node.get("path")
     if isinstance(path, ListConfig):

@@ -185,6 +185,9 @@ def _composition_error(text: str, overrides: list[str]) -> str:
         kept = ("hydra.searchpath=", *outside_groups())
         base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0] or o.startswith(kept)])
         known = list(_addresses(base))
+        if key in known:
+            above = key.rpartition(".")[0]
+            return f"{key}: another choice of this command (experiment, or an override) has replaced {above}"
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})
         there = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(siblings[:40])}."
@@ -288,7 +291,15 @@ def check_stage(cfg: DictConfig, name: str) -> None:
             "(iterations), 10 say"
         )
     for key, node in stage.items():
-        _check_node(cfg, node, f"{name}.{key}")
+        if not _left_out(name, key, stage):
+            _check_node(cfg, node, f"{name}.{key}")
+
+
+def _left_out(name: str, key: str, stage: dict[str, Any]) -> bool:
+    """Whether a setting is a model with the path null, which the stage's module can do without."""
+    if key not in all_stages()[name].model_settings or (stage[key] or {}).get("path", "") is not None:
+        return False
+    return type(None) in _kinds(_hints(get_object(stage["module"]["_target_"])).get(key))
 
 
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def refuse(monkeypatch, folder, *overrides):
             "ppo.lora.targets=[q_proj]",
             "ppo.lora.targets: there is no such setting. Did you mean",
         ),
+        ("ppo.reward_model=null ppo.reward_model.path=a", "has replaced ppo.reward_model"),
         ("ppo.lora.alpha=8", "ppo.lora.alpha: there is no such setting. Did you mean ppo.lora.lora_alpha"),
         ("ppo.lora.init_lora_weights=pissa", "it should be 'gaussian' or 'orthogonal'"),
         ("ppo.module.ptx_coef=-1", "ppo.module.ptx_coef=-1: it should be greater than or equal to 0"),
@@ -102,7 +103,7 @@ def test_what_cannot_be_ends_in_one_line(overrides, message, lit_rlhf, after_rew
 @pytest.mark.slow
 def test_functions_of_the_users_take_the_reward_models_place(lit_rlhf, after_reward):
     function = "ppo.scoring.functions=my_rewards.brief"
-    lit_rlhf(*FROM, "run=own", "ppo.reward_model=null", function, "ppo/advantage=grpo", "ppo/loss=kl_penalty")
+    lit_rlhf(*FROM, "run=own", "ppo.reward_model.path=null", function, "ppo/advantage=grpo", "ppo/loss=kl_penalty")
     figures = json.loads((after_reward / "runs" / "own" / "summary.json").read_text())["ppo"]
     assert figures["score_first"] < 0
 
