@@ -76,6 +76,9 @@ def test_command_composes(arguments, tmp_path, monkeypatch, request):
         own.parent.mkdir(parents=True)
         own.write_text((ROOT / "conf/preference/annotator/world.yaml").read_text())
         overrides.append(f"hydra.searchpath=[file://{own.parent.parent.parent}]")
+    if any("my_rewards" in word for word in overrides):  # the user's own reward function
+        (tmp_path / "my_rewards.py").write_text("def right_sum(prompts, responses): ...")
+        monkeypatch.syspath_prepend(tmp_path)
     study = any(word.startswith("experiment=") for word in overrides)
     swept = "-m" in options or (study and hydra_settings(overrides).mode == RunMode.MULTIRUN)
     jobs = sweep_jobs(overrides) if swept else [overrides]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -24,12 +24,14 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, is_main_process, scrubbed, users_mistake
+from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, is_main_process, users_mistake
+from lit_rlhf.pipeline.checks import check_no_credentials
+from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.settings import (
-    check_no_credentials,
     check_settings,
+    check_top_level,
     command_of,
     compose_settings,
     conf_dir,
@@ -43,16 +45,18 @@ from lit_rlhf.pipeline.settings import (
 )
 
 MULTIRUN = ("-m", "--multirun")
+STOPPED_LINE = "stopped; what was finished is kept. Run the same command again to go on"
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends it with one line and exit code 2."""
+    """Run the command; whatever is raised ends it with one line, a user's mistake with exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported, which is later
-    register_resolvers()
-    sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
-    # Hydra's parser takes overrides in one piece only; people put -m anywhere.
-    sys.argv[1:] = arguments = opened(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with a traceback
     try:
+        register_resolvers()
+        sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
+        # Hydra's parser takes overrides in one piece only; people put -m anywhere.
+        sys.argv[1:] = arguments = opened(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
         check_no_credentials({a.partition("=")[0]: a for a in arguments})  # W&B and sweeps write down the command line
         with imports_kept():
             cfg = one_job(arguments)
@@ -61,10 +65,10 @@ def main() -> None:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
         else:
             run_one(cfg)
-    except UserError as error:
-        fail(error)
+    except Exception as error:
+        fail_for(error)
     except KeyboardInterrupt:
-        fail("stopped; what was finished is kept. Run the same command again to go on", code=130)
+        fail(STOPPED_LINE, STOPPED_BY_HAND)
 
 
 @contextmanager
@@ -102,12 +106,20 @@ def one_job(arguments: list[str]) -> DictConfig | None:
 
 def fit_options(arguments: list[str]) -> None:
     """Add the recipe that fits to a command with options of Hydra's, which shows or runs the settings."""
-    asked = get_args_parser().parse_args(arguments)
+    parser = get_args_parser()
+    parser.error = _refuse_option
+    asked = parser.parse_args(arguments)
+    if asked.config_dir and not Path(asked.config_dir).is_dir():
+        raise UserError(f"--config-dir={asked.config_dir}: there is no such folder")
     if asked.cfg or asked.config_dir:
         given = [f"hydra.searchpath=[file://{Path(asked.config_dir).resolve()}]"] if asked.config_dir else []
         single = without_sweeps(asked.overrides)
         if unfitted(compose_settings([*given, *single]), asked.overrides):
             add_overrides([CHECKPOINT])
+
+
+def _refuse_option(said: str) -> NoReturn:
+    raise UserError(f"{said} (`lit-rlhf --help` says which options there are)")
 
 
 def add_overrides(overrides: list[str]) -> None:
@@ -181,9 +193,9 @@ def prepare(cfg: DictConfig) -> None:
     """Fill in what follows from where the run lives."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.run_dir = HydraConfig.get().runtime.output_dir
+    check_top_level(cfg)
     name_loaders(cfg)
-    if isinstance(cfg.seed, int) and isinstance(cfg.run, str):
-        remember_world(cfg)
+    remember_world(cfg)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -225,12 +237,9 @@ def run(cfg: DictConfig) -> float | None:
         if isinstance(error, Interrupted):
             requeue(cfg, error.signal)
             fail(error, code=STOPPED)
-        if isinstance(error, UserError):
-            fail(error)
-        raise
+        fail_for(raised, _run_dir(cfg))
     except SystemExit as stopped:  # by stop_at_once, or Lightning's answer to a second Ctrl-C
-        code = STOPPED if stopped.code == STOPPED else 130
-        fail("stopped; what was finished is kept. Run the same command again to go on", code)
+        fail(STOPPED_LINE, STOPPED if stopped.code == STOPPED else STOPPED_BY_HAND)
     if sweeping:
         write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value, **about(cfg)})
     return value
@@ -285,9 +294,9 @@ def note_failure(cfg: DictConfig, error: Exception) -> None:
     """Name a failed job of a sweep and write down why."""
     from lit_rlhf.pipeline.sweep import write_job
 
-    reason = str(error) if isinstance(error, UserError) else scrubbed(f"{type(error).__name__}: {error}")
-    print(f"job {HydraConfig.get().job.num} failed: {reason}", file=sys.stderr)
-    write_job(_output_dir(), _overrides(), {"status": "failed", "error": reason, **about(cfg)})
+    why = f"{reason(error)}{kept_traceback(error, _output_dir())}"
+    print(f"job {HydraConfig.get().job.num} failed: {why}", file=sys.stderr)
+    write_job(_output_dir(), _overrides(), {"status": "failed", "error": why, **about(cfg)})
 
 
 def about(cfg: DictConfig) -> dict[str, Any]:
@@ -310,10 +319,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fail(error: Any, code: int = 2) -> None:
-    """One line for the user, no traceback."""
-    print(f"lit-rlhf: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)
+def _run_dir(cfg: DictConfig) -> Path | None:
+    """The run's folder, where the settings are good enough to know it."""
+    path = OmegaConf.select(cfg, "paths.run_dir", throw_on_resolution_failure=False)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _output_dir() -> Path:

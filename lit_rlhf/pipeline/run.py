@@ -15,12 +15,13 @@ import torch
 import transformers
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
-from lit_rlhf.errors import UserError, is_main_process, say
+from lit_rlhf.errors import UserError, first_line, is_main_process, say
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
@@ -82,7 +83,10 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         enable_progress_bar=bool(cfg.callbacks.progress_bar),
     )
     try:
-        execute(settings, trainer, module, data, folder)
+        try:
+            execute(settings, trainer, module, data, folder)
+        except MisconfigurationException as error:
+            raise UserError(f"{name}.trainer: {first_line(error)}") from error
         if not trainer.is_global_zero:
             return {}
         notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
@@ -251,7 +255,7 @@ def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: Sta
     callbacks: list[Any] = []
     if cfg.callbacks.progress_bar:
         callbacks.append(StageProgressBar(name, cfg.callbacks.progress_refresh if settings.run == "fit" else 1))
-    if "health" in settings:
+    if settings.get("health"):
         callbacks.append(instantiate(settings.health))
     if "samples_every" in settings:
         callbacks.append(TextSamples(folder.path / "samples.jsonl", settings.samples_every))

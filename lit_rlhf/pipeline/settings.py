@@ -6,9 +6,7 @@ The constructors say what they take: a setting's type and range are those of the
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
-import typing
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,13 +19,13 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
-from pydantic_core import SchemaError
+from pydantic import BaseModel, ConfigDict, Field
 
-from lit_rlhf.errors import CREDENTIALS, UserError
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.checks import check_model, check_no_credentials, check_node, check_value, left_out
+from lit_rlhf.pipeline.overrides import addresses, changes_structure, check_structure, chooses_group
 from lit_rlhf.stages.stage import Stage, all_stages
 
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
@@ -51,6 +49,31 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
+Section = dict[str, Any]
+
+
+class Built(BaseModel):
+    """The settings of an object."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    target: Annotated[str, Field(alias="_target_")]
+
+
+class OwnSeed(Strict):
+    """A seed that a run keeps."""
+
+    seed: Annotated[int, Field(ge=0)] | None
+
+
+class Paths(Strict):
+    """Where a run and what is kept for it lie."""
+
+    runs: Annotated[str, Field(min_length=1)]
+    run_dir: Annotated[str, Field(min_length=1)]
+    cache: str
+
+
 class BetweenRounds(Strict):
     """What a round takes over from those before it."""
 
@@ -68,7 +91,21 @@ class TopLevel(Strict):
     rounds: Annotated[int, Field(ge=1)]
     overwrite: bool
     objective: str | None
-    threads: Annotated[int, Field(ge=1)] | None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
+    special_tokens: Literal["plain", "refuse", "rendered"]
+    recipe: str
+    hint: str | None
+    between_rounds: BetweenRounds
+    world: OwnSeed
+    split: OwnSeed
+    paths: Paths
+    about: Section
+    model: Section
+    tokenizer: Section
+    trainer: Section
+    logger: Section
+    callbacks: Section
+    engine: Section
 
 
 class Keep(Strict):
@@ -84,6 +121,10 @@ class StageLevel(Strict):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     run: Literal["fit", "predict", "test"]
+    module: Built
+    data: Built
+    trainer: Built
+    health: Built | None = None
     validate_first: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] = 1
     samples_every: Annotated[int, Field(ge=1)] = 1
@@ -99,9 +140,25 @@ def compose_settings(overrides: list[str], config_dir: Path | None = None, with_
     overrides = [*outside_groups(), *overrides]
     with initialize_config_dir(str(config_dir or conf_dir()), version_base="1.3"):
         try:
-            return compose("config", overrides=overrides, return_hydra_config=with_hydra)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_composition_error(str(error), overrides)) from None
+            cfg = compose("config", overrides=overrides, return_hydra_config=True)
+            _check_changes(overrides, cfg)
+        except UserError:
+            raise
+        except Exception as error:  # Hydra and OmegaConf have many kinds, and Python's own
+            raise UserError(_composition_error(str(error), overrides)) from error
+    if not with_hydra:
+        with open_dict(cfg):
+            del cfg["hydra"]
+    return cfg
+
+
+def _check_changes(overrides: list[str], cfg: DictConfig) -> None:
+    """Raise ``UserError`` where an override adds what nobody reads or takes away what is needed."""
+    asked = _parsed(overrides)
+    if changes := [o for o in asked if changes_structure(o, cfg)]:
+        kept = [o.input_line for o in asked if chooses_group(o, cfg) or o.key_or_group.startswith("hydra.")]
+        optional = {name for name, field in StageLevel.model_fields.items() if not field.is_required()}
+        check_structure(changes, cfg, compose("config", overrides=kept, return_hydra_config=True), optional)
 
 
 class OutsideSettings(SearchPathPlugin):
@@ -177,6 +234,10 @@ RENAMED = {
 
 def _composition_error(text: str, overrides: list[str]) -> str:
     text = text.split("Config search path")[0]
+    if "Config group override must be a string" in text:
+        null = next((o for o in overrides if o.lower().endswith("=null")), "")
+        options = ", ".join(sorted(file.stem for file in (conf_dir() / null.partition("=")[0]).glob("*.yaml")))
+        return f"{null}: this is a group of settings; name one of its options ({options}), or leave it as it is"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         for old, new in RENAMED.items():
@@ -184,7 +245,7 @@ def _composition_error(text: str, overrides: list[str]) -> str:
                 return f"{key}: there is no such setting any more; it is {renamed.expand(new)} now"
         kept = ("hydra.searchpath=", *outside_groups())
         base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0] or o.startswith(kept)])
-        known = list(_addresses(base))
+        known = list(addresses(base))
         if key in known:
             above = key.rpartition(".")[0]
             return f"{key}: another choice of this command (experiment, or an override) has replaced {above}"
@@ -193,15 +254,6 @@ def _composition_error(text: str, overrides: list[str]) -> str:
         there = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(siblings[:40])}."
         return f"{key}: there is no such setting. {there}"
     return " ".join(text.split())
-
-
-def _addresses(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, DictConfig):
-        for key in node:
-            if not str(key).startswith("_"):
-                yield f"{prefix}{key}"
-                if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-                    yield from _addresses(node[key], f"{prefix}{key}.")
 
 
 def command_of(cfg: DictConfig) -> str | None:
@@ -243,15 +295,27 @@ def _not_replaced(stage: Stage, cfg: DictConfig) -> bool:
 
 
 def check_top_level(cfg: DictConfig) -> None:
-    """Check types and ranges of the settings that belong to no stage."""
-    top = {name: cfg[name] for name in TopLevel.model_fields}
-    top["stage"] = list(cfg.stage) if not isinstance(cfg.stage, str) else cfg.stage
-    _check_model(TopLevel, top, "")
-    _check_model(BetweenRounds, dict(cfg.between_rounds), "between_rounds.")
-    _check_value(bool, cfg.trainer.get("requeue", False), "trainer.requeue")
-    for part in ("world", "split"):
-        if cfg[part].seed is not None:
-            _check_value(Annotated[int, Field(ge=0)], cfg[part].seed, f"{part}.seed")
+    """Check types and ranges of the settings that belong to no stage, and that all sections are there."""
+    kinds = {name: field.annotation for name, field in TopLevel.model_fields.items() if name in cfg}
+    check_model(TopLevel, {name: _top_level(cfg, name, kind) for name, kind in kinds.items()}, "")
+    check_value(bool, cfg.trainer.get("requeue", False), "trainer.requeue")
+    for name in (*all_stages(), *COMMANDS):
+        if not isinstance(cfg.get(name), DictConfig):
+            raise UserError(f"{name}: this section of the settings is needed, with all its parts; leave it as it is")
+
+
+def _top_level(cfg: DictConfig, name: str, kind: Any) -> Any:
+    """A setting as a plain value; those of a section that belong to other checks are left as they are written."""
+    try:
+        value = cfg[name]
+        return OmegaConf.to_container(value, resolve=kind != Section) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {_interpolation_error(error)}") from None
+
+
+def _interpolation_error(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says in its first line, which is all of it."""
+    return str(error).strip().partition("\n")[0]
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -259,8 +323,8 @@ def check_settings(cfg: DictConfig) -> None:
     check_no_credentials({key: value for key, value in OmegaConf.to_container(cfg).items() if key != "hydra"})
     check_top_level(cfg)
     if command := command_of(cfg):
-        _check_node(cfg, resolved(cfg, command), command)
-    _check_node(cfg, resolved(cfg, "callbacks"), "callbacks")
+        check_node(cfg, resolved(cfg, command), command)
+    check_node(cfg, resolved(cfg, "callbacks"), "callbacks")
     for name in stages_of(cfg):
         check_stage(cfg, name)
     if cfg.stage == "plan":
@@ -269,37 +333,25 @@ def check_settings(cfg: DictConfig) -> None:
                 check_stage(cfg, name)
 
 
-def check_no_credentials(node: Any, address: str = "") -> None:
-    """Raise ``UserError`` where an address has a password or key in it: settings are written down, and shown."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        check_no_credentials(value, f"{address}.{key}" if address else str(key))
-    if isinstance(node, str) and CREDENTIALS.search(node):
-        raise UserError(
-            f"{address}: an address with a password or key in it, which would be written to the run's files; leave it "
-            "out of the address, and give it in the environment (preference.annotator.api_key_env names the variable)"
-        )
-
-
 def check_stage(cfg: DictConfig, name: str) -> None:
     """Check types and ranges of a stage's settings."""
+    for models in (key for key in all_stages()[name].model_settings if key not in all_stages()[name].models):
+        if not isinstance(cfg[name].get(models), DictConfig):
+            raise UserError(f"{name}.{models}: several models by name were expected, or {{}}; leave it as it is")
     stage = resolved(cfg, name)
     plain = {key: stage[key] for key in StageLevel.model_fields if key in stage}
-    _check_model(StageLevel, plain, f"{name}.")
-    if stage.get("keep", {}).get("best") and stage["trainer"]["val_check_interval"] is None:
+    check_model(StageLevel, plain, f"{name}.")
+    trainer = stage["trainer"]
+    if plain["run"] == "fit" and trainer.get("max_epochs", 1) is None and trainer.get("max_steps", 1) == -1:
+        raise UserError(f"{name}.trainer: neither max_epochs nor max_steps says how long to train; set one of them")
+    if (stage.get("keep") or {}).get("best") and stage["trainer"]["val_check_interval"] is None:
         raise UserError(
             f"{name}.keep.best=true needs validations during training; set {name}.trainer.val_check_interval "
             "(iterations), 10 say"
         )
     for key, node in stage.items():
-        if not _left_out(name, key, stage):
-            _check_node(cfg, node, f"{name}.{key}")
-
-
-def _left_out(name: str, key: str, stage: dict[str, Any]) -> bool:
-    """Whether a setting is a model with the path null, which the stage's module can do without."""
-    if key not in all_stages()[name].model_settings or (stage[key] or {}).get("path", "") is not None:
-        return False
-    return type(None) in _kinds(_hints(get_object(stage["module"]["_target_"])).get(key))
+        if not left_out(name, key, stage):
+            check_node(cfg, node, f"{name}.{key}")
 
 
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
@@ -310,7 +362,7 @@ def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
         return OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         if "issing mandatory value" not in str(error) and not isinstance(error, MissingMandatoryValue):
-            raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{error.full_key or name}: {_interpolation_error(error)}") from None
         own = [key for key in missing if key.startswith(f"{name}.")]
         key = (own or missing)[0]
         hint = f" ({cfg.hint})" if cfg.hint else ""
@@ -324,109 +376,3 @@ def _missing(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
         elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
             yield from _missing(node[key], f"{prefix}{key}.")
-
-
-def _check_node(cfg: DictConfig, node: Any, address: str) -> None:
-    """Check every object of a resolved tree against its constructor's parameters."""
-    if isinstance(node, dict):
-        if "_target_" in node:
-            _check_call(cfg, node, address)
-        for key, value in node.items():
-            _check_node(cfg, value, f"{address}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            _check_node(cfg, value, f"{address}[{index}]")
-    else:
-        check_no_credentials(node, address)  # also where it comes from the environment
-
-
-def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
-    address = origin(cfg, address)
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:  # import errors of any kind
-        raise UserError(f"{address}._target_: {' '.join(str(error).split())}") from None
-    parameters, hints = inspect.signature(target).parameters, _hints(target)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for key, value in node.items():
-        if key in ("_target_", "_partial_", "_convert_", "_recursive_"):
-            continue
-        if key not in parameters and not open_ended:
-            takes = ", ".join(parameters)
-            raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
-        if key in hints and not _holds_objects(value):
-            where = origin(cfg, f"{address}.{key}")
-            if where == "model.config" and value is None:
-                stage = address.partition(".")[0]
-                init = "checkpoint" if all_stages()[stage].replaced_by_checkpoint else "upstream"
-                raise UserError(
-                    f"{stage}/init=scratch makes a model from model.config, and model=hf has none; set "
-                    f"{stage}/init={init} to go on from the checkpoint"
-                )
-            _check_value(hints[key], value, where)
-
-
-def _hints(function: Any) -> dict[str, Any]:
-    """The types of what a function takes, or a class; a dataclass inherits some that only their own module can tell."""
-    kind = next((k for k in getattr(function, "__mro__", ()) if "__init__" in vars(k)), None)
-    asked = function if kind is None else kind if "__dataclass_fields__" in vars(kind) else kind.__init__
-    return typing.get_type_hints(asked, include_extras=True)
-
-
-def origin(cfg: DictConfig, address: str) -> str:
-    """Where the value at an address is set: ``ppo.advantage.lam`` for ``ppo.module.advantage.lam``."""
-    parts, at, node = address.split("."), "", cfg
-    for i, part in enumerate(parts):
-        if not isinstance(node, DictConfig) or part not in node:
-            break
-        at = f"{at}.{part}" if at else part
-        if OmegaConf.is_interpolation(node, part):
-            there = re.fullmatch(r"\$\{([\w.]+)\}", str(node._get_node(part)._value()))
-            return origin(cfg, ".".join([there[1], *parts[i + 1 :]])) if there else address
-        node = None if OmegaConf.is_missing(node, part) else node[part]
-    return address
-
-
-def _holds_objects(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "_target_" in value or any(_holds_objects(v) for v in value.values())
-    return isinstance(value, list) and any(_holds_objects(v) for v in value)
-
-
-def _check_value(kind: Any, value: Any, address: str) -> None:
-    try:
-        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticSchemaGenerationError, SchemaError, TypeError):
-        return  # nothing that can be checked before the object is made
-    try:
-        adapter.validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{address}={_shown(value, address)}: {_reasons(error)}") from None
-    # Python takes True for 1 and pydantic "3" for 3; a person who writes that has made a mistake.
-    if isinstance(value, bool) and bool not in _kinds(kind) and typing.get_origin(kind) is not Literal:
-        raise UserError(f"{address}={_shown(value)}: a number was expected, not true or false")
-
-
-def _kinds(kind: Any) -> set[Any]:
-    return {kind}.union(*(_kinds(k) for k in typing.get_args(kind))) if typing.get_args(kind) else {kind}
-
-
-def _check_model(model: type[BaseModel], values: dict[str, Any], prefix: str) -> None:
-    try:
-        model.model_validate(values)
-    except ValidationError as error:
-        key = ".".join(str(part) for part in error.errors()[0]["loc"][:1])
-        raise UserError(f"{prefix}{key}={_shown(values.get(key))}: {_reasons(error)}") from None
-
-
-def _reasons(error: ValidationError) -> str:
-    """What was expected, in pydantic's words; the alternatives of a union once each."""
-    said = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
-    return ", or ".join(dict.fromkeys(each.replace("Input should be", "it should be") for each in said))
-
-
-def _shown(value: Any, address: str = "") -> str:
-    if re.search(r"(?:_|\.)(?:key|token|secret|password)(?:_|$)", address):  # it may be the secret itself
-        return "..."
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

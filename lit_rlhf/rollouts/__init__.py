@@ -7,6 +7,7 @@ from lit_rlhf.rollouts.engine import (
     Response as Response,
     Responses as Responses,
     Sampling as Sampling,
+    Temperature as Temperature,
     draw_seeds as draw_seeds,
     sample as sample,
     side_by_side as side_by_side,

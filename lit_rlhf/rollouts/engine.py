@@ -17,20 +17,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import context_length
 
+# Far from 1 all tokens are as likely as each other, or logits overflow.
+Temperature = Annotated[float, Field(ge=0.01, le=100)] | Annotated[float, Field(ge=0, le=0)]
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How responses are drawn. All tokens are possible by default: what is learned from must be what was sampled."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens, the one that ends the response included
-    temperature: Annotated[float, Field(ge=0)] = 1.0  # divides the logits; 0 takes the most likely token
+    temperature: Temperature = 1.0  # divides the logits; 0 takes the most likely token
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: all tokens
     min_new_tokens: Annotated[int, Field(ge=0)] = 0  # tokens before a response can end
-    stop: Sequence[str] = ()  # texts before which a response ends, besides the end tokens
+    stop: Sequence[Annotated[str, Field(min_length=1)]] = ()  # texts before which a response ends, besides end tokens
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))  # requests are grouped by it
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}")
 
     def greedy(self) -> Sampling:
         """The same limits, always taking the most likely token."""

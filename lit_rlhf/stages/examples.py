@@ -82,6 +82,9 @@ class ExampleDataModule(RecordDataModule):
         return max(len(s) for item in [*self.train_set, *self.val_set] for s in self.sequences(item))
 
     def train_dataloader(self) -> BatchLoader[Any]:
+        if self.batch_size > len(self.train_set):
+            count = f"{len(self.train_set)} {self.called}"
+            self.note(f"batch_size={self.batch_size} is more than the {count} to train on: a batch has them all")
         return BatchLoader(
             shuffled(len(self.train_set), self.seed),
             min(self.batch_size, len(self.train_set)),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.training.batches import BatchLoader
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
@@ -130,9 +131,21 @@ def optimizer_and_schedule(
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule(made, total), "interval": "step"}}
 
 
+def check_batches(loader: BatchLoader[Any]) -> None:
+    """Raise ``UserError`` where an epoch would have no batch."""
+    if len(loader) == 0:
+        raise UserError(
+            f"there is less to train on than the {loader.global_batch} sequences of one step (batch_size times "
+            "processes times accumulate_grad_batches); take smaller steps, or give more data"
+        )
+
+
 def batches_and_size(trainer: Trainer) -> tuple[int, int]:
-    """(training batches per epoch, their size), of a trainer whose data module makes a ``BatchLoader``."""
+    """(training batches per epoch, their size), of a trainer whose data module makes a ``BatchLoader``.
+
+    Raises ``UserError`` where an epoch would have no batch."""
     loader = trainer.datamodule.train_dataloader()
+    check_batches(loader)
     return len(loader), loader.batch_size
 
 
@@ -141,9 +154,11 @@ def total_steps(trainer: Trainer) -> int:
 
     Lightning's own ``estimated_stepping_batches`` sets up the loader before a checkpoint is read, and the loader's
     place is then never restored: a run that is resumed would begin its data anew."""
+    loader = trainer.fit_loop._data_source.dataloader()  # of a data module, of the module, or given as it is
+    if isinstance(loader, BatchLoader):
+        check_batches(loader)
     if trainer.max_steps > 0:
         return trainer.max_steps
-    loader = trainer.fit_loop._data_source.dataloader()  # of a data module, of the module, or given as it is
     if not isinstance(loader, BatchLoader):
         return int(trainer.estimated_stepping_batches)
     batches, limit = len(loader), trainer.limit_train_batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ def make_trainer(
     activation_checkpointing: bool = False,
     compile: bool = False,
     kept_gib: Annotated[float, Field(gt=0)] = 0.5,
-    max_steps: Annotated[int, Field(ge=-1)] = -1,
+    max_steps: Annotated[int, Field(ge=1)] | Literal[-1] = -1,
     max_epochs: Annotated[int, Field(ge=1)] | None = None,
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 1.0,
     accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1,
@@ -73,6 +74,16 @@ def make_trainer(
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and nobody has asked for another
         trainer.strategy.checkpoint_io = CheckpointFiles()
     return trainer
+
+
+# Arguments of Lightning's that are passed on; the others are set here, or belong to whoever runs a stage.
+make_trainer.further_settings = tuple(
+    name
+    for name in signature(Trainer).parameters
+    if name not in {*signature(make_trainer).parameters, "check_val_every_n_epoch", "num_sanity_val_steps"}
+    and name not in {"enable_checkpointing", "enable_model_summary", "enable_progress_bar"}
+    and name not in {"callbacks", "logger", "default_root_dir"}
+)
 
 
 def precision_of(setting: str, accelerator: str) -> str:

@@ -9,7 +9,16 @@ from omegaconf import OmegaConf
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.command import check_multirun
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.settings import check_settings, command_of, compose_settings, conf_dir, stages_of, sweep_jobs
+from lit_rlhf.pipeline.settings import (
+    check_settings,
+    check_top_level,
+    command_of,
+    compose_settings,
+    conf_dir,
+    name_loaders,
+    stages_of,
+    sweep_jobs,
+)
 from lit_rlhf.stages.stage import all_stages
 
 register_resolvers()
@@ -27,6 +36,7 @@ def checked(*overrides):
 
 
 def check(cfg):
+    check_top_level(cfg)
     remember_world(cfg)
     check_settings(cfg)
     return cfg
@@ -89,7 +99,7 @@ def test_every_target_can_be_imported():
         ("ppo.module.ppo_epochs=2.5", "ppo.module.ppo_epochs=2.5: it should be a valid integer"),
         ("ppo.module.minibatch_size=true", "a number was expected, not true or false"),
         ("preference.module.answers_per_prompt=1", "answers_per_prompt=1: it should be greater than or equal to 2"),
-        ("sft.trainer.max_steps=-7", "sft.trainer.max_steps=-7: it should be greater than or equal to -1"),
+        ("sft.trainer.max_steps=-7", "max_steps=-7: it should be greater than or equal to 1, or it should be -1"),
         ("trainer.precision=half", "trainer.precision=half: it should be"),
         ("trainer.matmul_precision=low", "trainer.matmul_precision=low: it should be"),
         ("engine.rows=0", "engine.rows=0: it should be greater than or equal to 1"),
@@ -103,14 +113,86 @@ def test_every_target_can_be_imported():
         ("sft.optimizer.lr", "sft.optimizer.lr"),
         ("ppo.sampling.temperature=-1", "temperature=-1: it should be greater than or equal to 0"),
         ("world.seed=red", "world.seed=red: it should be a valid integer"),
+        ("stage=null", "stage=null: it should be a valid string"),
+        ("~seed", "~seed: this setting is needed"),
+        ("~paths.runs", "~paths.runs: this setting is needed"),
+        ("~world", "~world: this setting is needed"),
+        ("~trainer", "trainer: this setting is needed"),
+        ("~sft", "sft.seed: this setting is needed"),
+        ("~sft.data", "~sft.data: this setting is needed"),
+        ("~sft.module._target_", "~sft.module._target_: this setting is needed"),
+        ("~evaluate.policies", "~evaluate.policies: this setting is needed"),
+        ("ppo=null", "ppo=null: this is a group of settings; name one of its options (default)"),
+        ("stage=sft world=null", "world=null: it should be a valid dictionary"),
+        ("split=3", "split=3: it should be a valid dictionary"),
+        ("sft.data=null", "sft.data=null: it should be a valid dictionary"),
+        ("sft.module.sampling=null", "sft.module.sampling=null: it should be an instance of Sampling"),
+        ("sft.module._target_=os", "sft.module._target_"),
+        ("evaluate.policies=null", "evaluate.policies: several models by name were expected"),
+        ("run=${nope}", "run: Interpolation key 'nope' not found"),
+        ("seed=${seed}", "seed: Recursive interpolation"),
+        ("sft.optimizer.lr=${nope}", "sft.optimizer.lr: Interpolation key 'nope' not found"),
+        ("paths.runs=null", "paths.runs=null: it should be a valid string"),
+        ("threads=100000000", "threads=100000000: it should be less than or equal to 1024"),
+        ("special_tokens=foo", "special_tokens=foo: it should be 'plain', 'refuse' or 'rendered'"),
+        ("sft.optimizer.lr=inf", "sft.optimizer.lr=inf: it should be a finite number"),
+        ("ppo.sampling.temperature=inf", "ppo.sampling.temperature=inf: it should be a finite number"),
+        ("ppo.sampling.temperature=1e-30", "temperature=1e-30: it should be greater than or equal to 0.01"),
+        ("ppo.sampling.stop=['']", "ppo.sampling.stop=['']: String should have at least 1 character"),
+        ("preference.sampling.min_new_tokens=900", "sampling: min_new_tokens=900 is more than max_new_tokens"),
+        ("sft.trainer.max_steps=0", "max_steps=0: it should be greater than or equal to 1, or it should be -1"),
+        ("sft.trainer.max_epochs=null", "sft.trainer: neither max_epochs nor max_steps says how long to train"),
+        ("+foo=1", "+foo=1: nothing reads a setting of this name"),
+        ("++foo=1", "++foo=1: nothing reads a setting of this name"),
+        ("+ckpt_path=/nonexistent", "+ckpt_path=/nonexistent: nothing reads a setting of this name"),
+        ("++sft.optimiser.lr=1", "Did you mean sft.optimizer.lr (without +)?"),
+        ("+trainer.profiler=simple", "+trainer.profiler=simple: nothing reads a setting of this name"),
+        ("+sft.foo=1", "+sft.foo=1: nothing reads a setting of this name"),
+        ("+lengths.foo=1", "+lengths.foo=1: nothing reads a setting of this name"),
+        ("+sft.trainer.foo=1", "sft.trainer.foo: lit_rlhf.training.make_trainer has no such setting; it takes"),
+        ("+sft.trainer.callbacks=[]", "sft.trainer.callbacks: lit_rlhf.training.make_trainer has no such setting"),
+        ("+sft.optimizer.foo=1", "sft.optimizer.foo: lit_rlhf.training.adamw has no such setting"),
+        ("+nope/data=x", "+nope/data=x: nothing reads"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        checked(override)
+        checked(*override.split(" "))
     assert message in str(error.value)
     assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "+sft.trainer.profiler=simple +sft.trainer.gradient_clip_algorithm=norm",
+        "+foo=1e-3 sft.optimizer.lr=${foo}",
+        "+mine.lr=1e-3 sft.optimizer.lr=${mine.lr}",
+        "+model.config.attention_bias=true ~model.config.rope_parameters",
+        "~model.config +model.config={model_type:gpt2}",
+        "++seed=1 ++sft.optimizer.lr=1e-3 ++callbacks.progress_bar=false",
+        "++evaluate.policies.mine=folder ~evaluate.policies.ppo",
+        "~sft.optimizer.betas ~sft.samples_every ~ppo.health",
+        "+sft.models.mine=folder",
+    ],
+)
+def test_what_something_takes_may_be_added_and_what_has_a_default_taken_away(overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose_settings(overrides.split())
+    name_loaders(cfg)
+    check(cfg)
+
+
+def test_groups_of_the_users_own_may_be_added(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/a.yaml", "sft/mine/b.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("lr: 1.0e-3\n")
+    own = f"hydra.searchpath=[file://{tmp_path}]"
+    assert checked(own, "+mine=a", "+sft/mine=b", "sft.optimizer.lr=${mine.lr}").sft.mine.lr == 1e-3
+    with pytest.raises(UserError, match=r"\+mine.rate=1: nothing reads"):
+        checked(own, "+mine=a", "+mine.rate=1")
 
 
 @pytest.mark.parametrize(("stage", "init"), [("pretrain", "checkpoint"), ("sft", "upstream"), ("reward", "upstream")])

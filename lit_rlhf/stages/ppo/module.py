@@ -248,7 +248,13 @@ class PPOModule(LearnsFromRollouts):
             groups += decay_groups(self.critic, head, self.critic_head_lr, lr=self.critic_lr)
         optimizer = self.optimizer(groups)
         iterations, prompts = batches_and_size(self.trainer)
-        per_rollout = -(-prompts * self.answers_per_prompt // self.minibatch_size) * self.ppo_epochs
+        rollout = prompts * self.answers_per_prompt
+        if self.minibatch_size > rollout:
+            self.print(
+                f"ppo: ppo.module.minibatch_size is {self.minibatch_size} and a rollout has {rollout} answers "
+                "(ppo.data.batch_size times ppo.module.answers_per_prompt): each optimizer step takes them all"
+            )
+        per_rollout = -(-rollout // self.minibatch_size) * self.ppo_epochs
         return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, iterations * per_rollout)}
 
     # ---------------------------------------------------------------- watching

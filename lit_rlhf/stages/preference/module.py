@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError, Waiting, say_once
 from lit_rlhf.files import Checked
 from lit_rlhf.models.policy import context_length, freeze
-from lit_rlhf.rollouts import Engine, FastEngine, Sampling, sample
+from lit_rlhf.rollouts import Engine, FastEngine, Sampling, Temperature, sample
 from lit_rlhf.stages.callables import Annotator, with_tools
 from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
@@ -94,7 +94,7 @@ class PreferenceModule(LightningModule):
         answers_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4,
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
-        temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | None = None,
+        temperatures: Annotated[list[Temperature], Field(min_length=1)] | None = None,
         redraws: Annotated[int, Field(ge=0)] = 2,
         compare: str | Sequence[str] | None = None,
         seed: int = 0,

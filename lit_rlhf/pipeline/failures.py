@@ -1,0 +1,83 @@
+"""How a command ends that cannot go on: with one line, whatever happened."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_rlhf.errors import scrubbed, users_mistake
+
+DEBUG = "LIT_RLHF_DEBUG"  # set in the environment to 1, it has the traceback printed
+MISTAKE, UNEXPECTED, STOPPED_BY_HAND = 2, 1, 130  # exit codes; for a signal's see lit_rlhf.errors.STOPPED
+
+
+def fail(said: Any, code: int = MISTAKE) -> NoReturn:
+    """One line for the user, no traceback."""
+    print(f"lit-rlhf: {one_line(said)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def fail_for(error: BaseException, run: Path | None = None) -> NoReturn:
+    """End the command for what was raised; ``run``: the folder whose ``error.log`` takes the traceback of what nobody
+    expected."""
+    if os.environ.get(DEBUG) == "1":
+        print(scrubbed("".join(traceback.format_exception(error))), file=sys.stderr)
+    if isinstance(error, BrokenPipeError):  # `lit-rlhf --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes
+    fail(f"{reason(error)}{kept_traceback(error, run)}", code_of(error))
+
+
+def code_of(error: BaseException) -> int:
+    """Exit code: whether the user can do something about it."""
+    theirs = users_mistake(error) or isinstance(error, OSError | HydraException | OmegaConfBaseException)
+    return MISTAKE if theirs else UNEXPECTED
+
+
+def reason(error: BaseException) -> str:
+    """What was raised, in one line."""
+    if mistake := users_mistake(error):
+        return one_line(mistake)
+    if isinstance(error, OSError) and error.strerror:
+        files = " and ".join(_cut(str(name), 120) for name in (error.filename, error.filename2) if name is not None)
+        return f"{files}: {error.strerror}" if files else error.strerror
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = str(error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error)
+        where = [f"{line.strip()[9:].strip()}:" for line in str(error).splitlines() if "full_key:" in line][:1]
+        kept = [line for line in text.splitlines() if not re.match(r"\s*(full_key:|object_type=|See )", line)]
+        return _cut(one_line(" ".join([*where, *kept])), 600)
+    return f"unexpected {type(error).__name__}: {_cut(one_line(error), 400)}"
+
+
+def kept_traceback(error: BaseException, run: Path | None) -> str:
+    """Write down where an unexpected error came from, and say where that stands; nothing for what says it all."""
+    if users_mistake(error):
+        return ""
+    how = f"{DEBUG}=1 prints where it happened"
+    if run is None:
+        return f" ({how})"
+    file = run / "error.log"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as log:
+            log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {scrubbed(' '.join(sys.argv))}\n")
+            log.write(scrubbed("".join(traceback.format_exception(error))))
+    except (OSError, ValueError):  # a full disk may be what happened
+        return f" ({how})"
+    return f" (where it happened: {file})"
+
+
+def one_line(said: Any) -> str:
+    """A text without its line breaks, and without secrets."""
+    return scrubbed(" ".join(str(said).split()))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

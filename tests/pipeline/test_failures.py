@@ -1,0 +1,44 @@
+"""Whatever is raised ends the command with one line; where it happened is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_rlhf.pipeline.failures import DEBUG, code_of, reason
+
+BROKEN = """
+from lit_rlhf.stages import PretrainModule
+
+class Broken(PretrainModule):
+    def on_train_batch_start(self, batch, batch_idx):
+        raise {raised}
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "said", "code"),
+    [
+        ("ZeroDivisionError('two\\nlines')", "unexpected ZeroDivisionError: two lines", 1),
+        ("OSError(28, 'No space left on device', 'x.bin')", "x.bin: No space left on device", 2),
+    ],
+)
+def test_what_nobody_expected_is_one_line_and_its_traceback_is_kept(lit_rlhf, tmp_path, raised, said, code):
+    (tmp_path / "broken.py").write_text(BROKEN.format(raised=raised))
+    command = ["stage=pretrain", "pretrain.module._target_=broken.Broken"]
+    done = lit_rlhf(*command, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert said in done.stderr and "runs/quickstart/error.log" in done.stderr
+    assert "in on_train_batch_start" in (tmp_path / "runs/quickstart/error.log").read_text()
+    assert "in on_train_batch_start" in lit_rlhf(*command, check=False, env={DEBUG: "1"}).stderr
+
+
+@pytest.mark.parametrize("arguments", [["--foo"], ["--cfg", "foo"], ["--config-dir=/nowhere"], ["-cn", "nothing"]])
+def test_options_that_are_none_are_one_line(lit_rlhf, arguments):
+    done = lit_rlhf(*arguments, check=False, fast=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_name_that_is_too_long_is_one_line():
+    with pytest.raises(OSError) as error:
+        Path("a" * 300).read_text()
+    assert code_of(error.value) == 2 and reason(error.value).endswith("...: File name too long")
