@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from kills import result
@@ -175,8 +175,8 @@ class Warm:
         program = [sys.executable, str(root / "tests" / "pipeline" / "warm.py")]
         self.process = subprocess.Popen(program, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-        asked = {"arguments": arguments, "cwd": str(cwd), "env": self.env, **self.files}
+    def __call__(self, arguments: list[str], cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+        asked = {"arguments": arguments, "cwd": str(cwd), "env": self.env, **self.files, **more}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         code = int(self.process.stdout.readline())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -157,12 +158,49 @@ def _fitting(path: Path, value: Any, shape: type[Checked], line: int | None = No
 
 
 @contextmanager
-def written_anew(path: Path) -> Iterator[TextIO]:
-    """A file to write into, under a temporary name, then renamed to ``path``: who is killed leaves no half file."""
+def disk(path: Path) -> Iterator[None]:
+    """What the operating system refuses inside, for want of space, say, ends in a ``UserError`` that names ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := refused(error)) is None:
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room for it or choose another folder, then run the same "
+            "command again"
+        ) from error
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those that it lies in, where they are not there. Raises ``UserError`` where it cannot be."""
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def refused(error: Exception) -> str | None:
+    """The operating system's reason for an error; None where it has none. Libraries in Rust tell it in their text."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(found[1])) if found else None
+
+
+@contextmanager
+def written_anew(path: Path, mode: str = "w") -> Iterator[Any]:
+    """A file to write into, under a temporary name, then renamed to ``path``: who is killed leaves no half file.
+
+    Raises ``UserError`` where it cannot be written; what was there stays."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two commands may write one summary
-    with temporary.open("w", encoding="utf-8") as file:
-        yield file
-    temporary.replace(path)
+    with disk(path):
+        try:
+            with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def write_text(path: Path, text: str) -> Path:

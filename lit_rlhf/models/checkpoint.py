@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from lit_rlhf.errors import UserError, say
+from lit_rlhf.files import disk
 from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.loading import CheckpointFormat, checkpoint_format, listed, weight_files
 from lit_rlhf.text.chat import turn_end
@@ -42,11 +43,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into, which takes the place of ``folder`` when all is written."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with disk(folder):
         temporary.mkdir(parents=True)
         yield temporary
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another paths.runs") from error
     put_in_place(temporary, folder)
 
 
@@ -57,9 +56,10 @@ def put_in_place(new: Path, folder: Path) -> None:
         return
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    with disk(folder):
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

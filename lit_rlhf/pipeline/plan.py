@@ -18,6 +18,7 @@ from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, users_mistake
+from lit_rlhf.files import make_folder, write_text
 from lit_rlhf.pipeline.run import make_data, make_module
 from lit_rlhf.pipeline.settings import MissingSetting, planned_stages, resolved
 from lit_rlhf.rollouts.dry_run import DryEngine
@@ -96,9 +97,8 @@ def write_plan(cfg: DictConfig) -> Plan:
                 plan.unplanned[name] = said.splitlines()[0][:300]
                 wrong += [] if isinstance(reason, MissingSetting) else [name]
     if plan.stages:
-        path = Path(cfg.paths.run_dir) / "plan.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
+        path = make_folder(Path(cfg.paths.run_dir)) / "plan.json"
+        write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
         print(f"{plan.table()}\nplan: {path}")
     if wrong:
         raise UserError("; ".join(f"{name}: {plan.unplanned[name]}" for name in wrong))

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.files import damaged, write_yaml
+from lit_rlhf.files import damaged, disk, make_folder, write_yaml
 from lit_rlhf.finished import changes, check_unchanged, read_done, write_done
 from lit_rlhf.models.checkpoint import put_in_place
 from lit_rlhf.pipeline.folder import NEW, absolute, collecting_stage, fingerprint_of, input_paths, read_settings
@@ -139,21 +139,18 @@ class StageFolder:
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that has come to be read-only
+                file.unlink(missing_ok=True)
             lock.release()
 
     def begin(self) -> None:
         """Make the folder and write down the settings; what an interrupted start with others had reached is removed."""
-        try:
+        with disk(self.path):
             if self.overwrite and (not (self.path / "config.yaml").is_file() or self._changed()):
                 shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "done.json").unlink(missing_ok=True)
             self._write_settings(self.path)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another folder with paths.runs="
-            ) from None
 
     def written_here(self) -> dict[str, Any]:
         """The stage's settings, with the files that it writes into its folder where that is now."""
@@ -170,8 +167,7 @@ class StageFolder:
 
     def rescue(self) -> Path:
         """A folder like this one, of a run beside this one: for what is in memory when this one has gone."""
-        path = self.run.with_name(f"{self.run.name}-rescue") / self.stage
-        path.mkdir(parents=True, exist_ok=True)
+        path = make_folder(self.run.with_name(f"{self.run.name}-rescue") / self.stage)
         self._write_settings(path)
         return path
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import write_text
+from lit_rlhf.files import make_folder, write_text, written_anew
 from lit_rlhf.stages.stage import all_stages
 
 
@@ -40,8 +40,7 @@ def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> 
 
 def write_job(folder: Path, overrides: list[str], record: dict[str, Any]) -> None:
     """``job.json``: how a job of a sweep ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "job.json", json.dumps({"overrides": overrides, **record}, indent=2) + "\n")
+    write_text(make_folder(folder) / "job.json", json.dumps({"overrides": overrides, **record}, indent=2) + "\n")
 
 
 class SweepTable(Callback):
@@ -76,8 +75,9 @@ def write_table(jobs: list[Job], path: Path) -> None:
     parts = {"by_kind", "interval"}
     figures = dict.fromkeys(name for job in jobs for name in job.figures if parts.isdisjoint(name.split(".")))
     settings = dict.fromkeys(name for job in jobs for name in job.settings)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["job", "status", *settings, *(f for f in figures if f not in settings), "error"])
+    with written_anew(path) as file:
+        columns = ["job", "status", *settings, *(f for f in figures if f not in settings), "error"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for job in jobs:
             known = {"job": job.name, "status": job.status, "error": job.error}
@@ -121,7 +121,8 @@ def plot(jobs: list[Job], path: Path) -> None:
     axes.set_title("mean and standard deviation; a dot is a job", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
-    figure.savefig(path, dpi=150)
+    with written_anew(path, "wb") as file:
+        figure.savefig(file, dpi=150)
 
 
 def repeated(jobs: list[Job]) -> dict[str, list[Job]]:

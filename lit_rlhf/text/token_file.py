@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import disk
 from lit_rlhf.text.special_tokens import SpecialTokens, encode_texts, text_start
 
 BATCH = 2**20  # characters that are tokenized at a time
@@ -160,7 +161,7 @@ def kept(
     folder = cache / f"{what}-{mark}"
     if is_whole(folder):
         return folder
-    try:
+    with disk(folder):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not is_whole(folder):  # another process may have been faster
@@ -170,8 +171,6 @@ def kept(
                 unfinished.mkdir()
                 write(unfinished)
                 unfinished.replace(folder)
-    except OSError as error:
-        raise UserError(f"{error.filename or cache}: {error.strerror}; text is tokenized into {cache}") from error
     return folder
 
 

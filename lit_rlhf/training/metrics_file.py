@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_rlhf.errors import say
-from lit_rlhf.files import Checked, damaged, read_jsonl, read_text, write_text
+from lit_rlhf.errors import UserError, say
+from lit_rlhf.files import Checked, damaged, make_folder, read_jsonl, read_text, write_text
 
 
 class MetricsFile(Logger):
@@ -46,7 +46,7 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = 0 if step is None else step
         if self._rows is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)  # once: one that is deleted later is missed
+            make_folder(self.path.parent)  # once: one that is deleted later is missed
             self._rows = {s: row for s, row in read_metrics(self.path).items() if s <= step}
         self._rows.setdefault(step, {}).update({k: float(v) for k, v in metrics.items() if k != "epoch"})
         self._changed = True
@@ -81,7 +81,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.write()
+        try:
+            self.write()
+        except UserError as error:
+            if status != "failed":
+                raise
+            say(str(error))  # what failed before is what the command ends with
 
 
 def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
@@ -114,7 +119,7 @@ class Stepped(Checked):
 
 def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
     """Append JSON lines; what an interrupted run had written of this step or later ones is dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     kept = [row for row in read_jsonl(path, Stepped) if row["step"] < step]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
 

@@ -7,8 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import Interrupted, UserError, say
+from lit_rlhf.files import disk, make_folder
 from lit_rlhf.models.loading import check_finite, not_finite
 from lit_rlhf.training.callbacks import said_when_slow
 from lit_rlhf.training.checkpoint_files import read_checkpoint
@@ -179,8 +179,7 @@ class LastCheckpoint(Callback):
         trainer.should_stop |= self._ended_early
         if self._resumed:
             check_training(pl_module, trainer.optimizers, self.path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = self.path.parent.stat().st_ino
+        self._folder = make_folder(self.path.parent).stat().st_ino
         self._handlers = handle_signals(self._on_signal)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -219,7 +218,8 @@ class LastCheckpoint(Callback):
         loop = trainer.fit_loop.epoch_loop
         if loop.batch_progress.total.ready == loop.batch_progress.total.processed and not loop._should_accumulate():
             self._move(trainer)
-            trainer.save_checkpoint(self.path)
+            with disk(self.path):
+                trainer.save_checkpoint(self.path)
 
     def _gone(self) -> bool:
         """Whether the folder in which training began has been deleted or renamed."""
@@ -234,8 +234,7 @@ class LastCheckpoint(Callback):
             raise FileNotFoundError(str(self.path.parent))
         self.rescued = self.rescue()
         self.path = self.rescued / "checkpoints" / "last.ckpt"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = self.path.parent.stat().st_ino
+        self._folder = make_folder(self.path.parent).stat().st_ino
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.move(self.rescued / "metrics.csv")
@@ -243,7 +242,7 @@ class LastCheckpoint(Callback):
     def _save(self, trainer: Trainer) -> None:
         if self._gone():
             self._move(trainer)
-        with self._disk(), said_when_slow(f"writing {self.path}"):
+        with disk(self.path), said_when_slow(f"writing {self.path}"):
             trainer.save_checkpoint(self.path.with_suffix(".tmp"))
         self._due, self._unkept = False, True
 
@@ -252,19 +251,12 @@ class LastCheckpoint(Callback):
         if not self._unkept:
             return
         self._unkept = False
-        with self._disk():
+        with disk(self.path):
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsFile):
                     logger.write()
             if trainer.is_global_zero:
                 self.path.with_suffix(".tmp").replace(self.path)
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
 
     def _raise_if_stopped(self) -> None:
         if self.rescued is not None:
@@ -328,7 +320,8 @@ class BestCheckpoint(Callback):
             return
         if self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"]):
             self.best = {"metric": self.metric, "value": value, "step": trainer.fit_loop.epoch_loop.total_batch_idx + 1}
-            trainer.save_checkpoint(self.path)
+            with disk(self.path):
+                trainer.save_checkpoint(self.path)
 
     def restore(self, module: LightningModule) -> None:
         """Give ``module`` the best weights."""

@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 
+import full_disk
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 import lit_rlhf.pipeline.rounds  # noqa: F401
@@ -23,6 +24,8 @@ def become(asked: dict) -> None:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["lit_rlhf", *asked["arguments"]]
+    if asked.get("disk"):
+        full_disk.install(asked["disk"])
 
 
 for line in sys.stdin:

@@ -315,7 +315,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
             if batch_idx == 5:
                 full_disk(trainer)
 
-    with pytest.raises(UserError, match=r"last\.ckpt: cannot be written \(No space left on device\); is the disk full"):
+    with pytest.raises(UserError, match=r"last\.ckpt: cannot be written \(No space left on device\); make room"):
         fit(tmp_path, Full(), every=4)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
     module, _ = fit(tmp_path, every=4)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import write_text
 from lit_rlhf.stages.preference.annotator_agreement import latest, majority
 from lit_rlhf.text.label_studio import Kind, tasks, template
 from lit_rlhf.text.records import Ranking, load_records, parse_ranking
@@ -77,8 +78,8 @@ class LabelStudio:
     def hand_out(self, answers: Sequence[dict[str, Any]], file: Path) -> str:
         there = file.with_name(file.name.replace("answers", "label_studio_tasks")).with_suffix(".json")
         layout = file.with_name(file.name.replace("answers", "label_studio_template")).with_suffix(".xml")
-        there.write_text(json.dumps(tasks(answers, self.kind), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        layout.write_text(template(self.kind, max(len(r["responses"]) for r in answers)), encoding="utf-8")
+        write_text(there, json.dumps(tasks(answers, self.kind), ensure_ascii=False, indent=1) + "\n")
+        write_text(layout, template(self.kind, max(len(r["responses"]) for r in answers)))
         return (
             f"In Label Studio make a project with the template {layout} and import {there}; when they are judged, "
             "export as JSON and add preference.annotator.export=<that file>"

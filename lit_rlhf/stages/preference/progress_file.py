@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lit_rlhf.files import damaged, json_value, read_bytes
+from lit_rlhf.files import damaged, disk, json_value, read_bytes
 
 
 class ProgressFile:
@@ -49,10 +49,12 @@ class ProgressFile:
     def remove(self) -> None:
         """Delete the file; what it held stays in memory."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with disk(self.path):
+                self.path.unlink(missing_ok=True)
 
     def _append(self, text: str) -> None:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with disk(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from lit_rlhf.errors import UserError, first_line
-from lit_rlhf.files import json_value, written_anew
+from lit_rlhf.files import json_value, make_folder, written_anew
 from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
 from lit_rlhf.text.records.fields import Row, short
 
@@ -359,7 +359,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines: the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with written_anew(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,5 +1,7 @@
 import json
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -44,10 +46,12 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def serve(tmp_path, files, served):
+def serve(tmp_path, files):
     """Serve a page in a thread of this process: serve(rows, **settings) -> its address."""
+    import uvicorn
+
+    from lit_rlhf.apps.label.page import listen
     from lit_rlhf.apps.label.web import make_app
-    from lit_rlhf.apps.server import Guard, PageServer
 
     running = []
 
@@ -55,14 +59,24 @@ def serve(tmp_path, files, served):
         path = rows if isinstance(rows, Path) else write(tmp_path / "source.jsonl", rows)
         page = LabellingPage(path, files.folder, **{"repeat": 0.0, **settings})
         labelling = page.labelling()
-        server = PageServer("label", port=port)
-        served(Guard(make_app(labelling, page.about()), server), server)
-        running.append(labelling)
-        return server.address
+        listener = listen("127.0.0.1", port)
+        server = uvicorn.Server(uvicorn.Config(make_app(labelling, page.about()), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+
+        def stop():
+            server.should_exit = True
+            thread.join(10)
+            labelling.close()
+
+        running.append(stop)
+        while not server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     yield start
-    for labelling in running:
-        labelling.close()
+    for stop in running:
+        stop()
 
 
 @pytest.fixture
