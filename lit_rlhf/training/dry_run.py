@@ -58,12 +58,14 @@ class Meter(TorchDispatchMode):
             mode.__exit__(*error)
 
     def fit(self, module: nn.Module, data: LightningDataModule, loss: Callable[[Any], Tensor]) -> None:
-        """A step on the largest batch of training, and the ``loss`` of the largest of validation."""
+        """A step on the largest batch of training, and the ``loss`` of the largest of validation if that is larger."""
         batch = largest(data.train_dataloader())
         part = max(batch, key=_size).batch if isinstance(batch, list) else batch
         self.learn(module, lambda: loss(part), in_parts=isinstance(batch, list))
-        with torch.no_grad():
-            loss(largest(data.val_dataloader()))
+        held_out = largest(data.val_dataloader())
+        if _size(held_out) > _size(part):
+            with torch.no_grad():
+                loss(held_out)
 
     def learn(self, module: nn.Module, loss: Callable[[], Tensor], in_parts: bool) -> None:
         """Forward and backward pass of a loss; ``in_parts``: the gradients of other parts of its batch are there."""
