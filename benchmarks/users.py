@@ -28,7 +28,9 @@ class Laps(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, _: int) -> None:
         loss = {"loss": outputs["loss"].item()} if outputs else {}
-        self.end_lap(**loss, **self.amount(module, batch))
+        parts = [part.batch for part in batch] if isinstance(batch, list) else [batch]  # see lit_rlhf.training.parts
+        amounts = [self.amount(module, part) for part in parts]
+        self.end_lap(**loss, **{name: sum(each[name] for each in amounts) for name in amounts[0]})
 
 
 def fit(
