@@ -100,11 +100,11 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         def ours(end_lap: EndLap) -> None:
             module = our_module(case, policy_path, reward_path, tokenizer)
 
-            def amount(module: Any, batch: Any) -> dict[str, float]:
+            def amount(module: Any, parts: list[Any]) -> dict[str, float]:
                 logged = module.trainer.callback_metrics
                 names = {"length": "response_length", "value_loss": "value_loss"}
                 watched = {name: logged[f"ppo/{ours}"].item() for name, ours in names.items()}
-                return {"amount": len(batch.tokens), **watched}
+                return {"amount": len(parts[0].tokens), **watched}
 
             fit(
                 module, prompt_data(questions, tokenizer, case.batch), -1, end_lap, amount, max_epochs=1,

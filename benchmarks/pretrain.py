@@ -110,7 +110,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
 
         def ours(end_lap: EndLap) -> None:
             module = PretrainModule(load_policy(path), tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
-            fit(module, data(), steps, end_lap, lambda _, batch: {"amount": batch.labels.numel()})
+            fit(module, data(), steps, end_lap, lambda _, parts: {"amount": sum(p.labels.numel() for p in parts)})
 
         def theirs(end_lap: EndLap) -> None:
             model = BareGPT.from_checkpoint(path, shape, context)

@@ -81,7 +81,7 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         def ours(end_lap: EndLap) -> None:
             model = load_reward_model(reward_model, tokenizer)
             module = RewardModule(model, tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT, head_lr=None)
-            fit(module, data(), steps, end_lap, lambda _, batch: {"amount": case.comparisons}, precision=case.precision)
+            fit(module, data(), steps, end_lap, lambda *_: {"amount": case.comparisons}, precision=case.precision)
 
         def theirs(end_lap: EndLap) -> None:
             def amount(inputs: dict[str, Any]) -> dict[str, float]:

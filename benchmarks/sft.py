@@ -110,8 +110,9 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
         def ours(end_lap: EndLap) -> None:
             module = SFTModule(load_policy(policy, tokenizer), tokenizer, optimizer=OPTIMIZER, schedule=CONSTANT)
 
-            def amount(_: Any, batch: Any) -> dict[str, float]:
-                return {"amount": batch.packed.lengths.sum().item(), "learned": len(batch.learned)}
+            def amount(_: Any, parts: list[Any]) -> dict[str, float]:
+                tokens = sum(part.packed.lengths.sum().item() for part in parts)
+                return {"amount": tokens, "learned": sum(len(part.learned) for part in parts)}
 
             fit(module, data(), steps, end_lap, amount, precision=case.precision)
 

@@ -21,7 +21,7 @@ CONSTANT = partial(warmup_decay, shape="constant", warmup=0.0)
 
 
 class Laps(lightning.Callback):
-    """Ends a lap after each batch; ``amount(module, batch)`` gives its amount of work and what is watched."""
+    """Ends a lap after each batch; ``amount(module, parts of the batch)`` gives its work and what is watched."""
 
     def __init__(self, end_lap: EndLap, amount: Callable[[Any, Any], dict[str, float]]) -> None:
         self.end_lap, self.amount = end_lap, amount
@@ -29,8 +29,7 @@ class Laps(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, _: int) -> None:
         loss = {"loss": outputs["loss"].item()} if outputs else {}
         parts = [part.batch for part in batch] if isinstance(batch, list) else [batch]  # see lit_rlhf.training.parts
-        amounts = [self.amount(module, part) for part in parts]
-        self.end_lap(**loss, **{name: sum(each[name] for each in amounts) for name in amounts[0]})
+        self.end_lap(**loss, **self.amount(module, parts))
 
 
 def fit(
