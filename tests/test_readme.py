@@ -22,7 +22,8 @@ from lit_rlhf.stages.stage import all_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -133,6 +134,13 @@ def test_ci_runs_the_readmes_test_command(tmp_path):
     assert rest.rstrip().splitlines()[-1] == 'eval "$tests"'
     assert script.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in script
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_actions_of_the_workflow_are_pinned_by_commit_and_dependencies_are_checked():
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    used = re.findall(r"uses: (.*)", workflow)
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)
+    assert "pip-audit --requirement constraints/cpu.txt" in workflow
 
 
 def test_workflow_runs_the_same_tests_on_every_python():

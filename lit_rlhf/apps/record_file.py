@@ -34,7 +34,7 @@ class RecordFile:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; when this returns, it is on disk. Raises ``UserError`` where it cannot be, and adds nothing."""
-        line = (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
+        line = _line(record)
         with self._alone("not saved"):
             self._whole_lines()
             new = not self.path.exists()
@@ -51,18 +51,21 @@ class RecordFile:
             if new:
                 _sync_folder(self.path.parent)
 
-    def remove(self, record: dict[str, Any]) -> None:
-        """Take the last such record out again: the file is written anew beside the old one, then renamed."""
+    def remove(self, record: dict[str, Any], successor: dict[str, Any] | None = None) -> None:
+        """Take the last such record out again, and append another; both happen or none does.
+
+        The file is written anew beside the old one, then renamed."""
         # As it comes back from the file: with lists for tuples.
-        target = json.loads(json.dumps(record, ensure_ascii=False, default=str))
+        target = json.loads(_line(record))
         with self._alone("not changed"):
             lines = self._whole_lines().splitlines(keepends=True)
             place = next((i for i in reversed(range(len(lines))) if _holds(lines[i], target)), None)
-            if place is None:  # someone else has taken it out
+            if place is None and successor is None:  # someone else has taken it out
                 return
             temporary = self.path.with_name(self.path.name + ".tmp")
             with temporary.open("wb") as file:
-                file.writelines(lines[:place] + lines[place + 1 :])
+                file.writelines(line for i, line in enumerate(lines) if i != place)
+                file.write(_line(successor) if successor else b"")
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
@@ -102,6 +105,10 @@ class RecordFile:
         except ValueError as error:
             raise damaged(self.path, f"not a record: {error}", number, cure) from None
         return record
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
 
 
 def _holds(line: bytes, record: dict[str, Any]) -> bool:

@@ -50,7 +50,7 @@ def check_no_credentials(node: Any, address: str = "") -> None:
 
 
 def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
-    address = origin(cfg, address)
+    below, address = address, origin(cfg, address)
     try:
         target = get_object(node["_target_"])
     except Exception as error:  # import errors of any kind
@@ -68,7 +68,7 @@ def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
             takes = ", ".join([*parameters, *further])
             raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
         if key in hints and not _holds_objects(value):
-            where = origin(cfg, f"{address}.{key}")
+            where = origin(cfg, f"{below}.{key}")
             if where == "model.config" and value is None:
                 stage = address.partition(".")[0]
                 init = "checkpoint" if all_stages()[stage].replaced_by_checkpoint else "upstream"
@@ -109,8 +109,12 @@ def origin(cfg: DictConfig, address: str) -> str:
             break
         at = f"{at}.{part}" if at else part
         if OmegaConf.is_interpolation(node, part):
-            there = re.fullmatch(r"\$\{([\w.]+)\}", str(node._get_node(part)._value()))
-            return origin(cfg, ".".join([there[1], *parts[i + 1 :]])) if there else address
+            there = re.fullmatch(r"\$\{(?:merge:)?([\w.,]+)\}", str(node._get_node(part)._value()))
+            if not there:
+                return address
+            sources, rest = there[1].split(","), parts[i + 1 :]
+            holders = [source for source in sources if rest and rest[0] in (OmegaConf.select(cfg, source) or ())]
+            return origin(cfg, ".".join([(holders or sources)[-1], *rest]))
         node = None if OmegaConf.is_missing(node, part) else node[part]
     return address
 

@@ -216,10 +216,15 @@ def by_lora(model: str, full: float, adapters: float, *, _root_: DictConfig) -> 
     return adapters if OmegaConf.select(_root_, f"{model}.lora.r") else full
 
 
+def merge(*addresses: str, _root_: DictConfig) -> DictConfig:
+    """``${merge:lora,sft.lora}``: the settings of both, the last one's where both have one."""
+    return OmegaConf.merge({}, *(OmegaConf.select(_root_, address) for address in addresses))  # type: ignore[return-value]
+
+
 def register_resolvers() -> None:
     """Make ``${upstream:...}`` and the like known to the settings."""
     OmegaConf.register_new_resolver("upstream", upstream_model, replace=True)
-    for resolver in (by_lora, upstream_data, newest_round, round_data, sampling_precision):
+    for resolver in (by_lora, merge, upstream_data, newest_round, round_data, sampling_precision):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

@@ -68,7 +68,9 @@ def refuse(monkeypatch, folder, *overrides):
         ),
         ("ppo.reward_model=null ppo.reward_model.path=a", "has replaced ppo.reward_model"),
         ("ppo.lora.alpha=8", "ppo.lora.alpha: there is no such setting. Did you mean ppo.lora.lora_alpha"),
-        ("ppo.lora.init_lora_weights=pissa", "it should be 'gaussian' or 'orthogonal'"),
+        ("ppo.lora.lora_dropout=0.1", "Did you mean lora.lora_dropout"),  # as in older versions
+        ("+ppo.lora.bias=some", "ppo.lora.bias=some: it should be 'none', 'lora_only' or 'all'"),
+        ("lora.init_lora_weights=pissa", "lora.init_lora_weights=pissa: it should be a valid boolean"),
         ("ppo.module.ptx_coef=-1", "ppo.module.ptx_coef=-1: it should be greater than or equal to 0"),
         ("ppo.module.ptx_ratio=0", "ppo.module.ptx_ratio=0: it should be greater than 0"),
         ("ppo/critic=none", "Could not find 'ppo/critic/none'"),

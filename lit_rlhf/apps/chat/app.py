@@ -35,6 +35,8 @@ class Chat:
         special_tokens: what their names mean in what is said: "plain" text, or "refuse".
         device: of torch, on which the models run.
         port: of the page; null takes the first free one from 7860 on.
+        token: whether only those who have the page's printed address get in, on a machine that others use, too
+            (``LIT_RLHF_TOKEN`` gives one that stays).
         open_browser: whether to open the page at once.
     """
 
@@ -51,6 +53,7 @@ class Chat:
     special_tokens: SpecialTokens = "plain"
     device: str = "cpu"
     port: Annotated[int, Field(ge=1, lt=2**16)] | None = None
+    token: bool = False
     open_browser: bool = False
 
     def launch(self) -> None:
@@ -58,10 +61,14 @@ class Chat:
         if self.ui == "terminal":
             Terminal(self.conversation(self.load())).run()
             return
-        from lit_rlhf.apps.chat.web import serve  # Gradio is an extra
+        from lit_rlhf.apps.chat.web import ChatPage  # Gradio is an extra
+        from lit_rlhf.apps.server import PageServer
 
         assistants = self.load()
-        serve(lambda: self.conversation(assistants), port=self.port, open_browser=self.open_browser)
+        page = ChatPage(lambda: self.conversation(assistants))
+        server = PageServer("chat", port=self.port, token=self.token)
+        print(f"chat: {server.address} (Ctrl-C ends it)", flush=True)
+        server.serve(page.guarded(server), self.open_browser)
 
     def load(self) -> list[Assistant]:
         """The model, and the one that it is compared with."""

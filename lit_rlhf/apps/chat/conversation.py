@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from lit_rlhf.apps.chat.assistant import Assistant, fitted
 from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import json_value
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.text.records import Messages, parse_messages
 
@@ -172,12 +173,13 @@ class Conversation:
             raise UserError("an empty answer cannot be rated")
         if answer.rating == rating:
             return "already kept" if rating else "no thumb to take back"
-        if answer.kept:
-            self.judgements.take_back(answer.kept)
-            answer.kept, answer.rating = None, 0
         if rating:
-            record = {"prompt": answer.prompt, "response": answer.text, "rating": rating, **answer.lineage}
-            answer.kept, answer.rating = self.judgements.feedback(record), rating
+            record = answer.kept or {"prompt": answer.prompt, "response": answer.text, **answer.lineage}
+            answer.kept = self.judgements.feedback({**record, "rating": rating}, answer.kept)
+        elif answer.kept:
+            self.judgements.take_back(answer.kept)
+            answer.kept = None
+        answer.rating = rating
         return f"kept in {self.judgements.feedback_file}" if rating else "taken back"
 
     def set_sampling(self, **changes: Any) -> None:
@@ -186,8 +188,8 @@ class Conversation:
             self.sampling = TypeAdapter(Sampling).validate_python({**asdict(self.sampling), **changes})
         except ValidationError as error:
             first = error.errors()[0]
-            reason = first["msg"].replace("Input should be", "it should be")
-            raise UserError(f"{'.'.join(map(str, first['loc']))}={first['input']}: {reason}") from None
+            said = dict.fromkeys(each["msg"].replace("Input should be", "it should be") for each in error.errors())
+            raise UserError(f"{first['loc'][0]}={first['input']}: {', or '.join(said)}") from None
 
     def reseed(self, seed: int) -> None:
         """Draw the next answers from another seed."""
@@ -202,24 +204,37 @@ class Conversation:
         return json.dumps(turns, ensure_ascii=False, indent=2) + "\n"
 
     def load(self, path: str | Path) -> None:
-        """Go on with a dialogue that was saved; raises ``UserError`` and changes nothing where it is none."""
+        """Go on with a dialogue in a file; raises ``UserError`` and changes nothing where it is none."""
         try:
-            turns = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{path}: no conversation could be loaded from there ({reason})") from None
+        self.from_json(text, f"{path}: ")
+
+    def from_json(self, text: str, source: str = "") -> None:
+        """Go on with what ``to_json`` gave; the thumbs are those on disk. Raises as ``load`` does."""
+        try:
+            turns = json_value(text)
             messages = parse_messages({"messages": turns})
             messages = [{"role": m["role"], "content": m["content"]} for m in messages]  # who wrote it is known apart
             system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
             if [m["role"] for m in messages] != [("user", "assistant")[i % 2] for i in range(len(messages))]:
                 raise ValueError("after a system message, user and assistant were expected in turn")
-        except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{path}: no conversation could be loaded from there ({reason})") from None
+        except ValueError as error:
+            raise UserError(f"{source}no conversation could be loaded from there ({error})") from None
+        thumbs = self._judgements.thumbs() if self._judgements else []
         self.clear()
         self.messages, self.system = messages, system
         models = [turn.get("model", "") for turn in turns if turn["role"] != "system"]
         for place, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._with_system(messages[:place])
-                self.answers[place] = Answer(str(models[place]), prompt, self.sampling, message["content"], True)
+                answer = Answer(str(models[place]), prompt, self.sampling, message["content"], True)
+                same = [t for t in thumbs if (t.get("prompt"), t.get("response")) == (prompt, answer.text)]
+                answer.kept = next((t for t in reversed(same) if t.get("model") == answer.model), None)
+                answer.rating = answer.kept["rating"] if answer.kept else 0
+                self.answers[place] = answer
 
     def _reply(self, together: bool) -> Iterator[list[Answer]]:
         prompt, self.dropped = fitted(self._with_system(self.messages), self.assistants, self.sampling)

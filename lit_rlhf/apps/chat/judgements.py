@@ -32,19 +32,26 @@ class Judgements:
         """Choices between two answers."""
         return self.folder / f"labels-{self.round}.jsonl"
 
-    def feedback(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Keep a feedback record; returns it as it was kept, so that it can be taken back."""
-        return self._keep(self.feedback_file, record)
+    def feedback(self, record: dict[str, Any], earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Keep a feedback record, in place of an earlier one; returns it as it was kept, for ``take_back``."""
+        kept = self._of_person(record)
+        if earlier:
+            RecordFile(self.feedback_file).remove(earlier, kept)
+        else:
+            RecordFile(self.feedback_file).append(kept)
+        return kept
 
     def ranking(self, record: dict[str, Any]) -> None:
         """Keep a ranking record."""
-        self._keep(self.labels_file, record)
+        RecordFile(self.labels_file).append(self._of_person(record))
 
     def take_back(self, kept: dict[str, Any]) -> None:
         """Remove a feedback record."""
         RecordFile(self.feedback_file).remove(kept)
 
-    def _keep(self, file: Path, record: dict[str, Any]) -> dict[str, Any]:
-        kept = {**record, "annotator": self.annotator, "round": self.round}
-        RecordFile(file).append(kept)
-        return kept
+    def thumbs(self) -> list[dict[str, Any]]:
+        """The person's feedback records so far."""
+        return [kept for kept in RecordFile(self.feedback_file).read() if kept.get("annotator") == self.annotator]
+
+    def _of_person(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, "annotator": self.annotator, "round": self.round}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import html
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from lit_rlhf.errors import UserError
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
     import gradio as gr
+    from fastapi import FastAPI
+    from fastapi.responses import FileResponse
+
+    from lit_rlhf.apps.server import Guard, PageServer
 except ImportError:
     raise UserError(
         "chat.ui=web needs Gradio, which is not installed; pip install 'lit-rlhf[ui]', or use chat.ui=terminal"
@@ -23,23 +28,14 @@ except ImportError:
 
 STYLE = Path(__file__).with_name("page.css")
 THUMBS = {1: "Like", -1: "Dislike", 0: None}
-DOWNLOAD = Path(__file__).with_name("download.js").read_text(encoding="utf-8")  # saves a text as a file
-FIRST_PORT, PORTS = 7860, 100
+SCRIPT = Path(__file__).with_name("page.js")
+# What the page asks for.
+PATHS = (
+    r"/(page\.js|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*|"
+    r"gradio_api/(queue/(join|data)|run/\w+|cancel|reset|startup-events|heartbeat/\w+|info|theme\.css))?/?"
+)
 
 Update = dict[Any, Any]  # component -> what it shows from here on
-
-
-def serve(begin: Callable[[], Conversation], port: int | None = None, open_browser: bool = False) -> None:
-    """Serve the page until Ctrl-C; each visit begins a conversation. Raises ``UserError`` where the port is taken."""
-    page = ChatPage(begin)
-    address = page.start(port, open_browser)
-    print(f"chat: {address} (Ctrl-C ends it)", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print()
-    finally:
-        page.blocks.close(verbose=False)
 
 
 class ChatPage:
@@ -50,36 +46,36 @@ class ChatPage:
         self.visitors: dict[str, Conversation] = {}
         self.blocks = self._build(begin())
 
-    def start(self, port: int | None = None, open_browser: bool = False) -> str:
-        """Open the port; returns the page's address."""
-        try:
-            _, address, _ = self.blocks.launch(
-                server_name="127.0.0.1",
-                server_port=port,
-                inbrowser=open_browser,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                ssr_mode=False,
-                footer_links=[],
-                # Not as css=, to which Gradio adds prefixes that some rules do not survive.
-                head=f"<style>{STYLE.read_text(encoding='utf-8')}</style>",
-                theme=gr.themes.Base(
-                    primary_hue="blue",
-                    neutral_hue="stone",
-                    radius_size="lg",
-                    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
-                    font_mono=["ui-monospace", "monospace"],
-                ).set(body_text_color_subdued="*neutral_500"),
-            )
-        except OSError:
-            tried = f"{FIRST_PORT} to {FIRST_PORT + PORTS - 1}" if port is None else str(port)
-            raise UserError(f"chat.port={tried}: taken by another program; choose another with chat.port=") from None
-        return address.rstrip("/")
+    def guarded(self, server: PageServer) -> Guard:
+        """What the server serves. Gradio sets styles in the page, and more at its other paths: uploads, files."""
+        return Guard(self.app(), server, PATHS, styles="'unsafe-inline'")
+
+    def app(self) -> FastAPI:
+        """Gradio's application, which trusts whoever asks."""
+        app = FastAPI(openapi_url=None)
+        app.add_route("/page.js", lambda _: FileResponse(SCRIPT))
+        return gr.mount_gradio_app(
+            app,
+            self.blocks,
+            "/",
+            ssr_mode=False,
+            run_history=False,
+            mcp_server=False,
+            footer_links=[],
+            # Not as css=, to which Gradio adds prefixes that some rules do not survive.
+            head=f"<style>{STYLE.read_text(encoding='utf-8')}</style><script src='/page.js'></script>",
+            theme=gr.themes.Base(
+                primary_hue="blue",
+                neutral_hue="stone",
+                radius_size="lg",
+                font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
+                font_mono=["ui-monospace", "monospace"],
+            ).set(body_text_color_subdued="*neutral_500"),
+        )
 
     def _build(self, example: Conversation) -> gr.Blocks:
         with gr.Blocks(title="Chat · lit-rlhf", analytics_enabled=False, fill_height=True) as blocks:
-            gr.HTML(_head(example), elem_id="head")
+            _html("head", _head(example))
             self.talk = gr.Chatbot(
                 show_label=False,
                 buttons=[],  # "copy" would copy the escaped text
@@ -93,13 +89,13 @@ class ChatPage:
             )
             with gr.Column(visible=False, elem_id="compare") as self.compare:
                 with gr.Row(equal_height=True, elem_id="answers"):
-                    self.cards = [gr.HTML(elem_id=f"answer-{name}") for name in "ab"]
+                    self.cards = [_html(f"answer-{name}") for name in "ab"]
                 with gr.Row(elem_id="choose"):
                     self.choose = [
                         gr.Button(text, size="sm", min_width=60, elem_id=f"choose-{name}")
                         for text, name in (("A is better", "a"), ("Tie", "tie"), ("B is better", "b"))
                     ]
-            self.notice = gr.HTML(elem_id="notice")
+            self.notice = _html("notice")
             self.box = gr.Textbox(
                 show_label=False,
                 placeholder="Your message",
@@ -112,23 +108,22 @@ class ChatPage:
                 regenerate = gr.Button("Regenerate", size="sm", min_width=60, elem_id="regenerate")
                 names = gr.Button("Show names", size="sm", min_width=60, visible=example.compares, elem_id="names")
                 new = gr.Button("New", size="sm", min_width=60, elem_id="new")
-                save = gr.Button("Save", size="sm", min_width=60, elem_id="save")
-                load = gr.UploadButton("Load", size="sm", min_width=60, file_types=[".json"], elem_id="load")
-            saved = gr.Textbox(visible="hidden", elem_id="saved")
+                self.saved = _html("save", _link(example))
+                gr.Button("Load", size="sm", min_width=60, elem_id="load")
+            loaded = gr.Textbox(visible="hidden", elem_id="loaded")  # by page.js, from a file of the person's
             self.names = names
             settings = self._settings(example)
-            shown = [self.talk, self.compare, *self.cards, *self.choose, self.notice, self.box, self.names]
+            shown = [self.talk, self.compare, *self.cards, *self.choose, self.notice, self.box, self.names, self.saved]
             quiet = {"show_progress": "hidden", "api_visibility": "private"}
-            self.box.submit(self.send, [self.box, *settings], shown, **quiet)
-            self.box.stop(self.stop, None, None, queue=False, **quiet)
-            regenerate.click(self.regenerate, settings, shown, **quiet)
+            self.box.submit(self.send, [self.saved, self.box, *settings], shown, **quiet)
+            self.box.stop(self.stop, self.saved, None, queue=False, **quiet)
+            regenerate.click(self.regenerate, [self.saved, *settings], shown, **quiet)
             for button, choice in zip(self.choose, ("A", "tie", "B")):
-                button.click(self.prefer(choice), None, shown, **quiet)
-            self.talk.like(self.rate, None, shown, **quiet)
-            names.click(self.reveal, None, shown, **quiet)
-            gr.on([new.click, self.talk.clear], self.clear, None, shown, **quiet)
-            save.click(self.save, None, saved, **quiet).then(None, saved, None, js=DOWNLOAD, **quiet)
-            load.upload(self.load, load, [*shown, self.system], **quiet)
+                button.click(self.prefer(choice), self.saved, shown, **quiet)
+            self.talk.like(self.rate, self.saved, shown, **quiet)
+            names.click(self.reveal, self.saved, shown, **quiet)
+            gr.on([new.click, self.talk.clear], self.clear, self.saved, shown, **quiet)
+            loaded.blur(self.load, [self.saved, loaded], [*shown, self.system], **quiet)
             blocks.unload(self.leave)
         return blocks
 
@@ -146,57 +141,53 @@ class ChatPage:
                     gr.Number(example.seed, label="Seed", minimum=0, precision=0),
                 ]
 
-    def send(self, request: gr.Request, text: str, *settings: Any) -> Iterator[Update]:
+    def send(self, request: gr.Request, saved: str, text: str, *settings: Any) -> Iterator[Update]:
         """Say something, with the settings that stand on the page."""
-        conversation = self._of(request)
+        conversation = self._of(request, saved)
         yield from self._answered(conversation, conversation.ask(text, together=True), settings, text)
 
-    def regenerate(self, request: gr.Request, *settings: Any) -> Iterator[Update]:
+    def regenerate(self, request: gr.Request, saved: str, *settings: Any) -> Iterator[Update]:
         """Answer the last message once more."""
-        conversation = self._of(request)
+        conversation = self._of(request, saved)
         yield from self._answered(conversation, conversation.regenerate(together=True), settings)
 
-    def stop(self, request: gr.Request) -> None:
+    def stop(self, request: gr.Request, saved: str) -> None:
         """End the answer that is being written."""
-        self._of(request).stop()
+        self._of(request, saved).stop()
 
-    def prefer(self, choice: Choice) -> Callable[[gr.Request], Update]:
+    def prefer(self, choice: Choice) -> Callable[[gr.Request, str], Update]:
         """What a button below the two answers does."""
 
-        def prefer(request: gr.Request) -> Update:
-            conversation = self._of(request)
+        def prefer(request: gr.Request, saved: str) -> Update:
+            conversation = self._of(request, saved)
             return self._done(conversation, lambda: conversation.choose(choice))
 
         return prefer
 
-    def rate(self, request: gr.Request, event: gr.LikeData) -> Update:
+    def rate(self, request: gr.Request, saved: str, event: gr.LikeData) -> Update:
         """A thumb beside an answer."""
-        conversation = self._of(request)
+        conversation = self._of(request, saved)
         rating = {True: 1, False: -1}.get(event.liked, 0)  # "" where a thumb is taken back
         return self._done(conversation, lambda: conversation.rate(rating, event.index))
 
-    def reveal(self, request: gr.Request) -> Update:
+    def reveal(self, request: gr.Request, saved: str) -> Update:
         """Show which model is which, or hide it again."""
-        conversation = self._of(request)
+        conversation = self._of(request, saved)
         conversation.revealed = not conversation.revealed
         return self._view(conversation)
 
-    def clear(self, request: gr.Request) -> Update:
+    def clear(self, request: gr.Request, saved: str) -> Update:
         """A new conversation."""
-        conversation = self._of(request)
+        conversation = self._of(request, saved)
         conversation.clear()
         return self._view(conversation)
 
-    def save(self, request: gr.Request) -> str:
-        """The conversation, for the browser to save."""
-        return self._of(request).to_json()
-
-    def load(self, path: str, request: gr.Request) -> Update:
+    def load(self, request: gr.Request, saved: str, text: str) -> Update:
         """Go on with a conversation that was saved."""
-        conversation = self._of(request)
+        conversation = self._of(request, saved)
 
         def load() -> str:
-            conversation.load(path)
+            conversation.from_json(text)
             return "loaded"
 
         return {**self._done(conversation, load), self.system: conversation.system}
@@ -205,8 +196,16 @@ class ChatPage:
         """Forget a visitor; what was judged is on disk."""
         self.visitors.pop(request.session_hash or "", None)
 
-    def _of(self, request: gr.Request) -> Conversation:
-        return self.visitors.setdefault(request.session_hash or "", self.begin())
+    def _of(self, request: gr.Request, saved: str) -> Conversation:
+        """A visitor's conversation; of one whom an earlier server knew, what the page has of it."""
+        visitor = request.session_hash or ""
+        if visitor not in self.visitors:
+            self.visitors[visitor] = self.begin()
+            with contextlib.suppress(UserError):  # there is none
+                self.visitors[visitor].from_json(
+                    base64.b64decode(saved.partition("base64,")[2].partition('"')[0]).decode()
+                )
+        return self.visitors[visitor]
 
     def _answered(
         self, conversation: Conversation, growing: Iterator[list[Answer]], settings: Sequence[Any], text: str = ""
@@ -252,9 +251,10 @@ class ChatPage:
         return {
             self.talk: gr.Chatbot(value=_messages(conversation), feedback_value=_thumbs(conversation)),
             self.compare: gr.Column(visible=bool(conversation.choices)),
-            self.notice: _escaped(note[:1].upper() + note[1:]),
+            self.notice: f"<p>{_line(note[:1].upper() + note[1:])}</p>",
             self.box: self._box(),
             self.names: "Hide names" if conversation.revealed else "Show names",
+            self.saved: _link(conversation),
             **(self._cards(conversation, conversation.choices) if conversation.choices else {}),
             **{button: gr.Button(interactive=True) for button in self.choose},
         }
@@ -264,7 +264,7 @@ class ChatPage:
         cards = {}
         for card, place, answer in zip(self.cards, "AB", answers):
             name = f" {html.escape(answer.model)}" if conversation.revealed else ""
-            text = _escaped(answer.text) or "…"
+            text = _line(answer.text) or "…"
             cards[card] = f'<div class="answer"><h3><b>{place}</b>{name}</h3><div class="text">{text}</div></div>'
         return {**cards, self.compare: gr.Column(visible=True)}
 
@@ -275,6 +275,22 @@ class ChatPage:
 def _messages(conversation: Conversation, text: str = "") -> list[dict[str, str]]:
     asked = [{"role": "user", "content": text}] if text.strip() else []
     return [{**m, "content": _escaped(m["content"])} for m in [*conversation.messages, *asked]]
+
+
+def _link(conversation: Conversation) -> str:
+    """The conversation as a file; it is in the page, which has it when the server has ended, too."""
+    data = base64.b64encode(conversation.to_json().encode()).decode()
+    return f'<p><a download="conversation.json" href="data:application/json;base64,{data}">Save</a></p>'
+
+
+def _html(name: str, value: str = "") -> gr.Markdown:
+    """A place for HTML of ours: in Markdown, lines that begin with a tag stay as they are. ``gr.HTML`` needs eval."""
+    return gr.Markdown(value, elem_id=name, sanitize_html=False, latex_delimiters=[])
+
+
+def _line(text: str) -> str:
+    """Text for a place for HTML, in one line: an empty line would begin Markdown."""
+    return _escaped(text).replace("\n", "&#10;")
 
 
 def _escaped(text: str) -> str:
@@ -294,4 +310,4 @@ def _head(conversation: Conversation) -> str:
         who = f"{' and '.join(sorted(names))} answer side by side, shuffled at each turn. Say which answer is better."
     else:
         who = f"You are talking to <b>{names[0]}</b>. Thumbs are kept as feedback of the run."
-    return f"<h1>Chat</h1><p>{who}</p>"
+    return f"<div><h1>Chat</h1><p>{who}</p></div>"

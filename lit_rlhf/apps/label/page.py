@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +34,7 @@ class LabellingPage:
         seed: of the order of items and answers.
         host: address to listen on.
         port: 0 takes a free one.
+        token: whether only those who have the printed address get in (``LIT_RLHF_TOKEN`` gives one that stays).
         names: how the command that trains on the judgements names the run; the page shows it when all is judged.
         on_bad_record: whether a bad record ends the command or is left out.
     """
@@ -52,6 +52,7 @@ class LabellingPage:
     seed: int = 0
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    token: bool = False
     names: str = "run=..."
     on_bad_record: OnBadRecord = "fail"
 
@@ -63,20 +64,20 @@ class LabellingPage:
     def launch(self) -> None:
         """Serve until Ctrl-C. Raises ``UserError`` where the records, the files or the port cannot be had."""
         try:
-            from lit_rlhf.apps.label.web import make_app, serve
+            from lit_rlhf.apps.label.web import make_app
+            from lit_rlhf.apps.server import Guard, PageServer
         except ImportError as error:
             raise UserError(f"the page needs {error.name}; pip install 'lit-rlhf[ui]' brings it") from None
         about = self.about()
         labelling = self.labelling()
         try:
-            listener = listen(self.host, self.port)
-            address = f"http://{self.host}:{listener.getsockname()[1]}"
+            server = PageServer("label", self.host, self.port, self.token)
             print(
-                f"label: {len(labelling.items):,} to {self.task.mode} at {address}; judgements go to "
+                f"label: {len(labelling.items):,} to {self.task.mode} at {server.address}; judgements go to "
                 f"{labelling.judged.path}; Ctrl-C ends",
                 flush=True,
             )
-            serve(make_app(labelling, about, self.host), listener)
+            server.serve(Guard(make_app(labelling, about), server))
         finally:
             labelling.close()
         print(f"label: {len(labelling.records):,} records in {labelling.judged.path}; to train: {about['next']}")
@@ -122,16 +123,3 @@ class LabellingPage:
             "records": str(records),
             "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {data}",
         }
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; ``UserError`` where the port is taken or not ours to take."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)  # can be started again at once, but not twice
-    except OSError as error:
-        reason = str(error.strerror).partition(" (while")[0]
-        raise UserError(
-            f"label.port={port}: cannot listen on {host} ({reason}); another program may have it. Give another port, "
-            "or 0 for any free one"
-        ) from None

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import say_once
 from lit_rlhf.functional import adapted_kl_coef
 from lit_rlhf.models.checkpoint import save_model
 from lit_rlhf.models.heads import CriticFactory, critic_from_reward_model, head_parameters
@@ -23,7 +24,7 @@ from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import shares_prompts
 from lit_rlhf.models.reference import Reference, ReferenceUpdate
 from lit_rlhf.models.text_rows import text_loss
-from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, fitted, sample
+from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, sample
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check
 from lit_rlhf.stages.ppo.collector import Collector, Statistics
@@ -34,11 +35,10 @@ from lit_rlhf.stages.ppo.loss import ClippedLoss, KLPenaltyLoss, PolicyLoss
 from lit_rlhf.stages.ppo.probe import probe
 from lit_rlhf.stages.ppo.progress import Progress, headline, means_over
 from lit_rlhf.stages.ppo.ptx import PretrainingText, held_out_text_loss, pretraining_text
-from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, SAMPLES, VALIDATION, Rollout
+from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, VALIDATION, Rollout
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
-from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt
+from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
-from lit_rlhf.text.records import shown
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, batches_and_size, decay_groups, warmup_decay
@@ -285,12 +285,7 @@ class PPOModule(LearnsFromRollouts):
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, response) of ``sample_prompts``, by the policy as it is now."""
-        if not self.sample_prompts:
-            return []
-        generator = seeded(self.seed, int(self.iteration), SAMPLES)
-        tokens, sampling = fitted(self.policy, [prompt.tokens for prompt in self.sample_prompts], self.sampling)
-        responses = sample(self.engine, self.policy, self.tokenizer, tokens, sampling, generator)
-        return [(shown(p.messages), text) for p, text in zip(self.sample_prompts, responses.texts(self.tokenizer))]
+        return sample_texts(self, self.sampling, self.sample_prompts, say_once)
 
     # -------------------------------------------------------------- validation
 

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 # What PPO draws random numbers for.
-ROLLOUT, ORDER, SAMPLES, VALIDATION, TEXT, PROBE = range(6)
+ROLLOUT, ORDER, VALIDATION, TEXT, PROBE = 0, 1, 3, 4, 5
 
 
 @dataclass

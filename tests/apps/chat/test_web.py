@@ -1,7 +1,6 @@
 """The page in a real browser."""
 
 import json
-import socket
 import time
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ import pytest
 
 from lit_rlhf.apps.chat.assistant import Assistant
 from lit_rlhf.apps.display import printable
-from lit_rlhf.errors import UserError
 from lit_rlhf.rollouts import Sampling
 
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'lit-rlhf[ui]')")
@@ -26,36 +24,30 @@ class Slow(Assistant):
             yield grown
 
 
-def a_free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture
-def serve():
+def serve(served):
     """serve(begin) -> the address of a page on which each visit begins a conversation."""
     from lit_rlhf.apps.chat.web import ChatPage
-
-    pages = []
+    from lit_rlhf.apps.server import PageServer
 
     def start(begin):
-        pages.append(ChatPage(begin))
-        return pages[-1].start(a_free_port())
+        server = PageServer("chat")
+        served(ChatPage(begin).guarded(server), server)
+        return server.address
 
-    yield start
-    for page in pages:
-        page.blocks.close(verbose=False)
+    return start
 
 
 @pytest.fixture
 def visit(chromium):
-    """visit(address) -> the page; in the end it is checked that nothing was asked of any other host."""
-    elsewhere, tabs = [], []
+    """visit(address) -> the page; in the end it is checked that nothing failed, or was asked of any other host."""
+    elsewhere, tabs, problems = [], [], []
 
     def visit(address, width=1280):
         tab = chromium.new_page(viewport={"width": width, "height": 800})
         tab.set_default_timeout(10_000)
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         tab.on("request", lambda request: elsewhere.append(request.url))
         tab.goto(address)
         tab.wait_for_selector("#box textarea")
@@ -65,6 +57,7 @@ def visit(chromium):
     yield visit
     for tab in tabs:
         tab.close()
+    assert not problems, problems  # among them what the content security policy keeps from running
     assert not [url for url in elsewhere if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
 
 
@@ -125,7 +118,7 @@ def test_a_person_talks_stops_regenerates_rates_saves_and_loads(converse, judgem
     wait(lambda: not rows(judgements.feedback_file))  # taken back
 
     with tab.expect_download() as download:
-        tab.click("#save")
+        tab.click("#save a")
     file = tmp_path / "talk.json"
     download.value.save_as(file)
     assert json.loads(file.read_text()) == [talk.messages[0], {**talk.messages[1], "model": "ppo"}]
@@ -196,14 +189,3 @@ def test_two_visitors_have_their_own_conversations(converse, serve, visit):
         ask(tab, text)
     for tab, text in zip(tabs, ("Hello", "Who are you?")):
         wait(lambda tab=tab, text=text: bubbles(tab, "user") == [text] and len(bubbles(tab, "bot")) == 1)
-
-
-def test_a_port_that_is_taken_is_one_line(converse):
-    from lit_rlhf.apps.chat.web import ChatPage
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"chat.port={port}: taken by another program"):
-            ChatPage(lambda: converse("ppo")).start(port)

@@ -1,7 +1,5 @@
 import json
 import socket
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -46,12 +44,10 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def serve(tmp_path, files):
+def serve(tmp_path, files, served):
     """Serve a page in a thread of this process: serve(rows, **settings) -> its address."""
-    import uvicorn
-
-    from lit_rlhf.apps.label.page import listen
     from lit_rlhf.apps.label.web import make_app
+    from lit_rlhf.apps.server import Guard, PageServer
 
     running = []
 
@@ -59,24 +55,14 @@ def serve(tmp_path, files):
         path = rows if isinstance(rows, Path) else write(tmp_path / "source.jsonl", rows)
         page = LabellingPage(path, files.folder, **{"repeat": 0.0, **settings})
         labelling = page.labelling()
-        listener = listen("127.0.0.1", port)
-        server = uvicorn.Server(uvicorn.Config(make_app(labelling, page.about()), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-
-        def stop():
-            server.should_exit = True
-            thread.join(10)
-            labelling.close()
-
-        running.append(stop)
-        while not server.started:
-            time.sleep(0.01)
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = PageServer("label", port=port)
+        served(Guard(make_app(labelling, page.about()), server), server)
+        running.append(labelling)
+        return server.address
 
     yield start
-    for stop in running:
-        stop()
+    for labelling in running:
+        labelling.close()
 
 
 @pytest.fixture
