@@ -5,6 +5,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from lit_rlhf.errors import Interrupted
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.models.kernels import use_kernels
+from lit_rlhf.pipeline.failures import MISTAKE, code_of, reason
 from lit_rlhf.text import train_bpe
 
 torch.set_num_threads(1)  # two tests run at a time
@@ -95,6 +97,33 @@ def norms_in_float64(monkeypatch):
         monkeypatch.setattr(
             norm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
         )
+
+
+class Hangs(BaseException):
+    pass
+
+
+@pytest.fixture(scope="session")
+def ends_well():
+    """with ends_well(naming="file"): it ends within its time, either well or with one line that names the file."""
+
+    def hang(*_):
+        raise Hangs
+
+    @contextmanager
+    def ends(seconds=60, naming=""):
+        begun, before = time.monotonic(), signal.signal(signal.SIGALRM, hang)  # the test's own limit is one, too
+        left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        except Exception as error:
+            said = reason(error)
+            assert code_of(error) == MISTAKE and naming in said and len(said) < 2000 and said.isprintable(), said
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_REAL, max(0.1, left - time.monotonic() + begun) if left else 0)
+
+    return ends
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from lit_rlhf.apps.record_file import RecordFile
 from lit_rlhf.apps.run_reader import read_summary
@@ -112,6 +114,23 @@ def test_damage_is_named(tmp_path, capsys, name, damage):
         read(tmp_path)
     said = str(error.value)
     assert said.startswith(str(tmp_path / name)) and "\n" not in said and "; " in said
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(sorted(FILES)), at=st.floats(0, 1), removed=st.sampled_from([0, 1, 4, 10**9]),
+    put=st.binary(max_size=6) | st.text("0123456789{}[]\",:.-eEnul\n", max_size=6).map(str.encode),
+)  # fmt: skip
+def test_bytes_put_anywhere_are_read_or_named(tmp_path, ends_well, name, at, removed, put):
+    write, read = FILES[name]
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    write(tmp_path)
+    data = (tmp_path / name).read_bytes()
+    place = int(at * len(data))
+    (tmp_path / name).write_bytes(data[:place] + put + data[place + removed :])
+    with ends_well(naming=name):
+        read(tmp_path)
 
 
 def test_nothing_there_is_nothing(tmp_path):

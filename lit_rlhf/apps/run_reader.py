@@ -113,4 +113,3 @@ def _run_name(path: Path) -> str:
     if path.parent.parent.name == "sweeps":
         return "/".join(path.parts[-4:])
     return "/".join(path.parts[-3:]) if path.parent.name == "rounds" else path.name
-

@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.finished import check_unchanged
-from lit_rlhf.text.model_folder import model_settings
+from lit_rlhf.text.model_folder import check_regular_files, model_settings
 
 MODEL_TYPE = "lit_rlhf_reward"  # in the config.json of a reward model that transformers does not know
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -149,6 +149,7 @@ def check_files(folder: Path) -> None:
     """Raise ``UserError`` where a folder holds no config.json, or not all of its weights in safetensors, or where the
     stage that wrote it had left other files."""
     check_unchanged(folder)
+    check_regular_files(folder)
     if (folder / "adapter_config.json").is_file():
         base = model_settings(folder, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(f"{folder}: an adapter (adapter_config.json) of {base}, where a whole model was expected")

@@ -21,7 +21,7 @@ from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merg
 from lit_rlhf.models.checkpoint import identity, written_whole
 from lit_rlhf.models.loading import checkpoint_format, not_finite
 from lit_rlhf.models.quantization import Model, is_quantized
-from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, check_regular_files, is_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in an adapter folder
@@ -210,6 +210,7 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
     Raises ``UserError`` where it is no LoRA, or is for another model: by name, or by its tensors."""
     _require_peft()
+    check_regular_files(path)
     from peft import PeftConfig, set_peft_model_state_dict
 
     _check_base(model, path)

@@ -46,14 +46,14 @@ def reason(error: BaseException) -> str:
     if mistake := users_mistake(error):
         return one_line(mistake)
     if isinstance(error, OSError) and error.strerror:
-        files = " and ".join(_cut(str(name), 120) for name in (error.filename, error.filename2) if name is not None)
+        files = " and ".join(shortened(name, 120) for name in (error.filename, error.filename2) if name is not None)
         return f"{files}: {error.strerror}" if files else error.strerror
     if isinstance(error, HydraException | OmegaConfBaseException):
         text = str(error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error)
         where = [f"{line.strip()[9:].strip()}:" for line in str(error).splitlines() if "full_key:" in line][:1]
         kept = [line for line in text.splitlines() if not re.match(r"\s*(full_key:|object_type=|See )", line)]
-        return _cut(one_line(" ".join([*where, *kept])), 600)
-    return f"unexpected {type(error).__name__}: {_cut(one_line(error), 400)}"
+        return shortened(" ".join([*where, *kept]))
+    return f"unexpected {type(error).__name__}: {shortened(error)}"
 
 
 def kept_traceback(error: BaseException, run: Path | None) -> str:
@@ -75,9 +75,12 @@ def kept_traceback(error: BaseException, run: Path | None) -> str:
 
 
 def one_line(said: Any) -> str:
-    """A text without its line breaks, and without secrets."""
-    return scrubbed(" ".join(str(said).split()))
+    """A text without line breaks, secrets, and characters that a terminal obeys or cannot show."""
+    text = scrubbed(" ".join(str(said).split()))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _cut(text: str, length: int) -> str:
+def shortened(said: Any, length: int = 600) -> str:
+    """The beginning of a text, in one line."""
+    text = one_line(said)
     return text if len(text) <= length else f"{text[: length - 3]}..."

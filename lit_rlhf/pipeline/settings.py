@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.checks import check_model, check_no_credentials, check_node, check_value, left_out
+from lit_rlhf.pipeline.failures import shortened
 from lit_rlhf.pipeline.overrides import addresses, changes_structure, check_structure, chooses_group
 from lit_rlhf.stages.stage import Stage, all_stages
 
@@ -214,10 +215,13 @@ def without_sweeps(overrides: list[str]) -> list[str]:
 
 
 def _parsed(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from None
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed += parser.parse_overrides([override])
+        except Exception as error:  # Python's own, too: of a number of thousands of digits
+            raise UserError(f"{shortened(override, 80)}: {shortened(error).partition(' See https')[0]}") from None
+    return parsed
 
 
 # Addresses of earlier versions, which scripts may still have.
@@ -253,7 +257,7 @@ def _composition_error(text: str, overrides: list[str]) -> str:
         siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})
         there = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(siblings[:40])}."
         return f"{key}: there is no such setting. {there}"
-    return " ".join(text.split())
+    return shortened(text)
 
 
 def command_of(cfg: DictConfig) -> str | None:

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import Checked, check_regular, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+Count = Annotated[int, Field(le=10_000)] | None
+
+
+class Foreign(Checked):
+    """A file of another program's, with no format of ours."""
+
+    format: Any = None
+
+
+class ModelSettings(Foreign):
+    """What is read of a model's settings before transformers makes a model of them."""
+
+    architectures: list[str] | None = None
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    # A module each: memory would be gone before the weights could say that there are fewer.
+    num_hidden_layers: Count = None
+    n_layer: Count = None
+    num_experts: Count = None
+    num_local_experts: Count = None
 
 
 def model_settings(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
     """What the config.json (or the file ``name``) of a folder says; nothing where there is none.
 
     Raises ``UserError`` where it is damaged."""
-    file = Path(folder) / name
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: no JSON ({error}); copy it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: settings were expected, and {str(found)[:40]} was found; copy it again")
-    return found
+    return read_json(Path(folder) / name, ModelSettings if name.endswith("config.json") else Foreign)
+
+
+def check_regular_files(folder: str | Path) -> None:
+    """Raise ``UserError`` where a file of a folder is a pipe, which would be waited for, or a device."""
+    for file in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        if file.exists() and not file.is_dir():
+            check_regular(file)
 
 
 def is_adapter(path: str | Path) -> bool:

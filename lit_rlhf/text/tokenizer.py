@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lit_rlhf.errors import UserError, first_line, say
-from lit_rlhf.text.model_folder import base_of_adapter, is_adapter, model_settings
+from lit_rlhf.text.model_folder import base_of_adapter, check_regular_files, is_adapter, model_settings
 
 TokenizerTrainer = Callable[[Iterable[str]], PreTrainedTokenizerBase]
 
@@ -90,6 +90,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         path = base_of_adapter(path)
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder, where a tokenizer was expected")
+    check_regular_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever libraries raise of files that hold something else
@@ -136,7 +137,7 @@ def _of_model(path: str) -> tuple[int | None, set[int]]:
         return None, set()
     try:
         generation = GenerationConfig.from_pretrained(path).to_dict()
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # the last of values of other types: whoever loads the model says so
         generation = {}
     config = config.get("trunk") or config.get("text_config") or config  # a reward model of ours; one that also sees
     ids = [node.get(name) for node in (config, generation) for name in ("eos_token_id", "bos_token_id")]

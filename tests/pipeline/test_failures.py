@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.failures import DEBUG, code_of, reason
 
 BROKEN = """
@@ -42,3 +43,7 @@ def test_a_name_that_is_too_long_is_one_line():
     with pytest.raises(OSError) as error:
         Path("a" * 300).read_text()
     assert code_of(error.value) == 2 and reason(error.value).endswith("...: File name too long")
+
+
+def test_what_a_terminal_would_obey_or_not_show_is_escaped():
+    assert reason(UserError("a\x1b[2J\udcff\nb")) == r"a\x1b[2J\udcff b"

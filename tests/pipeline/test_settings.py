@@ -18,6 +18,7 @@ from lit_rlhf.pipeline.settings import (
     name_loaders,
     stages_of,
     sweep_jobs,
+    without_sweeps,
 )
 from lit_rlhf.stages.stage import all_stages
 
@@ -161,6 +162,13 @@ def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_pat
         checked(*override.split(" "))
     assert message in str(error.value)
     assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("override", ["seed=" + "9" * 5_000, "seed=" + "[" * 5_000, "seed=[", "seed=\udcff"])
+def test_what_cannot_be_parsed_is_named(override):
+    with pytest.raises(UserError, match=r"^seed=") as error:
+        without_sweeps([override])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lit_rlhf.text.records import (
     parse_ranking,
     parse_text,
     prompt_key,
+    read_pieces,
     text_of,
     write_jsonl,
 )
@@ -347,6 +348,12 @@ def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")  # reading it would wait for ever
     with pytest.raises(UserError, match=r"x.jsonl: is a pipe or a device; a file was expected"):
         load_records(tmp_path / "x.jsonl", parse_text)
+    for name in ("x.csv", "x.txt"):  # a disk that fails: reading gives EIO, to the superuser as well
+        (tmp_path / name).symlink_to("/proc/self/mem")
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(Input/output error\)"):
+            load_records(tmp_path / name, parse_text)
+    with pytest.raises(UserError, match=r"x.txt: cannot be read \(Input/output error\)"):
+        list(read_pieces(tmp_path / "x.txt"))
     (tmp_path / "b.jsonl").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match=r"b.jsonl:\d+: not "):
         load_records(tmp_path / "b.jsonl", parse_text)

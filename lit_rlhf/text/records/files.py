@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -129,7 +130,7 @@ def read_pieces(path: str | Path) -> Iterator[str]:
     file = Path(path).expanduser()
     decode = codecs.getincrementaldecoder("utf-8-sig")()
     text, lines, blank = "", 1, True
-    with file.open("rb") as source:
+    with _reading(path), file.open("rb") as source:
         while block := source.read(PIECE):
             try:
                 text += decode.decode(block)
@@ -167,11 +168,18 @@ def regular_file(path: str | Path) -> Path:
         raise UserError(f"{path}: is a folder; a file was expected ({', '.join(_READERS)})")
     if not file.is_file():
         raise UserError(f"{path}: is a pipe or a device; a file was expected ({', '.join(_READERS)})")
-    try:
+    with _reading(path):
         file.open("rb").close()
+    return file
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raise ``UserError`` with the file's name for what its disk says."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return file
 
 
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
@@ -186,7 +194,8 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: cannot tell its format from {file.suffix!r}; use one of {', '.join(_READERS)}")
-    yield from reader(file)
+    with _reading(path):
+        yield from reader(file)
 
 
 def _exists(file: Path) -> bool:
