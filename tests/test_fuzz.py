@@ -93,9 +93,10 @@ def groups():
 
 @st.composite
 def overrides(draw, known):
-    asked = [f"stage={draw(st.sampled_from(sorted([*all_stages(), 'chat', 'label', 'report', 'plan', 'all'])))}"]
+    stage = draw(st.sampled_from(sorted([*all_stages(), "chat", "label", "report", "plan", "all"])))
+    asked, own = [f"stage={stage}"], [key for key in known if key.split(".")[0] not in {*all_stages()} - {stage}]
     for _ in range(draw(st.integers(1, 3))):
-        sign, key = draw(st.sampled_from(SIGNS)), draw(st.sampled_from(known))
+        sign, key = draw(st.sampled_from(SIGNS)), draw(st.sampled_from(own) | st.sampled_from(known))
         if draw(st.integers(0, 9)) == 0:
             key += draw(st.sampled_from([".", ".x", "[0]", "@x", "/x", ".0", " ", "\udcff"]))
         value = "" if sign == "~" and draw(st.booleans()) else f"={draw(st.sampled_from(VALUES))}"

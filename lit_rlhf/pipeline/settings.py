@@ -61,6 +61,12 @@ class Built(BaseModel):
     target: Annotated[str, Field(alias="_target_")]
 
 
+class Loggers(Strict):
+    """What logs beside ``metrics.csv``."""
+
+    wandb: Built | None
+
+
 class OwnSeed(Strict):
     """A seed that a run keeps."""
 
@@ -104,7 +110,7 @@ class TopLevel(Strict):
     model: Section
     tokenizer: Section
     trainer: Section
-    logger: Section
+    logger: Loggers
     callbacks: Section
     engine: Section
 

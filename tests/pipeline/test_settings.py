@@ -125,6 +125,7 @@ def test_every_target_can_be_imported():
         ("~evaluate.policies", "~evaluate.policies: this setting is needed"),
         ("ppo=null", "ppo=null: this is a group of settings; name one of its options (default)"),
         ("stage=sft world=null", "world=null: it should be a valid dictionary"),
+        ("logger.wandb=inf", "logger.wandb=inf: it should be a valid dictionary"),
         ("split=3", "split=3: it should be a valid dictionary"),
         ("sft.data=null", "sft.data=null: it should be a valid dictionary"),
         ("sft.module.sampling=null", "sft.module.sampling=null: it should be an instance of Sampling"),

@@ -139,6 +139,13 @@ def test_iterations_counted_in_the_trainer(ppo, train):
     assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(0.1 * 1e-2)  # the schedule ends where training does
 
 
+def test_a_minibatch_larger_than_the_rollout_is_said(ppo, train, capsys):
+    for size, said in ((8, False), (9, True)):  # of 8 answers
+        module = train(ppo(minibatch_size=size, ppo_epochs=2), iterations=1)
+        assert ("ppo.module.minibatch_size is 9 and a rollout has 8 answers" in capsys.readouterr().out) == said
+        assert len(module.updates) == 2
+
+
 def test_figures_and_export(policy, tokenizer, ppo, prompts, fit, tmp_path):
     module, data = ppo(val_samples=2), prompts()
     trainer = fit(module, data, max_epochs=1, limit_train_batches=1)

@@ -9,12 +9,14 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.stages import (
     ClassifyDataModule,
     DPODataModule,
+    DPOModule,
     EvaluateDataModule,
     FewShotDataModule,
     PPODataModule,
     PreferenceDataModule,
     RewardDataModule,
     SFTDataModule,
+    SFTModule,
 )
 from lit_rlhf.text.chat import encode_prompts, ensure_chat_template
 from lit_rlhf.text.records import Moved, prompt_fingerprint, write_jsonl
@@ -163,3 +165,27 @@ def test_prompts_are_asked_of_a_checkpoint_without_a_template(kind, tmp_path, to
         ensure_chat_template(other)
         assert first.tokens == encode_prompts(other, [first.messages])[0]
         assert any("no chat template" in note for note in data.notes)
+
+
+LEARNED = {"sft": (SFTDataModule, SFTModule), "dpo": (DPODataModule, DPOModule)}
+
+
+@pytest.mark.parametrize("kind", [SFTDataModule, RewardDataModule, DPODataModule, ClassifyDataModule])
+def test_a_batch_larger_than_the_data_is_said_once(kind, tmp_path, tokenizer):
+    write_jsonl(tmp_path / "few.jsonl", rows(12))
+    for size, said in ((9, 0), (100, 1)):
+        data = read(kind, tmp_path / "few.jsonl", tokenizer, Moved(), held_out=0.1, batch_size=size)
+        loaders = [data.train_dataloader(), data.train_dataloader()]
+        assert [len(loader) for loader in loaders] == [1, 1]
+        assert sum(note.startswith("batch_size=100 is more than the ") for note in data.notes) == said
+
+
+@pytest.mark.parametrize("budget", [{"max_steps": 3}, {"max_epochs": 1}])
+@pytest.mark.parametrize("stage", LEARNED)
+def test_an_epoch_without_a_step_is_refused(stage, budget, tmp_path, tokenizer, policy, fit):
+    """Lightning would go through empty epochs for ever, or end without a word."""
+    kind, module = LEARNED[stage]
+    write_jsonl(tmp_path / "few.jsonl", rows(12))
+    data = read(kind, tmp_path / "few.jsonl", tokenizer, Moved(), held_out=0.1, batch_size=4)
+    with pytest.raises(UserError, match="there is less to train on than the 32 sequences of one step"):
+        fit(module(policy, tokenizer), data, accumulate_grad_batches=8, **budget)
