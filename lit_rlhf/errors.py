@@ -37,6 +37,11 @@ class TrainingDiverged(UserError):
     """A loss or a gradient stopped being a finite number; training must not go on from here."""
 
 
+class NotFinite(TrainingDiverged):
+    """A tensor that holds NaN or infinity: which one. Where a trainer is at work,
+    :class:`lit_rlhf.training.StopOnNonFinite` adds at which step, and what is kept."""
+
+
 class Waiting(UserError):
     """A person has to do something before the work can go on; the message says what."""
 

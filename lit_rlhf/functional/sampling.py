@@ -36,7 +36,7 @@ def sample_index(probs: Tensor, generator: Generator | None = None, uniform: Ten
     """One index (B,) from each row of ``probs`` (B, V), by inverting the cumulative distribution.
 
     The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw a row. The
-    numbers drawn from [0, 1) can be given as ``uniform`` (B,) float64. Raises ``ValueError``
+    numbers drawn from [0, 1) can be given as ``uniform`` (B,) float64. Raises ``FloatingPointError``
     where a row is no distribution (a NaN: its logits were not finite).
 
     >>> sample_index(torch.tensor([[0.25, 0.75]]), uniform=torch.tensor([0.3], dtype=torch.float64))
@@ -48,7 +48,7 @@ def sample_index(probs: Tensor, generator: Generator | None = None, uniform: Ten
     blocks = (F.pad(probs, (0, -size % width)) if size % width else probs).view(len(probs), -1, width)
     cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     if not torch.isfinite(cumulative[:, -1]).all():
-        raise ValueError("the logits are not finite, so no token can be sampled: the model has diverged")
+        raise FloatingPointError("the logits are not finite, so no token can be sampled: the model has diverged")
     if uniform is None:
         uniform = torch.rand(probs.shape[0], generator=generator, dtype=torch.float64, device=probs.device)
     # Scaled by the total, which rounding leaves next to 1, so that the draw never falls past the last possible token.

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import effective_weight, merged
+from lit_rlhf.models.finite import finite
 from lit_rlhf.models.loading import (
     Dtype,
     checkpoint_format,
@@ -153,7 +154,8 @@ def scores_of(model: AnyRewardModel, batches: Iterable[Packed], scale: bool = Fa
 
     ``scale`` divides them by the standard deviation of the scores of sampled answers, ``center`` subtracts their
     mean."""
-    scores = torch.cat([packed_scores(model, batch).float() for batch in batches]) + score_shift(model)
+    read = torch.cat([packed_scores(model, batch).float() for batch in batches])
+    scores = finite(read, "the scores of the reward model") + score_shift(model)
     scores = scores - score_mean(model) if center else scores
     return scores / score_std(model) if scale else scores
 

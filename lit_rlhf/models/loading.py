@@ -32,6 +32,7 @@ from transformers.utils.hub import cached_file
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.finished import check_unchanged
+from lit_rlhf.models.finite import check_finite
 from lit_rlhf.text.model_folder import check_regular_files, model_settings
 
 MODEL_TYPE = "lit_rlhf_reward"  # in the config.json of a reward model that transformers does not know
@@ -251,27 +252,6 @@ def check_tensors(
             f"{path}: the weights are not those that config.json describes: of the tensors, {'; '.join(faults)}. Give "
             "the config.json that belongs to them"
         )
-
-
-def check_finite(
-    model: torch.nn.Module, path: str | Path, cure: str = "take a checkpoint from before it diverged"
-) -> None:
-    """Raise ``UserError``, with its name, where a tensor holds NaN or infinity."""
-    for name, tensor in model.state_dict().items():
-        if said := not_finite(tensor):
-            raise UserError(f"{path}: tensor {name} holds {said}; {cure}")
-
-
-def not_finite(tensor: torch.Tensor) -> str:
-    """How many numbers of a tensor are NaN or infinite, in words; "" where none is."""
-    # Least and largest are NaN where one number is: a pass over memory that takes none.
-    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
-        return ""
-    if torch.stack(tensor.aminmax()).isfinite().all():
-        return ""
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{bad} of {tensor.numel()} numbers that are NaN or infinite (as {dtype})"
 
 
 def format_of(path: str | Path, export_dtype: Dtype | None = None) -> CheckpointFormat:

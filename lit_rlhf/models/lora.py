@@ -19,7 +19,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
-from lit_rlhf.models.loading import checkpoint_format, not_finite
+from lit_rlhf.models.finite import not_finite
+from lit_rlhf.models.loading import checkpoint_format
 from lit_rlhf.models.quantization import Model, is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, check_regular_files, is_adapter
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.finite import finite
 from lit_rlhf.models.policy import packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.packing import Packed
 
@@ -29,11 +30,16 @@ class Responding(NamedTuple):
         return cls(packed.tokens[positions[mask]], before[mask], mask)
 
 
-def response_logprobs(policy: PreTrainedModel, packed: Packed, temperature: float = 1.0) -> Tensor:
-    """Log-probs (N, T) of the response tokens, in nats, of logits divided by the ``temperature``; 0 elsewhere."""
+def response_logprobs(
+    policy: PreTrainedModel, packed: Packed, temperature: float = 1.0, name: str = "the log-probs of the policy"
+) -> Tensor:
+    """Log-probs (N, T) of the response tokens, in nats, of logits divided by the ``temperature``; 0 elsewhere.
+
+    Raises :class:`lit_rlhf.errors.NotFinite`, with their ``name``, where they are not finite."""
     response = Responding.of(packed)
     hidden = packed_hidden(policy, packed, at=response.before)
-    return scatter(token_logprobs_of(policy, hidden, response.tokens, temperature), response.mask)
+    logprobs = finite(token_logprobs_of(policy, hidden, response.tokens, temperature), name)
+    return scatter(logprobs, response.mask)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

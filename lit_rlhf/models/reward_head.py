@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_token
-from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_finite, check_tensors, checkpoint_format, keep_format
+from lit_rlhf.models.finite import check_finite
+from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_tensors, checkpoint_format, keep_format
 from lit_rlhf.models.logits import check_logits, language_model
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.model_folder import model_settings

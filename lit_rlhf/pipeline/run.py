@@ -39,8 +39,9 @@ from lit_rlhf.stages.contract import (
 )
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import Moved
-from lit_rlhf.training.callbacks import FirstSteps, StageProgressBar, StopOnNonFinite, TextSamples, said_when_slow
+from lit_rlhf.training.callbacks import FirstSteps, StageProgressBar, TextSamples, said_when_slow
 from lit_rlhf.training.checkpoint_files import read_checkpoint
+from lit_rlhf.training.diverging import StopOnNonFinite
 from lit_rlhf.training.memory import Peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState, check_training
@@ -252,7 +253,7 @@ def exported_weights(trainer: Trainer, module: LightningModule, folder: StageFol
 
 def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: StageFolder) -> list[Any]:
     """What every stage needs around its training."""
-    callbacks: list[Any] = []
+    callbacks: list[Any] = [StopOnNonFinite(name)]
     if cfg.callbacks.progress_bar:
         callbacks.append(StageProgressBar(name, cfg.callbacks.progress_refresh if settings.run == "fit" else 1))
     if settings.get("health"):
@@ -261,7 +262,7 @@ def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: Sta
         callbacks.append(TextSamples(folder.path / "samples.jsonl", settings.samples_every))
     if settings.run == "fit":
         checkpoints = folder.path / "checkpoints"
-        callbacks += [RandomState(), StopOnNonFinite(name)]
+        callbacks.append(RandomState())
         callbacks += [instantiate(cfg.callbacks.first_steps)(name)] if settings.validate_first else []
         if "keep" in settings and settings.keep.best:
             callbacks.append(BestCheckpoint(checkpoints, settings.keep.metric, settings.keep.mode))

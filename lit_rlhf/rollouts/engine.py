@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import NotFinite, UserError
+from lit_rlhf.models.finite import finite
 from lit_rlhf.models.policy import context_length
 
 # Far from 1 all tokens are as likely as each other, or logits overflow.
@@ -130,11 +131,17 @@ def sample(
 ) -> Responses:
     """One response of ``policy``, as it is now, to each of ``prompts`` (B token lists).
 
-    ``seeds`` (B,), or the generator that they are drawn from; None: PyTorch's own."""
+    ``seeds`` (B,), or the generator that they are drawn from; None: PyTorch's own. Raises
+    :class:`lit_rlhf.errors.NotFinite` where the model says no finite numbers."""
     engine.sync(policy, tokenizer)
     seeds = draw_seeds(len(prompts), seeds) if seeds is None or isinstance(seeds, Generator) else seeds
     requests = [Request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    return engine.generate(requests, states=states)
+    try:
+        responses = engine.generate(requests, states=states)
+    except FloatingPointError as error:
+        raise NotFinite(str(error)) from None
+    finite(responses.logprobs, "the log-probs of sampled tokens")
+    return responses
 
 
 def draw_seeds(count: int, generator: Generator | None = None, shard: tuple[int, int] = (0, 1)) -> list[int]:

@@ -11,14 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import WandbLogger
 from pydantic import Field
-from torch import Tensor
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_rlhf.errors import TrainingDiverged
@@ -26,31 +23,6 @@ from lit_rlhf.training.metrics_file import append_rows
 
 Item = TypeVar("Item")
 SLOW_STEP = 1.0  # seconds after which a bar is brought up to date at the next step
-
-
-class StopOnNonFinite(Callback):
-    """Ends training before a loss or a gradient that is not a finite number can touch the weights."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            self._stop(trainer, f"the loss is {loss.item()}")
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            self._stop(trainer, f"the gradient of {len(names)} parameters is not finite, {names[0]} among them")
-
-    def _stop(self, trainer: Trainer, what: str) -> None:
-        raise TrainingDiverged(
-            f"{self.stage}: at step {trainer.fit_loop.epoch_loop.total_batch_idx + 1} {what}; stopped before the "
-            f"weights changed. The last good checkpoint is kept. Usual cures: a lower {self.stage}.optimizer.lr, "
-            "gradient clipping, precision 32-true"
-        )
 
 
 class FirstSteps(Callback):
@@ -129,7 +101,7 @@ class FirstSteps(Callback):
             line, bar = f"{self.stage}: {self.finding}", trainer.progress_bar_callback
             bar.print(line) if bar is not None else print(line, flush=True)
         if self.stop:
-            raise TrainingDiverged(f"{self.stage}: stopped by callbacks.first_steps.stop: {self.finding}")
+            raise TrainingDiverged(f"{self.stage}: stopped by callbacks.first_steps.stop: {self.finding}.")
 
 
 class TextSamples(Callback):

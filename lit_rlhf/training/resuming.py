@@ -17,14 +17,13 @@ import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from pydantic import Field
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_rlhf.errors import Interrupted, UserError, say
+from lit_rlhf.errors import Interrupted, NotFinite, TrainingDiverged, UserError, say
 from lit_rlhf.files import disk, make_folder
-from lit_rlhf.models.loading import check_finite, not_finite
 from lit_rlhf.training.callbacks import said_when_slow
 from lit_rlhf.training.checkpoint_files import read_checkpoint
+from lit_rlhf.training.diverging import non_finite_weights
 from lit_rlhf.training.metrics_file import MetricsFile, logged_rows
 
 
@@ -213,6 +212,10 @@ class LastCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+        if isinstance(exception, TrainingDiverged):
+            kept = self.path.is_file()
+            there = f"The last good checkpoint is kept: {self.path}" if kept else "There is no checkpoint yet"
+            exception.args = (f"{exception} {there}",)
         if self.rescue is None or not trainer.is_global_zero or not self._gone():
             return
         loop = trainer.fit_loop.epoch_loop
@@ -240,6 +243,8 @@ class LastCheckpoint(Callback):
                 logger.move(self.rescued / "metrics.csv")
 
     def _save(self, trainer: Trainer) -> None:
+        for said in non_finite_weights(trainer.lightning_module, trainer.optimizers):
+            raise NotFinite(said)  # the checkpoint before stays
         if self._gone():
             self._move(trainer)
         with disk(self.path), said_when_slow(f"writing {self.path}"):
@@ -285,12 +290,8 @@ DIVERGED = (
 
 def check_training(module: LightningModule, optimizers: Sequence[Optimizer], path: Path) -> None:
     """Raise ``UserError`` where a weight, or what an optimizer keeps, came as NaN or infinity from ``path``."""
-    check_finite(module, path, DIVERGED)
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    for parameter, state in ((p, s) for optimizer in optimizers for p, s in optimizer.state.items()):
-        for key, value in state.items():
-            if isinstance(value, Tensor) and (said := not_finite(value)):
-                raise UserError(f"{path}: the optimizer's {key} of {names.get(parameter)} holds {said}; {DIVERGED}")
+    for said in non_finite_weights(module, optimizers):
+        raise UserError(f"{path}: {said}; {DIVERGED}")
 
 
 class BestCheckpoint(Callback):

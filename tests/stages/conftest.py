@@ -12,9 +12,24 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages import PPOModule, WorldPPODataModule
+from lit_rlhf.stages import (
+    ClassifyModule,
+    DPOModule,
+    PPOModule,
+    PretrainModule,
+    RewardModule,
+    SFTModule,
+    WorldClassifyDataModule,
+    WorldDPODataModule,
+    WorldPPODataModule,
+    WorldPretrainDataModule,
+    WorldRewardDataModule,
+    WorldSFTDataModule,
+)
 from lit_rlhf.text import ensure_chat_template, train_bpe
-from lit_rlhf.text.world import World
+from lit_rlhf.text.classifier_inputs import add_classifier_tokens
+from lit_rlhf.text.records import write_jsonl
+from lit_rlhf.text.world import SimulatedLabeler, World
 from lit_rlhf.training import adamw, make_trainer, warmup_decay
 from lit_rlhf.training.resuming import LastCheckpoint, RandomState
 
@@ -73,6 +88,55 @@ def reward_model(policy):
 def reward_model_of():
     """(policy) -> a random reward model like it."""
     return scored
+
+
+@pytest.fixture
+def rankings(tmp_path, world):
+    demonstrations = world.demonstrations(160, 3)
+    held_out = world.demonstrations(40, 3, split="held_out")
+    labeler = SimulatedLabeler(world)
+    rows = []
+    for row in [*demonstrations, *held_out]:
+        responses = [row["response"], "I do not know.", world.best_answer(row["prompt"])]
+        ranks = labeler([row["prompt"]], [responses])[0]
+        rows.append({"prompt": row["prompt"], "responses": responses, "ranks": ranks})
+    write_jsonl(tmp_path / "rankings.jsonl", rows)
+    return tmp_path / "rankings.jsonl"
+
+
+@pytest.fixture
+def stages(world, tokenizer, policy, reward_model, rankings, optimizer):
+    """Stage -> what makes its module and its data."""
+
+    def classify():
+        torch.manual_seed(0)  # the run's seed: the head and the new tokens begin at random
+        its_tokenizer, reading = copy.deepcopy(tokenizer), copy.deepcopy(policy)
+        add_classifier_tokens(its_tokenizer)
+        reading.resize_token_embeddings(len(its_tokenizer), mean_resizing=False)
+        data = WorldClassifyDataModule(world, its_tokenizer, examples=40, batch_size=8)
+        data.setup()
+        return ClassifyModule(reading, **data.for_module(), optimizer=optimizer), data
+
+    make = {
+        "pretrain": lambda: (
+            PretrainModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
+            WorldPretrainDataModule(world, tokenizer, documents=200, block_size=32, batch_size=32),
+        ),
+        "sft": lambda: (
+            SFTModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
+            WorldSFTDataModule(world, tokenizer, demonstrations=40, batch_size=8),
+        ),
+        "reward": lambda: (
+            RewardModule(copy.deepcopy(reward_model), tokenizer, optimizer=optimizer),
+            WorldRewardDataModule(rankings, tokenizer, world, batch_size=32),
+        ),
+        "classify": classify,
+        "dpo": lambda: (
+            DPOModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
+            WorldDPODataModule(rankings, tokenizer, world, batch_size=32),
+        ),
+    }  # fmt: skip
+    return make
 
 
 @pytest.fixture

@@ -13,25 +13,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, critic_from_reward_model, critic_on_policy
 from lit_rlhf.pipeline.run import execute, exported_weights, finding_of, make_callbacks
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages import (
-    ClassifyModule,
-    DPOModule,
-    PPOModule,
-    PreferenceModule,
-    PretrainModule,
-    RewardModule,
-    SFTModule,
-    WorldClassifyDataModule,
-    WorldDPODataModule,
-    WorldPreferenceDataModule,
-    WorldPretrainDataModule,
-    WorldRewardDataModule,
-    WorldSFTDataModule,
-)
+from lit_rlhf.stages import PPOModule, PreferenceModule, WorldPreferenceDataModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
 from lit_rlhf.stages.preference.progress_file import ProgressFile
-from lit_rlhf.text.classifier_inputs import add_classifier_tokens
-from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import MetricsFile, make_trainer, read_metrics
 
@@ -50,52 +34,9 @@ class StopAfter(Callback):
 
 
 @pytest.fixture
-def rankings(tmp_path, world):
-    demonstrations = world.demonstrations(160, 3)
-    held_out = world.demonstrations(40, 3, split="held_out")
-    labeler = SimulatedLabeler(world)
-    rows = []
-    for row in [*demonstrations, *held_out]:
-        responses = [row["response"], "I do not know.", world.best_answer(row["prompt"])]
-        ranks = labeler([row["prompt"]], [responses])[0]
-        rows.append({"prompt": row["prompt"], "responses": responses, "ranks": ranks})
-    write_jsonl(tmp_path / "rankings.jsonl", rows)
-    return tmp_path / "rankings.jsonl"
-
-
-@pytest.fixture
-def stage(request, world, tokenizer, policy, reward_model, rankings, optimizer):
-    """() -> (module, data, batches in all)"""
-
-    def classify():
-        torch.manual_seed(0)  # the run's seed: the head and the new tokens begin at random
-        its_tokenizer, reading = copy.deepcopy(tokenizer), copy.deepcopy(policy)
-        add_classifier_tokens(its_tokenizer)
-        reading.resize_token_embeddings(len(its_tokenizer), mean_resizing=False)
-        data = WorldClassifyDataModule(world, its_tokenizer, examples=40, batch_size=8)
-        data.setup()
-        return ClassifyModule(reading, **data.for_module(), optimizer=optimizer), data
-
-    make = {
-        "pretrain": lambda: (
-            PretrainModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
-            WorldPretrainDataModule(world, tokenizer, documents=200, block_size=32, batch_size=32),
-        ),
-        "sft": lambda: (
-            SFTModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
-            WorldSFTDataModule(world, tokenizer, demonstrations=40, batch_size=8),
-        ),
-        "reward": lambda: (
-            RewardModule(copy.deepcopy(reward_model), tokenizer, optimizer=optimizer),
-            WorldRewardDataModule(rankings, tokenizer, world, batch_size=32),
-        ),
-        "classify": classify,
-        "dpo": lambda: (
-            DPOModule(copy.deepcopy(policy), tokenizer, optimizer=optimizer),
-            WorldDPODataModule(rankings, tokenizer, world, batch_size=32),
-        ),
-    }  # fmt: skip
-    return make[request.param]
+def stage(request, stages):
+    """() -> (module, data)"""
+    return stages[request.param]
 
 
 @pytest.mark.parametrize("batches", [1, 4, 5, 7])  # 5 is the last batch of an epoch of SFT, reward model and DPO

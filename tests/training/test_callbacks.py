@@ -15,7 +15,8 @@ from torch import nn
 from lit_rlhf.errors import Interrupted, TrainingDiverged, UserError
 from lit_rlhf.training import MetricsFile, adamw, make_trainer, read_metrics, warmup_decay
 from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
-from lit_rlhf.training.callbacks import StageProgressBar, StopOnNonFinite, TextSamples, said_when_slow
+from lit_rlhf.training.callbacks import StageProgressBar, TextSamples, said_when_slow
+from lit_rlhf.training.diverging import StopOnNonFinite
 from lit_rlhf.training.metrics_file import append_rows
 from lit_rlhf.training.optim import optimizer_and_schedule
 from lit_rlhf.training.resuming import LastCheckpoint, RandomState

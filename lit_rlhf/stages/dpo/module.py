@@ -63,7 +63,8 @@ class DPOModule(RankingModule):
     def logprobs(self, batch: RankingBatch) -> tuple[Tensor, Tensor]:
         """Log-probs (N,) of whole answers in nats, end-of-text included, under the policy and under the reference."""
         with torch.no_grad(), self.reference.as_it_began(self.policy) as reference:
-            ref_logprobs = response_logprobs(reference, batch.packed).sum(-1)
+            name = "the log-probs of the reference"
+            ref_logprobs = response_logprobs(reference, batch.packed, name=name).sum(-1)
         return response_logprobs(self.policy, batch.packed).sum(-1), ref_logprobs
 
     def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from lit_rlhf.functional import (
     whole_answer,
 )
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
+from lit_rlhf.models.finite import finite
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
@@ -157,6 +158,9 @@ class Collector:
             estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator
             found["kl"] = kl_estimate(logprobs, ref_logprobs, estimator)
         values = found.get("values", torch.zeros_like(responses.logprobs))
+        for tensor, name in ((logprobs, "log-probs of the policy"), (ref_logprobs, "log-probs of the reference"),
+                             (values, "values of the critic")):  # fmt: skip
+            finite(tensor, f"the {name}")
         return Readings(logprobs, found.get("entropy", responses.entropy), ref_logprobs, found["kl"], values)
 
     @torch.no_grad()

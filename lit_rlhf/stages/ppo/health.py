@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import TrainingDiverged
 from lit_rlhf.training.metrics_file import append_rows
 
 History = dict[str, list[float]]  # metric -> its value in each iteration; nan where there was none
@@ -30,7 +30,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Unhealthy(UserError):
+class Unhealthy(TrainingDiverged):
     """A check that was asked to end the run has found something."""
 
 
@@ -279,7 +279,7 @@ class HealthWatch(Callback):
 
     Args:
         path: ``health.jsonl``, a line for each finding with its iteration; None: not written.
-        stop: names of checks that end the run with :class:`Unhealthy`; the last checkpoint is kept.
+        stop: names of checks that end the run with :class:`Unhealthy`.
         limits: from where on a check speaks.
     """
 
@@ -311,9 +311,10 @@ class HealthWatch(Callback):
         # Not sooner: what the iteration logs, a checkpoint and a validation after it are written.
         reason = next((name for name in self.found if name in self.stop), None)
         if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
+            found = self.found.get(reason or "", "another process")
             raise Unhealthy(
-                f"ppo: stopped, as ppo.health.stop asks for, by {self.found.get(reason or '', 'another process')}. The "
-                "last checkpoint is kept; to go on from it all the same, add ppo.health.stop=[] to the command"
+                f"ppo: stopped, as ppo.health.stop asks for, by {found}. To go on from the last checkpoint all the "
+                "same, add ppo.health.stop=[] to the command."
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -54,7 +54,8 @@ class HeldOut:
             self._correct.append(grades["correct"])
         with collector.reference.as_it_began(policy) as sft:
             temperature = collector.sampling.temperature
-            ref_logprobs = stacked([response_logprobs(sft, packed, temperature) for packed in answered.batches])
+            name = "the log-probs of the reference"
+            ref_logprobs = stacked([response_logprobs(sft, packed, temperature, name) for packed in answered.batches])
             if place not in self._reference or collector.scorer.scoring.scale == "running":  # which goes on
                 beside = collector.answer(sft, prompts, seeds)
                 self._reference[place] = self._compared(collector, beside, collector.grades(beside))

@@ -24,6 +24,7 @@ from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, text_gradien
 from lit_rlhf.stages.ppo.rollout import TEXT, Rollout
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.callbacks import inner_bar
+from lit_rlhf.training.diverging import clip_gradients
 from lit_rlhf.training.trained_state import TrainedState
 
 
@@ -97,9 +98,9 @@ class LearnsFromRollouts(TrainedState):
         if self.iteration < self.critic_warmup:
             for parameter in self.policy.parameters():
                 parameter.grad = None  # the optimizer leaves it alone
-        watched["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        watched["grad_norm"] = clip_gradients(self, self.policy, self.max_grad_norm)
         if self.critic is not None:
-            watched["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
+            watched["critic_grad_norm"] = clip_gradients(self, self.critic, self.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()  # a rollout needs their memory

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.functional import clip_fraction, clipped_value_loss, kl_estimate, masked_mean, whole_answer
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
+from lit_rlhf.models.finite import blame
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
@@ -96,10 +97,12 @@ class Objective:
             mean_kl = masked_mean(kl, actions)  # from the reference, in nats per action; its gradient is the penalty
             watched["kl_loss"] = mean_kl.detach()
             policy_loss = policy_loss + self.kl_coef * mean_kl
+        blame(policy_loss, "the log-probs of the policy", detached)
         if self.critic is None:
             return policy_loss, policy_loss.new_zeros(()), watched
         values = scatter(self.critic(packed, response.before, hidden), response.mask)[:, : actions.shape[1]]
         value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, actions, self.value_clip_range)
+        blame(value_loss, "the values of the critic", values)
         watched["value_loss"] = value_loss.detach()
         return policy_loss, value_loss, watched
 

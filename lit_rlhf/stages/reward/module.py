@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.finite import finite
 from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores, scores_and_hidden, scores_of
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.micro_batches import tokens_at_once
@@ -100,6 +101,7 @@ class RewardModule(RankingModule):
         scores, hidden = scores_and_hidden(self.reward_model, batch.packed, imitated)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
         margins = None if batch.margins is None else batch.margins[pairs.better] - batch.margins[pairs.worse]
+        finite(scores, "the scores")
         loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing, margins) * batch.share
         watched = {"reward/loss": loss.detach()}
         if batch.rated_share > 0:
