@@ -135,13 +135,16 @@ def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
     if fitting_all and not asked:
         sys.argv.append(fitting_all)
         overrides = [*overrides, fitting_all]
-    for job in sweep_jobs(overrides):
-        cfg = compose_settings(job)
-        if unfitted(cfg, job):
-            raise UserError(
-                f"some jobs of this sweep start from a checkpoint ({weights_given(cfg)}) and others do not; sweep over "
-                "them apart, or set recipe=scratch or recipe=checkpoint for all"
-            )
+    jobs = {tuple(job): compose_settings(job) for job in sweep_jobs(overrides)}
+    starting = [cfg for job, cfg in jobs.items() if unfitted(cfg, [*job])]
+    if starting and len(starting) == len(jobs):
+        return check_jobs(overrides, CHECKPOINT)
+    if starting:
+        raise UserError(
+            f"some jobs of this sweep start from a checkpoint ({weights_given(starting[0])}) and others do not; sweep "
+            "over them apart, or set recipe=scratch or recipe=checkpoint for all"
+        )
+    for cfg in jobs.values():
         check_multirun(cfg)
         check(cfg)
 

@@ -109,6 +109,9 @@ def test_sweeps_and_hydras_own_options_get_it_too(monkeypatch):
     with pytest.raises(UserError, match=r"some jobs of this sweep start from a checkpoint .* and others do not"):
         check_jobs(["stage=sft", "model.path=null,weights"], None)
     check_jobs(["stage=sft", "model.path=null,weights", "recipe=checkpoint"], None)
+    assert "recipe=checkpoint" not in sys.argv[5:]
+    check_jobs(["stage=sft", "model.path=weights,others"], None)
+    assert sys.argv[-1] == "recipe=checkpoint"  # for all jobs alike
 
 
 # Where a constructor leaves open what the command decides on; trainers, too, have budgets and the machine's settings.
