@@ -93,7 +93,7 @@ def groups():
 
 @st.composite
 def overrides(draw, known):
-    stage = draw(st.sampled_from(sorted([*all_stages(), "chat", "label", "report", "plan", "all"])))
+    stage = draw(st.sampled_from(sorted([*all_stages(), "chat", "label", "report", "plan", "pipeline"])))
     asked, own = [f"stage={stage}"], [key for key in known if key.split(".")[0] not in {*all_stages()} - {stage}]
     for _ in range(draw(st.integers(1, 3))):
         sign, key = draw(st.sampled_from(SIGNS)), draw(st.sampled_from(own) | st.sampled_from(known))

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -245,9 +245,14 @@ RENAMED = {
 def _composition_error(text: str, overrides: list[str]) -> str:
     text = text.split("Config search path")[0]
     if "Config group override must be a string" in text:
-        null = next((o for o in overrides if o.lower().endswith("=null")), "")
-        options = ", ".join(sorted(file.stem for file in (conf_dir() / null.partition("=")[0]).glob("*.yaml")))
-        return f"{null}: this is a group of settings; name one of its options ({options}), or leave it as it is"
+        groups = {
+            o.input_line: conf_dir() / o.key_or_group for o in _parsed(overrides) if not isinstance(o.value(), str)
+        }
+        for asked, group in groups.items():
+            if options := ", ".join(sorted(file.stem for file in group.glob("*.yaml"))):
+                return (
+                    f"{asked}: this is a group of settings; name one of its options ({options}), or leave it as it is"
+                )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         for old, new in RENAMED.items():
@@ -273,6 +278,10 @@ def command_of(cfg: DictConfig) -> str | None:
 
 def stages_of(cfg: DictConfig) -> list[str]:
     """The stages that are to run, in their order; none of them for a command or the report."""
+    if not isinstance(cfg.stage, str | ListConfig):
+        raise UserError(
+            f"stage={'null' if cfg.stage is None else cfg.stage}: the name of a stage was expected, or a list of them"
+        )
     asked = [cfg.stage] if isinstance(cfg.stage, str) else list(cfg.stage)
     known = all_stages()
     if asked == ["pipeline"]:

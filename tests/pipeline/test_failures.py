@@ -33,7 +33,17 @@ def test_what_nobody_expected_is_one_line_and_its_traceback_is_kept(lit_rlhf, tm
     assert "in on_train_batch_start" in lit_rlhf(*command, check=False, env={DEBUG: "1"}).stderr
 
 
-@pytest.mark.parametrize("arguments", [["--foo"], ["--cfg", "foo"], ["--config-dir=/nowhere"], ["-cn", "nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--foo"],
+        ["--cfg", "foo"],
+        ["--config-dir=/nowhere"],
+        ["-cn", "nothing"],
+        ["-m", "stage=null,pretrain"],
+        ["--cfg", "job", "stage=null"],
+    ],
+)
 def test_options_that_are_none_are_one_line(lit_rlhf, arguments):
     done = lit_rlhf(*arguments, check=False, fast=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

@@ -170,7 +170,7 @@ def test_prompts_are_asked_of_a_checkpoint_without_a_template(kind, tmp_path, to
 LEARNED = {"sft": (SFTDataModule, SFTModule), "dpo": (DPODataModule, DPOModule)}
 
 
-@pytest.mark.parametrize("kind", [SFTDataModule, RewardDataModule, DPODataModule, ClassifyDataModule])
+@pytest.mark.parametrize("kind", [SFTDataModule, RewardDataModule, DPODataModule, ClassifyDataModule, PPODataModule])
 def test_a_batch_larger_than_the_data_is_said_once(kind, tmp_path, tokenizer):
     write_jsonl(tmp_path / "few.jsonl", rows(12))
     for size, said in ((9, 0), (100, 1)):

@@ -40,6 +40,9 @@ class PPODataModule(PromptDataModule):
         iterations = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         batch = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
         length = iterations * batch if isinstance(iterations, int) else max(len(self.train_prompts), batch)
+        if batch > len(self.train_prompts):
+            prompts = f"the {len(self.train_prompts)} prompts to train on"
+            self.note(f"batch_size={self.batch_size} is more than {prompts}: a rollout answers them several times")
         return self.loader(self.train_prompts, shuffle_to=length)
 
     def trained_prompts(self) -> Iterator[Messages]:
