@@ -14,7 +14,7 @@ def environment(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["rank", "rate", "write", "chat"])
+@pytest.mark.parametrize("mode", ["rate", "write", "chat"])  # rank: in the browser, tests/apps/label
 def test_a_kill_loses_and_doubles_nothing(tmp_path, mode):
     if mode == "chat":
         found = judgements.chat(tmp_path, 16, 1, seed=0)
