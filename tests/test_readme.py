@@ -31,11 +31,18 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
 
 
+def commands_by_block(text: str = README) -> list[list[list[str]]]:
+    """The arguments of each `lit-rlhf ...` in a page's blocks of code, of those that have any."""
+    fenced = r"^ *```bash\n(.*?)^ *```"
+    code = [a or b for a, b in re.findall(rf"{fenced}|((?:^ {{4}}.*\n)+)", text, re.DOTALL | re.MULTILINE)]
+    lines = [[line.strip() for line in block.replace("\\\n", " ").splitlines()] for block in code]
+    found = [[re.match(r"(?:until |srun )?lit-rlhf\b([^;]*)", line) for line in block] for block in lines]
+    return [split for block in found if (split := [shlex.split(m[1], comments=True) for m in block if m])]
+
+
 def commands(text: str = README) -> list[list[str]]:
-    """The arguments of each `lit-rlhf ...` in a page's blocks of code."""
-    code = [*blocks("bash", text), *re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)]
-    lines = [line.strip() for block in code for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.split()[:1] == ["lit-rlhf"]]
+    """The same in one list."""
+    return [command for block in commands_by_block(text) for command in block]
 
 
 def everywhere() -> list[list[str]]:

@@ -23,6 +23,7 @@ def become(asked: dict) -> None:
     for number, file in ((1, asked["stdout"]), (2, asked["stderr"])):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(0)  # noqa: SIM115  this process's own has been read from
     sys.argv = ["lit_rlhf", *asked["arguments"]]
     if asked.get("disk"):
         full_disk.install(asked["disk"])

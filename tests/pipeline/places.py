@@ -1,0 +1,101 @@
+"""What the commands of README and docs find where their pages say that they are run: files, models, a judge."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+ADDITIONS = [(a, b) for a in range(3, 9) for b in range(2, 7)]
+ASKED = [f"What is {a} plus {b}?" for a, b in ADDITIONS]
+TRUE = [f"{a} plus {b} is {a + b}." for a, b in ADDITIONS]
+FALSE = [f"{a} plus {b} is {a * b + 1}, or so." for a, b in ADDITIONS]
+TEXT = "\n\n".join(f"{asked}\n{true} So it is said." for asked, true in zip(ASKED, TRUE)) * 4
+
+DEMONSTRATIONS = [
+    {"prompt": p, "response": r, "question": p, "info": {"answer": r}, "expected": r} for p, r in zip(ASKED, TRUE)
+]
+INSTRUCTIONS = [
+    {"instruction": p, "input": "", "output": r, "chosen": r, "rejected": f} for p, r, f in zip(ASKED, TRUE, FALSE)
+]
+PAIRS = [{"prompt": p, "chosen": r, "rejected": f} for p, r, f in zip(ASKED, TRUE, FALSE)]
+DIALOGUES = [
+    {side: f"\n\nHuman: {p}\n\nAssistant: {said}" for side, said in (("chosen", r), ("rejected", f))}
+    for p, r, f in zip(ASKED, TRUE, FALSE)
+]
+LABELLED = [{"text": t, "label": label} for r, f in zip(TRUE, FALSE) for t, label in ((r, "true"), (f, "false"))]
+TASKS = [{"data": {"prompt": p, "answer1": r, "answer2": f}} for p, r, f in zip(ASKED, TRUE, FALSE)]
+LINES = {
+    "prompts.jsonl": DEMONSTRATIONS,
+    "demonstrations.jsonl": DEMONSTRATIONS,
+    "my.jsonl": DEMONSTRATIONS,
+    "sums.jsonl": DEMONSTRATIONS,
+    "general.jsonl": [{"text": text} for text in TEXT.split("\n\n")],
+    "pairs.jsonl": PAIRS,
+    "harmless-base.jsonl": DIALOGUES,
+    "mine.jsonl": LABELLED,
+}
+LISTS = {
+    "prompts.json": DEMONSTRATIONS,
+    "demonstrations.json": DEMONSTRATIONS,
+    "instructions.json": INSTRUCTIONS,
+    "instruction-data.json": INSTRUCTIONS,
+    "instruction-data-with-preference.json": INSTRUCTIONS,
+    "pairwise-tasks.json": TASKS,
+}
+TEXTS = ["book.txt", "input.txt", "old.txt", "shakespeare.txt", "lines.txt"]
+MODELS = ["my-checkpoint", "SmolLM2", "gpt2", "my-gpt2", "gpt2-tokenizer", "checkpoint-1", "checkpoint-2"]
+
+
+def furnish(folder: Path, finished: Path, root: Path) -> None:
+    """Make of a folder the place where the commands of a page are run."""
+    shutil.copytree(finished, folder / "runs" / "quickstart")
+    for name, rows in LINES.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in LISTS.items():
+        (folder / name).write_text(json.dumps(rows))
+    for name in TEXTS:
+        (folder / name).write_text(TEXT)
+    for name in MODELS:
+        (folder / name).symlink_to(finished / "sft" / "model")
+    for name in "abc":
+        (folder / name).symlink_to(finished)
+    (folder / "pairwise-export.json").write_text(json.dumps(judged(TASKS)))
+    (folder / "my_rewards.py").write_text(
+        "def right_sum(prompts, responses, finished, expected, **_):\n"
+        "    return [float(said == wanted) for said, wanted in zip(responses, expected)]\n"
+    )
+    own = folder / "my_conf" / "preference" / "annotator" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    shutil.copy(root / "conf" / "preference" / "annotator" / "world.yaml", own)
+
+
+def judged(tasks):
+    """An export of Label Studio, of people who always want the first answer."""
+    first = {"type": "pairwise", "from_name": "comparison", "to_name": "comparison", "value": {"selected": "left"}}
+    return [
+        {"id": i, **task, "annotations": [{"id": i, "completed_by": 1, "result": [first], "was_cancelled": False}]}
+        for i, task in enumerate(tasks)
+    ]
+
+
+class Judge:
+    """A server of a language model that prefers the first answer, at ``url``."""
+
+    def __init__(self):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                message = {"role": "assistant", "content": "A"}
+                data = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
