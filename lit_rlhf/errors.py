@@ -6,6 +6,8 @@ import os
 import re
 from functools import cache
 
+from lit_rlhf.processes import is_main_process
+
 # user:password@ of an address, or a key in its query.
 CREDENTIALS = re.compile(
     r"(?<=://)(?:[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*|[^\s/?#@]+)@|(?<=[?&])\w*(?:key|token|secret|password)=[^\s&#'\"]+",
@@ -62,11 +64,6 @@ def users_mistake(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def is_main_process() -> bool:
-    """Whether this process writes: Lightning starts the others with a LOCAL_RANK above 0."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def say(line: str) -> None:

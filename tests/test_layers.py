@@ -21,6 +21,7 @@ LAYERS = (
     "finished",
     "files",
     "errors",
+    "processes",
 )  # top to bottom
 FILES = sorted(PACKAGE.rglob("*.py"))
 STAGES = {folder.parent.name for folder in PACKAGE.glob("stages/*/__init__.py")}

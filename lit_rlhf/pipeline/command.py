@@ -24,7 +24,7 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, is_main_process, users_mistake
+from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
 from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
@@ -43,6 +43,7 @@ from lit_rlhf.pipeline.settings import (
     sweep_jobs,
     without_sweeps,
 )
+from lit_rlhf.processes import is_main_process
 
 MULTIRUN = ("-m", "--multirun")
 STOPPED_LINE = "stopped; what was finished is kept. Run the same command again to go on"
@@ -181,14 +182,15 @@ def check_writable(runs: Path) -> None:
 def check_multirun(cfg: DictConfig) -> None:
     """Raise ``UserError`` for what cannot be swept.
 
-    A command waits for a person; Lightning's ddp starts its processes by repeating the command: the whole sweep."""
+    A command waits for a person; several processes of a stage are started by repeating the command: the whole sweep."""
+    from lit_rlhf.pipeline.together import in_several
+
     if command := command_of(cfg):
         raise UserError(f"stage={command} cannot run under multirun (-m): start it alone")
-    strategy = str(cfg.trainer.strategy)
-    if strategy.startswith(("ddp", "fsdp", "deepspeed")) and "spawn" not in strategy:
+    if several := [name for name in stages_of(cfg) if in_several(cfg[name].trainer)]:
         raise UserError(
-            f"trainer.strategy={strategy} cannot run under multirun (-m): each of its processes would start the "
-            "whole sweep again. Sweep with trainer.devices=1 trainer.strategy=auto, or start one command a job"
+            f"{several[0]}: several processes cannot run under multirun (-m): each would start the whole sweep again. "
+            "Sweep with trainer.devices=1, or start one command per job"
         )
 
 
@@ -252,11 +254,24 @@ def stop_at_once(cfg: DictConfig, number: int, _: Any) -> None:
     """Outside of training: what is finished, batches of a collection among it, is on disk already."""
     from lit_rlhf.training.resuming import handle_signals
 
+    sys.unraisablehook = _raise_again
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     handle_signals(signal.SIG_IGN)
     requeue(cfg, number)
     sys.exit(STOPPED)
+
+
+def _raise_again(what: Any) -> None:
+    """What a signal's handler raises while the interpreter is in a finalizer ends nothing: it is raised again, soon."""
+    if not isinstance(what.exc_value, SystemExit | KeyboardInterrupt) or not hasattr(signal, "setitimer"):
+        return sys.__unraisablehook__(what)
+
+    def again(*_: Any) -> None:
+        raise what.exc_value
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def requeue(cfg: DictConfig, number: int | None) -> None:
@@ -279,6 +294,7 @@ def work(cfg: DictConfig) -> tuple[str, float]:
     from lit_rlhf.pipeline.rounds import run_rounds
     from lit_rlhf.pipeline.runner import run_chain
     from lit_rlhf.pipeline.sweep import objective_of
+    from lit_rlhf.pipeline.together import together
 
     if command := command_of(cfg):
         instantiate(resolved(cfg, command), _convert_="all").launch()
@@ -286,8 +302,8 @@ def work(cfg: DictConfig) -> tuple[str, float]:
     if cfg.stage == "plan":
         write_plan(cfg)
         return "", float("nan")
-    go = run_rounds if cfg.rounds > 1 else run_chain
-    summary = go(cfg, _overrides())
+    with together(cfg, stages_of(cfg)) as processes:
+        summary = (run_rounds if cfg.rounds > 1 else run_chain)(cfg, processes)
     if not is_main_process() or not stages_of(cfg):
         return "", float("nan")
     return objective_of(cfg, summary, stages_of(cfg))

@@ -14,14 +14,16 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.errors import scrubbed, users_mistake
+from lit_rlhf.processes import is_main_process
 
 DEBUG = "LIT_RLHF_DEBUG"  # set in the environment to 1, it has the traceback printed
 MISTAKE, UNEXPECTED, STOPPED_BY_HAND = 2, 1, 130  # exit codes; for a signal's see lit_rlhf.errors.STOPPED
 
 
 def fail(said: Any, code: int = MISTAKE) -> NoReturn:
-    """One line for the user, no traceback."""
-    print(f"lit-rlhf: {one_line(said)}", file=sys.stderr)
+    """One line for the user, no traceback; of several processes the first one says it."""
+    if is_main_process():
+        print(f"lit-rlhf: {one_line(said)}", file=sys.stderr)
     sys.exit(code)
 
 

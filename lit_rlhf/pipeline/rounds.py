@@ -10,14 +10,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.apps.report import write_report
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say
 from lit_rlhf.pipeline.folder import check_inputs, check_records, collecting_stage
 from lit_rlhf.pipeline.runner import run_chain, write_summary
 from lit_rlhf.pipeline.settings import stages_of
+from lit_rlhf.pipeline.together import Processes
+from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.stage import all_stages
 
 
-def run_rounds(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+def run_rounds(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
     """Run what comes before the rounds, then ``cfg.rounds`` rounds, each in ``rounds/<n>/``; returns the summary."""
     names = stages_of(cfg)
     each = [name for name in names if all_stages()[name].per_round is not None]
@@ -33,15 +35,16 @@ def run_rounds(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
             f"rounds={cfg.rounds}: {run / own[0]} was made without rounds, and what starts from this run would take it "
             f"for the newest; choose another run=, with from_run={cfg.run} to start from its SFT model"
         )
-    check_inputs(cfg)
-    check_records(cfg)
+    if is_main_process():
+        check_inputs(cfg)
+        check_records(cfg)
     if before := [name for name in names if name not in each]:
-        changes = {"stage": before, "rounds": 1}
-        run_chain(changed(cfg, changes), [*overrides, *written(changes)])
+        run_chain(changed(cfg, {"stage": before, "rounds": 1}), processes)
     for number in range(1, cfg.rounds + 1):
-        print(f"round {number} of {cfg.rounds}", flush=True)
-        changes = {"stage": each, "rounds": 1, **round_settings(cfg, number)}
-        run_chain(changed(cfg, changes), [*overrides, *written(changes)])
+        say(f"round {number} of {cfg.rounds}")
+        run_chain(changed(cfg, {"stage": each, "rounds": 1, **round_settings(cfg, number)}), processes)
+    if not is_main_process():
+        return {}
     summary = write_summary(run)
     print(f"all rounds: {write_report(run)}")
     return summary
@@ -103,16 +106,3 @@ def changed(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
         policies[_aligning(cfg)] = policies.pop(_aligning(cfg))  # this round's, behind those of the rounds before it
         OmegaConf.update(cfg, f"{name}.policies", policies, merge=False)
     return cfg
-
-
-def written(changes: dict[str, Any]) -> list[str]:
-    """The same on a command line: several processes of a stage are started by one."""
-    return [f"++{address}={_written(value)}" for address, value in changes.items()]
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
-    return "'" + value.replace("'", "\\'") + "'" if isinstance(value, str) else str(value)

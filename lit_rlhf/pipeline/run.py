@@ -21,14 +21,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
-from lit_rlhf.errors import UserError, first_line, is_main_process, say
+from lit_rlhf.errors import UserError, first_line, say
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
 from lit_rlhf.pipeline.folder import model_nodes
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.stage_folder import StageFolder
+from lit_rlhf.pipeline.together import Processes
 from lit_rlhf.pipeline.trained_prompts import check_trained, write_trained_prompts
+from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.contract import (
     EvaluatesPrompts,
     StageData,
@@ -48,19 +50,29 @@ from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomSta
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 
-def run_stage(cfg: DictConfig, name: str) -> dict[str, Any]:
-    """Run a stage that is not finished, or go on with it; returns its figures."""
+def run_stage(cfg: DictConfig, name: str, processes: Processes | None = None) -> dict[str, Any]:
+    """Run a stage that is not finished, or go on with it; returns its figures. ``processes``: that run it together."""
+    processes = processes or Processes()
+    if not is_main_process():
+        if processes.agreed(bool):
+            return {}
+        return _run_stage(cfg, name, StageFolder(cfg, name))  # as the first process has left it
     folder = StageFolder(cfg, name)
-    with folder.held() if is_main_process() else nullcontext():
+    with folder.held():
+        if processes.agreed(partial(_begun, folder)):  # by a command that held the lock before
+            return folder.done["figures"]
         return _run_stage(cfg, name, folder)
+
+
+def _begun(folder: StageFolder) -> bool:
+    """Whether a stage is finished; if not, its folder is made ready."""
+    if not (finished := folder.check()):
+        folder.begin()
+    return finished
 
 
 def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any]:
     begun, memory = time.perf_counter(), Peak()
-    if is_main_process():
-        if folder.check():  # by a command that held the lock before
-            return folder.done["figures"]
-        folder.begin()
     settings = OmegaConf.create(folder.written_here())
     seed_everything(settings.seed, verbose=False)
     check_models(name, settings)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +10,34 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
-from lit_rlhf.errors import STOPPED, Interrupted, UserError, is_main_process
+from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
 from lit_rlhf.finished import read_done
 from lit_rlhf.pipeline.folder import check_inputs, check_records, checkpoint_of, read_settings, start_of
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.pipeline.stage_folder import StageFolder
+from lit_rlhf.pipeline.together import Processes, in_several
+from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.stage import all_stages
-from lit_rlhf.training.resuming import handle_signals, restore_handlers
 
 
-def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """Run the stages that ``cfg.stage`` names; returns the run's summary."""
-    names = stages_of(cfg)
-    run = Path(cfg.paths.run_dir)
-    if not is_main_process():  # one of several processes of one stage: it only trains along
-        run_stage(cfg, names[0])
-        return {}
-    check_inputs(cfg)
-    check_records(cfg)
-    finished = {name: StageFolder(cfg, name).check() for name in names}
-    for name in names:
-        if finished[name]:
-            print(f"{name}: finished already, in {run / name}")
-            continue
-        if (found := start_of(cfg, name)) and found == checkpoint_of(cfg):
+def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
+    """Run the stages that ``cfg.stage`` names; returns the run's summary, in all processes but the first an empty one.
+
+    A stage that trains in several processes runs in all of them, another one in the first alone."""
+    names, run, main = stages_of(cfg), Path(cfg.paths.run_dir), is_main_process()
+    for name in processes.agreed(lambda: _unfinished(cfg, names)):
+        if main and (found := start_of(cfg, name)) and found == checkpoint_of(cfg):
             print(f"{name}: starts from the checkpoint {found}")
-        if is_distributed(cfg, name) and len(names) > 1:
-            run_alone(name, overrides)  # which says itself how it went
-            continue
-        run_stage(cfg, name)
-        summary = write_summary(run)
-        print(headline(name, summary[name], summary["seconds"][name]))
+        if main or in_several(cfg[name].trainer):
+            run_stage(cfg, name, processes if in_several(cfg[name].trainer) else Processes())
+        if main:
+            summary = write_summary(run)
+            print(headline(name, summary[name], summary["seconds"][name]), flush=True)
+        processes.meet()
+    if not main:
+        return {}
     if not any(newest(run, f"{name}/done.json").is_file() for name in all_stages()):
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
     summary = write_summary(run)
@@ -54,26 +46,15 @@ def run_chain(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     return summary
 
 
-def is_distributed(cfg: DictConfig, name: str) -> bool:
-    """Whether a stage trains in several processes that Lightning starts by running the command again."""
-    return str(cfg[name].trainer.strategy).startswith(("ddp", "fsdp", "deepspeed"))
-
-
-def run_alone(name: str, overrides: list[str]) -> None:
-    """Run one stage as a command of its own.
-
-    Lightning starts the other processes by repeating the whole command; were it the whole chain, they would run through
-    stages that are not theirs."""
-    command = [sys.executable, "-m", "lit_rlhf", *(o for o in overrides if not o.startswith("stage=")), f"stage={name}"]
-    child = subprocess.Popen(command)
-    # Ctrl-C in a terminal reaches it, too.
-    before = handle_signals(lambda number, _: child.send_signal(number) if number != signal.SIGINT else None)
-    code = child.wait()
-    restore_handlers(before)
-    if code == STOPPED:
-        raise Interrupted(f"{name}: stopped; run the same command again to go on")
-    if code:
-        raise UserError(f"{name}: failed with exit code {code}; what it said stands above")
+def _unfinished(cfg: DictConfig, names: list[str]) -> list[str]:
+    """The stages that are to run; what they need is checked before the first one begins."""
+    check_inputs(cfg)
+    check_records(cfg)
+    finished = {name: StageFolder(cfg, name).check() for name in names}
+    for name in names:
+        if finished[name]:
+            print(f"{name}: finished already, in {Path(cfg.paths.run_dir) / name}")
+    return [name for name in names if not finished[name]]
 
 
 def write_summary(run: Path) -> dict[str, Any]:

@@ -32,12 +32,16 @@ class RandomState(Callback):
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
+        self._processes = 1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._processes = trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
         mine = _random_state()
-        if not (dist.is_available() and dist.is_initialized()):
+        if self._processes == 1:
             return {"ranks": [mine]}
-        ranks: list[Any] = [None] * dist.get_world_size()
+        ranks: list[Any] = [None] * self._processes
         dist.all_gather_object(ranks, mine)
         return {"ranks": ranks}
 

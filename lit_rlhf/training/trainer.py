@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from pydantic import Field
 
@@ -21,6 +21,7 @@ NEVER = 10**9  # steps
 def make_trainer(
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
     devices: Annotated[int, Field(ge=1)] | Literal["auto"] | list[int] = 1,
+    num_nodes: Annotated[int, Field(ge=1)] = 1,
     strategy: str = "auto",
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"] = "32-true",
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
@@ -48,12 +49,15 @@ def make_trainer(
     business of :class:`lit_rlhf.training.resuming.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
     models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+    if devices == num_nodes == 1 and "plugins" not in settings:
+        settings["plugins"] = [LightningEnvironment()]  # one process, also where a launcher has started several
+    elif SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Else Lightning saves in the middle of a step when Slurm takes the machine back.
         settings["plugins"] = [*settings.get("plugins", []), SLURMEnvironment(auto_requeue=False)]
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
+        num_nodes=num_nodes,
         strategy=strategy,
         precision=precision_of(precision, accelerator),
         max_steps=max_steps,

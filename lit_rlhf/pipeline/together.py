@@ -1,0 +1,170 @@
+"""Several processes run a command together: each goes through all its stages, and they meet between them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline.failures import reason
+from lit_rlhf.processes import is_main_process, this_process
+
+Value = TypeVar("Value")
+
+OURS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # as start_others() sets them
+UNTIL_ALL_ARE_THERE = timedelta(days=30)  # a stage that one process runs by itself may take long
+SECONDS_TO_END = 30.0
+GONE = re.compile("gloo|NCCL|[Cc]onnection (?:closed|reset)")  # how a process learns that another one has ended
+
+
+class Processes:
+    """The processes of a command, which wait for each other between its stages; ``group`` None: there is one."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    def agreed(self, value: Callable[[], Value]) -> Value:
+        """What the first process finds, for all of them."""
+        found = [value() if is_main_process() else None]
+        if self.group is not None:
+            dist.broadcast_object_list(found, group=self.group)
+        return found[0]  # type: ignore[return-value]
+
+    def meet(self) -> None:
+        """Wait for all of them."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+@contextmanager
+def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
+    """Where one of the stages ``names`` trains in several processes: all of them, whether a launcher has started them
+    or they are started now."""
+    nodes = max((_nodes(cfg[name].trainer) for name in names), default=1)
+    devices = max((_devices(cfg[name].trainer) for name in names), default=1)
+    if is_main_process():
+        for note in Path(cfg.paths.run_dir).glob(_note(cfg, "*").name):
+            note.unlink()
+    before = {name: os.environ.get(name) for name in OURS}
+    others = [] if this_process().world_size > 1 else start_others(devices, nodes)
+    try:
+        yield _joined(devices * nodes)
+        for other in others:
+            other.wait()
+    except Exception as error:
+        rank = this_process().rank
+        if rank > 0:
+            _note(cfg).write_text(reason(error), encoding="utf-8")
+        elif isinstance(error, RuntimeError) and GONE.search(str(error)):
+            raise UserError(_who_has_gone(cfg)) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _end(others)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _note(cfg: DictConfig, rank: int | str | None = None) -> Path:
+    """Where a process writes why it ends, for the first one to say."""
+    return Path(cfg.paths.run_dir) / f".process-{this_process().rank if rank is None else rank}"
+
+
+def _who_has_gone(cfg: DictConfig) -> str:
+    notes = sorted(Path(cfg.paths.run_dir).glob(_note(cfg, "*").name))
+    said = [f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}" for note in notes]
+    own = [line for line in said if not GONE.search(line)]
+    return f"{own[0] if own else 'another process was killed or lost'}. Run the same command again to go on"
+
+
+def in_several(trainer: DictConfig) -> bool:
+    """Whether a stage's trainer runs in several processes."""
+    return _nodes(trainer) * _devices(trainer) > 1
+
+
+def _nodes(trainer: DictConfig) -> int:
+    return int(trainer.get("num_nodes", 1))
+
+
+def _devices(trainer: DictConfig) -> int:
+    if trainer.devices == "auto":
+        return max(1, torch.cuda.device_count()) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
+    return trainer.devices if isinstance(trainer.devices, int) else len(trainer.devices)
+
+
+def start_others(devices: int, nodes: int) -> list[subprocess.Popen[bytes]]:
+    """Start the processes of this node but for this one; on each of several nodes the command is started by hand."""
+    if devices * nodes == 1:
+        return []
+    node = int(os.environ.get("NODE_RANK", 0))
+    if nodes > 1 and (missing := {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}):
+        raise UserError(
+            f"trainer.num_nodes={nodes}: {', '.join(sorted(missing))} are not set; start the command "
+            "by torchrun or srun, or on each node with NODE_RANK (0, 1, ...), MASTER_ADDR and MASTER_PORT of the first"
+        )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ["WORLD_SIZE"] = str(devices * nodes)
+    started = []
+    for local in reversed(range(devices)):
+        os.environ |= {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
+        if local:
+            started.append(subprocess.Popen([sys.executable, "-m", "lit_rlhf", *sys.argv[1:]]))
+    return started
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _joined(wanted: int) -> Processes:
+    rank, _, _, size = this_process()
+    if size == 1:
+        return Processes()
+    if wanted != size:
+        raise UserError(
+            f"{size} processes were started, and trainer.devices times trainer.num_nodes is {wanted}; both must be as "
+            "they were started"
+        )
+    slurm = SLURMEnvironment()
+    by_slurm = "RANK" not in os.environ
+    where = f"tcp://{slurm.main_address}:{slurm.main_port}" if by_slurm else "env://"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=size)
+    except RuntimeError as error:  # dist.DistError is one
+        raise UserError(f"process {rank} of {size} could not reach the others: {str(error).splitlines()[0]}") from error
+    return Processes(dist.new_group(backend="gloo", timeout=UNTIL_ALL_ARE_THERE))
+
+
+def _end(others: list[subprocess.Popen[bytes]]) -> None:
+    for other in others:
+        if other.poll() is None:
+            other.terminate()
+    for other in others:
+        with suppress(subprocess.TimeoutExpired):
+            other.wait(SECONDS_TO_END)
+        if other.poll() is None:
+            other.kill()

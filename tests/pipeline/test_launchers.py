@@ -1,0 +1,147 @@
+"""A chain of stages in two processes, started in every way, is what the command's own two processes make of it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+CHAIN = ["stage=[sft,preference]", "from_run=quickstart", "trainer=ddp", "trainer.accelerator=cpu"]
+ON_ONE_NODE, ON_TWO = ["trainer.devices=2"], ["trainer.devices=1", "trainer.num_nodes=2"]
+
+
+@pytest.fixture(scope="module")
+def chains(finished_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chains")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "quickstart").symlink_to(finished_run / "runs" / "quickstart")
+    return folder
+
+
+@pytest.fixture
+def start(lit_rlhf, chains):
+    """start([(launcher, environment), ...], settings) -> processes of the command, in a folder with a finished run."""
+    begun = []
+
+    def run(starts, *settings):
+        for launcher, env in starts:
+            _, _, *command = lit_rlhf.command(*settings)
+            begun.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *launcher, *command], cwd=chains, text=True, env={**lit_rlhf.env, **env},
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+        return begun
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def torchrun(*arguments):
+    return ["torch.distributed.run", *arguments, "--master-addr=127.0.0.1", "-m"]
+
+
+def slurm(rank, nodes):
+    """What srun tells one of two tasks; the port follows from the job's number."""
+    local, node = (rank, 0) if nodes == 1 else (0, rank)
+    told = {"PROCID": rank, "LOCALID": local, "NODEID": node, "NTASKS": 2, "NTASKS_PER_NODE": 2 // nodes,
+            "NNODES": nodes, "JOB_ID": int(free_port()) % 1000, "JOB_NAME": "train",
+            "NODELIST": "127.0.0.1"}  # fmt: skip
+    return {f"SLURM_{name}": str(value) for name, value in told.items()}
+
+
+def by_srun(nodes):
+    first = slurm(0, nodes)
+    return [([], first), ([], {**slurm(1, nodes), "SLURM_JOB_ID": first["SLURM_JOB_ID"]})]
+
+
+def by_hand():
+    first = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [([], {**first, "NODE_RANK": str(node)}) for node in range(2)]
+
+
+def by_torchrun():
+    port = free_port()
+    return [(torchrun("--nnodes=2", f"--node-rank={node}", f"--master-port={port}"), {}) for node in range(2)]
+
+
+WAYS = {
+    "torchrun": lambda: ([(torchrun("--nproc-per-node=2", f"--master-port={free_port()}"), {})], ON_ONE_NODE),
+    "torchrun, two nodes": lambda: (by_torchrun(), ON_TWO),
+    "srun": lambda: (by_srun(1), ON_ONE_NODE),
+    "srun, two nodes": lambda: (by_srun(2), ON_TWO),
+    "by hand, two nodes": lambda: (by_hand(), ON_TWO),
+}
+
+
+@pytest.fixture(scope="module")
+def own(chains, finished_run):
+    """The summary of the chain in two processes that the command starts itself."""
+    return {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chain_in_one_start(way, start, chains, own, same_weights):
+    if not own:
+        run = "run=own"
+        done = start([([], {})], *CHAIN, *ON_ONE_NODE, run)[-1]
+        assert done.wait(300) == 0, done.stderr.read()
+        own.update(json.loads((chains / "runs" / "own" / "summary.json").read_text()))
+    starts, settings = WAYS[way]()
+    name = way.replace(",", "").replace(" ", "_")
+    processes = start(starts, *CHAIN, *settings, f"run={name}")[-len(starts) :]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert "".join(out for out, _ in said).count("report:") == 1  # one process speaks
+    summary = json.loads((chains / "runs" / name / "summary.json").read_text())
+    assert summary["sft"] == own["sft"] and summary["preference"] == own["preference"]
+    assert same_weights(chains / "runs" / name / "sft", chains / "runs" / "own" / "sft")
+
+
+def test_a_process_that_is_killed_ends_all_with_one_line_and_the_next_start_goes_on(start, chains):
+    settings = [*CHAIN, *ON_ONE_NODE, "run=killed", "stage=sft", "sft.trainer.max_epochs=40"]
+    main = start([([], {})], *settings)[-1]
+    deadline = time.monotonic() + 300
+    while not (chains / "runs/killed/sft/checkpoints/last.ckpt").is_file():
+        assert main.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int(subprocess.check_output(["pgrep", "-P", str(main.pid)], text=True).split()[0]), signal.SIGKILL)
+    begun = time.monotonic()
+    _, said = main.communicate(timeout=60)
+    assert main.returncode not in (0, None) and time.monotonic() - begun < 60
+    assert said == "lit-rlhf: another process was killed or lost. Run the same command again to go on\n"
+    again = start([([], {})], *settings)[-1]
+    out, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "sft: goes on from" in out
+
+
+def test_what_one_process_alone_has_against_it_is_said_by_the_first(start, chains):
+    settings = [*CHAIN, *ON_TWO, "run=apart", "stage=sft"]
+    first, second = by_hand()
+    processes = start([first, second], *settings, f"sft.data.path={chains}/none.jsonl", "sft/data=jsonl")[-2:]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 2 for process in processes)
+    assert "".join(error for _, error in said).count("lit-rlhf: ") == 1
+
+
+def test_other_numbers_than_were_started_are_refused(start, chains):
+    settings = [*CHAIN, "trainer.devices=3", "run=numbers", "stage=sft"]
+    done = start([(torchrun("--nproc-per-node=2", f"--master-port={free_port()}"), {})], *settings)[-1]
+    _, said = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert said.count("lit-rlhf: 2 processes were started, and trainer.devices times trainer.num_nodes is 3") == 1
