@@ -66,16 +66,17 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
             note.unlink()
     before = {name: os.environ.get(name) for name in OURS}
     others = [] if this_process().world_size > 1 else start_others(devices, nodes)
+    processes = Processes()
     try:
-        yield _joined(devices * nodes)
+        processes = _joined(devices * nodes)
+        yield processes
         for other in others:
             other.wait()
     except Exception as error:
-        rank = this_process().rank
-        if rank > 0:
-            _note(cfg).write_text(reason(error), encoding="utf-8")
-        elif isinstance(error, RuntimeError) and GONE.search(str(error)):
+        if processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error)):
             raise UserError(_who_has_gone(cfg)) from error
+        if not is_main_process() and Path(cfg.paths.run_dir).is_dir():
+            _note(cfg).write_text(reason(error), encoding="utf-8")
         raise
     finally:
         if dist.is_initialized():
@@ -93,8 +94,7 @@ def _note(cfg: DictConfig, rank: int | str | None = None) -> Path:
 def _who_has_gone(cfg: DictConfig) -> str:
     notes = sorted(Path(cfg.paths.run_dir).glob(_note(cfg, "*").name))
     said = [f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}" for note in notes]
-    own = [line for line in said if not GONE.search(line)]
-    return f"{own[0] if own else 'another process was killed or lost'}. Run the same command again to go on"
+    return f"{said[0] if said else 'another process was killed or lost'}. Run the same command again to go on"
 
 
 def in_several(trainer: DictConfig) -> bool:

@@ -137,6 +137,7 @@ def test_what_one_process_alone_has_against_it_is_said_by_the_first(start, chain
     said = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 2 for process in processes)
     assert "".join(error for _, error in said).count("lit-rlhf: ") == 1
+    assert not (chains / "runs" / "apart" / "error.log").exists()
 
 
 def test_other_numbers_than_were_started_are_refused(start, chains):

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -80,3 +81,30 @@ def test_a_signal_that_is_no_warning_of_slurms_is_no_reason_to_requeue(job, numb
 def test_a_closed_terminal_is_ignored_under_nohup(job):
     code, said, _ = job(signal.SIGHUP, hangup=signal.SIG_IGN)
     assert code == 0 and "stopped" not in said
+
+
+IN_A_FINALIZER = """
+import os, signal, time, weakref
+from functools import partial
+from omegaconf import OmegaConf
+from lit_rlhf.pipeline.command import stop_at_once
+
+class Gone:
+    pass
+
+def finalizer(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):  # the handler runs in here, where nothing is raised
+        pass
+
+signal.signal(signal.SIGTERM, partial(stop_at_once, OmegaConf.create({"trainer": {}})))
+gone = Gone()
+reference = weakref.ref(gone, finalizer)
+del gone
+time.sleep(20)
+"""
+
+
+def test_a_signal_in_a_finalizer_is_not_lost(lit_rlhf):
+    done = subprocess.run([sys.executable, "-c", IN_A_FINALIZER], env=lit_rlhf.env, capture_output=True, timeout=300)
+    assert done.returncode == STOPPED, done.stderr
