@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 import traceback
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,9 @@ MISTAKE, UNEXPECTED, STOPPED_BY_HAND = 2, 1, 130  # exit codes; for a signal's s
 def fail(said: Any, code: int = MISTAKE) -> NoReturn:
     """One line for the user, no traceback; of several processes the first one says it."""
     if is_main_process():
-        print(f"lit-rlhf: {one_line(said)}", file=sys.stderr)
+        print(f"lit-rlhf: {one_line(said)}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # a launcher ends the first process when it sees another one end
     sys.exit(code)
 
 
