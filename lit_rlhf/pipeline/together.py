@@ -24,13 +24,7 @@ from lit_rlhf.processes import is_main_process, this_process
 
 Value = TypeVar("Value")
 
-OURS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # as start_others() sets them
+OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as start_others() sets them
 UNTIL_ALL_ARE_THERE = timedelta(days=30)  # a stage that one process runs by itself may take long
 SECONDS_TO_END = 30.0
 GONE = re.compile("gloo|NCCL|[Cc]onnection (?:closed|reset)")  # how a process learns that another one has ended
