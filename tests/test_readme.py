@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_command_composes(arguments, tmp_path, monkeypatch, request):
     if any("my_rewards" in word for word in overrides):  # the user's own reward function
         (tmp_path / "my_rewards.py").write_text("def right_sum(prompts, responses): ...")
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     study = any(word.startswith("experiment=") for word in overrides)
     swept = "-m" in options or (study and hydra_settings(overrides).mode == RunMode.MULTIRUN)
     jobs = sweep_jobs(overrides) if swept else [overrides]

@@ -194,5 +194,5 @@ def test_no_tokenizer_there(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer could be loaded"):
         load_tokenizer(tmp_path)  # an empty folder
     (tmp_path / "tokenizer.json").write_text("{ half a fi")
-    with pytest.raises(UserError, match=r"tokenizer.json: no JSON"):
+    with pytest.raises(UserError, match=r"tokenizer.json: damaged \(not JSON"):
         load_tokenizer(tmp_path)
