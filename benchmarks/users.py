@@ -12,7 +12,7 @@ import lightning
 from harness import EndLap
 
 from lit_rlhf.training import MetricsFile, adamw, make_trainer, warmup_decay
-from lit_rlhf.training.callbacks import StopOnNonFinite
+from lit_rlhf.training.diverging import StopOnNonFinite
 
 LR, BETAS, CLIP = 1e-3, (0.9, 0.999), 1.0  # of both sides; betas as TRL and PyTorch have them
 OPTIMIZER = partial(adamw, lr=LR, betas=BETAS)
