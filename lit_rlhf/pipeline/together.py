@@ -27,6 +27,7 @@ Value = TypeVar("Value")
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as start_others() sets them
 UNTIL_ALL_ARE_THERE = timedelta(days=30)  # a stage that one process runs by itself may take long
 SECONDS_TO_END = 30.0
+NOTE = ".process-{}"  # in the run's folder, by rank: why a process ended, for the first one to say
 GONE = re.compile("gloo|NCCL|[Cc]onnection (?:closed|reset)")  # how a process learns that another one has ended
 
 
@@ -56,7 +57,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     nodes = max((_nodes(cfg[name].trainer) for name in names), default=1)
     devices = max((_devices(cfg[name].trainer) for name in names), default=1)
     if is_main_process():
-        for note in Path(cfg.paths.run_dir).glob(_note(cfg, "*").name):
+        for note in _notes(cfg):
             note.unlink()
     before = {name: os.environ.get(name) for name in OURS}
     others = [] if this_process().world_size > 1 else start_others(devices, nodes)
@@ -70,7 +71,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
         if processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error)):
             raise UserError(_who_has_gone(cfg)) from error
         if not is_main_process() and Path(cfg.paths.run_dir).is_dir():
-            _note(cfg).write_text(reason(error), encoding="utf-8")
+            Path(cfg.paths.run_dir, NOTE.format(this_process().rank)).write_text(reason(error), encoding="utf-8")
         raise
     finally:
         if dist.is_initialized():
@@ -80,14 +81,12 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _note(cfg: DictConfig, rank: int | str | None = None) -> Path:
-    """Where a process writes why it ends, for the first one to say."""
-    return Path(cfg.paths.run_dir) / f".process-{this_process().rank if rank is None else rank}"
+def _notes(cfg: DictConfig) -> list[Path]:
+    return sorted(Path(cfg.paths.run_dir).glob(NOTE.format("*")))
 
 
 def _who_has_gone(cfg: DictConfig) -> str:
-    notes = sorted(Path(cfg.paths.run_dir).glob(_note(cfg, "*").name))
-    said = [f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}" for note in notes]
+    said = [f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}" for note in _notes(cfg)]
     return f"{said[0] if said else 'another process was killed or lost'}. Run the same command again to go on"
 
 

@@ -89,7 +89,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def own(chains, finished_run):
+def own():
     """The summary of the chain in two processes that the command starts itself."""
     return {}
 
@@ -97,8 +97,7 @@ def own(chains, finished_run):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_chain_in_one_start(way, start, chains, own, same_weights):
     if not own:
-        run = "run=own"
-        done = start([([], {})], *CHAIN, *ON_ONE_NODE, run)[-1]
+        done = start([([], {})], *CHAIN, *ON_ONE_NODE, "run=own")[-1]
         assert done.wait(300) == 0, done.stderr.read()
         own.update(json.loads((chains / "runs" / "own" / "summary.json").read_text()))
     starts, settings = WAYS[way]()
