@@ -329,7 +329,7 @@ def _lost(gone: list[str]) -> str:
 def check_records(cfg: DictConfig) -> None:
     """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
     from lit_rlhf.stages.records import FileDataModule
-    from lit_rlhf.text.records import files_of, load_records
+    from lit_rlhf.text.records import Seen, files_of, read_records
 
     for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
         data = resolved(cfg, name)["data"]
@@ -339,4 +339,5 @@ def check_records(cfg: DictConfig) -> None:
         how = data.get("on_bad_record", "fail"), data.get("fields")
         for path in files_of(data.get("path") or []):
             if Path(path).is_file() and not Path(path).is_relative_to(cfg.paths.runs):
-                load_records(path, kind.parse_record, *how)
+                for _ in read_records(path, kind.parse_record, Seen(), *how):
+                    pass

@@ -69,7 +69,7 @@ class PromptDataModule(RecordDataModule):
     """Prompts from a file of records with ``prompt`` or ``messages``.
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: of the policy, with its chat template.
         batch_size: prompts per process and batch.
         max_length: tokens; longer prompts are handled as ``on_long`` says, and counted.

@@ -61,7 +61,7 @@ class RankingDataModule(ExampleDataModule):
     """Rankings or pairs from a file.
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: rankings, or pairs
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them: rankings, or pairs
             ``chosen`` / ``rejected`` (whole transcripts, too).
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: prompts per process and step.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -16,11 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import context_length
-from lit_rlhf.text.records import Messages, Moved, OnBadRecord, bad_record, files_of, load_records, split_by_prompt
+from lit_rlhf.text.records import (
+    Messages,
+    Moved,
+    OnBadRecord,
+    Paths,
+    bad_record,
+    files_of,
+    load_records,
+    split_by_prompt,
+)
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 
 Record = TypeVar("Record")
-Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -103,7 +111,7 @@ class RecordDataModule(FileDataModule):
     """Reads files of records and parts them by prompt; arguments as in :class:`FileDataModule`, and
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: records per process and batch.
         held_out: fraction of the prompts kept for validation or evaluation.
@@ -129,7 +137,8 @@ class RecordDataModule(FileDataModule):
     @property
     def source(self) -> str:
         """The files' names, for a message."""
-        return str(self.path) if isinstance(self.path, str | Path) else ", ".join(map(str, self.path))
+        entries = [self.path] if isinstance(self.path, str | Path | Mapping) else self.path
+        return ", ".join(str(entry["path"] if isinstance(entry, Mapping) else entry) for entry in entries)
 
     def records(self) -> tuple[list[Any], list[Any]]:
         """(train, held out)."""

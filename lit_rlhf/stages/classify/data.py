@@ -45,9 +45,9 @@ class ClassifyDataModule(ExampleDataModule):
     """Labelled records of one kind from a file.
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: ``text`` + ``label``; ``premise`` +
-            ``hypothesis`` + ``label``; ``text_a`` + ``text_b`` + ``label``; or ``context`` (or ``prompt``) +
-            ``choices`` + ``label``.
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them: ``text`` + ``label``;
+            ``premise`` + ``hypothesis`` + ``label``; ``text_a`` + ``text_b`` + ``label``; or ``context`` (or
+            ``prompt``) + ``choices`` + ``label``.
         tokenizer: one that is ready, or a function that trains one on the texts.
         batch_size: examples per process and step.
         max_length: tokens per input; longer ones are handled as ``on_long`` says, and counted.

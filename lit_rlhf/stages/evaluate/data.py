@@ -10,8 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, held_out_records
-from lit_rlhf.stages.records import Paths
-from lit_rlhf.text.records import Messages, PromptRecord, parse_text
+from lit_rlhf.text.records import Messages, Paths, PromptRecord, parse_text
 from lit_rlhf.text.world import World
 from lit_rlhf.training.batches import BatchLoader
 

@@ -57,7 +57,7 @@ class FewShotDataModule(RecordDataModule):
     """Tasks of one kind from a file; the held-out ones are asked, the others serve as examples.
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them: records as for
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them: records as for
             ``stage=classify``, or ``prompt`` + ``answers`` (or ``response``).
         tokenizer: of the model that is asked.
         shots: numbers of examples before a task.

@@ -26,7 +26,17 @@ from lit_rlhf.models.text_rows import TextRows
 from lit_rlhf.stages.records import FileDataModule
 from lit_rlhf.text.chat import BASE_TEMPLATE, WORLD_MARK, behind_start
 from lit_rlhf.text.packing import runs
-from lit_rlhf.text.records import Seen, files_of, parse_text, read_pieces, read_records
+from lit_rlhf.text.records import (
+    Paths,
+    Seen,
+    entries_of,
+    files_of,
+    format_of,
+    identity_of,
+    parse_text,
+    read_pieces,
+    read_records,
+)
 from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
@@ -49,10 +59,11 @@ class PretrainDataModule(FileDataModule):
     Text is tokenized once and read where it lies on disk: it may be larger than memory.
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them; None: there is no text. A
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them; None: there is no text. A
             .npy or .bin file holds tokens.
         tokenizer: one that is ready, or a function that trains one on the texts.
-        weights: share of each file in what is read, of any sum; None reads each in proportion to its size.
+        weights: share of each entry of ``path`` in what is read, of any sum, its files in proportion to their sizes;
+            where ``path`` is no list, of each of its files. None reads all in proportion to their sizes.
         old_path: one or several files of the kind of text that a checkpoint was trained on. Nothing is learned from
             them: validation computes their loss too, which shows what is forgotten. None: there are none.
         block_size: tokens per row (T); documents follow each other with end-of-text between them.
@@ -65,11 +76,11 @@ class PretrainDataModule(FileDataModule):
         cache: the folder that keeps the tokens, which may be deleted at any time; None: they last as long as this.
     """
 
-    path: str | list[str] | None
+    path: Paths | None
     tokenizer: PreTrainedTokenizerBase | TokenizerTrainer
     _: KW_ONLY
     weights: list[Annotated[float, Field(gt=0)]] | None = None
-    old_path: str | list[str] | None = None
+    old_path: Paths | None = None
     block_size: Annotated[int, Field(ge=2)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 16
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -84,10 +95,10 @@ class PretrainDataModule(FileDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.paths, self.old_paths = files_of(self.path or []), files_of(self.old_path or [])
+        self.entries, self.old_paths = entries_of(self.path or []), files_of(self.old_path or [])
         self.train_streams: list[Tokens] = []  # a source each
-        if self.weights is not None and len(self.weights) != len(self.paths):
-            raise UserError(f"pretrain.data.weights has {len(self.weights)} entries for {len(self.paths)} sources")
+        if self.weights is not None and len(self.weights) != len(self.entries):
+            raise UserError(f"pretrain.data.weights has {len(self.weights)} entries for {len(self.entries)} sources")
 
     def sizes(self) -> dict[str, int]:
         return {}
@@ -97,13 +108,13 @@ class PretrainDataModule(FileDataModule):
 
     def sources(self) -> list[Source]:
         """Where the documents come from."""
-        return self._files(self.paths)
+        return self._files([file for files in self.entries for file in files])
 
     def _files(self, paths: list[str]) -> list[Source]:
-        return [Source(path, partial(self._documents, path), self._identity(Path(path))) for path in paths]
+        return [Source(path, partial(self._documents, path), self._identity(path)) for path in paths]
 
     def _documents(self, path: str, skipped: list[str]) -> Iterator[Document]:
-        if Path(path).suffix.lower() == ".txt" and Path(path).expanduser().is_file():
+        if format_of(path) == ".txt":
             yield read_pieces(path)
         else:
             seen = Seen(skipped)
@@ -113,12 +124,9 @@ class PretrainDataModule(FileDataModule):
             finally:  # those who read may stop before the end
                 self.note_fields(path, seen.unread)
 
-    def _identity(self, path: Path) -> Any:
-        path = path.expanduser()
-        if not path.is_file():
-            return None
-        known = path.stat()
-        return [str(path.resolve()), known.st_size, known.st_mtime_ns, self.on_bad_record, self.fields, version]
+    def _identity(self, path: str) -> Any:
+        known = None if path.endswith(GIVEN) else identity_of(path)
+        return known and [*known, self.on_bad_record, self.fields, version]
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_streams:
@@ -205,7 +213,11 @@ class PretrainDataModule(FileDataModule):
         generator = seeded(self.seed, epoch)
         rows = [(len(s) - 1) // self.block_size - 1 for s in self.train_streams]
         rows = [max(1, r) for r in rows]
-        weights = self.weights or [float(r) for r in rows]
+        weights = list(map(float, rows))
+        if self.weights:
+            files = iter(weights)
+            entries = [list(islice(files, len(entry))) for entry in self.entries]
+            weights = [w * (r / sum(entry)) for w, entry in zip(self.weights, entries) for r in entry]
         counts = [max(1, round(sum(rows) * w / sum(weights))) for w in weights]
         starts = []
         for source, count in enumerate(counts):

@@ -10,11 +10,11 @@ from pydantic import Field
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
-from lit_rlhf.stages.records import Paths
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import (
     Demonstration,
     Messages,
+    Paths,
     Ranking,
     parse_demonstration,
     parse_feedback,

@@ -41,7 +41,7 @@ class SFTDataModule(ExampleDataModule):
     """Demonstrations from a file: prompt and response, instruction fields, or messages of several turns.
 
     Args:
-        path: a file, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them.
         tokenizer: one that is ready, or a function that trains one on the demonstrations.
         batch_size: dialogues per process and step; one whose template rewrites earlier turns counts once per turn.
         max_length: tokens; longer dialogues are handled as ``on_long`` says, and counted.

@@ -15,7 +15,6 @@ from lit_rlhf.text.records.files import (
     OnBadRecord as OnBadRecord,
     Seen as Seen,
     bad_record as bad_record,
-    files_of as files_of,
     load_records as load_records,
     read_pieces as read_pieces,
     read_records as read_records,
@@ -46,6 +45,13 @@ from lit_rlhf.text.records.prompts import (
     parse_text as parse_text,
 )
 from lit_rlhf.text.records.rankings import Ranking as Ranking, parse_ranking as parse_ranking, ranks_of as ranks_of
+from lit_rlhf.text.records.sources import (
+    Paths as Paths,
+    entries_of as entries_of,
+    files_of as files_of,
+    format_of as format_of,
+    identity_of as identity_of,
+)
 from lit_rlhf.text.records.split import (
     Moved as Moved,
     prompt_fingerprint as prompt_fingerprint,

@@ -1,23 +1,22 @@
-"""Files of records: JSONL, JSON, CSV, Parquet, plain text, or a Hub name. Bad records are named by file and line."""
+"""Records as they stand in files: JSONL, JSON, CSV, Parquet, plain text, or on the Hub; bad ones named by line."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import glob
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from lit_rlhf.errors import UserError, first_line
+from lit_rlhf.errors import UserError
 from lit_rlhf.files import json_value, make_folder, written_anew
 from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
 from lit_rlhf.text.records.fields import Row, short
+from lit_rlhf.text.records.sources import COMPRESSED, FORMATS, format_of, hub_rows, is_hub_name, opened, readable
 
 OnBadRecord = Literal["fail", "skip"]
 Record = TypeVar("Record")
@@ -40,22 +39,6 @@ class Loaded(Generic[Record]):
     skipped: list[str]
     unread: list[str] = field(default_factory=list)
     passed_on: list[str] = field(default_factory=list)  # of messages, to the chat template
-
-
-def files_of(path: str | Path | Sequence[str | Path]) -> list[str]:
-    """The files that a path, a list of them, or a pattern (``*``, ``?``, ``**``) names; Hub names are kept as they are.
-
-    Raises ``UserError`` where no file matches a pattern."""
-    if isinstance(path, str | Path):
-        found = sorted(glob.glob(str(Path(path).expanduser()), recursive=True)) if _is_pattern(path) else [str(path)]
-        if not found:
-            raise UserError(f"{path}: no file matches (the current folder is {Path.cwd()})")
-        return found
-    return [file for one in path for file in files_of(one)]
-
-
-def _is_pattern(path: str | Path) -> bool:
-    return glob.has_magic(str(path)) and not Path(path).expanduser().exists()
 
 
 def load_records(
@@ -127,10 +110,10 @@ def read_pieces(path: str | Path) -> Iterator[str]:
 
     A piece ends behind a line break, or before a space, that stands between a visible character and a letter or digit:
     a tokenizer that splits at words (any byte-level BPE, characters) makes of the pieces what it makes of the whole."""
-    file = Path(path).expanduser()
+    file = readable(str(path))
     decode = codecs.getincrementaldecoder("utf-8-sig")()
     text, lines, blank = "", 1, True
-    with _reading(path), file.open("rb") as source:
+    with opened(file) as source:
         while block := source.read(PIECE):
             try:
                 text += decode.decode(block)
@@ -161,67 +144,37 @@ def _between_words(text: str) -> int:
     return 0
 
 
-def regular_file(path: str | Path) -> Path:
-    """The file at ``path``; ``UserError`` where there is none that can be read."""
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise UserError(f"{path}: is a folder; a file was expected ({', '.join(_READERS)})")
-    if not file.is_file():
-        raise UserError(f"{path}: is a pipe or a device; a file was expected ({', '.join(_READERS)})")
-    with _reading(path):
-        file.open("rb").close()
-    return file
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Raise ``UserError`` with the file's name for what its disk says."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
     """(place, row) of every row; a row that cannot be decoded comes as the ``ValueError`` that says why."""
-    file = Path(path).expanduser()
-    if not _exists(file):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and file.suffix.lower() not in _READERS:
-            yield from _hub_rows(path)
-            return
-        raise UserError(f"{path}: no such file (the current folder is {Path.cwd()})")
-    file = regular_file(path)
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: cannot tell its format from {file.suffix!r}; use one of {', '.join(_READERS)}")
-    with _reading(path):
-        yield from reader(file)
+    if is_hub_name(path):
+        for number, row in enumerate(hub_rows(path), start=1):
+            yield f"{path}: record {number}", row
+        return
+    file = readable(path)
+    reader = _READERS.get(format_of(file))
+    if reader is None or (reader is _parquet_rows and Path(file).suffix.lower() in COMPRESSED):
+        raise UserError(f"{path}: cannot tell its format from {Path(file).suffix!r}; use one of {', '.join(FORMATS)}")
+    yield from reader(file)
 
 
-def _exists(file: Path) -> bool:
-    try:
-        return file.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero
-        return False
-
-
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
+def _read_text(file: str) -> str:
+    with opened(file) as source:
+        data = source.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_unicode(file, data.count(b"\n", 0, error.start) + 1, error) from None
 
 
-def _not_unicode(file: Path, line: int, error: UnicodeDecodeError) -> UserError:
+def _not_unicode(file: str | Path, line: int, error: UnicodeDecodeError) -> UserError:
     byte = error.object[error.start]
-    with file.open("rb") as begin:
+    with opened(file) as begin:
         was = "utf-16" if begin.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
     return UserError(f"{file}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8 (iconv -f {was} -t utf-8)")
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
+def _jsonl_rows(file: str) -> Iterator[tuple[str, Any]]:
+    with opened(file) as lines:
         for number, data in enumerate(lines, start=1):
             try:
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -234,7 +187,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{file}:{number}", error
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(file: str) -> Iterator[tuple[str, Any]]:
     text = _read_text(file)
     if not text.strip():
         return
@@ -278,7 +231,7 @@ def _bad_line(text: str) -> int:
     return text.count("\n", 0, at) + 1
 
 
-def _label_studio_rows(file: Path, tasks: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _label_studio_rows(file: str, tasks: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
     """A ranking for each person who judged a task of a Label Studio export."""
     judged = False
     for number, task in enumerate(tasks, start=1):
@@ -308,7 +261,7 @@ def _writable(row: Any, source: str) -> Any:
     return row
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(file: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # characters; texts may be longer than its 131,072
     reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     while True:
@@ -326,38 +279,24 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"{file}:{reader.line_num}", row
 
 
-def _txt_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _txt_rows(file: str) -> Iterator[tuple[str, Any]]:
     text = _read_text(file)
     if text.strip():
         yield f"{file}:1", {"text": text}
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(file: str) -> Iterator[tuple[str, Any]]:
     from datasets import Dataset  # imported here: it takes longer than everything else together
 
     try:
-        rows = Dataset.from_parquet(str(file))
+        rows = Dataset.from_parquet(file)
     except Exception as error:  # pyarrow has many kinds
         raise UserError(f"{file}: not a Parquet file ({error})".splitlines()[0]) from None
     for number, row in enumerate(rows, start=1):
         yield f"{file}: record {number}", row
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split="train")
-    except Exception as error:  # network, name, configuration: the library has many kinds
-        raise UserError(
-            f"{name}: no such file here, and as a Hub data set it could not be loaded ({first_line(error)}). Offline: "
-            "download it elsewhere and give the path of the file."
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}: record {number}", row
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
