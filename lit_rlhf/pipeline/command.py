@@ -156,7 +156,8 @@ def run_one(cfg: DictConfig) -> None:
     callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name="config")
     context = HydraContext(config_loader=None, callbacks=callbacks)  # a loader is for launchers
-    job = run_job(run, cfg, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context)
+    job = run_job(partial(run, checked=True), cfg, job_dir_key="hydra.run.dir", job_subdir_key=None,
+                  hydra_context=context)  # fmt: skip
     callbacks.on_run_end(config=cfg, config_name="config", job_return=job)
     _ = job.return_value  # raises what the job raised
 
@@ -203,7 +204,7 @@ def prepare(cfg: DictConfig) -> None:
     remember_world(cfg)
 
 
-def run(cfg: DictConfig) -> float | None:
+def run(cfg: DictConfig, checked: bool = False) -> float | None:
     """One job; returns the figure that a sweeper optimizes. A job of a sweep that fails does not end the others.
 
     A signal that asks to stop ends it as Ctrl-C does; in training, ``LastCheckpoint`` saves."""
@@ -216,7 +217,8 @@ def run(cfg: DictConfig) -> float | None:
     OmegaConf.set_struct(cfg, True)
     try:
         prepare(cfg)
-        check_settings(cfg)
+        if not checked:
+            check_settings(cfg)
         handle_signals(partial(stop_at_once, cfg))
         quiet()
         limit_threads(cfg)

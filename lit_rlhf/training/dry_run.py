@@ -6,7 +6,8 @@ ids, positions, lengths) are real, so that what depends on them is as it will be
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -38,6 +39,8 @@ class Meter(TorchDispatchMode):
         self.live = self.peak = held
         self.activations = self.cache = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        # What an operation makes of which shapes: torch takes longer to say so than all the rest does, for every layer.
+        self._calls: dict[Any, tuple[bool, list[Any]]] = {}
         self._note([*model.parameters(), *model.buffers()])
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         functions = _OnTheDevice(half, torch.float32 if device == "cpu" else half)  # see lit_rlhf.models.attention
@@ -80,7 +83,22 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kinds = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        kinds = {x.is_meta for x in _tensors((args, *kwargs.values()))}
+        if kinds != {True} or not _makes_new(func):
+            return self._computed(func, args, kwargs, kinds)
+        call = func, _shapes((args, *kwargs.items()))
+        if call not in self._calls:
+            out = self._computed(func, args, kwargs, kinds)
+            made = list(out) if isinstance(out, tuple) else [out]
+            if all(isinstance(x, Tensor) and x.is_meta for x in made):
+                self._calls[call] = isinstance(out, tuple), [(x.shape, x.stride(), x.dtype) for x in made]
+            return out
+        several, known = self._calls[call]
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in known]
+        self._note(made)
+        return tuple(made) if several else made[0]
+
+    def _computed(self, func: Any, args: Any, kwargs: Any, kinds: set[bool]) -> Any:
         if True in kinds and func is aten._local_scalar_dense.default:
             return 0.0
         if True in kinds and func in (aten.masked_select.default, aten.masked_scatter_backward.default):
@@ -137,6 +155,27 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p
     more = {name: more[name] for name in ("is_causal", "scale") if name in more}
     mask = None if attn_mask is None else torch.empty_like(attn_mask, dtype=q.dtype, device=META)
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, **more)[0]
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operation gives new tensors, not its inputs or views of them."""
+    return func is not aten._unsafe_view.default and not any(x.alias_info for x in func._schema.returns)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _tensors(part)
+
+
+def _shapes(x: Any) -> Any:
+    """Arguments of an operation on ``meta``, as far as they tell its outputs apart."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_shapes, x)) if isinstance(x, list | tuple) else (type(x), x)
 
 
 def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -122,6 +122,25 @@ def test_a_models_activations_are_those_that_autograd_keeps(model_config, policy
     assert alone < meter.peak <= alone + bytes_of(blank.parameters())  # gradients of other parts are there
 
 
+def test_what_is_known_of_an_operation_is_what_is_said_of_it_first(linear):
+    def step():
+        x = torch.empty(8, 16, device="meta")
+        y = linear(x[:, :]).softmax(-1).bfloat16()
+        (y.view(-1, 2).float() * 2)[:3].add_(1).sum().backward()
+        made = [(y.shape, y.stride(), y.dtype), (linear.weight.grad.shape, linear.weight.grad.dtype)]
+        linear.weight.grad = None
+        return made
+
+    peaks = []
+    with Meter(linear) as meter:
+        before = meter.live
+        for _ in range(2):
+            said = step()
+            peaks.append((meter.peak - before, meter.live - before, said))
+            meter.peak = meter.live
+    assert peaks[0] == peaks[1] and peaks[0][1] == 0 and meter._calls
+
+
 def test_the_largest_batch_of_all_loaders():
     class Batch:
         def __init__(self, *shape):
