@@ -75,6 +75,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
     begun, memory = time.perf_counter(), Peak()
     settings = OmegaConf.create(folder.written_here())
     seed_everything(settings.seed, verbose=False)
+    os.environ.pop("PL_GLOBAL_SEED")  # from which several processes would begin anew when the models have been made
     check_models(name, settings)
     with said_when_slow(f"{name}: reading the data"):
         data = make_data(settings.data, name, remembered_split(cfg))

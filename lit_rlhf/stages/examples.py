@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.packing import runs
-from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training.batches import BatchLoader, dealing, in_order, sharding, shuffled
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -82,15 +82,18 @@ class ExampleDataModule(RecordDataModule):
         return max(len(s) for item in [*self.train_set, *self.val_set] for s in self.sequences(item))
 
     def train_dataloader(self) -> BatchLoader[Any]:
-        if self.batch_size > len(self.train_set):
+        shards = sharding(self.trainer)
+        most = len(self.train_set) // shards.get("world_size", 1)  # that each process can have as many of
+        if self.batch_size > most > 0:
             count = f"{len(self.train_set)} {self.called}"
-            self.note(f"batch_size={self.batch_size} is more than the {count} to train on: a batch has them all")
+            each = f", each of {shards['world_size']} processes {most}" if most < len(self.train_set) else ""
+            self.note(f"batch_size={self.batch_size} is more than the {count} to train on: a batch has them all{each}")
         return BatchLoader(
             shuffled(len(self.train_set), self.seed),
-            min(self.batch_size, len(self.train_set)),
+            min(self.batch_size, max(1, most)),
             lambda mine, everyones: self.collate(self.train_set, mine, everyones),
             cut=lambda mine: [mine[run] for run in self._runs([self.train_set[i] for i in mine], self.learned_at_once)],
-            **sharding(self.trainer),
+            **shards,
         )
 
     def val_dataloader(self) -> BatchLoader[Any]:
@@ -101,6 +104,7 @@ class ExampleDataModule(RecordDataModule):
             1,
             lambda mine, _: self.collate(self.val_set, indices[mine[0]], indices[mine[0]]),
             keep_rest=True,
+            **dealing(self.trainer),
         )
 
     def _runs(self, items: Sequence[Any], tokens: int, most: int | None = None) -> list[slice]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, combinations, compress
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -35,6 +35,8 @@ class RankingBatch(NamedTuple):
     learned: Tensor  # (M,) int64, flat indices of the response tokens of each prompt's best-ranked answers
     predicting: Tensor  # (M,) int64, of the tokens that predict them
     share: float  # prompts of this micro-batch that have a pair, over the average of the step's micro-batches
+    pair_share: float  # pairs, likewise
+    learned_share: float  # tokens in ``learned``, likewise
     gold: Tensor | None  # (N,) float, grades by the gold judge, where there is one
     ratings: Tensor  # (N,) float, 0 to 1, of answers whose prompt has no pair but feedback; NaN: none
     rated_share: float  # rated answers of this micro-batch, over the average of the step's micro-batches
@@ -172,17 +174,17 @@ class RankingDataModule(ExampleDataModule):
 
     def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
         """The items ``mine`` of this micro-batch, out of ``everyones`` of the optimizer step."""
-        chosen = [items[i] for i in mine]
-        with_pairs = sum(len(set(items[i].ranks)) > 1 for i in everyones) * len(mine) / len(everyones)
-        own = sum(len(set(item.ranks)) > 1 for item in chosen)
+        chosen, all_of = [items[i] for i in mine], [items[i] for i in everyones]
+
+        def share(count: Callable[[EncodedRanking], int]) -> float:
+            average = sum(map(count, all_of)) * len(mine) / len(everyones)
+            return sum(map(count, chosen)) / max(average, 1e-9)
+
         lengths = [n for item in chosen for n in item.response_lengths]
         sequences = [s for item in chosen for s in item.sequences]
         packed = pack(sequences, self.tokenizer.pad_token_id, lengths, self.share_prompts, padded=not self.packing)
         ratings = [rating for item in chosen for rating in item.ratings]
-        rated = _rated(items[i] for i in everyones) * len(mine) / len(everyones)
-        # An answer that was rated alone is worth imitating where it was liked.
-        best = [rank == min(item.ranks) for item in chosen for rank in item.ranks]
-        best = torch.tensor([good and not rating <= 0.5 for good, rating in zip(best, ratings)])
+        best = torch.tensor([good for item in chosen for good in _worth_imitating(item)])
         positions, mask = response_positions(packed)
         before, _ = predicting_positions(packed)
         learned = mask & best[:, None]
@@ -192,10 +194,12 @@ class RankingDataModule(ExampleDataModule):
             torch.tensor([i for i, item in enumerate(chosen) for _ in item.ranks]),
             positions[learned],
             before[learned],
-            own / max(with_pairs, 1e-9),
+            share(lambda item: len(set(item.ranks)) > 1),
+            share(lambda item: sum(a != b for a, b in combinations(item.ranks, 2))),
+            share(lambda item: sum(compress(item.response_lengths, _worth_imitating(item)))),
             torch.tensor([g for item in chosen for g in item.gold]) if chosen[0].gold is not None else None,
             torch.tensor(ratings),
-            _rated(chosen) / max(rated, 1e-9),
+            share(lambda item: sum(not math.isnan(rating) for rating in item.ratings)),
             _margins(chosen),
             tuple(item.kind for item in chosen),
             tuple(item.annotator for item in chosen),
@@ -249,20 +253,22 @@ class RankedAnswers(NamedTuple):
     annotators: list[str]  # of each prompt
 
     @classmethod
-    def of(cls, scored: Sequence[tuple[Tensor, RankingBatch]]) -> RankedAnswers:
-        """All batches together; with each come the scores (N,) of its answers."""
-        scores, batches = zip(*scored)
-        firsts = accumulate((len(batch.kinds) for batch in batches), initial=0)
+    def of(cls, scores: Tensor, batch: RankingBatch) -> RankedAnswers:
+        """Those of a batch, with their scores (N,)."""
+        ranks, owner, lengths = batch.ranks, batch.prompt_index, batch.packed.response_lengths
+        return cls(scores, ranks, owner, lengths, batch.ratings, batch.gold, list(batch.kinds), list(batch.annotators))
+
+    @classmethod
+    def together(cls, parts: Sequence[RankedAnswers]) -> RankedAnswers:
+        """All of them, the prompts numbered through."""
+        scores, ranks, owners, lengths, ratings, gold, kinds, annotators = zip(*parts)
+        firsts = accumulate(map(len, kinds), initial=0)
+        owner = torch.cat([owner + first for owner, first in zip(owners, firsts)])
+        grades = None if gold[0] is None else torch.cat(gold)
         return cls(
-            torch.cat(scores),
-            torch.cat([batch.ranks for batch in batches]),
-            torch.cat([batch.prompt_index + first for batch, first in zip(batches, firsts)]),
-            torch.cat([batch.packed.response_lengths for batch in batches]),
-            torch.cat([batch.ratings for batch in batches]),
-            None if batches[0].gold is None else torch.cat([batch.gold for batch in batches]),
-            [kind for batch in batches for kind in batch.kinds],
-            [annotator for batch in batches for annotator in batch.annotators],
-        )
+            torch.cat(scores), torch.cat(ranks), owner, torch.cat(lengths), torch.cat(ratings), grades,
+            [*chain(*kinds)], [*chain(*annotators)],
+        )  # fmt: skip
 
 
 class RankingModule(SupervisedModule):
@@ -270,25 +276,20 @@ class RankingModule(SupervisedModule):
 
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
-        self._val: list[tuple[Tensor, RankingBatch]] = []
         self._val_pairs = 0  # of the last validation
 
     def worth(self, batch: RankingBatch) -> Tensor:
         """Scores (N,) by which answers are ordered."""
         raise NotImplementedError
 
-    def on_validation_epoch_start(self) -> None:
-        self._val = []
+    def examined(self, batch: RankingBatch, dataloader_idx: int) -> RankedAnswers:
+        return RankedAnswers.of(self.worth(batch), batch)
 
-    def validation_step(self, batch: RankingBatch, batch_idx: int) -> None:
-        self._val.append((self.worth(batch), batch))
-
-    def on_validation_epoch_end(self) -> None:
+    def held_out_metrics(self) -> dict[str, Tensor]:
         """Over all held-out pairs together, each pair once."""
-        metrics = self.held_out_metrics(RankedAnswers.of(self._val))
-        self.log_dict({f"val/{self.stage}/{name}": x for name, x in metrics.items()}, prog_bar=True, sync_dist=True)
+        return self.metrics_of(RankedAnswers.together(self.held_out))
 
-    def held_out_metrics(self, held_out: RankedAnswers) -> dict[str, Tensor]:
+    def metrics_of(self, held_out: RankedAnswers) -> dict[str, Tensor]:
         """``loss`` in nats per pair, the mean over prompts; ``accuracy`` over the annotator's pairs; ``gold_accuracy``
         over the gold judge's, where there are any."""
         scores, pairs = held_out.scores, ranking_pairs(held_out.ranks, held_out.prompt_index)
@@ -318,9 +319,9 @@ def _margins(items: list[EncodedRanking]) -> Tensor | None:
     return torch.tensor([m for item in items for m in item.margins or [0.0] * len(item.ranks)])
 
 
-def _rated(items: Iterable[EncodedRanking]) -> int:
-    """Answers that are learned from alone."""
-    return sum(not math.isnan(rating) for item in items for rating in item.ratings)
+def _worth_imitating(item: EncodedRanking) -> list[bool]:
+    """Which answers are ranked best; one that was rated alone is where it was liked."""
+    return [rank == min(item.ranks) and not rating <= 0.5 for rank, rating in zip(item.ranks, item.ratings)]
 
 
 def _same_tokens(ranking: Ranking, answered: Sequence[Sequence[int]]) -> str | None:

@@ -33,7 +33,8 @@ class BatchLoader(Generic[Batch]):
         cut: indices of a micro-batch -> those of the parts in which it is learned. One that is cut comes as a list of
             :class:`Part`.
         keep_rest: for evaluation: give the last, smaller batch too, which a training epoch drops, and begin anew each
-            time, also where the last time was broken off.
+            time, also where the last time was broken off. A process for which it has nothing reads one of its items to
+            fill up (:meth:`fills_up`), so that all processes take equal numbers of steps.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class BatchLoader(Generic[Batch]):
         self.order, self.batch_size, self.collate = order, batch_size, collate
         self.world_size, self.rank, self.accumulate, self.keep_rest = world_size, rank, accumulate, keep_rest
         self.epoch = 0
-        self.cursor = 0  # micro-batches of this epoch already given
+        self.begun = 0  # items of this epoch that were given before the micro-batches are counted
+        self.cursor = 0  # micro-batches of this epoch given since
         self._known: tuple[int, Sequence[int]] | None = None  # (epoch, its order)
 
     @property
@@ -60,8 +62,13 @@ class BatchLoader(Generic[Batch]):
         """Sequences that all processes and micro-batches see in one optimizer step."""
         return self.batch_size * self.world_size * self.accumulate
 
+    @property
+    def count(self) -> int:
+        """Items of an epoch."""
+        return len(self._order())
+
     def __len__(self) -> int:
-        count, size = len(self._order()), self.global_batch
+        count, size = self.count, self.global_batch
         batches = -(-count // size) if self.keep_rest else count // size
         return batches * self.accumulate
 
@@ -71,13 +78,13 @@ class BatchLoader(Generic[Batch]):
         # As many as an epoch has, from its place on: an epoch of a trainer, which may take fewer, ends where it says.
         for _ in range(len(self)):
             # Lightning never asks a sized loader for the end of an epoch, so the next one begins here.
-            if self.cursor >= len(self):
-                self.epoch, self.cursor = self.epoch + 1, 0
+            if not self.keep_rest and self._place + self.global_batch > self.count:
+                self.epoch, self.begun, self.cursor = self.epoch + 1, 0, 0
             step = self.cursor
-            whole = list(self._order()[step // self.accumulate * self.global_batch :][: self.global_batch])
+            whole = list(self._order()[self._place :][: self.global_batch])
             part = (step % self.accumulate) * self.world_size + self.rank
             # Every shard has an equal share of a full batch; of a rest, what its stride hits.
-            mine = whole[part :: self.world_size * self.accumulate]
+            mine = whole[part :: self.world_size * self.accumulate] or whole[:1]
             # The place is moved before the batch is handed out: a checkpoint taken after its step goes on behind it.
             self.cursor = step + 1
             parts = self.cut(mine)
@@ -86,27 +93,36 @@ class BatchLoader(Generic[Batch]):
             else:
                 yield self.collate(mine, whole)
 
+    def fills_up(self, step: int) -> bool:
+        """Whether what this process reads in the ``step`` of an evaluation, from 0 on, belongs to another one."""
+        return self.rank >= self.count - step * self.global_batch
+
+    @property
+    def _place(self) -> int:
+        """Items of this epoch that were given before the optimizer step at hand."""
+        return self.begun + self.cursor // self.accumulate * self.global_batch
+
     def _order(self) -> Sequence[int]:
         if self._known is None or self._known[0] != self.epoch:
             self._known = (self.epoch, self.order(self.epoch))
         return self._known[1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "cursor": self.cursor}
+        """The place in items, which are the same for any number of processes."""
+        return {"epoch": self.epoch, "items": self._place, "micro_batches": self.cursor % self.accumulate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.epoch, self.begun, self.cursor = state["epoch"], state["items"], state["micro_batches"]
 
 
 def sharding(trainer: Trainer | None) -> dict[str, int]:
-    """What :class:`BatchLoader` must know of the trainer that it serves."""
-    if trainer is None:
-        return {}
-    return {
-        "world_size": trainer.world_size,
-        "rank": trainer.global_rank,
-        "accumulate": trainer.accumulate_grad_batches,
-    }
+    """What :class:`BatchLoader` must know of the trainer that it serves in training."""
+    return {} if trainer is None else {**dealing(trainer), "accumulate": trainer.accumulate_grad_batches}
+
+
+def dealing(trainer: Trainer | None) -> dict[str, int]:
+    """What :class:`BatchLoader` must know of the trainer that it serves in evaluation."""
+    return {} if trainer is None else {"world_size": trainer.world_size, "rank": trainer.global_rank}
 
 
 def shuffled(size: int, seed: int, length: int | None = None) -> Callable[[int], list[int]]:

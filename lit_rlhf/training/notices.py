@@ -37,6 +37,7 @@ def quiet() -> None:
         "GPU available but not used",  # the default runs on a CPU on purpose
         "in eval mode at the start of training",  # PPO trains without dropout
         "isinstance.treespec, LeafSpec",  # Lightning's use of torch's pytree
+        "recommended to use .self.log",  # figures are gathered from all processes before they are logged
         "smaller than the logging interval",  # validation is logged all the same
         "anonymous",  # Lightning passes it, W&B will drop it
         "lr_scheduler.step.*optimizer.step",  # Lightning wraps the optimizer

@@ -135,8 +135,9 @@ def check_batches(loader: BatchLoader[Any]) -> None:
     """Raise ``UserError`` where an epoch would have no batch."""
     if len(loader) == 0:
         raise UserError(
-            f"there is less to train on than the {loader.global_batch} sequences of one step (batch_size times "
-            "processes times accumulate_grad_batches); take smaller steps, or give more data"
+            f"there are {loader.count} sequences to train on, less than the {loader.global_batch} of one step "
+            f"(batch_size={loader.batch_size} times {loader.world_size} processes times accumulate_grad_batches="
+            f"{loader.accumulate}); take smaller steps, or give more data"
         )
 
 

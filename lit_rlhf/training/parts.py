@@ -44,29 +44,30 @@ class LearnsInParts(TrainedState):
         self,
         batch: Batch | list[Part[Batch]],
         batch_idx: int,
-        losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor | None]]],
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """(loss, what is to be watched) of a whole batch, from those of its parts by ``losses``.
 
         The loss is that of the whole, and leads back to the last part alone: the gradients of those before it are there
-        already. What is watched is a mean over the parts that have it, weighted by their shares."""
+        already. What is watched is a mean over the parts, weighted by their shares; None counts as 0."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.zero_grad()
             self._zeroed = True
         if not isinstance(batch, list):
             return self._gathering(losses, batch)
         total: Tensor | float = 0.0
-        seen: dict[str, list[tuple[Tensor, float]]] = {}
+        means: dict[str, Tensor | None] = {}
         for i, (part, share) in enumerate(batch):
             loss, watched = self._gathering(losses, part)
             for name, value in watched.items():
-                seen.setdefault(name, []).append((value.detach(), share))
+                known = means.get(name)
+                new = None if value is None else value.detach() * share
+                means[name] = new if known is None else known if new is None else known + new
             loss = loss * share
             if i < len(batch) - 1:
                 self._add_gradients(loss)
                 loss = loss.detach()
             total = total + loss
-        means = {name: sum(v * s for v, s in found) / sum(s for _, s in found) for name, found in seen.items()}
         return total, means
 
     def _gathering(self, losses: Callable[[Batch], Any], batch: Batch) -> Any:

@@ -1,12 +1,17 @@
 """Small models on the built-in world: enough to see that the stages are right, not that they are good."""
 
 import copy
+import os
+import pickle
+import socket
+import traceback
 from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning import seed_everything
 from transformers import AutoModelForSequenceClassification
 
@@ -297,3 +302,41 @@ def moved():
 @pytest.fixture(autouse=True)
 def _no_leftover_randomness():
     seed_everything(1, verbose=False)
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """(number, function, timeout) -> what the function returns in each of so many processes that talk by gloo.
+
+    They are forks of this one, so that nothing is imported again, and nothing is handed over but the result."""
+
+    def run(number, function):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        begun = []
+        for rank in range(number):
+            if not (child := os.fork()):
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                _end_as_process(function, tmp_path / f"process-{rank}")
+            begun.append(child)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in begun]
+        found = [pickle.loads((tmp_path / f"process-{rank}").read_bytes()) for rank in range(number)]
+        assert ended == [0] * number, "\n".join(map(str, found))
+        return found
+
+    return run
+
+
+def _end_as_process(function, file):
+    """Write down what the function returns, or why it did not, and end."""
+    code = 1
+    try:
+        dist.init_process_group("gloo")
+        file.write_bytes(pickle.dumps(function()))
+        code = 0
+    except BaseException:
+        file.write_bytes(pickle.dumps(traceback.format_exc()))
+    finally:
+        os._exit(code)

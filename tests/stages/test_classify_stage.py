@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, load_policy, save_model
 from lit_rlhf.stages import ClassifyDataModule, ClassifyModule
+from lit_rlhf.stages.classify.module import Told
+from lit_rlhf.stages.supervised import MeanLoss
 from lit_rlhf.text.records import write_jsonl
 
 CLASSES = [{"text": f"{'red blue ' * (i % 3)}{i} {('red', 'blue', 'cat')[i % 3]}?", "label": i % 3} for i in range(60)]
@@ -134,7 +136,8 @@ def test_figures_by_hand(data, module):
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     batch = made.collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=labels)
     told = torch.tensor([0, 0, 1, 1, 1, 1])
-    classifier._val = [(torch.eye(3)[told] * 9, batch)]
+    lm_loss = MeanLoss(torch.tensor(1.0), 1)
+    classifier.held_out = [Told(torch.eye(3)[told] * 9, labels, batch.example.bincount(), lm_loss)]
     classifier._trainer = SimpleNamespace(callback_metrics={})
     classifier.log_dict = lambda metrics, **_: classifier.trainer.callback_metrics.update(metrics)
     classifier.on_validation_epoch_end()

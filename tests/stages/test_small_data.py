@@ -187,5 +187,5 @@ def test_an_epoch_without_a_step_is_refused(stage, budget, tmp_path, tokenizer, 
     kind, module = LEARNED[stage]
     write_jsonl(tmp_path / "few.jsonl", rows(12))
     data = read(kind, tmp_path / "few.jsonl", tokenizer, Moved(), held_out=0.1, batch_size=4)
-    with pytest.raises(UserError, match="there is less to train on than the 32 sequences of one step"):
+    with pytest.raises(UserError, match=r"there are \d+ sequences .*, less than the 32 of one step \(batch_size=4 "):
         fit(module(policy, tokenizer), data, accumulate_grad_batches=8, **budget)

@@ -51,6 +51,53 @@ def test_a_rest_is_dealt_out_too():
     assert ranks == [[[0, 2], [4, 6]], [[1, 3], [5]]]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 13])
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_in_evaluation_each_item_counts_once_and_all_take_equal_numbers_of_steps(count, batch_size, world_size):
+    ranks = [loader(count, batch_size, world_size=world_size, rank=r, keep_rest=True) for r in range(world_size)]
+    read = [mine(batches) for batches in ranks]
+    assert len({len(batches) for batches in read}) == 1 and all(all(batches) for batches in read)
+    counted = [
+        (step, item)
+        for batches, steps in zip(ranks, read)
+        for step, items in enumerate(steps)
+        if not batches.fills_up(step)
+        for item in items
+    ]
+    assert sorted(item for _, item in counted) == [*range(count)]
+    assert [item // (batch_size * world_size) for _, item in sorted(counted)] == [s for s, _ in sorted(counted)]
+
+
+@pytest.mark.parametrize("before", [(1, 1, 6), (2, 1, 3), (1, 3, 2), (3, 2, 1)])
+@pytest.mark.parametrize("after", [(1, 1, 6), (2, 1, 3), (3, 1, 2), (6, 1, 1)])
+def test_another_number_of_processes_goes_on_with_the_same_items(before, after):
+    def ranks(world_size, accumulate, batch_size):
+        settings = {"world_size": world_size, "accumulate": accumulate}
+        return [loader(20, batch_size, lambda n: shuffled(n, seed=1), rank=r, **settings) for r in range(world_size)]
+
+    whole, steps = loader(20, 6, lambda n: shuffled(n, seed=1)), 5  # three steps an epoch
+    expected = [seen for _ in range(4) for _, seen in whole][steps : steps + 3]
+    first = ranks(*before)[0]
+    taken = (seen for _ in range(9) for seen in first)
+    for _ in range(steps * before[1]):
+        next(taken)
+    state = first.state_dict()
+    for rank, batches in enumerate(ranks(*after)):
+        batches.load_state_dict(state)
+        found = [*islice((batch for _ in range(9) for batch in batches), 3)]
+        assert [seen for _, seen in found] == expected
+        assert all(own == seen[rank :: after[0]] for own, seen in found)
+
+
+def test_another_size_of_a_step_goes_on_where_the_last_one_ended():
+    first = loader(20, 6)
+    next(iter(first))
+    larger = loader(20, 9)
+    larger.load_state_dict(first.state_dict())
+    assert [seen for _ in range(2) for _, seen in larger][:3] == [[*range(6, 15)], [*range(9)], [*range(9, 18)]]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_restored_loader_goes_on_with_the_next_batch(accumulate):
     def fresh():
@@ -81,7 +128,8 @@ def test_the_place_is_behind_the_batch_in_hand():
     batches = loader(8, 2)
     iterator = iter(batches)
     next(iterator), next(iterator)
-    assert batches.state_dict() == {"epoch": 0, "cursor": 2}  # a checkpoint is taken after the batch's step
+    # A checkpoint is taken after the batch's step.
+    assert batches.state_dict() == {"epoch": 0, "items": 4, "micro_batches": 0}
 
 
 def test_evaluation_begins_anew_each_time():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,8 +20,17 @@ from lit_rlhf.models.heads import sequence_classifier
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reward_head import RewardHead
 from lit_rlhf.stages.classify.data import ClassifyBatch
-from lit_rlhf.stages.supervised import SupervisedModule
+from lit_rlhf.stages.supervised import MeanLoss, SupervisedModule, mean_loss
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
+
+
+class Told(NamedTuple):
+    """What a classifier says of B held-out examples."""
+
+    logits: Tensor  # (B, C) of the labels, or of the choices
+    labels: Tensor  # (B,) int64
+    inputs: Tensor  # (B,) int64, how many each example has
+    lm_loss: MeanLoss
 
 
 class ClassifyModule(SupervisedModule):
@@ -67,7 +76,6 @@ class ClassifyModule(SupervisedModule):
         self.policy = policy.train()
         self.head_lr, self.lm_coef, self.labels, self.task = head_lr, lm_coef, list(labels), task
         self.head: nn.Linear | None = None
-        self._val: list[tuple[Tensor, ClassifyBatch]] = []
 
     def configure_model(self) -> None:
         """Make the head."""
@@ -91,41 +99,40 @@ class ClassifyModule(SupervisedModule):
         """L1: mean loss in nats per token, over the whole optimizer step's tokens, negated log-likelihood."""
         return -token_logprobs_of(self.policy, before, batch.packed.tokens[batch.learned]).sum() / batch.normalizer
 
-    def losses(self, batch: ClassifyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: ClassifyBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
         """(loss of a batch, what is to be watched)."""
         last, before = self.hidden(batch)
         logits = self.logits(last, batch)
         loss = classification_loss(logits, batch.labels)
-        watched = {"classify/loss": loss, "classify/accuracy": (logits.argmax(-1) == batch.labels).float().mean()}
+        right = (logits.argmax(-1) == batch.labels).float().mean()
+        watched: dict[str, Tensor | None] = {"classify/loss": loss, "classify/accuracy": right}
         if self.lm_coef > 0:
             watched["classify/lm_loss"] = self.lm_loss(before, batch)
             loss = loss + self.lm_coef * watched["classify/lm_loss"]
         return loss, watched
 
-    def on_validation_epoch_start(self) -> None:
-        self._val = []
-
-    def validation_step(self, batch: ClassifyBatch, batch_idx: int) -> None:
+    def examined(self, batch: ClassifyBatch, dataloader_idx: int) -> Told:
         last, before = self.hidden(batch)
-        self._val.append((self.logits(last, batch).float(), batch))
-        self.log("val/classify/lm_loss", self.lm_loss(before, batch), batch_size=len(batch.learned), sync_dist=True)
+        lm_loss = MeanLoss(self.lm_loss(before, batch), len(batch.learned))
+        return Told(self.logits(last, batch).float(), batch.labels, batch.example.bincount(), lm_loss)
 
-    def on_validation_epoch_end(self) -> None:
+    def held_out_metrics(self) -> dict[str, Tensor]:
         """Over all held-out examples together."""
-        losses = [classification_loss(logits, b.labels) * len(b.labels) for logits, b in self._val]
+        losses = [classification_loss(found.logits, found.labels) * len(found.labels) for found in self.held_out]
         labels, told = self._told()
         metrics = {
-            "val/classify/loss": torch.stack(losses).sum() / len(labels),
-            "val/classify/accuracy": (labels == told).float().mean(),
+            "lm_loss": mean_loss(found.lm_loss for found in self.held_out),
+            "loss": torch.stack(losses).sum() / len(labels),
+            "accuracy": (labels == told).float().mean(),
         }
         if self.labels:
-            classes = len(self.labels)
-            metrics["val/classify/f1"] = multiclass_f1_score(told, labels, num_classes=classes, average="macro")
-        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+            metrics["f1"] = multiclass_f1_score(told, labels, num_classes=len(self.labels), average="macro")
+        return metrics
 
     def _told(self) -> tuple[Tensor, Tensor]:
         """(labels, what the model says), both (held-out examples,)."""
-        return torch.cat([b.labels for _, b in self._val]), torch.cat([logits.argmax(-1) for logits, _ in self._val])
+        found = self.held_out
+        return torch.cat([each.labels for each in found]), torch.cat([each.logits.argmax(-1) for each in found])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return decay_groups(self, self.head.parameters(), self.head_lr)
@@ -144,7 +151,7 @@ class ClassifyModule(SupervisedModule):
             "examples": len(labels),
         }
         if not self.labels:
-            choices = torch.cat([batch.example.bincount() for _, batch in self._val])
+            choices = torch.cat([found.inputs for found in self.held_out])
             return {**figures, "guessing": (1 / choices.double()).mean().item()}
         confusion = multiclass_confusion_matrix(told, labels, num_classes=len(self.labels))
         return {

@@ -67,20 +67,18 @@ class DPOModule(RankingModule):
             ref_logprobs = response_logprobs(reference, batch.packed, name=name).sum(-1)
         return response_logprobs(self.policy, batch.packed).sum(-1), ref_logprobs
 
-    def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
         """(loss of a batch, what is to be watched)."""
         logprobs, ref_logprobs = self.logprobs(batch)
         pairs = ranking_pairs(batch.ranks, batch.prompt_index)
-        watched = {}
+        names = ("accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio")
+        found: tuple[Tensor | None, ...] = (None,) * len(names)
         if pairs.prompts:
             log_ratios = (logprobs - ref_logprobs).detach()
             chosen, rejected = log_ratios[pairs.better].mean(), log_ratios[pairs.worse].mean()
-            watched = {
-                "dpo/accuracy": pair_accuracy(log_ratios, pairs),
-                "dpo/margin": self.beta * (chosen - rejected),
-                "dpo/chosen_log_ratio": chosen,
-                "dpo/rejected_log_ratio": rejected,
-            }
+            of_pairs = (pair_accuracy(log_ratios, pairs), self.beta * (chosen - rejected), chosen, rejected)
+            found = tuple(value * batch.pair_share for value in of_pairs)
+        watched = {f"dpo/{name}": value for name, value in zip(names, found)}
         return dpo_loss(logprobs, ref_logprobs, pairs, self.beta) * batch.share, watched
 
     def worth(self, batch: RankingBatch) -> Tensor:

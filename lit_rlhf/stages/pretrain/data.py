@@ -41,7 +41,7 @@ from lit_rlhf.text.special_tokens import SpecialTokens, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
-from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding
+from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded, sharding
 
 
 class Source(NamedTuple):
@@ -261,6 +261,7 @@ class PretrainDataModule(FileDataModule):
             max(1, min(4 * self.batch_size, rows, self.read_at_once // self.block_size)),
             lambda mine, _: self._collate(tokens, [i * self.block_size for i in mine]),
             keep_rest=True,
+            **dealing(self.trainer),
         )
 
 

@@ -13,7 +13,7 @@ from lit_rlhf.errors import say_once
 from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import written
-from lit_rlhf.stages.supervised import SupervisedModule
+from lit_rlhf.stages.supervised import MeanLoss, SupervisedModule, mean_loss
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.text.template import Note
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, warmup_decay
@@ -53,7 +53,7 @@ class PretrainModule(SupervisedModule):
         self.sample_prompt, self.sampling, self.note = sample_prompt, sampling, note
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
-    def losses(self, batch: TextRows) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: TextRows) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Mean loss in nats per token; nothing besides."""
         check_rows(self.policy, batch.labels.shape[1], "pretrain.data.block_size")
         return text_loss(self.policy, batch), {}
@@ -63,10 +63,14 @@ class PretrainModule(SupervisedModule):
         self.tokens_seen += sum(part.labels.numel() for part in rows) * self.trainer.world_size
         return super().training_step(batch, batch_idx)
 
-    def validation_step(self, batch: TextRows, batch_idx: int, dataloader_idx: int = 0) -> None:
-        name = ("val/pretrain/loss", "val/pretrain/old_loss")[dataloader_idx]
-        settings = {"batch_size": batch.labels.numel(), "prog_bar": True, "sync_dist": True}
-        self.log(name, self.losses(batch)[0], add_dataloader_idx=False, **settings)
+    def examined(self, batch: TextRows, dataloader_idx: int) -> tuple[str, MeanLoss]:
+        """Name of the text's loss, and the loss."""
+        name = ("loss", "old_loss")[dataloader_idx]
+        return name, MeanLoss(self.losses(batch)[0], batch.labels.numel())
+
+    def held_out_metrics(self) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for name, _ in self.held_out)
+        return {name: mean_loss(loss for of, loss in self.held_out if of == name) for name in names}
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(start, continuation): two texts of the model as it is now."""

@@ -95,7 +95,7 @@ class RewardModule(RankingModule):
     def trained(self) -> PreTrainedModel | RewardTransformer:
         return self.reward_model
 
-    def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
         """(loss of a batch, what is to be watched)."""
         imitated = batch.predicting if self.lm_coef > 0 else batch.predicting[:0]
         scores, hidden = scores_and_hidden(self.reward_model, batch.packed, imitated)
@@ -103,7 +103,8 @@ class RewardModule(RankingModule):
         margins = None if batch.margins is None else batch.margins[pairs.better] - batch.margins[pairs.worse]
         finite(scores, "the scores")
         loss = ranking_loss(scores, pairs, self.margin, self.label_smoothing, margins) * batch.share
-        watched = {"reward/loss": loss.detach()}
+        watched: dict[str, Tensor | None] = {"reward/loss": loss.detach()}
+        watched |= dict.fromkeys(("reward/feedback_loss", "reward/lm_loss", "reward/accuracy", "reward/margin"))
         if batch.rated_share > 0:
             rated = feedback_loss(scores, batch.ratings, self.feedback_loss) * batch.rated_share
             watched["reward/feedback_loss"] = rated.detach()
@@ -111,20 +112,22 @@ class RewardModule(RankingModule):
         if len(imitated):
             tokens = batch.packed.tokens[batch.learned]
             lm = -token_logprobs_of(kept_language_model(self.reward_model), hidden, tokens).mean()
+            lm = lm * batch.learned_share
             watched["reward/lm_loss"] = lm.detach()
             loss = loss + self.lm_coef * lm
         if pairs.prompts:
-            watched["reward/accuracy"] = pair_accuracy(scores, pairs)
-            watched["reward/margin"] = (scores[pairs.better] - scores[pairs.worse]).mean().detach()
+            gap = (scores[pairs.better] - scores[pairs.worse]).mean().detach()
+            watched["reward/accuracy"] = pair_accuracy(scores, pairs) * batch.pair_share
+            watched["reward/margin"] = gap * batch.pair_share
         return loss, watched
 
     def worth(self, batch: RankingBatch) -> Tensor:
         return packed_scores(self.reward_model, batch.packed).float()
 
-    def held_out_metrics(self, held_out: RankedAnswers) -> dict[str, Tensor]:
+    def metrics_of(self, held_out: RankedAnswers) -> dict[str, Tensor]:
         """The loss is the plain one, without margin or smoothing; where there is feedback alone, the loss of that: of
         no pair it would be 0."""
-        metrics = super().held_out_metrics(held_out)
+        metrics = super().metrics_of(held_out)
         if not held_out.ratings.isnan().all():
             metrics["feedback_loss"] = feedback_loss(held_out.scores, held_out.ratings, self.feedback_loss)
             metrics["loss"] = metrics["loss"] if self._val_pairs else metrics["feedback_loss"]

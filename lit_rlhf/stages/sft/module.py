@@ -15,7 +15,7 @@ from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages.prompts import SamplePrompt, sample_texts
 from lit_rlhf.stages.sft.data import SFTBatch
-from lit_rlhf.stages.supervised import SupervisedModule
+from lit_rlhf.stages.supervised import MeanLoss, SupervisedModule, mean_loss
 from lit_rlhf.text.template import Note
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, warmup_decay
 
@@ -52,15 +52,17 @@ class SFTModule(SupervisedModule):
         self.policy = policy.train()
         self.sampling, self.sample_prompts, self.note = sampling, sample_prompts, note
 
-    def losses(self, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Mean loss in nats per response token, over the whole optimizer step's tokens; nothing besides."""
         hidden = packed_hidden(self.policy, batch.packed, at=batch.learned - 1)  # the token before predicts
         logprobs = token_logprobs_of(self.policy, hidden, batch.packed.tokens[batch.learned])
         return -logprobs.sum() / batch.normalizer, {}
 
-    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
-        loss, _ = self.losses(batch)
-        self.log("val/sft/loss", loss, batch_size=len(batch.learned), prog_bar=True, sync_dist=True)
+    def examined(self, batch: SFTBatch, dataloader_idx: int) -> MeanLoss:
+        return MeanLoss(self.losses(batch)[0], len(batch.learned))
+
+    def held_out_metrics(self) -> dict[str, Tensor]:
+        return {"loss": mean_loss(self.held_out)}
 
     def write_samples(self) -> list[tuple[str, str]]:
         """(prompt, response) of ``sample_prompts``, by the model as it is now."""

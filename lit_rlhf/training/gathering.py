@@ -1,0 +1,67 @@
+"""What the processes of a training find, put together: a figure is that of all of them, not the mean of each one's."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor
+
+from lit_rlhf.training.batches import BatchLoader
+
+Found = TypeVar("Found")
+
+PATIENCE = timedelta(days=30)  # a judge behind a URL may take long; a process that ends is noticed all the same
+
+
+@cache
+def _group(world: Any) -> Any:
+    """Of the processes in ``world``; by gloo, also where tensors travel by NCCL."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def gathered(trainer: Trainer, found: Found) -> list[Found]:
+    """What each process has found, by rank; tensors come on the CPU. Of one process: a list of it as it is.
+
+    All processes call it together."""
+    if trainer.world_size == 1:
+        return [found]
+    everyones: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(everyones, move_data_to_device(found, "cpu"), group=_group(dist.group.WORLD))
+    return everyones
+
+
+def of_step(trainer: Trainer, found: Found, batch_idx: int, dataloader_idx: int = 0) -> list[Found]:
+    """What all processes have found in a step of an evaluation, in the order of their batches.
+
+    What was read to fill up, as the data have no batch left for this process, is not among it."""
+    loaders = (
+        trainer.val_dataloaders
+        if trainer.validating
+        else trainer.test_dataloaders
+        if trainer.testing
+        else trainer.predict_dataloaders
+    )
+    loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
+    fills_up = isinstance(loader, BatchLoader) and loader.fills_up(batch_idx)
+    return [each for each in gathered(trainer, None if fills_up else found) if each is not None]
+
+
+def mean_of_all(trainer: Trainer, watched: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Means over the processes of scalars, by the same names in all of them.
+
+    None: this process has nothing to add; it counts as 0, and where all say so there is no mean."""
+    known = {name: value for name, value in watched.items() if value is not None}
+    if trainer.world_size == 1:
+        return known
+    like = next(iter(known.values()))
+    none = like.new_zeros(2, dtype=torch.float64)
+    pairs = [none if v is None else torch.stack([v.detach().to(none), none.new_ones(())]) for v in watched.values()]
+    sums = trainer.strategy.reduce(torch.stack(pairs), reduce_op="sum")
+    means = (sums[:, 0] / trainer.world_size).to(like.dtype)
+    return {name: mean for name, mean, count in zip(watched, means, sums[:, 1].tolist()) if count}
