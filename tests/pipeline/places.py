@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ADDITIONS = [(a, b) for a in range(3, 9) for b in range(2, 7)]
@@ -77,25 +75,3 @@ def judged(tasks):
         {"id": i, **task, "annotations": [{"id": i, "completed_by": 1, "result": [first], "was_cancelled": False}]}
         for i, task in enumerate(tasks)
     ]
-
-
-class Judge:
-    """A server of a language model that prefers the first answer, at ``url``."""
-
-    def __init__(self):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                self.rfile.read(int(self.headers["Content-Length"]))
-                message = {"role": "assistant", "content": "A"}
-                data = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()

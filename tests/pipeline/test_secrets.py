@@ -1,11 +1,9 @@
 """Secrets of a user, looked for in every file of the run and every line of the terminal."""
 
-import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from judge_server import JudgeServer, completion
 
 CANARY = "canary-7f3a90e1c2d4"
 KEYS = ["OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_JUDGE", "JUDGE_PASSWORD", "LIT_RLHF_TOKEN"]
@@ -16,24 +14,13 @@ ASKED = ["stage=preference", "run=mine", "from_run=quickstart", "preference/anno
 def judge_url():
     """A judge that repeats the key in what it says."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            message = {"content": f"The key is {self.headers['Authorization']}. The answer is\nA"}
-            body = json.dumps({"choices": [{"message": message}]}).encode()
-            self.send_response(200 if self.path.startswith("/v1") else 403)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def reply(request):
+        said = completion(f"The key is {request.headers['Authorization']}. The answer is\nA")
+        return 200 if request.path.startswith("/v1") else 403, said, {}
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    server = JudgeServer(reply)
+    yield server.address
+    server.close()
 
 
 def holding(folder, canary=CANARY):

@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from judge_server import JudgeServer, completion
 from torch.testing import assert_close
 
 from lit_rlhf.errors import UserError
@@ -165,40 +164,23 @@ def test_a_function_that_is_not_there():
 # The judge: a real server on this machine, which speaks the protocol
 
 
-class Server:
+class Server(JudgeServer):
     """Answers chat completions; ``reply(first, second, count)`` gives a text, a status, or None for what is no JSON."""
 
     def __init__(self):
         self.reply, self.asked, self.bodies = longer, [], []
-        outer = self
+        super().__init__(self.answer)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                text = body["messages"][-1]["content"]
-                first, second = (text.split(f"Answer {x}:\n")[1].split("\n\n")[0] for x in "AB")
-                outer.asked.append((first, second))
-                outer.bodies.append((self.path, self.headers.get("Authorization"), body))
-                said = outer.reply(first, second, outer.asked.count((first, second)))
-                status, content = (said, "") if isinstance(said, int) else (200, said)
-                message = {"role": "assistant", "content": content}
-                data = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
-                data = data if content is not None else b"<html>"
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data) + (said == "half of it")))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+    def answer(self, request):
+        body = json.loads(request.body)
+        text = body["messages"][-1]["content"]
+        first, second = (text.split(f"Answer {x}:\n")[1].split("\n\n")[0] for x in "AB")
+        self.asked.append((first, second))
+        self.bodies.append((request.path, request.headers.get("Authorization"), body))
+        said = self.reply(first, second, self.asked.count((first, second)))
+        status, content = (said, "") if isinstance(said, int) else (200, said)
+        data = completion(content) if content is not None else b"<html>"
+        return status, data, {"Content-Length": str(len(data) + (said == "half of it"))}
 
 
 def longer(first, second, count):

@@ -1,10 +1,9 @@
 """The judge's key: sent to the judge alone, and written nowhere."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from judge_server import JudgeServer
 
 from lit_rlhf.errors import UserError, scrubbed
 from lit_rlhf.stages.preference import LLMJudge
@@ -21,29 +20,16 @@ def listen():
     def start(status, body="", **headers):
         seen = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                self.rfile.read(int(self.headers["Content-Length"]))
-                seen.append(self.headers.get("Authorization"))
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body.encode())
+        def reply(request):
+            seen.append(request.headers.get("Authorization"))
+            return status, body.encode(), headers
 
-            do_GET = do_POST  # noqa: N815
-
-            def log_message(self, *_):
-                pass
-
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}", seen
+        servers.append(JudgeServer(reply))
+        return servers[-1].address, seen
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.close()
 
 
 @pytest.fixture
