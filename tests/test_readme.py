@@ -25,11 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+STUDIES = sorted([*(ROOT / "conf/experiment").glob("*.yaml"), *(ROOT / "conf/sweep").glob("*.yaml")])
 
 
 def blocks(language: str, text: str = README) -> list[str]:
     """The fenced blocks of a language."""
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+
+
+def text_of(page: Path) -> str:
+    """A page as it is read; of settings, their comments."""
+    text = page.read_text(encoding="utf-8")
+    return text if page.suffix == ".md" else "".join(re.findall(r"^# ?(.*\n)", text, re.MULTILINE))
 
 
 def commands_by_block(text: str = README) -> list[list[list[str]]]:
@@ -47,8 +54,8 @@ def commands(text: str = README) -> list[list[str]]:
 
 
 def everywhere() -> list[list[str]]:
-    """Those of all pages, each once."""
-    return [list(c) for c in dict.fromkeys(tuple(c) for page in PAGES for c in commands(page.read_text("utf-8")))]
+    """Those of all pages and studies, each once."""
+    return [list(c) for c in dict.fromkeys(tuple(c) for page in [*PAGES, *STUDIES] for c in commands(text_of(page)))]
 
 
 def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -68,6 +75,8 @@ def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 def test_there_are_commands():
     assert len(commands()) > 15
     assert [] in commands()  # the quickstart
+    for file in STUDIES:
+        assert ("lit-rlhf" in text_of(file)) == bool(commands(text_of(file))), file  # each in a line of its own
 
 
 @pytest.mark.parametrize("arguments", everywhere(), ids=" ".join)

@@ -1,5 +1,5 @@
-"""Commands of README and docs run, beside the files that their pages speak of, at debug sizes; so does what the program
-says to run next.
+"""Commands of README, docs and studies run, beside the files that their pages speak of, at debug sizes; so does what
+the program says to run next.
 
 CI runs those blocks of code in which people have their say, or one command goes on from another's; all are run by
 ``LIT_RLHF_TEST_COMMANDS=all python -m pytest tests/pipeline/test_documented_commands.py``."""
@@ -18,7 +18,8 @@ import urllib.request
 import places
 import pytest
 from hydra.types import RunMode
-from test_readme import PAGES, ROOT, commands_by_block
+from judge_server import JudgeServer, completion
+from test_readme import PAGES, ROOT, STUDIES, commands_by_block, text_of
 
 from lit_rlhf.pipeline.folder import register_resolvers
 from lit_rlhf.pipeline.settings import hydra_settings, opened
@@ -34,8 +35,8 @@ SIZES = ["pretrain.trainer.max_steps=2", "ppo.trainer.limit_train_batches=1", "p
 WAITS = re.compile(r"Rank them with stage=label|In Label Studio make a project")
 BLOCKS = [
     (f"{page.stem}-{number}", block)
-    for page in PAGES
-    for number, block in enumerate(commands_by_block(page.read_text(encoding="utf-8")))
+    for page in [*PAGES, *STUDIES]
+    for number, block in enumerate(commands_by_block(text_of(page)))
 ]
 
 
@@ -63,14 +64,16 @@ def in_small(arguments):
 
 @pytest.fixture
 def place(lit_rlhf, finished_run, tmp_path):
-    return Place(lit_rlhf, finished_run / "runs" / "quickstart", tmp_path / "here")
+    judge = JudgeServer(lambda request: (200, completion("A"), {}))
+    yield Place(lit_rlhf, finished_run / "runs" / "quickstart", tmp_path / "here", judge.url)
+    judge.close()
 
 
 class Place:
     """A folder in which commands are run one after the other."""
 
-    def __init__(self, lit_rlhf, finished, folder):
-        self.lit_rlhf, self.folder, self.count = lit_rlhf, folder, 0
+    def __init__(self, lit_rlhf, finished, folder, judge):
+        self.lit_rlhf, self.folder, self.judge, self.count = lit_rlhf, folder, judge, 0
         self.env = {**lit_rlhf.env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/pipeline/outside'}"}
         folder.mkdir()
         places.furnish(folder, finished, ROOT)
@@ -80,6 +83,8 @@ class Place:
         self.provide(arguments)
         begun = time.monotonic()
         small, self.count = in_small(arguments), self.count + 1
+        if "preference/annotator=llm_judge" in arguments:
+            small.append(f"preference.annotator.url={self.judge}")
         if "stage=label" in arguments or "chat.ui=web" in arguments:
             said = self.serve(small)
         else:
