@@ -33,3 +33,13 @@ def this_process() -> Process:
 def is_main_process() -> bool:
     """Whether this process writes: files, the terminal, what a logger gets."""
     return this_process().rank == 0
+
+
+def name_submitit_task() -> None:
+    """Tell a task of submitit's local executor what torchrun would have; in its jobs of Slurm's, srun has told it."""
+    env = os.environ
+    if env.get("SUBMITIT_EXECUTOR") == "local" and int(env["SUBMITIT_LOCAL_NTASKS"]) > 1:
+        rank, tasks = env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"]
+        port = 20_000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 40_000  # of the processes of this machine, one's number
+        env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": tasks, "LOCAL_WORLD_SIZE": tasks}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

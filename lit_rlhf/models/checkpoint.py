@@ -24,6 +24,8 @@ from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.loading import CheckpointFormat, checkpoint_format, listed, weight_files
 from lit_rlhf.text.chat import turn_end
 
+OLD = ".old"
+
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder (safetensors, config, tokenizer, template) under a temporary name, then rename.
@@ -50,16 +52,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Rename a folder to ``folder``; one that is there is exchanged for it in one step, and then removed."""
-    if folder.exists() and _swapped(new, folder):
-        shutil.rmtree(new, ignore_errors=True)
-        return
-    old = folder.with_name(folder.name + ".old")
+    """Rename a folder to ``folder``; one that is there is exchanged for it in one step where the file system can, else
+    in two, and then removed, under a name that ends in ``OLD``."""
+    old = folder.with_name(folder.name + OLD)
     shutil.rmtree(old, ignore_errors=True)
     with disk(folder):
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        if folder.exists() and _swapped(new, folder):
+            new.rename(old)
+        else:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

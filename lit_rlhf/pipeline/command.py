@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
-from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason
+from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason, stopped_line
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.settings import (
@@ -35,6 +35,7 @@ from lit_rlhf.pipeline.settings import (
     command_of,
     compose_settings,
     conf_dir,
+    hydra_settings,
     name_loaders,
     opened,
     outside_groups,
@@ -43,10 +44,9 @@ from lit_rlhf.pipeline.settings import (
     sweep_jobs,
     without_sweeps,
 )
-from lit_rlhf.processes import is_main_process
+from lit_rlhf.processes import is_main_process, name_submitit_task
 
 MULTIRUN = ("-m", "--multirun")
-STOPPED_LINE = "stopped; what was finished is kept. Run the same command again to go on"
 
 
 def main() -> None:
@@ -63,13 +63,14 @@ def main() -> None:
             cfg = one_job(arguments)
         if cfg is None:
             add_overrides(outside_groups())
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # of what only waits for a sweep's jobs
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
         else:
             run_one(cfg)
     except Exception as error:
         fail_for(error)
     except KeyboardInterrupt:
-        fail(STOPPED_LINE, STOPPED_BY_HAND)
+        fail(stopped_line(), STOPPED_BY_HAND)
 
 
 @contextmanager
@@ -136,7 +137,10 @@ def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
     if fitting_all and not asked:
         sys.argv.append(fitting_all)
         overrides = [*overrides, fitting_all]
-    jobs = {tuple(job): compose_settings(job) for job in sweep_jobs(overrides)}
+    asked_for = sweep_jobs(overrides)
+    if len(asked_for) > 8:
+        print(f"checking the settings of {len(asked_for)} jobs ...", flush=True)
+    jobs = {tuple(job): compose_settings(job) for job in asked_for}
     starting = [cfg for job, cfg in jobs.items() if unfitted(cfg, [*job])]
     if starting and len(starting) == len(jobs):
         return check_jobs(overrides, CHECKPOINT)
@@ -145,9 +149,10 @@ def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
             f"some jobs of this sweep start from a checkpoint ({weights_given(starting[0])}) and others do not; sweep "
             "over them apart, or set recipe=scratch or recipe=checkpoint for all"
         )
+    launcher = hydra_settings(overrides).launcher
     for cfg in jobs.values():
-        check_multirun(cfg)
         check(cfg)
+        check_multirun(cfg, launcher)
 
 
 def run_one(cfg: DictConfig) -> None:
@@ -180,18 +185,20 @@ def check_writable(runs: Path) -> None:
         raise UserError(f"paths.runs={runs}: this folder cannot be written to; choose another")
 
 
-def check_multirun(cfg: DictConfig) -> None:
-    """Raise ``UserError`` for what cannot be swept.
-
-    A command waits for a person; several processes of a stage are started by repeating the command: the whole sweep."""
-    from lit_rlhf.pipeline.together import in_several
+def check_multirun(cfg: DictConfig, launcher: DictConfig) -> None:
+    """Raise ``UserError`` for what cannot be swept: a command, which waits for a person, and jobs of another number of
+    processes than the launcher starts for each."""
+    from lit_rlhf.pipeline.together import processes_of
 
     if command := command_of(cfg):
         raise UserError(f"stage={command} cannot run under multirun (-m): start it alone")
-    if several := [name for name in stages_of(cfg) if in_several(cfg[name].trainer)]:
+    started = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)  # submitit's words
+    most = max(stages_of(cfg), key=lambda name: processes_of(cfg[name].trainer), default=None)
+    if most is not None and (wanted := processes_of(cfg[most].trainer)) != started:
         raise UserError(
-            f"{several[0]}: several processes cannot run under multirun (-m): each would start the whole sweep again. "
-            "Sweep with trainer.devices=1, or start one command per job"
+            f"{most}: {most}.trainer asks for {wanted} processes, and under multirun (-m) this launcher starts "
+            f"{started} per job. Sweep with trainer.devices=1, or have as many started: hydra/launcher=submitit_slurm "
+            "(or submitit_local) hydra.launcher.tasks_per_node=DEVICES hydra.launcher.nodes=NODES"
         )
 
 
@@ -215,7 +222,9 @@ def run(cfg: DictConfig, checked: bool = False) -> float | None:
 
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     OmegaConf.set_struct(cfg, True)
+    register_resolvers()  # launchers of sweeps run this in processes of their own
     try:
+        name_submitit_task()
         prepare(cfg)
         if not checked:
             check_settings(cfg)
@@ -235,8 +244,7 @@ def run(cfg: DictConfig, checked: bool = False) -> float | None:
         if sweeping:
             note_failure(cfg, error)
             if isinstance(error, Interrupted):  # the person meant the sweep
-                go_on = f"to go on, add hydra.sweep.dir={HydraConfig.get().sweep.dir} to the same command"
-                fail(f"sweep ended; {go_on}", code=STOPPED)
+                fail(stopped_line(HydraConfig.get().sweep.dir), code=STOPPED)
             return float("nan")
         if isinstance(error, Waiting) and len(stages_of(cfg)) == 1:  # what was asked for is done as far as it can be
             print(error)
@@ -246,8 +254,9 @@ def run(cfg: DictConfig, checked: bool = False) -> float | None:
             fail(error, code=STOPPED)
         fail_for(raised, _run_dir(cfg))
     except SystemExit as stopped:  # by stop_at_once, or Lightning's answer to a second Ctrl-C
-        fail(STOPPED_LINE, STOPPED if stopped.code == STOPPED else STOPPED_BY_HAND)
-    if sweeping:
+        sweep = HydraConfig.get().sweep.dir if sweeping else None
+        fail(stopped_line(sweep), STOPPED if stopped.code == STOPPED else STOPPED_BY_HAND)
+    if sweeping and is_main_process():
         write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value, **about(cfg)})
     return value
 
@@ -315,6 +324,8 @@ def note_failure(cfg: DictConfig, error: Exception) -> None:
     """Name a failed job of a sweep and write down why."""
     from lit_rlhf.pipeline.sweep import write_job
 
+    if not is_main_process():
+        return
     why = f"{reason(error)}{kept_traceback(error, _output_dir())}"
     print(f"job {HydraConfig.get().job.num} failed: {why}", file=sys.stderr)
     write_job(_output_dir(), _overrides(), {"status": "failed", "error": why, **about(cfg)})
@@ -326,13 +337,15 @@ def about(cfg: DictConfig) -> dict[str, Any]:
 
 
 def limit_threads(cfg: DictConfig) -> None:
-    """Share this machine's cores between the processes of a stage."""
+    """Share this machine's cores between the processes of a stage, and the jobs of a sweep that run at a time."""
     import torch
 
-    processes = int(os.environ.get("WORLD_SIZE", 0)) or (
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or (
         cfg.trainer.devices if isinstance(cfg.trainer.devices, int) and cfg.trainer.accelerator != "gpu" else 1
     )
-    torch.set_num_threads(cfg.threads or max(1, cores() // processes))
+    jobs = HydraConfig.get().launcher.get("n_jobs", 1) if HydraConfig.get().mode == RunMode.MULTIRUN else 1  # joblib's
+    jobs = jobs if jobs > 0 else cores()
+    torch.set_num_threads(cfg.threads or max(1, cores() // (processes * jobs)))
 
 
 def cores() -> int:

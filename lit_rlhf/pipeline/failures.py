@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -15,15 +16,19 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.errors import scrubbed, users_mistake
-from lit_rlhf.processes import is_main_process
+from lit_rlhf.processes import is_main_process, this_process
 
 DEBUG = "LIT_RLHF_DEBUG"  # set in the environment to 1, it has the traceback printed
 MISTAKE, UNEXPECTED, STOPPED_BY_HAND = 2, 1, 130  # exit codes; for a signal's see lit_rlhf.errors.STOPPED
 
 
+PARENT = os.getppid()
+
+
 def fail(said: Any, code: int = MISTAKE) -> NoReturn:
-    """One line for the user, no traceback; of several processes the first one says it."""
-    if is_main_process():
+    """One line for the user, no traceback; of several processes the first one says it, or where that has been killed,
+    which had started the others, the second."""
+    if is_main_process() or (this_process().rank == 1 and os.getppid() != PARENT):
         print(f"lit-rlhf: {one_line(said)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # a launcher ends the first process when it sees another one end
@@ -37,7 +42,27 @@ def fail_for(error: BaseException, run: Path | None = None) -> NoReturn:
         print(scrubbed("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, BrokenPipeError):  # `lit-rlhf --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes
-    fail(f"{reason(error)}{kept_traceback(error, run)}", code_of(error))
+    fail(f"{reason(error)}{kept_traceback(error, run)}{going_on()}", code_of(error))
+
+
+_sweeps: list[str] = []  # folders of those that this process has begun
+
+
+def sweep_begins(folder: str) -> None:
+    """Let what ends this command say how to go on with its sweep."""
+    _sweeps.append(folder)
+
+
+def going_on(sweep: str | None = None) -> str:
+    """How to go on with a sweep, the one that this process has begun; nothing where there is none."""
+    folder = sweep or next(iter(_sweeps), None)
+    return f"; to go on, add hydra.sweep.dir={folder} to the same command" if folder else ""
+
+
+def stopped_line(sweep: str | None = None) -> str:
+    """What a command that was stopped says last; ``sweep``: the folder of the one that it is a job of."""
+    kept = "stopped; what was finished is kept. Run the same command again to go on"
+    return f"sweep ended{how}" if (how := going_on(sweep)) else kept
 
 
 def code_of(error: BaseException) -> int:
@@ -50,15 +75,25 @@ def reason(error: BaseException) -> str:
     """What was raised, in one line."""
     if mistake := users_mistake(error):
         return one_line(mistake)
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         files = " and ".join(shortened(name, 120) for name in (error.filename, error.filename2) if name is not None)
-        return f"{files}: {error.strerror}" if files else error.strerror
+        return f"{_too_long(error)}{files}: {error.strerror}" if files else error.strerror
     if isinstance(error, HydraException | OmegaConfBaseException):
         text = str(error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error)
         where = [f"{line.strip()[9:].strip()}:" for line in str(error).splitlines() if "full_key:" in line][:1]
         kept = [line for line in text.splitlines() if not re.match(r"\s*(full_key:|object_type=|See )", line)]
         return shortened(" ".join([*where, *kept]))
     return f"unexpected {type(error).__name__}: {shortened(error)}"
+
+
+def _too_long(error: OSError) -> str:
+    """The setting that gave a file its name, where that is too long for the file system."""
+    if error.errno != errno.ENAMETOOLONG:
+        return ""
+    part = max(Path(os.fsdecode(error.filename)).parts, key=len)
+    return next((f"{asked.partition('=')[0]}: " for asked in sys.argv[1:] if part in asked), "")
 
 
 def kept_traceback(error: BaseException, run: Path | None) -> str:

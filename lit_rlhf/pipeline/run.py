@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import torch
 import transformers
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
-from lit_rlhf.errors import UserError, first_line, say
+from lit_rlhf.errors import UserError, first_line, say, users_mistake
 from lit_rlhf.models.loading import check_files
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
@@ -89,7 +90,8 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         module = make_module(name, settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
-    trainer: Trainer = instantiate(
+    trainer = make_trainer(
+        name,
         settings.trainer,
         logger=loggers or False,
         callbacks=callbacks,
@@ -103,6 +105,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
             raise UserError(f"{name}.trainer: {first_line(error)}") from error
         if not trainer.is_global_zero:
             return {}
+        lost = None if settings.run == "fit" else moved_aside(folder, loggers)
         notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
         with said_when_slow(f"{name}: writing what came out"):
             module.export(folder.path)
@@ -118,6 +121,8 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
             "data": data_notes(data),
         }
         folder.finish({"figures": figures, "seconds": seconds, **notes})
+        if lost:
+            raise lost
     except (OSError, UserError) as error:
         rescued = next((c.rescued for c in callbacks if isinstance(c, LastCheckpoint)), None)
         if is_main_process() and (rescued or not folder.path.is_dir()):
@@ -212,6 +217,16 @@ def _there(node: DictConfig | None) -> bool:
     return path is None or Path(path).exists() or (not Path(path).is_absolute() and len(Path(path).parts) <= 2)
 
 
+def make_trainer(name: str, settings: DictConfig, **more: Any) -> Trainer:
+    """The trainer of a stage. Raises ``UserError``, naming the stage, for settings that Lightning refuses."""
+    try:
+        return instantiate(settings, **more)
+    except InstantiationException as error:
+        if users_mistake(error) or error.__cause__ is None:
+            raise
+        raise UserError(f"{name}.trainer: {first_line(error.__cause__)}") from error
+
+
 def execute(
     settings: DictConfig, trainer: Trainer, module: LightningModule, data: LightningDataModule, folder: StageFolder
 ) -> None:
@@ -231,6 +246,22 @@ def execute(
             if isinstance(callback, BestCheckpoint):
                 callback.restore(module)
         trainer.validate(module, datamodule=data, verbose=False)
+
+
+def moved_aside(folder: StageFolder, loggers: list[Logger]) -> UserError | None:
+    """Where a stage's folder was deleted or renamed while it sampled: what to say when all is written into another."""
+    if not folder.gone:
+        return None
+    before = folder.path
+    folder.move()
+    for logger in loggers:
+        if isinstance(logger, MetricsFile):
+            logger.move(folder.path / "metrics.csv")
+            logger.write()
+    return UserError(
+        f"{before} was deleted or renamed while it was written; what came out is in {folder.path}: go on with "
+        f"run={folder.run.name} and from_run={before.parent.name} (or where that is now)"
+    )
 
 
 def gone(folder: StageFolder, rescued: Path | None) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
 from lit_rlhf.finished import read_done
-from lit_rlhf.pipeline.folder import check_inputs, check_records, checkpoint_of, read_settings, start_of
+from lit_rlhf.models.checkpoint import OLD
+from lit_rlhf.pipeline.folder import NEW, check_inputs, check_records, checkpoint_of, read_settings, start_of
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.pipeline.stage_folder import StageFolder
-from lit_rlhf.pipeline.together import Processes, in_several
+from lit_rlhf.pipeline.together import Processes, processes_of
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.stage import all_stages
 
@@ -30,8 +32,9 @@ def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
     for name in processes.agreed(lambda: _unfinished(cfg, names)):
         if main and (found := start_of(cfg, name)) and found == checkpoint_of(cfg):
             print(f"{name}: starts from the checkpoint {found}")
-        if main or in_several(cfg[name].trainer):
-            run_stage(cfg, name, processes if in_several(cfg[name].trainer) else Processes())
+        several = processes_of(cfg[name].trainer) > 1
+        if main or several:
+            run_stage(cfg, name, processes if several else Processes())
         if main:
             summary = write_summary(run)
             print(headline(name, summary[name], summary["seconds"][name]), flush=True)
@@ -48,6 +51,7 @@ def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
 
 def _unfinished(cfg: DictConfig, names: list[str]) -> list[str]:
     """The stages that are to run; what they need is checked before the first one begins."""
+    settle(cfg)
     check_inputs(cfg)
     check_records(cfg)
     finished = {name: StageFolder(cfg, name).check() for name in names}
@@ -55,6 +59,16 @@ def _unfinished(cfg: DictConfig, names: list[str]) -> list[str]:
         if finished[name]:
             print(f"{name}: finished already, in {Path(cfg.paths.run_dir) / name}")
     return [name for name in names if not finished[name]]
+
+
+def settle(cfg: DictConfig) -> None:
+    """Tidy what a start that was killed has left beside the stages of this run, where nobody writes them now."""
+    run = Path(cfg.paths.run_dir)
+    for name in all_stages():
+        if (run / f"{name}{OLD}").exists() or (run / f"{name}{NEW}" / "done.json").exists():
+            folder = StageFolder(cfg, name)
+            with suppress(UserError), folder.held():
+                folder.settle()
 
 
 def write_summary(run: Path) -> dict[str, Any]:

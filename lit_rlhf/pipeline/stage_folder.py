@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.files import damaged, disk, make_folder, write_yaml
 from lit_rlhf.finished import changes, check_unchanged, read_done, write_done
-from lit_rlhf.models.checkpoint import put_in_place
+from lit_rlhf.models.checkpoint import OLD, put_in_place
 from lit_rlhf.pipeline.folder import NEW, absolute, collecting_stage, fingerprint_of, input_paths, read_settings
 from lit_rlhf.pipeline.settings import resolved
 
@@ -59,7 +59,10 @@ class StageFolder:
         return path if os.path.lexists(path) else None
 
     def check(self) -> bool:
-        """Whether the stage is finished already; raises ``UserError`` where it was made by other settings."""
+        """Whether the stage is finished already; raises ``UserError`` where it was made by other settings, or would
+        replace what it starts from."""
+        if self.overwrite:
+            self._check_own_inputs()
         if self.overwrite or not self._has_results():
             return False
         changed = self._changed()
@@ -86,6 +89,28 @@ class StageFolder:
                 f"{os.path.normpath(self.run / path)} now; do it again with overwrite=true, or choose another run="
             )
         return True
+
+    def _check_own_inputs(self) -> None:
+        for address, path in input_paths(self.stage, self.settings[self.stage]):
+            if Path(path).resolve().is_relative_to(self.place.resolve()):
+                raise UserError(
+                    f"{address}={path}: overwrite=true replaces {self.place}, which this stage would start from; "
+                    f"choose another run= (with from_run={self.run.name})"
+                )
+
+    def settle(self) -> None:
+        """Go to the end of what a start was killed in: putting a stage that was done again in the old one's place."""
+        new, old = (self.place.with_name(f"{self.stage}{end}") for end in (NEW, OLD))
+        ended, before = (folder / "done.json" for folder in (new, self.place))
+        with disk(self.place):
+            if ended.is_file() and before.is_file() and ended.stat().st_mtime_ns < before.stat().st_mtime_ns:
+                shutil.rmtree(new)  # it was exchanged
+            elif ended.is_file() and not self.overwrite:
+                put_in_place(new, self.place)
+                say(f"{self.stage}: {self.place} is the one that a start which was killed had done again")
+            elif old.exists() and not self.place.exists():
+                old.rename(self.place)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _check_files(self) -> None:
         """Raise ``UserError`` where what others read is not as the finished stage left it, and say what else is not.
@@ -152,6 +177,11 @@ class StageFolder:
             (self.path / "done.json").unlink(missing_ok=True)
             self._write_settings(self.path)
 
+    @property
+    def gone(self) -> bool:
+        """Whether the folder was deleted or renamed since :meth:`begin`; what was written since made it anew."""
+        return not (self.path / "config.yaml").is_file()
+
     def written_here(self) -> dict[str, Any]:
         """The stage's settings, with the files that it writes into its folder where that is now."""
         read = {path for _, path in input_paths(self.stage, self.settings[self.stage])}
@@ -170,6 +200,11 @@ class StageFolder:
         path = make_folder(self.run.with_name(f"{self.run.name}-rescue") / self.stage)
         self._write_settings(path)
         return path
+
+    def move(self) -> None:
+        """Let what comes out be written into :meth:`rescue`."""
+        self.path = self.place = self.rescue()
+        self.run = self.path.parent
 
     def _write_settings(self, folder: Path) -> None:
         write_yaml(folder / "config.yaml", self.settings)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder, write_text, written_anew
+from lit_rlhf.pipeline.failures import sweep_begins
 from lit_rlhf.stages.stage import all_stages
 
 
@@ -52,6 +53,9 @@ class SweepTable(Callback):
 
     def __init__(self, page: Callable[[Path], Path] | None = None) -> None:
         self.page = page
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        sweep_begins(config.hydra.sweep.dir)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

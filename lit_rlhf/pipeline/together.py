@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,13 +20,14 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.pipeline.failures import reason
 from lit_rlhf.processes import is_main_process, this_process
 
 Value = TypeVar("Value")
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as start_others() sets them
+TO_START = timedelta(minutes=10)  # within which all processes must be there
 UNTIL_ALL_ARE_THERE = timedelta(days=30)  # a stage that one process runs by itself may take long
 SECONDS_TO_END = 30.0
 NOTE = ".process-{}"  # in the run's folder, by rank: why a process ended, for the first one to say
@@ -69,7 +72,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
             other.wait()
     except Exception as error:
         if processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error)):
-            raise UserError(_who_has_gone(cfg)) from error
+            raise UserError(f"{_who_has_gone(cfg, others)}. Run the same command again to go on") from error
         if not is_main_process() and Path(cfg.paths.run_dir).is_dir():
             Path(cfg.paths.run_dir, NOTE.format(this_process().rank)).write_text(reason(error), encoding="utf-8")
         raise
@@ -85,14 +88,22 @@ def _notes(cfg: DictConfig) -> list[Path]:
     return sorted(Path(cfg.paths.run_dir).glob(NOTE.format("*")))
 
 
-def _who_has_gone(cfg: DictConfig) -> str:
-    said = [f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}" for note in _notes(cfg)]
-    return f"{said[0] if said else 'another process was killed or lost'}. Run the same command again to go on"
+def _who_has_gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str:
+    for note in _notes(cfg):
+        return f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}"
+    until = time.monotonic() + 2
+    while others and all(other.poll() is None for other in others) and time.monotonic() < until:
+        time.sleep(0.1)
+    memory = "the kernel does that where memory runs out"
+    for rank, other in zip(range(this_process().rank + len(others), 0, -1), others):
+        if (code := other.poll()) is not None and code < 0:
+            return f"process {rank} was ended by signal {-code}{f' ({memory})' if code == -signal.SIGKILL else ''}"
+    return f"another process was killed or lost ({memory})"
 
 
-def in_several(trainer: DictConfig) -> bool:
-    """Whether a stage's trainer runs in several processes."""
-    return _nodes(trainer) * _devices(trainer) > 1
+def processes_of(trainer: DictConfig) -> int:
+    """In how many processes a stage's trainer runs, on all nodes."""
+    return _nodes(trainer) * _devices(trainer)
 
 
 def _nodes(trainer: DictConfig) -> int:
@@ -146,9 +157,16 @@ def _joined(wanted: int) -> Processes:
     where = f"tcp://{slurm.main_address}:{slurm.main_port}" if by_slurm else "env://"
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, init_method=where, rank=rank, world_size=size)
+        store, *_ = next(dist.rendezvous(where, rank, size, timeout=TO_START))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except RuntimeError as error:  # dist.DistError is one
-        raise UserError(f"process {rank} of {size} could not reach the others: {str(error).splitlines()[0]}") from error
+        if "EADDRINUSE" in str(error):
+            where = where if by_slurm else f"MASTER_PORT={os.environ['MASTER_PORT']}"
+            raise UserError(f"{where}: this port is in use; set MASTER_PORT to a free one for all of them") from error
+        raise UserError(
+            f"process {rank} of {size} waited {TO_START} for the others in vain, or lost them: {first_line(error)}. "
+            "See whether all are started, and reach the first one's MASTER_ADDR and MASTER_PORT"
+        ) from error
     return Processes(dist.new_group(backend="gloo", timeout=UNTIL_ALL_ARE_THERE))
 
 

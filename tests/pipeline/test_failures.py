@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.failures import DEBUG, code_of, reason
+from lit_rlhf.pipeline.run import make_trainer
 
 BROKEN = """
 from lit_rlhf.stages import PretrainModule
@@ -49,10 +51,20 @@ def test_options_that_are_none_are_one_line(lit_rlhf, arguments):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_name_that_is_too_long_is_one_line():
+def test_a_name_that_is_too_long_is_one_line_which_names_its_setting(monkeypatch):
     with pytest.raises(OSError) as error:
         Path("a" * 300).read_text()
-    assert code_of(error.value) == 2 and reason(error.value).endswith("...: File name too long")
+    assert code_of(error.value) == 2 and reason(error.value).startswith("aaa")
+    monkeypatch.setattr("sys.argv", ["lit-rlhf", "seed=1", f"sft.data.path=./{'a' * 300}"])
+    assert reason(error.value).startswith("sft.data.path: aaa") and reason(error.value).endswith(
+        "...: File name too long"
+    )
+
+
+def test_what_lightning_has_against_a_trainer_names_the_stage():
+    trainer = OmegaConf.create({"_target_": "lit_rlhf.training.trainer.make_trainer", "strategy": "nonsense"})
+    with pytest.raises(UserError, match=r"^sft\.trainer: You selected an invalid strategy name: `strategy='nonsense'`"):
+        make_trainer("sft", trainer)
 
 
 def test_what_a_terminal_would_obey_or_not_show_is_escaped():

@@ -213,12 +213,6 @@ def test_objective_is_what_a_sweeper_gets(lit_rlhf, run_copy):
     assert (job["objective"], job["value"]) == ("ppo.kl", summary["ppo"]["kl"])
 
 
-def test_ddp_under_multirun_is_refused_with_the_way_out(lit_rlhf):
-    done = lit_rlhf("-m", "stage=sft", "seed=1,2", "trainer=ddp", check=False)
-    assert done.returncode == 2
-    assert "trainer.devices=1" in done.stderr
-
-
 def test_diverged_training_keeps_the_last_good_checkpoint(lit_rlhf, run_copy):
     settings = ["stage=sft", "run=hot", "from_run=quickstart", "sft.optimizer.lr=1e30"]
     done = lit_rlhf(*settings, "sft.trainer.max_epochs=20", check=False)

@@ -7,7 +7,6 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.command import check_multirun
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     check_settings,
@@ -245,8 +244,6 @@ def test_a_command_is_checked_like_a_stage_and_runs_alone(overrides, message, tm
     with pytest.raises(UserError) as error:
         checked(*overrides)
     assert message in str(error.value)
-    with pytest.raises(UserError, match=r"stage=label cannot run under multirun"):
-        check_multirun(compose_settings(["stage=label"]))
 
 
 def test_a_setting_has_one_address_alone_in_the_pipeline_and_in_a_sweep():

@@ -8,14 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
 
 import pytest
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models import checkpoint
 from lit_rlhf.pipeline.command import prepare
 from lit_rlhf.pipeline.folder import register_resolvers
+from lit_rlhf.pipeline.run import run_stage
+from lit_rlhf.pipeline.runner import settle
 from lit_rlhf.pipeline.settings import compose_settings
 from lit_rlhf.pipeline.stage_folder import StageFolder
+from lit_rlhf.stages import EvaluateModule, PreferenceModule
 from lit_rlhf.training import read_metrics
 
 
@@ -23,20 +30,21 @@ from lit_rlhf.training import read_metrics
 def folder(tmp_path):
     """(settings) -> the folder of SFT in the run ``quickstart``."""
     register_resolvers()
-
-    def make(*settings):
-        cfg = compose_settings([f"paths.runs={tmp_path}/runs", "debug=fast", *settings])
-        prepare(cfg)
-        return StageFolder(cfg, "sft")
-
-    return make
+    return lambda *settings: StageFolder(settings_of(tmp_path, *settings), "sft")
 
 
-def result(folder, text):
-    """A finished stage, whose model is one file."""
+def settings_of(folder, *settings):
+    cfg = compose_settings([f"paths.runs={folder}/runs", "debug=fast", *settings])
+    prepare(cfg)
+    return cfg
+
+
+def result(folder, text, then=lambda: None):
+    """A finished stage, whose model is one file; ``then`` is called before it is put in its place."""
     folder.begin()
     (folder.path / "model").mkdir(exist_ok=True)
     (folder.path / "model" / "model.safetensors").write_text(text)
+    then()
     folder.finish({"figures": {}, "seconds": 1.0})
 
 
@@ -64,6 +72,62 @@ def test_an_interrupted_overwrite_goes_on_and_one_by_other_settings_begins_anew(
     third = folder("overwrite=true", "sft.optimizer.lr=1e-3")
     third.begin()
     assert third.checkpoint is None and (third.place / "model" / "model.safetensors").read_text() == "old"
+
+
+class Killed(BaseException):
+    pass
+
+
+class Killing:
+    """Lets some calls through, once it has begun, and kills at the next."""
+
+    def __init__(self, calls):
+        self.left, self.begun = calls, False
+
+    def begin(self):
+        self.begun = True
+
+    def call(self, function):
+        def killing(*arguments, **settings):
+            self.left -= self.begun
+            if self.left < 0:
+                raise Killed
+            return function(*arguments, **settings)
+
+        return killing
+
+
+def test_a_start_that_is_killed_while_it_exchanges_folders_is_brought_to_its_end(tmp_path, monkeypatch):
+    """Before each of the calls that move or remove a folder, with and without an exchange in one step."""
+    register_resolvers()
+    once = settings_of(tmp_path)
+    other = settings_of(tmp_path, "sft.optimizer.lr=1e-3")
+    again = settings_of(tmp_path, "sft.optimizer.lr=1e-3", "overwrite=true")
+    for number, (atomic, moment, cfg) in enumerate(product([True, False], range(4), [other, again])):
+        for settings in (once, other, again):
+            settings.paths.runs = f"{tmp_path}/{number}"
+        result(StageFolder(once, "sft"), "old")
+        with monkeypatch.context() as patch, suppress(Killed):
+            killing = Killing(moment)
+            patch.setattr(Path, "rename", killing.call(Path.rename))
+            patch.setattr(shutil, "rmtree", killing.call(shutil.rmtree))
+            patch.setattr(checkpoint, "_swapped", killing.call(checkpoint._swapped) if atomic else lambda *_: False)
+            result(StageFolder(again, "sft"), "new", then=killing.begin)
+        settle(cfg)
+        after = StageFolder(cfg, "sft")
+        model = (after.place / "model" / "model.safetensors").read_text()
+        if cfg is other:
+            assert after.check() and model == "new" and os.listdir(after.run) == ["sft"]
+        else:  # it goes on where it was, or anew; what is there meanwhile is whole
+            assert model in ("old", "new") and (after.place / "done.json").is_file()
+            assert not (after.run / "sft.old").exists()
+
+
+def test_a_stage_that_would_replace_what_it_starts_from_is_refused(folder, tmp_path):
+    result(folder(), "old")
+    own = f"sft.policy.path={tmp_path}/runs/quickstart/sft/model"
+    with pytest.raises(UserError, match=r"^sft\.policy\.path=.*: overwrite=true replaces .*; choose another run="):
+        folder("overwrite=true", own).check()
 
 
 def test_files_of_a_stage_are_written_where_the_stage_is(folder, tmp_path):
@@ -152,3 +216,29 @@ def test_a_folder_that_goes_while_it_trains_is_rescued(lit_rlhf, run_copy, tmp_p
     assert read_metrics(stages[0] / "metrics.csv") == read_metrics(stages[1] / "metrics.csv")
     figures = [json.loads((stage / "done.json").read_text())["figures"] for stage in stages]
     assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"), [("preference", "deleted"), ("preference", "renamed"), ("evaluate", "deleted")]
+)
+def test_what_a_stage_samples_whose_folder_goes_meanwhile_is_kept(run_copy, tmp_path, monkeypatch, stage, how):
+    register_resolvers()
+    quiet = ["logger=csv", "callbacks.progress_bar=false"]
+    cfg = settings_of(tmp_path, f"stage={stage}", "run=lost", "from_run=quickstart", *quiet)
+    lost, module = run_copy.parent / "lost", {"preference": PreferenceModule, "evaluate": EvaluateModule}[stage]
+    step = "predict_step" if stage == "preference" else "test_step"
+    sample = getattr(module, step)
+
+    def sample_and_lose(self, batch, batch_idx):
+        result = sample(self, batch, batch_idx)
+        if (lost / stage / "config.yaml").exists():
+            shutil.rmtree(lost) if how == "deleted" else lost.rename(tmp_path / "elsewhere")
+        return result
+
+    monkeypatch.setattr(module, step, sample_and_lose)
+    with pytest.raises(UserError, match=r"was deleted or renamed .*; what came out is in .*lost-rescue"):
+        run_stage(cfg, stage)
+    done = [json.loads((run / stage / "done.json").read_text()) for run in (run_copy, run_copy.parent / "lost-rescue")]
+    assert done[0]["figures"] == done[1]["figures"]
+    kept = "data/rankings-0.jsonl" if stage == "preference" else "evaluate/samples.jsonl"
+    assert (run_copy / kept).read_text() == (run_copy.parent / "lost-rescue" / kept).read_text()

@@ -43,8 +43,10 @@ class ProgressFile:
 
     def add(self, key: Any, result: Any, *remarks: Any) -> None:
         """Keep a result; ``remarks`` stand behind it in the file, for people."""
+        lost = [] if self.path is None or self.path.exists() else self.results.items()  # with its folder
+        lines = [*lost, (key, result, *remarks)]
         self.results[key] = result
-        self._append(json.dumps([key, result, *remarks]) + "\n")
+        self._append("".join(json.dumps(line) + "\n" for line in lines))
 
     def remove(self) -> None:
         """Delete the file; what it held stays in memory."""

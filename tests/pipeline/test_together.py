@@ -1,0 +1,118 @@
+"""Processes of one command: how they find each other, and what is said when one of them cannot go on."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import pytest
+from filelock import FileLock
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.pipeline import together
+
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+BROKEN = """
+import os
+from lit_rlhf.stages import SFTModule
+
+class Broken(SFTModule):
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_rank == 1 and self.global_step == 2 and os.environ.get("BREAK"):
+            raise ZeroDivisionError("by process 1 alone")
+"""
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    """rank(number, port): this process is one of two."""
+
+    def tell(number, port):
+        told = {"RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+
+    monkeypatch.setattr(together, "TO_START", timedelta(seconds=1))
+    return tell
+
+
+@pytest.fixture
+def listening():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_node_that_does_not_come_is_one_line_after_a_stated_time(rank, number):
+    rank(number, together._free_port())
+    with pytest.raises(UserError, match=rf"process {number} of 2 waited 0:00:01 for the others in vain"):
+        together._joined(2)
+
+
+def test_a_port_in_use_is_named(rank, listening):
+    rank(0, listening)
+    with pytest.raises(UserError, match=f"MASTER_PORT={listening}: this port is in use; set MASTER_PORT to a free one"):
+        together._joined(2)
+
+
+@pytest.fixture
+def start(lit_rlhf, finished_run, tmp_path):
+    """start(settings) -> the first of two processes that train SFT in the run ``two``."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(finished_run / "runs" / "quickstart")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    begun = []
+
+    def run(**env):
+        command = lit_rlhf.command(
+            "stage=sft", "from_run=quickstart", "run=two", *TWO, "sft.module._target_=broken.Broken",
+            "sft.trainer.max_epochs=40", "sft.checkpoint_every=1",
+        )  # fmt: skip
+        begun.append(
+            subprocess.Popen(command, cwd=tmp_path, env={**lit_rlhf.env, **env}, text=True, start_new_session=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )  # fmt: skip
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_what_ends_one_process_ends_both_with_one_line_and_the_next_start_goes_on(start, tmp_path):
+    first = start(BREAK="1")
+    _, said = first.communicate(timeout=400)
+    assert first.returncode == 2 and said.count("\n") == 1, said
+    assert "lit-rlhf: process 1: unexpected ZeroDivisionError: by process 1 alone" in said
+    second = start()
+    for line in second.stdout:
+        if "goes on from" in line:
+            break
+    else:
+        raise AssertionError(second.stderr.read())
+    checkpoint = tmp_path / "runs/two/sft/checkpoints/last.ckpt"
+    written, deadline = checkpoint.stat().st_mtime_ns, time.monotonic() + 200
+    while checkpoint.stat().st_mtime_ns == written and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second.kill()  # the first process, as the kernel does for want of memory
+    begun = time.monotonic()
+    said = second.stderr.read()  # until the other process has ended, too
+    assert time.monotonic() - begun < 60 and said.count("\n") == 1
+    assert "lit-rlhf: another process was killed or lost (the kernel does that where memory runs out). Run" in said
+
+
+@pytest.mark.slow
+def test_two_starts_of_one_run_in_two_processes_are_one_line(start, tmp_path):
+    (tmp_path / "runs" / "two").mkdir()
+    lock = tmp_path / "runs" / "two" / ".sft.lock"
+    with FileLock(lock):
+        lock.write_text("process 1 on node7")
+        second = start()
+        _, said = second.communicate(timeout=400)
+    assert second.returncode == 2 and said.count("\n") == 1, said
+    assert "sft is being written by process 1 on node7; wait for that to end" in said
