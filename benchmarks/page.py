@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from harness import ALONE, RESULTS, Result, load, save, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/speed.md"
-BEGIN, END = "<!-- {}: written by benchmarks/page.py -->", "<!-- /{} -->"
+BEGIN, END = "<!-- {}: written by benchmarks/{}.py -->", "<!-- /{} -->"
 
 
 class Bar(NamedTuple):
@@ -191,10 +191,10 @@ def plot(results: Sequence[Result], path: Path) -> None:
     save(figure, path)
 
 
-def renewed(page: str, parts: dict[str, str]) -> str:
-    """``page`` with each part's text between its two marks."""
+def renewed(page: str, parts: dict[str, str], script: str = "page") -> str:
+    """``page`` with each part's text between its two marks, which name the ``script``."""
     for name, text in parts.items():
-        begin, end = BEGIN.format(name), END.format(name)
+        begin, end = BEGIN.format(name, script), END.format(name)
         before, _, rest = page.partition(begin)
         _, found, after = rest.partition(end)
         if not found:

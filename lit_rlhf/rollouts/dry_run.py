@@ -11,7 +11,7 @@ from lit_rlhf.functional import drawn_figures
 from lit_rlhf.models.kernels.decoding import CachedDecoder
 from lit_rlhf.rollouts.engine import Engine, Request, Responses
 from lit_rlhf.rollouts.fast import cache_bytes, make_decoder, rows_that_fit
-from lit_rlhf.training.dry_run import Meter
+from lit_rlhf.training.dry_run import Meter, bytes_of
 
 
 class DryEngine:
@@ -28,6 +28,8 @@ class DryEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], *, states: bool = False) -> Responses:
+        size = bytes_of(self.policy.parameters()) if self.meter.shards > 1 else 0  # a sharded one is whole meanwhile
+        _whole, self.meter.whole = torch.empty(size // 4, device="meta"), size
         prompts, limit = [request.prompt for request in requests], requests[0].sampling.max_new_tokens
         width, known = max(map(len, prompts)) + limit, self.settings
         rows = min(len(prompts), known["rows"] or rows_that_fit(self.policy, width, known["cache_gib"]))

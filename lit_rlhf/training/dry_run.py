@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 from lit_rlhf.models.chunked import adds_to_gradients
+from lit_rlhf.models.policy import layers
 
 aten = torch.ops.aten
 PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, Tensor.__matmul__}
@@ -32,17 +34,31 @@ class Meter(TorchDispatchMode):
 
     ``live`` now and ``peak`` at most, those of ``model`` and ``held`` others included; ``activations``, the most that a
     forward pass kept; ``cache``, the most that keys and values of a rollout took. With a trainer's mixed ``precision``
-    products are cast as autocast does it on ``device`` ("cpu" or "cuda")."""
+    products are cast as autocast does it on ``device`` ("cpu" or "cuda"). With ``shards`` the weights and gradients of
+    ``model`` lie sharded over so many processes (FSDP2), of which one is metered.
 
-    def __init__(self, model: nn.Module, precision: str = "32-true", device: str = "cpu", held: int = 0) -> None:
+    What an iteration sends: ``steps`` times gradients are summed where models are whole; where they are sharded,
+    ``gathered`` bytes of weights (``whole`` for a rollout) and gradients of ``passes`` backward passes. What is
+    metered is done ``times`` in an iteration."""
+
+    def __init__(
+        self, model: nn.Module, precision: str = "32-true", device: str = "cpu", held: int = 0, shards: int = 1
+    ) -> None:
         super().__init__()
         self.live = self.peak = held
-        self.activations = self.cache = 0
+        self.activations = self.cache = self.whole = 0
+        self.shards, self.steps, self.passes, self.gathered, self.times = shards, 1, 0.0, 0.0, 1.0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         # What an operation makes of which shapes: torch takes longer to say so than all the rest does, for every layer.
-        self._calls: dict[Any, tuple[bool, list[Any]]] = {}
-        self._note([*model.parameters(), *model.buffers()])
+        self._calls: dict[Any, Any] = {}
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        if shards > 1:
+            self._widening = 1 if half is None else 2
+            self._shard(model, half)
+            half = None  # the weights that are gathered have it
+        else:
+            self._note([*model.parameters(), *model.buffers()])
         functions = _OnTheDevice(half, torch.float32 if device == "cpu" else half)  # see lit_rlhf.models.attention
         self._modes = [functions, torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None)]
         for layer in model.modules():  # computed again in the backward pass, where torch leaves such modes aside
@@ -63,17 +79,22 @@ class Meter(TorchDispatchMode):
     def fit(self, module: nn.Module, data: LightningDataModule, loss: Callable[[Any], Tensor]) -> None:
         """A step on the largest batch of training, and the ``loss`` of the largest of validation if that is larger."""
         batch = largest(data.train_dataloader())
-        part = max(batch, key=_size).batch if isinstance(batch, list) else batch
-        self.learn(module, lambda: loss(part), in_parts=isinstance(batch, list))
+        in_parts = isinstance(batch, list)
+        part = max(batch, key=_size).batch if in_parts else batch
+        self.learn(module, lambda: loss(part), in_parts, len(batch) if in_parts else 1)
+        self.times = 0  # validation is no part of an iteration
         held_out = largest(data.val_dataloader())
         if _size(held_out) > _size(part):
             with torch.no_grad():
                 loss(held_out)
 
-    def learn(self, module: nn.Module, loss: Callable[[], Tensor], in_parts: bool) -> None:
+    def learn(self, module: nn.Module, loss: Callable[[], Tensor], in_parts: bool, times: float = 1) -> None:
         """Forward and backward pass of a loss; ``in_parts``: the gradients of other parts of its batch are there."""
+        self.times, self.passes = times, self.passes + times
         for parameter in module.parameters() if in_parts else ():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                self._keep_part(parameter)
         before = self.live
         with adds_to_gradients(module):
             value = loss()
@@ -81,22 +102,48 @@ class Meter(TorchDispatchMode):
         value.backward()
         module.zero_grad()
 
+    def _shard(self, model: nn.Module, half: torch.dtype | None) -> None:
+        """Count this process's part of ``model``, and what it gathers of it: at most the layer at work, the next one as
+        it arrives and as it is laid out, and of each model that is trained what is not in layers."""
+        self.live += bytes_of([*model.parameters(), *model.buffers()]) // self.shards
+        model.to(half)
+        self._known.update(x.untyped_storage() for x in (*model.parameters(), *model.buffers()))
+        layer = rest = 0
+        models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        for trunk, root in {m.base_model: m for m in reversed(models)}.items():  # the outermost with this trunk
+            size, parts = bytes_of(root.parameters()), [bytes_of(part.parameters()) for part in layers(trunk)]
+            trained = any(p.requires_grad for p in root.parameters())
+            trunk.register_forward_pre_hook(partial(self._gather, size, trained))
+            layer, rest = max([layer, *parts]), rest + (size - sum(parts)) * trained
+        self.live += 3 * layer + rest
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.register_post_accumulate_grad_hook(self._keep_part)
+
+    def _gather(self, size: int, trained: bool, *_: Any) -> None:
+        self.gathered += self.times * size * (2 if trained and torch.is_grad_enabled() else 1)
+
+    def _keep_part(self, parameter: Tensor) -> None:
+        """Of a gradient a process keeps its part, in float32 where the weight is."""
+        storage = parameter.grad.untyped_storage()
+        if self.shards > 1 and storage not in self._parts:
+            self._parts.add(storage)
+            away = storage.nbytes() - storage.nbytes() * self._widening // self.shards
+            self._add(-away)
+            weakref.finalize(storage, self._add, away).atexit = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kinds = {x.is_meta for x in _tensors((args, *kwargs.values()))}
-        if kinds != {True} or not _makes_new(func):
-            return self._computed(func, args, kwargs, kinds)
-        call = func, _shapes((args, *kwargs.items()))
-        if call not in self._calls:
+        call = (func, _shapes((args, *kwargs.items()))) if kinds == {True} and _makes_new(func) else None
+        if call in self._calls:
+            shape, stride, dtype = self._calls[call]
+            out = torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        else:
             out = self._computed(func, args, kwargs, kinds)
-            made = list(out) if isinstance(out, tuple) else [out]
-            if all(isinstance(x, Tensor) and x.is_meta for x in made):
-                self._calls[call] = isinstance(out, tuple), [(x.shape, x.stride(), x.dtype) for x in made]
-            return out
-        several, known = self._calls[call]
-        made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in known]
-        self._note(made)
-        return tuple(made) if several else made[0]
+            if call and isinstance(out, Tensor) and out.is_meta:
+                self._calls[call] = _shapes(out)
+        self._note(_tensors(out))
+        return out
 
     def _computed(self, func: Any, args: Any, kwargs: Any, kinds: set[bool]) -> Any:
         if True in kinds and func is aten._local_scalar_dense.default:
@@ -108,14 +155,11 @@ class Meter(TorchDispatchMode):
             args = (args[0], [i for index in args[1] for i in _places(index)], *args[2:])
         if len(kinds) > 1:
             args, kwargs = tree_map(lambda x: x.to(META) if isinstance(x, Tensor) else x, (args, kwargs))
-        out = func(*args, **kwargs)
-        out = _real_integers(out) if isinstance(out, Tensor) else tree_map(_real_integers, out)
-        self._note([out] if isinstance(out, Tensor) else tree_leaves(out))
-        return out
+        return tree_map(_real_integers, func(*args, **kwargs))
 
-    def _note(self, found: Iterable[Any]) -> None:
+    def _note(self, found: Iterable[Tensor]) -> None:
         for x in found:
-            if isinstance(x, Tensor) and x.is_meta and (storage := x.untyped_storage()) not in self._known:
+            if x.is_meta and (storage := x.untyped_storage()) not in self._known:
                 self._known.add(storage)
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False

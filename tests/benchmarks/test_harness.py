@@ -192,7 +192,7 @@ def test_results_are_kept_until_they_are_measured_anew(tmp_path):
 def test_table_and_page(tmp_path):
     results = [result(WORK, "S", 1, FOUND, alike(FOUND))]
     assert "| S | 1 | 5 (2-10) | TRL 2.5 (1-5) | tokens/s | **2.00** (0.80-5.00) | 2.00 |" in harness.table(results)
-    marks = page.BEGIN.format("rates"), page.END.format("rates")
+    marks = page.BEGIN.format("rates", "page"), page.END.format("rates")
     text = "\n".join(("before", *marks, "after"))
     once = page.renewed(text, {"rates": harness.table(results)})
     assert once.startswith("before") and once.endswith("after") and "**2.00**" in once

@@ -127,10 +127,30 @@ def test_all_stages_of_a_gpu_that_is_not_there_are_planned(planned):
     assert pretrain.gpu - offloaded.gpu == pytest.approx((1 + MARGIN) * pretrain.optimizer, abs=2)
 
 
+def test_several_processes_are_planned(planned, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.pipeline.plan.planned_stages", lambda cfg: ["pretrain", "sft", "preference"])
+    gpu = ("model=pico", "trainer=gpu", "trainer.devices=4", "sft.lora.r=2")
+    ddp = planned(*gpu, "run=ddp", "trainer.strategy=ddp")[0]
+    fsdp = planned(*gpu, "run=fsdp", "trainer.strategy=fsdp2", "trainer.num_nodes=2")[0]
+    whole, part = ddp["pretrain"], fsdp["pretrain"]
+    assert (whole.processes, part.processes) == ("4 processes (ddp)", "8 processes (fsdp2)")
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(part, name) == getattr(whole, name) // 8
+    assert part.gpu < whole.gpu and part.checkpoint == whole.checkpoint and part.loading == whole.loading
+    # Each process sends its part of the gradients on, and then of their sums: all but one of four parts, twice.
+    assert whole.sent == int(2 * 3 / 4 * whole.gradients)
+    # Weights in bfloat16 for the forward and again for the backward pass, and gradients once, in float32.
+    assert part.sent == pytest.approx(7 / 8 * (2 * whole.weights / 2 + whole.gradients), rel=0.001)
+    assert (whole.gb_per_s, part.gb_per_s) == (450, 50) and part.seconds == part.sent / 50e9
+    assert whole.node > 4 * (whole.host - 2**20) and 0 < ddp["sft"].sent < whole.sent  # adapters alone
+    assert ddp["preference"].sent == fsdp["preference"].sent == 0
+
+
 def test_what_does_not_fit_is_said_with_what_would_make_it_smaller(planned, capsys, monkeypatch):
     monkeypatch.setattr("lit_rlhf.pipeline.plan.machine_bytes", lambda: 2**20)
     needs, _ = planned("model=pico", "run=small")
-    assert "ppo.lora.r=8" in needs["ppo"].advice and "cache_gib" in needs["preference"].advice
+    assert "ppo.lora.r=8" in needs["ppo"].advice and "trainer=fsdp, 2 processes" in needs["sft"].advice
+    assert "cache_gib" in needs["preference"].advice
     assert "lora" not in needs["pretrain"].advice  # which has none
     assert "sft does not fit" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config
+from lit_rlhf.models.policy import layers
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training.dry_run import Meter, bytes_of, largest
 from lit_rlhf.training.parts import Part
@@ -139,6 +140,33 @@ def test_what_is_known_of_an_operation_is_what_is_said_of_it_first(linear):
             peaks.append((meter.peak - before, meter.live - before, said))
             meter.peak = meter.live
     assert peaks[0] == peaks[1] and peaks[0][1] == 0 and meter._calls
+
+
+@pytest.mark.parametrize(("precision", "half"), [("32-true", 1), ("bf16-mixed", 2)])
+def test_of_a_sharded_model_a_process_keeps_its_part_and_gathers_layers(model_config, tokenizer, precision, half):
+    with torch.device("meta"):
+        blank = policy_from_config(model_config, tokenizer).train()
+    weights, layer = bytes_of(blank.parameters()), bytes_of(layers(blank.base_model)[0].parameters())
+    rest = weights - len(layers(blank.base_model)) * layer
+    buffers = bytes_of(blank.buffers())
+    batch = pack([[5] * n for n in (20, 31, 7)], 0)
+
+    def loss_of():
+        return packed_hidden(blank, batch).float().sum()
+
+    with Meter(blank, precision, shards=4) as meter:
+        held = (weights + buffers) // 4
+        assert meter.live == held + (3 * layer + rest) // half
+        loss = loss_of()
+        loss.backward()
+        del loss
+        # Without the head, of which no logits were asked.
+        learned = sum(p.numel() for p in blank.parameters() if p.grad is not None)
+        assert meter.live == pytest.approx(held + (3 * layer + rest) // half + learned * FLOAT // 4, abs=8)
+        assert meter.gathered == 2 * weights // half  # forward and backward
+        with torch.no_grad():
+            loss_of()
+        assert meter.gathered == 3 * weights // half
 
 
 def test_the_largest_batch_of_all_loaders():

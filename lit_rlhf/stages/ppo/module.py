@@ -216,11 +216,16 @@ class PPOModule(LearnsFromRollouts):
         sample(self.engine, self.policy, self.tokenizer, prompts.tokens * self.answers_per_prompt, self.sampling)
         most = max(tokens_at_once(self, learning=True), tokens_at_once(self, learning=False))
         few = 1 + most // (data.longest() + self.sampling.max_new_tokens)  # prompts: passes over others are alike
+        meter.times = max(1.0, len(prompts.tokens) / few)
         rollout, _ = self.collect(PromptBatch(*(column[:few] for column in prompts)))
         part = self.objective.micro_batches(rollout)[0][0]
-        meter.learn(self, lambda: sum(self.objective.losses(part)[:2]), in_parts=len(part) < len(prompts.tokens))
+        answers = len(prompts.tokens) * self.answers_per_prompt
+        meter.steps = self.ppo_epochs * -(-answers // self.minibatch_size)
+        passes = meter.steps * -(-min(answers, self.minibatch_size) // len(part))
+        meter.learn(self, lambda: sum(self.objective.losses(part)[:2]), passes > meter.steps, passes)
         if self.ptx is not None:
-            meter.learn(self, lambda: text_loss(self.policy, self.text_parts(0)[0]), in_parts=True)
+            texts = self.text_parts(0)
+            meter.learn(self, lambda: text_loss(self.policy, texts[0]), True, meter.steps * len(texts))
 
     def _adapt(self, rollout: Rollout, means: dict[str, Tensor], kl: float) -> None:
         """What follows the policy from iteration to iteration: coefficients, where a step was taken, and reference."""
