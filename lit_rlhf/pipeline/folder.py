@@ -328,16 +328,23 @@ def _lost(gone: list[str]) -> str:
 
 def check_records(cfg: DictConfig) -> None:
     """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
-    from lit_rlhf.stages.records import FileDataModule
-    from lit_rlhf.text.records import Seen, files_of, read_records
+    from lit_rlhf.stages.records import FileDataModule, RecordDataModule
+    from lit_rlhf.text.records import Reading, Seen, entries_of, kinds_of, read_records, records_key, stored_records
 
     for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
         data = resolved(cfg, name)["data"]
         kind = get_class(data["_target_"])
         if not issubclass(kind, FileDataModule) or kind.parse_record is None:  # nobody knows its records
             continue
-        how = data.get("on_bad_record", "fail"), data.get("fields")
-        for path in files_of(data.get("path") or []):
-            if Path(path).is_file() and not Path(path).is_relative_to(cfg.paths.runs):
-                for _ in read_records(path, kind.parse_record, Seen(), *how):
+        how = kind.parse_record, data.get("on_bad_record", "fail"), data.get("fields")
+        entries = entries_of(data.get("path") or [])
+        files = [Path(file) for names in entries for file in names]
+        there = [file for file in files if file.is_file() and not file.is_relative_to(cfg.paths.runs)]
+        on_disk = data.get("cache") and issubclass(kind, RecordDataModule) and kinds_of(kind.parse_record)
+        if on_disk and there and len(there) == len(files):  # the stage finds them there
+            reading = Reading(*how, kind.asked, data["split_seed"], kind.about)
+            stored_records(entries, reading, records_key(entries, reading), Path(data["cache"]))
+        else:
+            for path in there:
+                for _ in read_records(path, how[0], Seen(), *how[1:]):
                     pass

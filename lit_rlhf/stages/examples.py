@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.packing import runs
-from lit_rlhf.training.batches import BatchLoader, dealing, in_order, sharding, shuffled
+from lit_rlhf.training.batches import BatchLoader, dealing, in_order, sharding
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -26,34 +26,30 @@ class ExampleDataModule(RecordDataModule):
         max_length: tokens; longer examples are handled as ``on_long`` says, and counted.
         on_long: "skip" leaves them out, "cut" shortens them.
         packing: lay sequences one after another (they do not see each other); False: pad a batch to its longest.
+        weights: share of each entry of ``path`` in what is trained on, of any sum; where ``path`` is no list, of each
+            of its files. None: each record is read once in an epoch.
     """
 
     max_length: Annotated[int, Field(ge=2)] = 1024
     on_long: Literal["skip", "cut"] = "cut"
     packing: bool = True
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
 
     learned_at_once = read_at_once = 2**31
+    limits_both: ClassVar[bool] = False  # whether ``limit`` is also one of what is held out
     called: ClassVar[str]  # what an example is, in a message
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.train_set: list[Any] = []
+        self.train_set: Sequence[Any] = []
 
-    def texts(self, records: list[Any]) -> Iterable[str]:
+    def texts(self, records: Sequence[Any]) -> Iterable[str]:
         """What a tokenizer is trained on."""
         raise NotImplementedError
 
     def prepare(self) -> None:
         """Give the tokenizer what it lacks, once ``train_records`` and ``val_records`` are known."""
         ensure_chat_template(self.tokenizer)
-
-    def encoded(self, records: list[Any], held_out: bool) -> list[Any]:
-        """The examples of some records, without those that are refused or too long."""
-        raise NotImplementedError
-
-    def sequences(self, item: Any) -> list[list[int]]:
-        """The token sequences of an example."""
-        raise NotImplementedError
 
     def collate(self, items: Sequence[Any], mine: list[int], everyones: list[int]) -> Any:
         """The batch of the items ``mine`` of a micro-batch, out of ``everyones`` of the optimizer step."""
@@ -70,8 +66,8 @@ class ExampleDataModule(RecordDataModule):
 
     def encode(self) -> None:
         self.long = self.left_out = 0
-        self.train_set = self.encoded(self.train_records[: self.limit], held_out=False)
-        self.val_set = self.encoded(self.val_records, held_out=True)
+        self.train_set = self.examples(self.train_records[: self.limit], held_out=False)
+        self.val_set = self.examples(self.val_records[: self.limit if self.limits_both else None], held_out=True)
         self.check_left(self.called, self.train_set, self.val_set)
 
     def sizes(self) -> dict[str, int]:
@@ -79,7 +75,7 @@ class ExampleDataModule(RecordDataModule):
         return {"train_set": len(self.train_set), "val_set": len(self.val_set)}
 
     def longest(self) -> int:
-        return max(len(s) for item in [*self.train_set, *self.val_set] for s in self.sequences(item))
+        return max(map(self.longest_of, (self.train_set, self.val_set)))
 
     def train_dataloader(self) -> BatchLoader[Any]:
         shards = sharding(self.trainer)
@@ -88,17 +84,21 @@ class ExampleDataModule(RecordDataModule):
             count = f"{len(self.train_set)} {self.called}"
             each = f", each of {shards['world_size']} processes {most}" if most < len(self.train_set) else ""
             self.note(f"batch_size={self.batch_size} is more than the {count} to train on: a batch has them all{each}")
+
+        def cut(mine: list[int]) -> list[list[int]]:
+            return [mine[run] for run in runs(self.lengths([self.train_set[i] for i in mine]), self.learned_at_once)]
+
         return BatchLoader(
-            shuffled(len(self.train_set), self.seed),
+            self.order(self.train_set),
             min(self.batch_size, max(1, most)),
             lambda mine, everyones: self.collate(self.train_set, mine, everyones),
-            cut=lambda mine: [mine[run] for run in self._runs([self.train_set[i] for i in mine], self.learned_at_once)],
+            cut=cut,
             **shards,
         )
 
     def val_dataloader(self) -> BatchLoader[Any]:
-        batches = self._runs(self.val_set, self.read_at_once, 4 * self.batch_size)
-        indices = [list(range(len(self.val_set)))[batch] for batch in batches]
+        batches = runs(self.lengths(self.val_set), self.read_at_once, 4 * self.batch_size)
+        indices = [list(range(len(self.val_set))[batch]) for batch in batches]
         return BatchLoader(
             in_order(len(batches)),
             1,
@@ -106,6 +106,3 @@ class ExampleDataModule(RecordDataModule):
             keep_rest=True,
             **dealing(self.trainer),
         )
-
-    def _runs(self, items: Sequence[Any], tokens: int, most: int | None = None) -> list[slice]:
-        return runs([sum(map(len, self.sequences(item))) for item in items], tokens, most)

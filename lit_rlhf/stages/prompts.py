@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
@@ -16,10 +17,11 @@ from lit_rlhf.rollouts import FastEngine, Sampling, fitted, sample
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import encode_prompts, ensure_template
 from lit_rlhf.text.records import Messages, PromptRecord, parse_prompt_record, shown
+from lit_rlhf.text.rows import Rows
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note, Tools
 from lit_rlhf.text.world import Grade, World
-from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding, shuffled
+from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding
 
 Item = TypeVar("Item")
 
@@ -81,6 +83,7 @@ class PromptDataModule(RecordDataModule):
             prompt is one text that a chat template has written already.
         seed: order of the prompts.
         limit: train on at most so many prompts, to try things out; None: all.
+        cache: the folder that keeps records and tokens, which may then be more than memory holds; None: in memory.
         on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
@@ -92,13 +95,13 @@ class PromptDataModule(RecordDataModule):
     special_tokens: SpecialTokens = "plain"
 
     judge: ClassVar[Judge | None] = None  # files come without one; the world brings its own
-    parse_record, asked = staticmethod(parse_prompt_record), attrgetter("messages")
+    parse_record, asked, example = staticmethod(parse_prompt_record), attrgetter("messages"), Prompt
     reads = ("kind",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.train_prompts: list[Prompt] = []
-        self.held_out_prompts: list[Prompt] = []
+        self.train_prompts: Sequence[Prompt] = []
+        self.held_out_prompts: Sequence[Prompt] = []
 
     def setup(self, stage: str | None = None) -> None:
         if self.held_out_prompts:
@@ -116,13 +119,17 @@ class PromptDataModule(RecordDataModule):
 
     def encode(self) -> None:
         self.long = 0
-        self.train_prompts, self.held_out_prompts = self._encode(self._train, False), self._encode(self._held_out, True)
+        self.train_prompts = self.examples(self._train, held_out=False)
+        self.held_out_prompts = self.examples(self._held_out, held_out=True)
         self.check_left("prompts", self.train_prompts, self.held_out_prompts)
 
     def longest(self) -> int:
-        return max(len(prompt.tokens) for prompt in [*self.train_prompts, *self.held_out_prompts])
+        return max(map(self.longest_of, (self.train_prompts, self.held_out_prompts)))
 
-    def _encode(self, records: Sequence[PromptRecord], held_out: bool) -> list[Prompt]:
+    def sequences(self, item: Prompt) -> list[list[int]]:
+        return [item.tokens]
+
+    def encoded(self, records: Sequence[PromptRecord], held_out: bool) -> list[Prompt]:
         prompts = []
         settings = {
             "special_tokens": self.special_tokens,
@@ -150,8 +157,7 @@ class PromptDataModule(RecordDataModule):
 
         if shuffle_to is None:
             return BatchLoader(in_order(len(prompts)), self.batch_size, collate, keep_rest=True)
-        order = shuffled(len(prompts), self.seed, shuffle_to)
-        return BatchLoader(order, self.batch_size, collate, **sharding(self.trainer))
+        return BatchLoader(self.order(prompts, shuffle_to), self.batch_size, collate, **sharding(self.trainer))
 
 
 class WorldPromptDataModule(PromptDataModule):
@@ -239,4 +245,5 @@ def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     """At most ``limit`` of the items, evenly spread: a world lists its prompts kind by kind."""
     if limit is None or limit >= len(items):
         return items
-    return [items[i * len(items) // limit] for i in range(limit)]
+    places = [i * len(items) // limit for i in range(limit)]
+    return items.at(np.array(places)) if isinstance(items, Rows) else [items[i] for i in places]

@@ -78,6 +78,8 @@ class RankingDataModule(ExampleDataModule):
             as prompt and answers were written by a chat template already, and none is applied.
         seed: order of the prompts.
         limit: train on at most so many rankings, to try things out; None: all.
+        weights: share of each entry of ``path`` in what is trained on; None: each ranking is read once in an epoch.
+        cache: the folder that keeps records and tokens, which may then be more than memory holds; None: in memory.
         on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
@@ -89,34 +91,33 @@ class RankingDataModule(ExampleDataModule):
 
     judge: ClassVar[Judge | None] = None
     parse_record, asked = staticmethod(parse_ranking), attrgetter("prompt")
-    called = "answers"
+    called, example = "answers", EncodedRanking
+    counts = (*ExampleDataModule.counts, "alike")
 
-    def rankings(self) -> list[Ranking]:
+    def rankings(self) -> Sequence[Ranking]:
         """All rankings."""
         return self.load(self.path, self.parse_record)
 
-    def sides(self, rankings: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+    def sides(self, rankings: Sequence[Ranking]) -> tuple[Sequence[Ranking], Sequence[Ranking]]:
         """(train, held out)."""
         return self.split(rankings)
 
-    def records(self) -> tuple[list[Ranking], list[Ranking]]:
+    def records(self) -> tuple[Sequence[Ranking], Sequence[Ranking]]:
         return self.sides(self.rankings())
 
-    def texts(self, records: list[Ranking]) -> Iterator[str]:
+    def texts(self, records: Sequence[Ranking]) -> Iterator[str]:
         yield from (text_of(message) for ranking in records for message in ranking.prompt)
         yield from (text for ranking in records for text in ranking.responses)
 
     def encode(self) -> None:
-        self.alike: list[Ranking] = []  # rankings of answers that are the same to a model
+        self.alike: list[str] = []  # where rankings stand, and what they say, whose answers are the same to a model
         super().encode()
 
     def check_left(self, what: str, train: Sequence[Any] | None, held_out: Sequence[Any]) -> None:
         if self.alike:
-            first = self.alike[0]
             line = (
                 f"{self.source}: {len(self.alike)} rankings are left out, for their answers are the same tokens, of "
-                f"which none is better (the first: {first.place or shown(first.prompt)[:60]}, "
-                f"{' and '.join(repr(text[:30]) for text in first.responses[:2])})"
+                f"which none is better (the first: {self.alike[0]})"
             )
             if not (train and held_out):
                 raise UserError(f"{line}; none is left to {'test' if train else 'train'} on")
@@ -127,7 +128,7 @@ class RankingDataModule(ExampleDataModule):
         """The prompts whose answers are learned from."""
         yield from (ranking.prompt for ranking in self.train_records[: self.limit])
 
-    def encoded(self, rankings: list[Ranking], held_out: bool) -> list[EncodedRanking]:
+    def encoded(self, rankings: Sequence[Ranking], held_out: bool) -> list[EncodedRanking]:
         refused: dict[int, str] = {}
         owners = [i for i, r in enumerate(rankings) for _ in r.responses]
         before = encode_prompts(
@@ -149,7 +150,8 @@ class RankingDataModule(ExampleDataModule):
                 self.refuse(ranking, reason)
                 continue
             if alike:  # of a score less itself there is no gradient
-                self.alike.append(ranking)
+                texts = " and ".join(repr(text[:30]) for text in ranking.responses[:2])
+                self.alike.append(f"{ranking.place or shown(ranking.prompt)[:60]}, {texts}")
                 continue
             sequences = [[*prompt, *answer] for answer in answered]
             too_long = sum(len(s) > self.max_length for s in sequences)
@@ -172,7 +174,7 @@ class RankingDataModule(ExampleDataModule):
     def sequences(self, item: EncodedRanking) -> list[list[int]]:
         return item.sequences
 
-    def collate(self, items: list[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
+    def collate(self, items: Sequence[EncodedRanking], mine: list[int], everyones: list[int]) -> RankingBatch:
         """The items ``mine`` of this micro-batch, out of ``everyones`` of the optimizer step."""
         chosen, all_of = [items[i] for i in mine], [items[i] for i in everyones]
 
@@ -222,6 +224,8 @@ class WorldRankingDataModule(RankingDataModule):
     special_tokens: ClassVar[SpecialTokens] = "plain"
     on_bad_record: ClassVar[str] = "fail"
     fields: ClassVar[None] = None
+    weights: ClassVar[None] = None
+    cache: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -21,12 +25,26 @@ from lit_rlhf.text.records import (
     Moved,
     OnBadRecord,
     Paths,
+    Reading,
+    Records,
     bad_record,
+    entries_of,
     files_of,
+    is_whole,
+    kinds_of,
     load_records,
+    read_note,
+    records_key,
     split_by_prompt,
+    stored_records,
+    write_note,
 )
+from lit_rlhf.text.rows import Rows, progress, write_rows
+from lit_rlhf.text.token_file import code_digest, kept, tokenizer_digest
 from lit_rlhf.text.tokenizer import TokenizerTrainer
+from lit_rlhf.training.batches import mixed, shuffled
+
+AT_ONCE = 500  # records that are encoded at a time
 
 Record = TypeVar("Record")
 
@@ -54,6 +72,14 @@ class FileDataModule(LightningDataModule):
         self.long = 0  # records that were too long
         self.notes: list[str] = []  # what a person should know
         self.tell: Callable[[str], None] = rank_zero_info  # how it is said
+
+    def folder(self, cache: str | Path | None) -> Path:
+        """Where what is made of files is kept: ``cache``; None: a folder that lasts as long as this."""
+        if cache is not None:
+            return Path(cache)
+        folder = Path(tempfile.mkdtemp(prefix="lit_rlhf-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     @property
     def how_long(self) -> str:
@@ -118,6 +144,8 @@ class RecordDataModule(FileDataModule):
         split_seed: which ones; the same in every stage.
         seed: order of the others.
         limit: train on at most so many of them, to try things out; None: all.
+        cache: the folder that keeps records and tokens, read where they lie, so that they may be more than memory
+            holds; it may be deleted at any time. None: all are in memory.
     """
 
     path: Paths
@@ -128,11 +156,16 @@ class RecordDataModule(FileDataModule):
     split_seed: int = 0
     seed: int = 0
     limit: Annotated[int, Field(ge=1)] | None = None
+    cache: str | Path | None = None
 
     asked: ClassVar[Callable[[Any], Messages]]  # the prompt of a record, by which it is parted
     fold = 0  # which fraction is held out, for cross-validation
     max_length, on_long = 2**31, "skip"  # tokens, and what happens to records that have more
     left_out = 0  # of them, those of which cutting would leave nothing to learn from
+    weights: Sequence[float] | None = None  # of the path's entries
+    about: ClassVar[Callable[[Any], Any] | None] = None  # of a record what is to be known of all together
+    example: ClassVar[type | None] = None  # the NamedTuple that :meth:`encoded` makes of records; None: stays in memory
+    counts: ClassVar[tuple[str, ...]] = ("skipped", "long", "left_out")  # what :meth:`encoded` counts or lists
 
     @property
     def source(self) -> str:
@@ -140,9 +173,97 @@ class RecordDataModule(FileDataModule):
         entries = [self.path] if isinstance(self.path, str | Path | Mapping) else self.path
         return ", ".join(str(entry["path"] if isinstance(entry, Mapping) else entry) for entry in entries)
 
-    def records(self) -> tuple[list[Any], list[Any]]:
+    def records(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """(train, held out)."""
         return self.split(self.load(self.path, self.parse_record))
+
+    def known_of(self, *sides: Sequence[Any]) -> list[Any]:
+        """What is to be known (:attr:`about`) of the records of some sides, each thing once."""
+        found: dict[Any, None] = {}
+        for side in sides:
+            known = side.note["about"] if isinstance(side, Records) else [[*self.about(record)] for record in side]
+            found |= dict.fromkeys(map(tuple, known))
+        return list(found)
+
+    def encoded(self, records: Sequence[Any], held_out: bool) -> list[Any]:
+        """The examples of some records, without those that are refused or too long."""
+        raise NotImplementedError
+
+    def sequences(self, item: Any) -> list[list[int]]:
+        """The token sequences of an example."""
+        raise NotImplementedError
+
+    def examples(self, records: Sequence[Any], held_out: bool) -> Sequence[Any]:
+        """What :meth:`encoded` makes of records; of those on disk it is on disk, too, made once."""
+        if not isinstance(records, Records) or self.example is None:
+            return self.encoded(records, held_out)
+        kinds = [k for k in type(self).__mro__ if issubclass(k, RecordDataModule)]
+        template = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map, len(self.tokenizer)]
+        names = ("max_length", "on_long", "special_tokens", "on_bad_record", "labels")
+        key = {
+            "records": records.identity, "held_out": held_out, "entries": records.note["entries"],
+            "tokenizer": [tokenizer_digest(self.tokenizer), repr(template)], "code": code_digest(*kinds),
+            "settings": {name: getattr(self, name, None) for name in names},
+        }  # fmt: skip
+        cache = records.file.parent.parent
+        folder = kept(cache, "examples", key, partial(self._write_examples, records, held_out), is_whole)
+        note = read_note(folder)
+        for name in self.counts:
+            setattr(self, name, getattr(self, name) + note[name])
+        for line in note["notes"]:
+            self.note(line)
+        return Rows(folder / "rows.arrow", self.example, note["parts"])
+
+    def _write_examples(self, records: Records[Any], held_out: bool, folder: Path) -> None:
+        before = {name: getattr(self, name) for name in self.counts}
+        for name, value in before.items():
+            setattr(self, name, type(value)())
+        notes, parts = [], []
+        self.note = lambda line: (notes.append(line), type(self).note(self, line))  # also what was said before
+
+        def examples() -> Iterator[Any]:
+            for entry in records.by_entry():
+                parts.append(0)
+                for begin in range(0, len(entry), AT_ONCE):
+                    made = self.encoded(list(entry[begin : begin + AT_ONCE]), held_out)
+                    parts[-1] += len(made)
+                    yield from made
+
+        what = "tokenizing what is held out" if held_out else "tokenizing"
+        write_rows(
+            folder / "rows.arrow", self.example, progress(examples(), what, "examples", len(records)),
+            {"size": lambda item: sum(map(len, self.sequences(item))),
+             "longest": lambda item: max(map(len, self.sequences(item)))},
+        )  # fmt: skip
+        write_note(folder, {**{name: getattr(self, name) for name in self.counts}, "notes": notes, "parts": parts})
+        del self.note
+        for name, value in before.items():
+            setattr(self, name, value)
+
+    def lengths(self, items: Sequence[Any]) -> Sequence[int]:
+        """Tokens of each of some examples."""
+        if isinstance(items, Rows):
+            return items.column("size")
+        return [sum(map(len, self.sequences(item))) for item in items]
+
+    def longest_of(self, items: Sequence[Any]) -> int:
+        """Tokens of the longest sequence of some examples."""
+        if isinstance(items, Rows):
+            return int(items.column("longest").max(initial=0))
+        return max((len(s) for item in items for s in self.sequences(item)), default=0)
+
+    def order(self, examples: Sequence[Any], length: int | None = None) -> Callable[[int], list[int]]:
+        """An order of examples for a loader: each epoch shuffled anew, by the weights of their sources."""
+        if self.weights is None:
+            return shuffled(len(examples), self.seed, length)
+        if not isinstance(examples, Rows) or len(self.weights) != len(examples.parts):
+            found = len(examples.parts) if isinstance(examples, Rows) else 0
+            raise UserError(f"data.weights has {len(self.weights)} entries for {found} sources in {self.source}")
+        if 0 in examples.parts:
+            raise UserError(
+                f"{self.source}: nothing to train on in source {examples.parts.index(0) + 1} of data.weights"
+            )
+        return mixed(examples.parts, self.weights, self.seed, length)
 
     def encode(self) -> None:
         """Make tokens of what was read, none longer than ``max_length``. Raises ``UserError`` where nothing is left."""
@@ -174,15 +295,18 @@ class RecordDataModule(FileDataModule):
 
     def check_left(self, what: str, train: Sequence[Any] | None, held_out: Sequence[Any]) -> None:
         """Raise ``UserError`` where all of a side was left out for its length; ``train``: None where it is not read."""
-        if train == [] or not held_out:
-            short = "train on" if train == [] else "test on"
+        nothing = train is not None and not train
+        if nothing or not held_out:
+            short = "train on" if nothing else "test on"
             raise UserError(
                 f"{self.source}: {self.long} {what} are longer than max_length={self.max_length} tokens, and none is "
                 f"left to {short}; raise it (up to the model's context), or set on_long=cut"
             )
 
-    def load(self, path: Paths, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    def load(self, path: Paths, parse: Callable[[dict[str, Any]], Record]) -> Sequence[Record]:
         """All records of the files at ``path``; what nobody reads of them is noted, a line for each file."""
+        if kinds_of(parse) and (self.cache is not None or self.weights is not None):
+            return self._load_to_disk(path, parse)
         records: list[Record] = []
         for file in files_of(path):
             loaded = load_records(file, parse, self.on_bad_record, self.fields)
@@ -191,15 +315,29 @@ class RecordDataModule(FileDataModule):
             self.note_fields(file, loaded.unread, loaded.passed_on)
         return records
 
+    def _load_to_disk(self, path: Paths, parse: Callable[[dict[str, Any]], Record]) -> Records[Record]:
+        asked, about = (self.asked, self.about) if parse is self.parse_record else (None, None)
+        how = Reading(parse, self.on_bad_record, self.fields, asked, self.split_seed, about)
+        entries = entries_of(path)
+        key = records_key(entries, how)
+        records = stored_records(entries, how, key, self.folder(self.cache if key else None))
+        self.skipped += records.note["skipped"]
+        for file, unread, passed_on in records.note["fields"]:
+            self.note_fields(file, unread, passed_on)
+        return records
+
     def refuse(self, record: Any, reason: str) -> None:
         """A record that is bad for a reason that shows when it is encoded: an error, or counted."""
         bad_record(record.place or self.source, reason, self.skipped, self.on_bad_record)
 
-    def split(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
+    def split(self, records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
         """(train, held out), the same in every stage; the prompts that change sides are noted."""
         before = self.moved.held_out | self.moved.train
         try:
-            sides = split_by_prompt(records, self.asked, self.held_out, self.split_seed, self.fold, self.moved)
+            if isinstance(records, Records):
+                sides = records.split(self.held_out, self.fold, self.moved)
+            else:
+                sides = split_by_prompt(records, self.asked, self.held_out, self.split_seed, self.fold, self.moved)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
         if new := (self.moved.held_out | self.moved.train) - before:

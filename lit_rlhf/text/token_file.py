@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import tokenizers
@@ -130,16 +133,9 @@ def stored(
         cache: its folder; of several processes one writes, and the others wait.
         special_tokens: what their names mean in the text.
     """
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        made_by = tokenizer.backend_tokenizer.to_str()
-    else:
-        made_by = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
-    by = hashlib.sha256(made_by.encode()).hexdigest()
     key = {
-        "source": identity, "tokenizer": by, "start": text_start(tokenizer), "end": tokenizer.eos_token_id,
-        "special_tokens": special_tokens, "held_out": held_out,
+        "source": identity, "tokenizer": tokenizer_digest(tokenizer), "start": text_start(tokenizer),
+        "end": tokenizer.eos_token_id, "special_tokens": special_tokens, "held_out": held_out,
     }  # fmt: skip
     folder = kept(
         cache, "tokens", key,
@@ -148,6 +144,27 @@ def stored(
     note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
     file, cut, count = folder / "tokens.bin", note["cut"], note["tokens"]
     return Stored(Span(file, note["dtype"], 0, 0, cut), Span(file, note["dtype"], 0, cut, count), note["skipped"])
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells a tokenizer from others that make other tokens of a text."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        made_by = tokenizer.backend_tokenizer.to_str()
+    else:
+        made_by = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    return hashlib.sha256(made_by.encode()).hexdigest()
+
+
+@cache
+def code_digest(*kinds: type) -> str:
+    """What tells this version of ``lit_rlhf.text``, and of the modules of ``kinds``, from others."""
+    try:
+        files = sorted(Path(__file__).parent.rglob("*.py")) + [Path(inspect.getfile(kind)) for kind in kinds]
+    except TypeError:  # written in a notebook: nobody knows whether it is the same the next time
+        return uuid4().hex
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def kept(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -135,6 +136,28 @@ def shuffled(size: int, seed: int, length: int | None = None) -> Callable[[int],
         generator = seeded(seed, epoch)
         passes = [torch.randperm(size, generator=generator) for _ in range(-(-length // size))]
         return torch.cat(passes)[:length].tolist()
+
+    return order
+
+
+def mixed(
+    sizes: Sequence[int], weights: Sequence[float], seed: int, length: int | None = None
+) -> Callable[[int], list[int]]:
+    """An order for :class:`BatchLoader` of several sources of ``sizes`` indices each, one behind the other.
+
+    Each epoch has ``length`` indices (default: as many as there are), of each source its share by ``weights``: fresh
+    permutations of it, as many as that takes, all shuffled together."""
+    begins = [0, *accumulate(sizes)]
+    length = begins[-1] if length is None else length
+    counts = [max(1, round(length * weight / sum(weights))) for weight in weights]
+
+    def order(epoch: int) -> list[int]:
+        generator = seeded(seed, epoch)
+        chosen = []
+        for begin, size, count in zip(begins, sizes, counts):
+            passes = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
+            chosen.append(begin + torch.cat(passes)[:count])
+        return torch.cat(chosen)[torch.randperm(sum(counts), generator=generator)].tolist()
 
     return order
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -57,6 +57,8 @@ class ClassifyDataModule(ExampleDataModule):
         split_seed: which ones; the same in every stage.
         seed: order of the examples.
         limit: train on at most so many examples, to try things out; None: all.
+        weights: share of each entry of ``path`` in what is trained on; None: each record is read once in an epoch.
+        cache: the folder that keeps records and tokens, which may then be more than memory holds; None: in memory.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
@@ -65,16 +67,19 @@ class ClassifyDataModule(ExampleDataModule):
 
     max_length: Annotated[int, Field(ge=8)] = 1024
 
-    called = "inputs"
+    called, example = "inputs", EncodedExample
 
-    def texts(self, records: list[Labelled]) -> Iterator[str]:
+    def texts(self, records: Sequence[Labelled]) -> Iterator[str]:
         return (text for record in records for texts in input_texts(record) for text in texts)
 
     def prepare(self) -> None:
-        everything = [*self.train_records, *self.val_records]
-        self.task = self._kind(everything)
+        kinds, labels = zip(*self.known_of(self.train_records, self.val_records))
+        if len(set(kinds)) > 1:
+            found = ", ".join(sorted(set(kinds)))
+            raise UserError(f"{self.source}: holds records of several kinds ({found}); give a file of each")
+        self.task: TaskKind = kinds[0]
         # Of a multiple choice only the right one is named; which place it stands at means nothing.
-        self.labels = [] if self.task == "choice" else sorted({record.label for record in everything})
+        self.labels = [] if self.task == "choice" else sorted(labels)
         if len(self.labels) == 1:
             raise UserError(f"{self.source}: all records have the label {self.labels[0]!r}; two or more were expected")
         add_classifier_tokens(self.tokenizer)
@@ -82,14 +87,14 @@ class ClassifyDataModule(ExampleDataModule):
     def for_module(self) -> dict[str, Any]:
         return {**super().for_module(), "labels": self.labels, "task": self.task}
 
-    def _kind(self, records: list[Labelled]) -> TaskKind:
-        kinds: dict[type, TaskKind] = {MultipleChoice: "choice", Similarity: "similarity"}
-        found = sorted({kinds.get(type(record), "classification") for record in records})
-        if len(found) > 1:
-            raise UserError(f"{self.source}: holds records of several kinds ({', '.join(found)}); give a file of each")
-        return found[0]
+    @staticmethod
+    def about(record: Labelled) -> tuple[TaskKind, str | None]:
+        """Its kind, and its label where that means something."""
+        if isinstance(record, MultipleChoice):
+            return "choice", None
+        return "similarity" if isinstance(record, Similarity) else "classification", record.label
 
-    def encoded(self, records: list[Labelled], held_out: bool) -> list[EncodedExample]:
+    def encoded(self, records: Sequence[Labelled], held_out: bool) -> list[EncodedExample]:
         texts = [input_texts(record) for record in records]
         encoded = iter(encode_inputs(self.tokenizer, [r for group in texts for r in group], self.max_length))
         kept = []
@@ -105,7 +110,7 @@ class ClassifyDataModule(ExampleDataModule):
     def sequences(self, item: EncodedExample) -> list[list[int]]:
         return item.inputs
 
-    def collate(self, items: list[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
+    def collate(self, items: Sequence[EncodedExample], mine: list[int], everyones: list[int]) -> ClassifyBatch:
         chosen = [items[i] for i in mine]
         inputs = [r for item in chosen for r in item.inputs]
         packed = pack(inputs, self.tokenizer.pad_token_id, padded=not self.packing)

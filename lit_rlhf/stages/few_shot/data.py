@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -80,6 +80,7 @@ class FewShotDataModule(RecordDataModule):
     instruction: str = ""
     limit_held_out: Annotated[int, Field(ge=1)] | None = None
 
+    cache: ClassVar[None] = None
     parse_record, asked = staticmethod(parse_task), staticmethod(task_prompt)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from lit_rlhf.stages.ppo.scoring import OWN
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, SamplePrompt, WorldPromptDataModule, spread
@@ -12,8 +15,17 @@ from lit_rlhf.text.records import Messages
 from lit_rlhf.training.batches import BatchLoader
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class PPODataModule(PromptDataModule):
-    """Prompts of a file, as many batches as the trainer takes (``trainer.limit_train_batches``, PPO's iterations)."""
+    """Prompts of a file, as many batches as the trainer takes (``trainer.limit_train_batches``, PPO's iterations).
+
+    Args:
+        weights: share of each entry of ``path`` in what is trained on, of any sum; where ``path`` is no list, of each
+            of its files. None: in proportion to their sizes.
+
+    The others are those of :class:`PromptDataModule`."""
+
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
 
     def note_fields(self, file: str, unread: Iterable[str], passed_on: Iterable[str] = ()) -> None:
         unread, renamed = [*unread], (self.fields or {}).values()

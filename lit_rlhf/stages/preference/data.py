@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import ConcatDataset
+
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
 from lit_rlhf.training.batches import BatchLoader
 
@@ -17,7 +19,7 @@ class PreferenceDataModule(PromptDataModule):
         return {**super().for_module(), "special_tokens": self.special_tokens, "note": self.note}
 
     def predict_dataloader(self) -> BatchLoader[PromptBatch]:
-        return self.loader([*self.train_prompts, *self.held_out_prompts])
+        return self.loader(ConcatDataset([self.train_prompts, self.held_out_prompts]))
 
 
 class WorldPreferenceDataModule(WorldPromptDataModule, PreferenceDataModule):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, partial
@@ -158,7 +155,7 @@ class PretrainDataModule(FileDataModule):
         if path.suffix in GIVEN:
             return given_tokens(path.expanduser(), self.held_out, len(self.tokenizer))
         identity = [source.identity, self.limit]
-        folder = self._folder(source.identity)
+        folder = self.folder(self.cache if source.identity is not None else None)
         return stored(
             partial(self._limited, source), identity, self.tokenizer, self.held_out, folder, self.special_tokens
         )
@@ -192,14 +189,6 @@ class PretrainDataModule(FileDataModule):
                 lambda folder: train().save_pretrained(folder), lambda folder: (folder / "tokenizer.json").is_file(),
             )
         )  # fmt: skip
-
-    def _folder(self, identity: Any) -> Path:
-        """Where a source's tokens are kept."""
-        if self.cache is not None and identity is not None:
-            return Path(self.cache)
-        folder = Path(tempfile.mkdtemp(prefix="lit_rlhf-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
 
     def _check_length(self, what: str, tokens: Tokens) -> None:
         if len(tokens) <= self.block_size + 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -62,14 +63,14 @@ class RewardDataModule(RankingDataModule):
         if self.score_margin:
             self.parse_record = partial(parse_ranking, margin=True, score_margin=self.score_margin)
 
-    def rankings(self) -> list[Ranking]:
+    def rankings(self) -> Sequence[Ranking]:
         """All rankings, those that follow from feedback last."""
         rankings = super().rankings()
         if self.feedback is None:
             return rankings
         return [*rankings, *rankings_of_feedback(self.load(self.feedback, parse_feedback))]
 
-    def answered(self, train: list[Ranking]) -> list[Demonstration]:
+    def answered(self, train: Sequence[Ranking]) -> Sequence[Demonstration]:
         """The demonstrations that are to score 0 on average: of each its last answer."""
         if self.demonstrations is not None:
             return self.load(self.demonstrations, parse_demonstration)
@@ -80,12 +81,12 @@ class RewardDataModule(RankingDataModule):
         if self.train_set:
             return
         super().setup(stage)
-        encoded = self._encode_answered(self.answered(self.train_records[: self.limit])[:1000])
+        encoded = self._encode_answered(self.answered(self.train_records[: self.limit][:1000])[:1000])
         demonstrations = [([*p, *r][-self.max_length :], min(len(r), self.max_length - 1)) for p, r in encoded]
         answers = [pair for item in self.train_set[:512] for pair in zip(item.sequences, item.response_lengths)]
         self.calibration = Calibration(demonstrations, answers)
 
-    def _encode_answered(self, demonstrations: list[Demonstration]) -> list[tuple[list[int], list[int]]]:
+    def _encode_answered(self, demonstrations: Sequence[Demonstration]) -> list[tuple[list[int], list[int]]]:
         """(tokens of the prompt, tokens of the answer), without those that the template refuses."""
         refused: dict[int, str] = {}
         prompts, tools = [d.messages[:-1] for d in demonstrations], [d.tools for d in demonstrations]
@@ -115,7 +116,7 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
     demonstrations: ClassVar[None] = None
     score_margin: ClassVar[float] = 0.0
 
-    def answered(self, train: list[Ranking]) -> list[Demonstration]:
+    def answered(self, train: Sequence[Ranking]) -> Sequence[Demonstration]:
         rows = self.world.demonstrations(1000, self.split_seed, split="train", split_seed=self.split_seed)
         return [_demonstration(list(row["prompt"]), row["response"]) for row in rows]
 

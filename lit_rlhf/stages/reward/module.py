@@ -73,7 +73,7 @@ class RewardModule(RankingModule):
         feedback_loss: Literal["logistic", "squared"] = "logistic",
         bag_of_words: bool = False,
         calibration: Calibration | None = None,
-        rankings: tuple[list[Ranking], list[Ranking]] | None = None,
+        rankings: tuple[Sequence[Ranking], Sequence[Ranking]] | None = None,
     ) -> None:
         super().__init__(tokenizer, optimizer, schedule, max_grad_norm)
         self.reward_model = reward_model.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
@@ -53,6 +53,8 @@ class SFTDataModule(ExampleDataModule):
             as prompt and response were written by a chat template already, and none is applied.
         seed: order of the dialogues.
         limit: train on at most so many dialogues, to try things out; None: all.
+        weights: share of each entry of ``path`` in what is trained on; None: each dialogue is read once in an epoch.
+        cache: the folder that keeps records and tokens, which may then be more than memory holds; None: in memory.
         samples: held-out prompts that the model answers before, during and after training, for people to read.
         on_bad_record: "fail" names the first bad record, one that the template refuses too; "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
@@ -64,9 +66,9 @@ class SFTDataModule(ExampleDataModule):
     special_tokens: SpecialTokens = "plain"
     samples: Annotated[int, Field(ge=1)] = 4
 
-    called = "dialogues"
+    called, example, limits_both = "dialogues", Encoded, True
 
-    def texts(self, records: list[Demonstration]) -> Iterator[str]:
+    def texts(self, records: Sequence[Demonstration]) -> Iterator[str]:
         return (text_of(message) for record in records for message in record.messages)
 
     @property
@@ -85,8 +87,8 @@ class SFTDataModule(ExampleDataModule):
                 if is_learned(message) and i >= record.context:
                     yield record.messages[:i]
 
-    def encoded(self, records: list[Demonstration], held_out: bool) -> list[Encoded]:
-        kept, records = [], records[: self.limit]  # of the held-out ones, too
+    def encoded(self, records: Sequence[Demonstration], held_out: bool) -> list[Encoded]:
+        kept = []
         messages, contexts, tools = zip(*((r.messages, r.context, r.tools) for r in records)) if records else [()] * 3
         settings = {
             "special_tokens": self.special_tokens,
@@ -106,7 +108,7 @@ class SFTDataModule(ExampleDataModule):
     def sequences(self, item: Encoded) -> list[list[int]]:
         return [item.tokens]
 
-    def collate(self, items: list[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
+    def collate(self, items: Sequence[Encoded], mine: list[int], everyones: list[int]) -> SFTBatch:
         chosen = [items[i] for i in mine]
         packed = pack([item.tokens for item in chosen], self.tokenizer.pad_token_id, padded=not self.packing)
         # The first token of a dialogue is predicted by nothing.

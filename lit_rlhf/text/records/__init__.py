@@ -58,3 +58,13 @@ from lit_rlhf.text.records.split import (
     prompt_key as prompt_key,
     split_by_prompt as split_by_prompt,
 )
+from lit_rlhf.text.records.stored import (
+    Reading as Reading,
+    Records as Records,
+    is_whole as is_whole,
+    kinds_of as kinds_of,
+    read_note as read_note,
+    records_key as records_key,
+    stored_records as stored_records,
+    write_note as write_note,
+)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records.messages import Message, Messages, text_of
 
@@ -31,15 +33,22 @@ def normalized_key(messages: Sequence[Message]) -> str:
     return prompt_key(turns)
 
 
+def split_marks(messages: Sequence[Message], seed: int) -> tuple[int, float]:
+    """(:func:`prompt_fingerprint` as a number, :func:`split_place`) of a prompt."""
+    key = normalized_key(messages)
+    digests = [hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8] for text in (key, f"{seed}\n{key}")]
+    fingerprint, place = (int.from_bytes(digest, "big") for digest in digests)
+    return fingerprint, place / 2**64
+
+
 def prompt_fingerprint(messages: Sequence[Message]) -> str:
     """16 hex digits of :func:`normalized_key`."""
-    return hashlib.sha256(normalized_key(messages).encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{split_marks(messages, 0)[0]:016x}"
 
 
 def split_place(messages: Sequence[Message], seed: int) -> float:
     """Where a prompt stands between 0 and 1, by its :func:`normalized_key` and the seed alone."""
-    digest = hashlib.sha256(f"{seed}\n{normalized_key(messages)}".encode(errors="surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return split_marks(messages, seed)[1]
 
 
 def is_held_out(messages: Sequence[Message], fraction: float, seed: int, fold: int = 0) -> bool:
@@ -103,11 +112,27 @@ def split_by_prompt(
 ) -> tuple[list[Record], list[Record]]:
     """(train, held out) by :func:`is_held_out`, but for the prompts in ``moved``, to which those are added that have to
     change sides. Raises ``UserError`` where there is one distinct prompt, or no such fold."""
+    marks = [split_marks(prompt(record), seed) for record in records]
+    prints, places = np.array([mark[0] for mark in marks], np.uint64), np.array([mark[1] for mark in marks])
+    held = held_out_mask(prints, places, fraction, fold, moved)
+    return [r for r, out in zip(records, held) if not out], [r for r, out in zip(records, held) if out]
+
+
+def held_out_mask(
+    prints: np.ndarray, places: np.ndarray, fraction: float, fold: int = 0, moved: Moved | None = None
+) -> np.ndarray:
+    """Which of N records are held out, (N,) bool, by the :func:`split_marks` of their prompts, (N,) uint64 and float;
+    as :func:`split_by_prompt` does it."""
     if (fold + 1) * fraction > 1 + 1e-9:
         raise UserError(f"fold={fold}: held_out={fraction:g} makes {int(1 / fraction + 1e-9)} folds, counted from 0")
-    prompts = [prompt(record) for record in records]
-    prints = [prompt_fingerprint(messages) for messages in prompts]
-    places = {p: split_place(messages, seed) for p, messages in dict(zip(prints, prompts)).items()}
-    held = (Moved() if moved is None else moved).sides(places, fraction, fold)
-    sides = list(zip(records, prints))
-    return [r for r, p in sides if p not in held], [r for r, p in sides if p in held]
+    moved = Moved() if moved is None else moved
+    held = (fold * fraction <= places) & (places < (fold + 1) * fraction) | np.isin(prints, _numbers(moved.held_out))
+    held &= ~np.isin(prints, _numbers(moved.train))
+    if fraction == 0 or 0 < held.sum() < len(held):
+        return held
+    by_print = {f"{number:016x}": place for number, place in zip(prints.tolist(), places.tolist())}
+    return np.isin(prints, _numbers(moved.sides(by_print, fraction, fold)))
+
+
+def _numbers(fingerprints: set[str]) -> np.ndarray:
+    return np.array([int(each, 16) for each in fingerprints], np.uint64)
