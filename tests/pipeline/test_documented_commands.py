@@ -24,6 +24,7 @@ from test_readme import PAGES, ROOT, STUDIES, commands_by_block, text_of
 from lit_rlhf.pipeline.folder import register_resolvers
 from lit_rlhf.pipeline.settings import hydra_settings, opened
 
+ALL = os.environ.get("LIT_RLHF_TEST_COMMANDS") == "all"
 ELSEWHERE = {  # what a command needs that is not here
     "trainer=gpu": "a GPU",
     "trainer.accelerator=gpu": "GPUs",
@@ -93,11 +94,16 @@ class Place:
             said = done.stdout + done.stderr
             assert done.returncode == 0 or WAITS.search(said), f"{shlex.join(small)}\n{said[-2000:]}"
         print(f"{time.monotonic() - begun:.1f} s: {shlex.join(small)}", flush=True)
-        for command in re.findall(r"to train: lit-rlhf (.*)", said):
+        followed = [[shlex.split(command)] for command in re.findall(r"to train: lit-rlhf (.*)", said)]
+        if ALL and "Rank them with stage=label (the rest of the command as it is)" in said:
+            rest = [word for word in arguments if not word.startswith("stage=")]
+            followed.append([[*rest, "stage=label"], arguments])
+        for commands in followed:
             aside = self.folder.with_name(f"{self.folder.name}-{self.count}")
             shutil.copytree(self.folder, aside, symlinks=True)
             here, self.folder = self.folder, aside
-            self.run(shlex.split(command))
+            for command in commands:
+                self.run(command)
             self.folder = here
         return said
 
@@ -173,7 +179,7 @@ IN_TURN = re.compile(r"stage=(label|chat)|annotator=(none|people)|classify.data.
 CHOSEN = [
     pytest.param(block, id=name)
     for name, block in BLOCKS
-    if os.environ.get("LIT_RLHF_TEST_COMMANDS") == "all" or any(IN_TURN.search(" ".join(c)) for c in block)
+    if ALL or any(IN_TURN.search(" ".join(c)) for c in block)
 ]
 
 
