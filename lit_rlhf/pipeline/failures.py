@@ -25,10 +25,15 @@ MISTAKE, UNEXPECTED, STOPPED_BY_HAND = 2, 1, 130  # exit codes; for a signal's s
 PARENT = os.getppid()
 
 
+def parent_gone() -> bool:
+    """Whether the process that has started this one has ended."""
+    return os.getppid() != PARENT
+
+
 def fail(said: Any, code: int = MISTAKE) -> NoReturn:
     """One line for the user, no traceback; of several processes the first one says it, or where that has been killed,
     which had started the others, the second."""
-    if is_main_process() or (this_process().rank == 1 and os.getppid() != PARENT):
+    if is_main_process() or (this_process().rank == 1 and parent_gone()):
         print(f"lit-rlhf: {one_line(said)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # a launcher ends the first process when it sees another one end

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError, first_line
-from lit_rlhf.pipeline.failures import reason
+from lit_rlhf.pipeline.failures import parent_gone, reason
 from lit_rlhf.processes import is_main_process, this_process
 
 Value = TypeVar("Value")
@@ -65,14 +66,19 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     before = {name: os.environ.get(name) for name in OURS}
     others = [] if this_process().world_size > 1 else start_others(devices, nodes)
     processes = Processes()
+    lost = threading.Event()
     try:
-        processes = _joined(devices * nodes)
-        yield processes
-        for other in others:
-            other.wait()
-    except Exception as error:
-        if processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error)):
+        with _watched(others, lost):
+            processes = _joined(devices * nodes)
+            yield processes
+            for other in others:
+                other.wait()
+    except (Exception, SystemExit) as error:
+        told = processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error))
+        if told or lost.is_set():
             raise UserError(f"{_who_has_gone(cfg, others)}. Run the same command again to go on") from error
+        if isinstance(error, SystemExit):
+            raise
         if not is_main_process() and Path(cfg.paths.run_dir).is_dir():
             Path(cfg.paths.run_dir, NOTE.format(this_process().rank)).write_text(reason(error), encoding="utf-8")
         raise
@@ -82,6 +88,27 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
         _end(others)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _watched(others: list[subprocess.Popen[bytes]], lost: threading.Event) -> Iterator[None]:
+    """Have a signal end this process, and set ``lost``, where one that it has started, or that has started it, is gone,
+    and it does not hear of that: who samples by himself talks to nobody for long."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1):
+            if any(other.poll() for other in others) or (this_process().local_rank > 0 and parent_gone()):
+                if not ended.wait(SECONDS_TO_END):
+                    lost.set()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _notes(cfg: DictConfig) -> list[Path]:

@@ -4,12 +4,14 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
 
 import pytest
 from filelock import FileLock
+from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline import together
@@ -56,6 +58,23 @@ def test_a_port_in_use_is_named(rank, listening):
     rank(0, listening)
     with pytest.raises(UserError, match=f"MASTER_PORT={listening}: this port is in use; set MASTER_PORT to a free one"):
         together._joined(2)
+
+
+def test_a_process_that_is_killed_while_the_first_one_samples_by_itself_ends_that(tmp_path, monkeypatch):
+    """The first one talks to nobody then, so nothing tells it."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(together, "start_others", lambda *_: [other])
+    monkeypatch.setattr(together, "SECONDS_TO_END", 0.2)
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as outside of training
+    cfg = OmegaConf.create({"paths": {"run_dir": str(tmp_path)}})
+    said = r"process 1 was ended by signal 9 \(the kernel does that where memory runs out\)\. Run the same command"
+    try:
+        with pytest.raises(UserError, match=said), together.together(cfg, []):
+            other.kill()
+            time.sleep(30)
+            raise AssertionError("it goes on")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
