@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import token_logprobs
+from lit_rlhf.models.gathering import gathers, sharded_root
 from lit_rlhf.models.logits import check_logits, next_token_logits
 
 LOGITS = 2**26  # bytes of float32 logits at once
@@ -27,6 +28,7 @@ _adds: ContextVar[bool] = ContextVar("adds_to_gradients", default=False)
 Measure = Callable[..., Tensor]  # (logits (m, V), *what else is known of those tokens (m, ...)) -> (m, ...)
 
 
+@gathers
 def by_token(model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: Tensor, size: int = LOGITS) -> Tensor:
     """``measure(logits, *others)`` (M, ...) of the tokens with the hidden states (M, D), each token by itself.
 
@@ -87,7 +89,7 @@ def adds_to_gradients(module: nn.Module) -> Iterator[None]:
     Otherwise both fill a matrix of tokens times width, which is added then. Only for losses whose ``backward`` is
     called: ``torch.autograd.grad`` would not see what is added, nor would hooks of a head's matrix."""
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
-    large = [m for m in embeddings if m.weight.nbytes > LOGITS and not m.sparse]
+    large = [m for m in embeddings if m.weight.nbytes > LOGITS and not m.sparse and sharded_root(m) is None]
     token = _adds.set(True)
     try:
         for embedding in large:

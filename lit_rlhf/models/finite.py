@@ -14,10 +14,10 @@ from lit_rlhf.errors import NotFinite, UserError
 def not_finite(tensor: Tensor) -> str:
     """How many numbers of a tensor are NaN or infinite, in words; "" where none is."""
     # Least and largest are NaN where one number is: a pass over memory that takes none.
-    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
-        return ""
     tensor = tensor.detach()
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's part of a sharded one
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return ""
     if torch.stack(tensor.aminmax()).isfinite().all():
         return ""
     bad = tensor.numel() - int(tensor.isfinite().sum())

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import effective_weight, merged
 from lit_rlhf.models.finite import finite
+from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.loading import (
     Dtype,
     checkpoint_format,
@@ -160,6 +161,7 @@ def scores_of(model: AnyRewardModel, batches: Iterable[Packed], scale: bool = Fa
     return scores / score_std(model) if scale else scores
 
 
+@gathers
 def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed, at: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (N,), and the last hidden states (M, D) of the tokens ``at`` (M,), flat indices."""
     if isinstance(model, RewardTransformer):
@@ -250,6 +252,8 @@ class Critic(nn.Module):
             return self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at].float()
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
         return self.head(hidden).squeeze(-1).float()
+
+    values = gathers(forward)  # the same of a critic that may be sharded
 
 
 def head_parameters(model: PreTrainedModel | RewardTransformer | Critic) -> list[nn.Parameter]:

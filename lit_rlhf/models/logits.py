@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.gathering import gathers, plain_class
 from lit_rlhf.models.kernels.onednn import rows_to_add, with_rows_added
 from lit_rlhf.models.self_check import ALIKE, difference, read
 
 
+@gathers
 def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) of the next token from last hidden states (..., D) of ``model.base_model``, as ``model(...)``
     gives them; see :func:`check_logits`."""
@@ -95,7 +97,9 @@ def _apart_and_whole(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The forward pass of a shallow copy of ``model``, which shares its weights, and whose trunk gives ``hidden``."""
-    twin, name = copy.copy(model), model.base_model_prefix
+    kind, name = plain_class(model), model.base_model_prefix
+    twin = kind.__new__(kind)
+    twin.__dict__.update(model.__dict__)
     twin._modules = {**model._modules, name: _Given(model.get_submodule(name), hidden)}
     return twin.forward(inputs_embeds=hidden).logits
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say_once
+from lit_rlhf.models.gathering import gathers, sharded_root
 from lit_rlhf.models.kernels.attention import Layout, sees_before_it, use_block_attention
 from lit_rlhf.models.kernels.choice import fast_kernels
 from lit_rlhf.models.kernels.onednn import rows_to_add
@@ -114,6 +115,7 @@ def freeze(model: Model) -> Model:
     return model.requires_grad_(False).eval()
 
 
+@gathers
 def packed_hidden(
     model: PreTrainedModel, batch: Packed, embeddings: Tensor | None = None, at: Tensor | None = None
 ) -> Tensor:
@@ -194,6 +196,11 @@ def layers(trunk: PreTrainedModel) -> list[nn.Module]:
 def _each_block(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
     """The same in a pass for each block: whatever a model looks back with, padding stands behind what is read."""
     blocks = batch.by_block(source)
+    if sharded_root(trunk) is not None:  # each pass is made by all processes, whose blocks are others
+        raise UserError(
+            f"trainer.strategy=fsdp2: {type(trunk).__name__} cannot read sequences in one row, as sharded models must "
+            "(with trainer.kernels=fast); take trainer=ddp"
+        )
     instead = "rows of one length are read together (slower)"
     if agrees(trunk, "texts with padding behind them", _padded_and_alone, instead):
         return torch.cat([_states(trunk, name, rows).flatten(0, 1) for rows in blocks])

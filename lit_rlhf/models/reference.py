@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, adapters_off
+from lit_rlhf.models.gathering import sharded_root
 from lit_rlhf.models.lora import starts_unchanged
 from lit_rlhf.models.policy import freeze
 
@@ -70,6 +71,11 @@ class Reference(nn.Module):
         elif not self._began:
             with adapters_off(policy):
                 yield policy
+        elif sharded_root(policy) is not None:
+            raise UserError(
+                "trainer.strategy=fsdp2: with adapters that go on being trained, or weights trained beside them, the "
+                "policy as it began cannot be had from a sharded one; begin with fresh adapters, or take trainer=ddp"
+            )
         else:
             with _weights_replaced(policy, self._began):
                 yield policy

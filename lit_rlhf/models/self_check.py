@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError, say
+from lit_rlhf.models.gathering import plain_class
 from lit_rlhf.models.kernels.attention import SDPA
 
 # (model) -> what the form gives, and what the model's own forward pass gives, (tokens, ...) both
@@ -27,7 +28,7 @@ BESIDE = {
 }  # fmt: skip
 
 _answers: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
-_by_kind: dict[tuple[type, str, torch.dtype, str], str | None] = {}
+_by_kind: dict[tuple[Any, str, torch.dtype, str], str | None] = {}
 _read: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[int, int]], Tensor]] = WeakKeyDictionary()
 
 
@@ -45,7 +46,7 @@ def difference(model: PreTrainedModel, form: str, compare: Compare, instead: str
     known = _answers.setdefault(model.base_model, {})  # a language model around it may be made anew for each use
     if form not in known:
         settings = {name: value for name, value in model.config.to_dict().items() if name not in BESIDE}
-        kind = type(model), form, model.dtype, repr(sorted(settings.items()))
+        kind = plain_class(model), form, model.dtype, repr(sorted(settings.items()))
         if kind not in _by_kind:
             _by_kind[kind] = _difference(model, compare)
             if instead is not None and _by_kind[kind] is not None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.chunked import token_logprobs_of
+from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.policy import context_length
 
 
@@ -33,6 +34,7 @@ class TextRows(NamedTuple):
         return self.tokens[:, 1:]
 
 
+@gathers
 def text_loss(policy: PreTrainedModel, rows: TextRows) -> Tensor:
     """Mean next-token loss on rows of text, in nats per token (GPT-1, eq. 1)."""
     hidden = policy.base_model(input_ids=rows.inputs, use_cache=False).last_hidden_state

@@ -45,6 +45,7 @@ from lit_rlhf.text.records import Moved
 from lit_rlhf.training.callbacks import FirstSteps, StageProgressBar, TextSamples, said_when_slow
 from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.diverging import StopOnNonFinite
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.memory import Peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState, check_training
@@ -103,10 +104,15 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
             execute(settings, trainer, module, data, folder)
         except MisconfigurationException as error:
             raise UserError(f"{name}.trainer: {first_line(error)}") from error
-        if not trainer.is_global_zero:
+        sharded = isinstance(trainer.strategy, FSDP2)
+        if not (trainer.is_global_zero or sharded):
             return {}
         lost = None if settings.run == "fit" else moved_aside(folder, loggers)
         notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
+        if sharded:
+            trainer.strategy.end_sharding()
+        if not trainer.is_global_zero:
+            return {}
         with said_when_slow(f"{name}: writing what came out"):
             module.export(folder.path)
         figures = figures_of(settings, module, name, folder) | finding_of(callbacks)
@@ -244,7 +250,7 @@ def execute(
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         for callback in trainer.callbacks:
             if isinstance(callback, BestCheckpoint):
-                callback.restore(module)
+                callback.restore(trainer)
         trainer.validate(module, datamodule=data, verbose=False)
 
 
@@ -283,7 +289,8 @@ def exported_weights(trainer: Trainer, module: LightningModule, folder: StageFol
     step = best["step"] if best else trainer.fit_loop.epoch_loop.total_batch_idx + 1
     path = folder.path / "checkpoints" / ("best.ckpt" if best else "last.ckpt")
     check_training(module, [], path)
-    saved = read_checkpoint(path)["state_dict"]
+    sharded = isinstance(trainer.strategy, FSDP2)
+    saved = trainer.strategy.saved_weights(path) if sharded else read_checkpoint(path)["state_dict"]
     state = module.state_dict()
     names = [name for name, _ in module.named_parameters() if name in state]
     digest = weights_fingerprint(state[name] for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import NotFinite, UserError
 from lit_rlhf.models.finite import finite
+from lit_rlhf.models.gathering import whole
 from lit_rlhf.models.policy import context_length
 
 # Far from 1 all tokens are as likely as each other, or logits overflow.
@@ -131,13 +133,15 @@ def sample(
 ) -> Responses:
     """One response of ``policy``, as it is now, to each of ``prompts`` (B token lists).
 
-    ``seeds`` (B,), or the generator that they are drawn from; None: PyTorch's own. Raises
+    Of a sharded policy all processes sample together: the engine finds it whole, or gathers it itself where it has the
+    attribute ``reads_shards``. ``seeds`` (B,), or the generator that they are drawn from; None: PyTorch's own. Raises
     :class:`lit_rlhf.errors.NotFinite` where the model says no finite numbers."""
-    engine.sync(policy, tokenizer)
     seeds = draw_seeds(len(prompts), seeds) if seeds is None or isinstance(seeds, Generator) else seeds
     requests = [Request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     try:
-        responses = engine.generate(requests, states=states)
+        with nullcontext() if getattr(engine, "reads_shards", False) else whole(policy):
+            engine.sync(policy, tokenizer)
+            responses = engine.generate(requests, states=states)
     except FloatingPointError as error:
         raise NotFinite(str(error)) from None
     finite(responses.logprobs, "the log-probs of sampled tokens")

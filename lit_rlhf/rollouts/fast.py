@@ -6,6 +6,7 @@ drawn: nothing is decoded and tokenized again, and no second forward pass is nee
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, NamedTuple
@@ -15,7 +16,10 @@ from pydantic import Field
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
+from lit_rlhf.models.adapters import lora_layers
+from lit_rlhf.models.gathering import sharded_root, whole
 from lit_rlhf.models.kernels import fast_kernels
 from lit_rlhf.models.kernels.decoding import CachedDecoder, StaticDecoder
 from lit_rlhf.models.kernels.forward_pass import ForwardPass
@@ -56,6 +60,7 @@ class FastEngine:
 
     exact = True
     gives_states = True
+    reads_shards = True  # weights of a sharded policy are gathered one by one
     version = 0
 
     def __init__(
@@ -257,40 +262,43 @@ def _draw(
     check_room(model, prompts, sampling)
     longest, limit, device = max(map(len, prompts)), sampling.max_new_tokens, model.device
     rows = min(rows or len(prompts), len(prompts))
-    decoder = make_decoder(model, rows, longest + limit, pad_id, cuda_graphs and device.type == "cuda")
-    ends_there = torch.tensor(ends, device=device)
-    begun = rows
-    answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-    written: list[list[int]] = [[] for _ in prompts]  # kept where `stopped` wants them
-    hidden = decoder.begin(prompts[:rows])
-    while True:
-        logits = decoder.logits(hidden)
-        logits = _shape_logits(logits if logits.dtype == torch.float64 else logits.float(), sampling, steps, ends)
-        probs = logits.softmax(-1)
-        greedy = sampling.temperature == 0
-        drawn = logits.argmax(-1) if greedy else sample_index(probs, uniform=uniforms[answers, steps])
-        stops = torch.isin(drawn, ends_there)
-        if stopped is not None:
-            for row, (i, token) in enumerate(zip(answers.tolist(), drawn.tolist())):
-                written[i].append(token)
-                stops[row] |= stopped(written[i])
-        yield _Drawn(answers, steps, drawn, logits, probs, hidden, stops)
-        going = ~stops & (steps + 1 < limit)
-        if not going.all():
-            keep = _closed_up(going)
-            answers, steps, drawn = answers[keep], steps[keep], drawn[keep]
-            decoder.keep(keep)
-        steps = steps + 1
-        parts = [decoder.step(drawn)] if len(answers) else []
-        if begun < len(prompts) and (decoder.joins or not parts):
-            new = torch.arange(begun, min(begun + rows - len(answers), len(prompts)), device=device)
-            begun += len(new)
-            if len(new):
-                parts.append(decoder.begin([prompts[i] for i in new.tolist()]))
-                answers, steps = torch.cat([answers, new]), torch.cat([steps, torch.zeros_like(new)])
-        if not parts:
-            return
-        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+    graphs = cuda_graphs and device.type == "cuda"
+    # Other decoders read a sharded model at each token, and processes take different numbers of them.
+    with nullcontext() if _has_weights_of_its_own(model) else whole(model):
+        decoder = make_decoder(model, rows, longest + limit, pad_id, graphs)
+        ends_there = torch.tensor(ends, device=device)
+        begun = rows
+        answers, steps = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        written: list[list[int]] = [[] for _ in prompts]  # kept where `stopped` wants them
+        hidden = decoder.begin(prompts[:rows])
+        while True:
+            logits = decoder.logits(hidden)
+            logits = _shape_logits(logits if logits.dtype == torch.float64 else logits.float(), sampling, steps, ends)
+            probs = logits.softmax(-1)
+            greedy = sampling.temperature == 0
+            drawn = logits.argmax(-1) if greedy else sample_index(probs, uniform=uniforms[answers, steps])
+            stops = torch.isin(drawn, ends_there)
+            if stopped is not None:
+                for row, (i, token) in enumerate(zip(answers.tolist(), drawn.tolist())):
+                    written[i].append(token)
+                    stops[row] |= stopped(written[i])
+            yield _Drawn(answers, steps, drawn, logits, probs, hidden, stops)
+            going = ~stops & (steps + 1 < limit)
+            if not going.all():
+                keep = _closed_up(going)
+                answers, steps, drawn = answers[keep], steps[keep], drawn[keep]
+                decoder.keep(keep)
+            steps = steps + 1
+            parts = [decoder.step(drawn)] if len(answers) else []
+            if begun < len(prompts) and (decoder.joins or not parts):
+                new = torch.arange(begun, min(begun + rows - len(answers), len(prompts)), device=device)
+                begun += len(new)
+                if len(new):
+                    parts.append(decoder.begin([prompts[i] for i in new.tolist()]))
+                    answers, steps = torch.cat([answers, new]), torch.cat([steps, torch.zeros_like(new)])
+            if not parts:
+                return
+            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
@@ -321,6 +329,11 @@ def _closed_up(going: Tensor) -> Tensor:
     return rows
 
 
+def _has_weights_of_its_own(model: PreTrainedModel) -> bool:
+    """Whether the decoder of ``model`` lays out weights of its own, and reads those of the model once."""
+    return fast_kernels() and ForwardPass.knows(model) and not lora_layers(model)
+
+
 def make_decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, graphs: bool) -> Decoder:
     """The fastest that goes on with texts as the model itself does."""
     dtype = compute_dtype(model)
@@ -340,6 +353,8 @@ def make_decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, gra
     known = fast_kernels() and ForwardPass.knows(model)
     if known and agrees(model, "a forward pass of our own", passes, "transformers' modules write (slower)"):
         return (StaticDecoder if graphs else CachedDecoder)(own_pass(), rows, width)
+    if sharded_root(model) is not None and _has_weights_of_its_own(model):
+        raise UserError(f"trainer.strategy=fsdp2: {type(model).__name__} cannot be sampled from; take trainer=ddp")
     if agrees(model, "keys and values that are kept", caches, "texts are read anew for each token (slower)"):
         return TransformersDecoder(model, pad_id)
     return WholeDecoder(model, pad_id)

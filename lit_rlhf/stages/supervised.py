@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.models.checkpoint import save_model
+from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
@@ -85,7 +87,7 @@ class SupervisedModule(LearnsInParts):
         raise NotImplementedError
 
     def training_step(self, batch: Any | list[Part[Any]], batch_idx: int) -> Tensor:
-        loss, seen = self.in_parts(batch, batch_idx, self.losses)
+        loss, seen = self.in_parts(batch, batch_idx, lambda part: gathered(self.trained, partial(self.losses, part)))
         watched = mean_of_all(self.trainer, {f"{self.stage}/loss": loss, **seen})
         self.latest_loss = watched[f"{self.stage}/loss"].detach()  # as validation has it
         for name, value in watched.items():

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part", list[int], range)
 
 # What a block costs, in tokens: attention is called once for each, and on an accelerator calls are what costs.
 BLOCK = 256 if torch.accelerator.is_available() else 4
@@ -223,6 +225,16 @@ def runs(
             held = 0
         held += more if held else length
     return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(lengths)])]
+
+
+def divided(parts: list[Part], count: int) -> list[Part]:
+    """``parts``, lists or ranges, of which the longest is halved until there are ``count``; their order stays."""
+    parts = list(parts)
+    while len(parts) < count:
+        i = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = len(parts[i]) // 2
+        parts[i : i + 1] = [parts[i][:half], parts[i][half:]]
+    return parts
 
 
 def _flat(sequences: Sequence[Sequence[int]], count: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from lightning import Trainer
 from torch import Generator
 
+from lit_rlhf.text.packing import divided
 from lit_rlhf.training.parts import Part
 
 Batch = TypeVar("Batch")
@@ -88,7 +89,7 @@ class BatchLoader(Generic[Batch]):
             mine = whole[part :: self.world_size * self.accumulate] or whole[:1]
             # The place is moved before the batch is handed out: a checkpoint taken after its step goes on behind it.
             self.cursor = step + 1
-            parts = self.cut(mine)
+            parts = divided(self.cut(mine), self._most_parts(whole, part - self.rank))
             if len(parts) > 1:
                 yield [Part(self.collate(part, whole), len(part) / len(mine)) for part in parts]
             else:
@@ -102,6 +103,14 @@ class BatchLoader(Generic[Batch]):
     def _place(self) -> int:
         """Items of this epoch that were given before the optimizer step at hand."""
         return self.begun + self.cursor // self.accumulate * self.global_batch
+
+    def _most_parts(self, whole: list[int], first: int) -> int:
+        """Into how many parts a process cuts its micro-batch at most; ``first`` of the shards of ``whole`` is the first
+        process's. Those whose models are sharded must take equally many."""
+        if self.world_size == 1 or self.keep_rest:
+            return 1
+        shards = range(first, first + self.world_size)
+        return max(len(self.cut(whole[shard :: self.world_size * self.accumulate])) for shard in shards)
 
     def _order(self) -> Sequence[int]:
         if self._known is None or self._known[0] != self.epoch:

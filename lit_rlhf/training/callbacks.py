@@ -19,6 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from lit_rlhf.errors import TrainingDiverged
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.metrics_file import append_rows
 
 Item = TypeVar("Item")
@@ -128,9 +129,11 @@ class TextSamples(Callback):
             self.show(trainer, pl_module)
 
     def show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero and not isinstance(trainer.strategy, FSDP2):
+            return
+        step, samples = _steps_done(trainer), pl_module.write_samples()  # from weights that all processes have
         if not trainer.is_global_zero:
             return
-        step, samples = _steps_done(trainer), pl_module.write_samples()
         rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
         append_rows(self.path, step, rows)
         bar = trainer.progress_bar_callback

@@ -12,6 +12,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.files import check_regular, damaged
+from lit_rlhf.models.checkpoint import put_in_place
+from lit_rlhf.training.checkpoint_shards import REST, read_shards
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -33,8 +35,10 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 def read_checkpoint(path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
     """``torch.load``; on Linux and macOS tensors stay on disk until they are looked at.
 
-    Raises ``UserError`` where the file is not what was written."""
+    A folder of shards is read whole. Raises ``UserError`` where the file is not what was written."""
     path = Path(path)
+    if (path / REST).is_file():
+        return read_shards(path)
     try:
         check_regular(path)
         with zipfile.ZipFile(path) as file:  # which keeps a checksum of each tensor; torch does not look at them
@@ -48,6 +52,14 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = True) -> dict[
     if not isinstance(found, dict) or "state_dict" not in found:
         raise damaged(path, f"{wrong} was changed" if wrong else "no checkpoint of a training")
     return found
+
+
+def keep_checkpoint(new: Path, path: Path) -> None:
+    """Let a checkpoint, a file or a folder, take the place of ``path``."""
+    if new.is_file() and not path.is_dir():
+        new.replace(path)
+    else:
+        put_in_place(new, path)
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.errors import NotFinite
 from lit_rlhf.models.finite import not_finite
+from lit_rlhf.models.gathering import full
 
 WEIGHTS = "tensor"  # what is said of a weight begins so
 
@@ -52,9 +53,9 @@ class StopOnNonFinite(Callback):
 def check_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of the gradients of ``parameters``. Raises :class:`lit_rlhf.errors.NotFinite`, with names of the
     ``module``, where it is not finite."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not torch.isfinite(norm):
-        names = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        names = [n for n, p in module.named_parameters() if p.grad is not None and not full(p.grad).isfinite().all()]
         said = f"the gradient of {len(names)} parameters is not finite, {names[0]} among them"
         raise NotFinite(said if names else f"the norm of the gradients is {norm.item()}, beyond what floats hold")
     return norm

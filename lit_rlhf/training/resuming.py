@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 from lit_rlhf.errors import Interrupted, NotFinite, TrainingDiverged, UserError, say
 from lit_rlhf.files import disk, make_folder
 from lit_rlhf.training.callbacks import said_when_slow
-from lit_rlhf.training.checkpoint_files import read_checkpoint
+from lit_rlhf.training.checkpoint_files import keep_checkpoint
 from lit_rlhf.training.diverging import non_finite_weights
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.metrics_file import MetricsFile, logged_rows
 
 
@@ -217,10 +218,11 @@ class LastCheckpoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
         if isinstance(exception, TrainingDiverged):
-            kept = self.path.is_file()
+            kept = self.path.exists()
             there = f"The last good checkpoint is kept: {self.path}" if kept else "There is no checkpoint yet"
             exception.args = (f"{exception} {there}",)
-        if self.rescue is None or not trainer.is_global_zero or not self._gone():
+        alone = self.rescue is None or not trainer.is_global_zero or isinstance(trainer.strategy, FSDP2)
+        if alone or not self._gone():  # of sharded models all processes would have to save together
             return
         loop = trainer.fit_loop.epoch_loop
         if loop.batch_progress.total.ready == loop.batch_progress.total.processed and not loop._should_accumulate():
@@ -265,7 +267,7 @@ class LastCheckpoint(Callback):
                 if isinstance(logger, MetricsFile):
                     logger.write()
             if trainer.is_global_zero:
-                self.path.with_suffix(".tmp").replace(self.path)
+                keep_checkpoint(self.path.with_suffix(".tmp"), self.path)
 
     def _raise_if_stopped(self) -> None:
         if self.rescued is not None:
@@ -328,7 +330,7 @@ class BestCheckpoint(Callback):
             with disk(self.path):
                 trainer.save_checkpoint(self.path)
 
-    def restore(self, module: LightningModule) -> None:
-        """Give ``module`` the best weights."""
+    def restore(self, trainer: Trainer) -> None:
+        """Give the module of ``trainer`` the best weights."""
         if self.best is not None:
-            module.load_state_dict(read_checkpoint(self.path)["state_dict"])
+            trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(self.path, weights_only=True))

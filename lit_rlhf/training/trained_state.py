@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import lora_layers
+from lit_rlhf.models.gathering import full
+from lit_rlhf.training.fsdp import FSDP2
 
 SAMPLED = 4096  # bytes of each tensor that are looked at one by one
 PIECE = 2**20  # numbers that are summed at once
@@ -24,6 +27,12 @@ class TrainedState(LightningModule):
     of the base that its adapters belong on: to go on from it with another base raises ``UserError``."""
 
     frozen_models: tuple[str, ...] = ()
+
+    def configure_model(self) -> None:
+        """Shard the models, where the trainer's strategy is to; several times is as good as once."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if isinstance(strategy, FSDP2):
+            strategy.shard(self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         left_out = (*self.frozen_models, *self._base_names())
@@ -76,16 +85,17 @@ def _frozen(name: str, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((f"{name}.{inner}", p) for inner, p in parameters if not p.requires_grad)
 
 
-def weights_fingerprint(tensors: Iterator[Tensor]) -> str:
-    """16 hex digits that tell weights in memory from others.
+def weights_fingerprint(tensors: Iterable[Tensor]) -> str:
+    """16 hex digits that tell weights in memory from others; of sharded ones all processes ask for them together.
 
     Of each tensor: its shape, the sum of its bits as integers, which any change of one number changes, and some of its
     bytes. Hashing all bytes of a large model would take minutes."""
     digest = hashlib.sha256()
-    found = list(tensors)
-    found += [t.quant_state.absmax for t in found if getattr(t, "quant_state", None) is not None]  # scales of few bits
-    for tensor in found:
-        numbers = tensor.detach().contiguous()
+    scales: list[Tensor] = []  # of weights of few bits
+    for tensor in chain(tensors, scales):  # which the loop adds to
+        if getattr(tensor, "quant_state", None) is not None:
+            scales.append(tensor.quant_state.absmax)
+        numbers = full(tensor.detach()).contiguous()
         bits = numbers.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()])
         sample = bits.flatten()[:: max(1, bits.numel() * numbers.element_size() // SAMPLED)]
         # Piece by piece: torch widens all that it sums.

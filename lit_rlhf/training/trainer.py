@@ -9,10 +9,13 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from pydantic import Field
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.kernels import Kernels
 from lit_rlhf.training.checkpoint_files import CheckpointFiles
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.trained_models import ModelSettings
 
 NEVER = 10**9  # steps
@@ -22,7 +25,7 @@ def make_trainer(
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
     devices: Annotated[int, Field(ge=1)] | Literal["auto"] | list[int] = 1,
     num_nodes: Annotated[int, Field(ge=1)] = 1,
-    strategy: str = "auto",
+    strategy: str | Strategy = "auto",
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"] = "32-true",
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
     kernels: Kernels = "fast",
@@ -45,9 +48,19 @@ def make_trainer(
     in the whole process (``torch.set_float32_matmul_precision``). For ``kernels``, ``activation_checkpointing``,
     ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.trained_models.ModelSettings`.
 
+    The ``strategy`` "fsdp2" is :class:`lit_rlhf.training.fsdp.FSDP2`: models are sharded over the processes.
+
     ``val_check_interval`` counts steps; None leaves validation to whoever calls ``validate``. Checkpoints are the
     business of :class:`lit_rlhf.training.resuming.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
+    precision = precision_of(precision, accelerator)
+    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
+        raise UserError(f"trainer.strategy={strategy}: sharded models are strategy=fsdp2 (or trainer=fsdp)")
+    if strategy == "fsdp2" or isinstance(strategy, FSDP2):
+        strategy = FSDP2() if strategy == "fsdp2" else strategy
+        strategy.check(precision, compile)
+        # What is gathered in inference mode could not be trained later.
+        settings |= {"inference_mode": False}
     models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
     if devices == num_nodes == 1 and "plugins" not in settings:
         settings["plugins"] = [LightningEnvironment()]  # one process, also where a launcher has started several
@@ -59,7 +72,7 @@ def make_trainer(
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=precision_of(precision, accelerator),
+        precision=precision,
         max_steps=max_steps,
         max_epochs=-1 if max_epochs is None and max_steps > 0 else max_epochs or 1,
         limit_train_batches=limit_train_batches,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_rlhf.text import pack, packing
-from lit_rlhf.text.packing import Block, left_pad, stream
+from lit_rlhf.text.packing import Block, divided, left_pad, stream
 
 PAD = 99
 
@@ -168,3 +168,9 @@ def test_runs_by_hand():
     assert packing.runs([5] * 5, 7, shared=[0, 4, 4, 0, 4]) == [slice(0, 3), slice(3, 5)]
     assert packing.runs([5] * 5, 6, shared=[0, 4, 4, 4, 4]) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert packing.runs([5], 1) == [slice(0, 1)]
+
+
+def test_parts_are_halved_until_there_are_enough():
+    assert divided([[1, 2, 3], [4]], 2) == [[1, 2, 3], [4]]
+    assert divided([[1, 2, 3], [4]], 4) == [[1], [2], [3], [4]]
+    assert divided([range(3), range(3, 8)], 3) == [range(3), range(3, 5), range(5, 8)]

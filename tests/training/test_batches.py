@@ -4,8 +4,10 @@ import pytest
 import torch
 from lightning import Trainer
 
+from lit_rlhf.text.packing import runs
 from lit_rlhf.training import seeded
 from lit_rlhf.training.batches import BatchLoader, in_order, sharding, shuffled
+from lit_rlhf.training.parts import Part
 
 
 def loader(count, batch_size, order=in_order, **settings):
@@ -175,3 +177,15 @@ def test_sharding_comes_from_the_trainer():
     assert sharding(None) == {}
     trainer = Trainer(accelerator="cpu", accumulate_grad_batches=3, logger=False, enable_checkpointing=False)
     assert sharding(trainer) == {"world_size": 1, "rank": 0, "accumulate": 3}
+
+
+def test_processes_take_equally_many_parts_of_a_batch():
+    def cut(mine):  # runs of at most 10 tokens; an example has as many as its number says
+        return [mine[run] for run in runs(mine, 10)]
+
+    loaders = [BatchLoader(in_order(16), 4, lambda m, _: m, world_size=2, rank=rank, cut=cut) for rank in range(2)]
+    for one, two in zip(*loaders):
+        counts = {len(batch) if isinstance(batch[0], Part) else 1 for batch in (one, two)}
+        assert len(counts) == 1
+    last = [[part.batch for part in batch] for batch in (one, two)]
+    assert last == [[[8], [10], [12], [14]], [[9], [11], [13], [15]]]

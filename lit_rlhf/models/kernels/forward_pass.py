@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.models.adapters import effective_bias, effective_weight, wrapped_module
+from lit_rlhf.models.gathering import full
 from lit_rlhf.models.kernels.attention import SDPA, has_window
 from lit_rlhf.models.kernels.gelu import gelu_tanh
 from lit_rlhf.models.kernels.onednn import rows_up_to, with_rows_added
@@ -182,12 +183,12 @@ def _matrix(module: nn.Module) -> Tensor:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    return effective_weight(module).detach()
+    return full(effective_weight(module).detach())
 
 
 def _bias(module: nn.Module) -> Any:
     bias = effective_bias(module)
-    return None if bias is None else bias.detach()
+    return None if bias is None else full(bias.detach())
 
 
 def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:

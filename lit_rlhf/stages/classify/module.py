@@ -83,6 +83,7 @@ class ClassifyModule(SupervisedModule):
             width = self.policy.get_input_embeddings().weight.shape[1]
             self.head = nn.Linear(width, len(self.labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
             nn.init.normal_(self.head.weight, std=0.02)
+        super().configure_model()
 
     def hidden(self, batch: ClassifyBatch) -> tuple[Tensor, Tensor]:
         """Last hidden states of the inputs' last tokens (N, D), and of those before the learned ones (M, D)."""

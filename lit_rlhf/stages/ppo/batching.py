@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lit_rlhf.text.packing import Packed, pack, runs
+from lit_rlhf.text.packing import Packed, divided, pack, runs
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Batching:
     packing: bool  # without padding; False: each sequence padded to the longest
     share_prompts: bool  # a prompt once for all its responses
     size: int | None  # sequences in a pass; None: as many as ``tokens`` hold
+    passes: Callable[[int], int] = int  # how many passes there are to be, from how many it takes
 
     def packed(self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]]) -> Packed:
         """All of them in one batch; a mask has one bool per token, True = written by the policy."""
@@ -34,6 +35,10 @@ class Batching:
 
     def runs(self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]], tokens: int) -> list[slice]:
         """Which sequences go together, at most ``tokens`` in all, a shared prompt counted once."""
+        found = [range(*run.indices(len(sequences))) for run in self._runs(sequences, response_masks, tokens)]
+        return [slice(run.start, run.stop) for run in divided(found, self.passes(len(found)))]
+
+    def _runs(self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]], tokens: int) -> list[slice]:
         if self.size is not None:
             return [slice(i, i + self.size) for i in range(0, len(sequences), self.size)]
         lengths = [len(sequence) for sequence in sequences]

@@ -24,6 +24,7 @@ from lit_rlhf.functional import (
 )
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.finite import finite
+from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
@@ -151,7 +152,7 @@ class Collector:
         responses = answered.responses
         found = self.said(answered.batches)
         if responses.states is not None:
-            values = self.critic.head(responses.states).squeeze(-1).float()
+            values = gathered(self.critic, lambda: self.critic.head(responses.states).squeeze(-1).float())
             found["values"] = torch.where(responses.mask, values, 0.0)
         logprobs, ref_logprobs = found.get("logprobs", responses.logprobs), found["ref_logprobs"]
         if "kl" not in found:  # of what was drawn; where the loss has the full one, a rollout needs none
@@ -177,7 +178,7 @@ class Collector:
         said = {}
         hidden = packed_hidden(self.policy, packed, at=before) if self._reads_policy else None
         if self.critic is not None and (hidden is not None or not self._critic_on_policy):
-            said["values"] = self.critic(packed, before, hidden)
+            said["values"] = self.critic.values(packed, before, hidden)
         with self.reference.for_penalty(self.policy) as reference:
             ref_hidden = packed_hidden(reference, packed, at=before)
             said["ref_logprobs"] = token_logprobs_of(reference, ref_hidden, tokens, temperature)

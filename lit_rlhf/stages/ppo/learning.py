@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.models.chunked import adds_to_gradients
+from lit_rlhf.models.gathering import sharded_root
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.reference import Reference
@@ -58,7 +59,9 @@ class LearnsFromRollouts(TrainedState):
     def batching(self) -> Batching:
         """How sequences are laid out for a pass through a model."""
         pad_id, size = self.tokenizer.pad_token_id, self.micro_batch_size
-        return Batching(pad_id, self.device, self.packing, self.share_prompts, size)
+        # Processes whose models are sharded compute together, pass by pass.
+        passes = int if sharded_root(self.policy) is None else self._most
+        return Batching(pad_id, self.device, self.packing, self.share_prompts, size, passes)
 
     @property
     def objective(self) -> Objective:
@@ -149,6 +152,10 @@ class LearnsFromRollouts(TrainedState):
     @property
     def _shard(self) -> tuple[int, int]:
         return self.trainer.global_rank, self.trainer.world_size
+
+    def _most(self, count: int) -> int:
+        """The largest of all processes."""
+        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
 
     def _total(self, value: Tensor) -> Tensor:
         """Sum over all processes."""

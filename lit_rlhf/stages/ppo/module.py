@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import say_once
+from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.functional import adapted_kl_coef
 from lit_rlhf.models.checkpoint import save_model
 from lit_rlhf.models.heads import CriticFactory, critic_from_reward_model, head_parameters
@@ -41,6 +41,7 @@ from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_tex
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, batches_and_size, decay_groups, warmup_decay
 
 
@@ -88,6 +89,7 @@ class PPOModule(LearnsFromRollouts):
     """
 
     frozen_models = ("reference.start.", "scorer.reward_model.")  # a reference that moves is kept
+    not_exported = ("reference", "scorer", "critic")
 
     def __init__(
         self,
@@ -245,6 +247,14 @@ class PPOModule(LearnsFromRollouts):
                 f"ppo.kl.budget is {self.kl.budget:g}: training ends here"
             )
             self.trainer.should_stop = True
+
+    def configure_model(self) -> None:
+        if self.probe_rollouts and isinstance(self.trainer.strategy, FSDP2):
+            raise UserError(
+                "ppo.module.probe_rollouts: the gradients of sharded models (trainer.strategy=fsdp2) are not measured; "
+                "set it to 0, or take trainer=ddp"
+            )
+        super().configure_model()
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = decay_groups(self.policy)

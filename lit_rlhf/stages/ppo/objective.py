@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.functional import clip_fraction, clipped_value_loss, kl_estimate, masked_mean, whole_answer
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.finite import blame
+from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
@@ -52,7 +53,8 @@ class Objective:
         parts = self.micro_batches(minibatch)
         watched: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
-            policy_loss, value_loss, seen = self.losses(part)
+            losses = partial(gathered, self.critic, partial(self.losses, part))
+            policy_loss, value_loss, seen = gathered(self.policy, losses)
             # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
             loss = (policy_loss + self.value_coef * value_loss) * share * weight
             ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
@@ -100,7 +102,7 @@ class Objective:
         blame(policy_loss, "the log-probs of the policy", detached)
         if self.critic is None:
             return policy_loss, policy_loss.new_zeros(()), watched
-        values = scatter(self.critic(packed, response.before, hidden), response.mask)[:, : actions.shape[1]]
+        values = scatter(self.critic.values(packed, response.before, hidden), response.mask)[:, : actions.shape[1]]
         value_loss = clipped_value_loss(values, minibatch.values, minibatch.returns, actions, self.value_clip_range)
         blame(value_loss, "the values of the critic", values)
         watched["value_loss"] = value_loss.detach()

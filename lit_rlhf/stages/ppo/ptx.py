@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.gathering import full
 from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
 
 
@@ -73,4 +74,4 @@ def held_out_text_loss(policy: PreTrainedModel, text: PretrainingText, device: t
 
 def gradient_norm(model: PreTrainedModel) -> Tensor:
     """Norm of the gradients that were gathered so far."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return full(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

@@ -27,6 +27,7 @@ from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.text.records import Ranking
 from lit_rlhf.training.callbacks import inner_bar
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 
 
@@ -156,6 +157,10 @@ class RewardModule(RankingModule):
         self.reward_model.train(training)
         return scores
 
+    def before_whole(self) -> None:
+        """Calibrate while the model is sharded, in all processes."""
+        self.calibrate()
+
     def calibrate(self) -> None:
         """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note how they are spread.
 
@@ -190,5 +195,6 @@ class RewardModule(RankingModule):
         """Write ``model/``: with the plain head a sequence classifier that transformers loads, its logit being the
         score before the shift; with another, a folder that ``load_reward_model`` alone reads. With LoRA and the plain
         head also ``adapter/``, which has the head within and not the shift."""
-        self.calibrate()
+        if self._trainer is None or not isinstance(self._trainer.strategy, FSDP2):  # else it is done
+            self.calibrate()
         super().export(folder)

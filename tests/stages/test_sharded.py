@@ -1,0 +1,146 @@
+"""FSDP2 in two processes on a CPU: what they learn together, stopped and gone on with, is what one process learns."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from lit_rlhf.models import LoRA, add_lora, critic_on_policy
+from lit_rlhf.processes import is_main_process
+from lit_rlhf.rollouts import Sampling
+from lit_rlhf.stages import PPOModule
+from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
+from lit_rlhf.training.trained_state import weights_fingerprint
+
+pytestmark = pytest.mark.slow
+SHARDED = {"strategy": "fsdp2", "devices": 2}
+FIGURES = ("ppo/score", "ppo/kl", "ppo/loss", "ppo/grad_norm", "ppo/critic_grad_norm", "ppo/response_length")
+
+
+class Stop(Exception):
+    pass
+
+
+class Watch(Callback):
+    """Keeps what each step logs; ends a training after some batches."""
+
+    def __init__(self, batches=10**9):
+        self.batches, self.steps = batches, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx >= self.batches:
+            raise Stop
+
+    def on_train_batch_end(self, trainer, module, *_):
+        found = trainer.callback_metrics.items()
+        self.steps.append({name: float(x) for name, x in found if name.endswith("/loss") or name in FIGURES})
+
+
+@pytest.fixture
+def trained(fit, in_processes, tmp_path, monkeypatch):
+    """(make, for one process; for two) -> ((steps, validation, exported weights) of one process, the same of two)."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # as a stage has it
+
+    def run(make, halved, budget, stop, **settings):
+        def begun(folder, callback, **more):
+            module, data = make() if folder == "one" else halved()
+            data.setup()
+            if hasattr(module, "calibration"):
+                module.calibration = data.calibration
+            return module, data, fit(module, data, folder, callbacks=[callback], **budget, **more)
+
+        def ended(watch, module, data, trainer):
+            trainer.validate(module, datamodule=data, verbose=False)
+            return watch.steps, {name: float(x) for name, x in trainer.callback_metrics.items() if "val/" in name}
+
+        def in_two():
+            before, after = Watch(stop), Watch()
+            with pytest.raises(Stop):
+                begun("two", before, every=1, **SHARDED, **settings)
+            torch.manual_seed(99)
+            module, data, trainer = begun("two", after, resume=True, **SHARDED, **settings)
+            steps, validation = ended(after, module, data, trainer)
+            assert module.parameters() and all(isinstance(p, DTensor) for p in module.parameters())
+            names = [n for n, p in module.named_parameters() if p.requires_grad and not n.startswith("critic.")]
+            digest = weights_fingerprint(module.state_dict()[name] for name in names)
+            trainer.strategy.end_sharding()
+            if is_main_process():
+                assert digest == weights_fingerprint(module.state_dict()[name] for name in names)
+                module.export(tmp_path / "two")
+            return before.steps + steps, validation
+
+        watch = Watch()
+        module, data, trainer = begun("one", watch)
+        one = ended(watch, module, data, trainer)
+        module.export(tmp_path / "one")
+        two, other = in_processes(2, in_two)
+        assert two == other
+        weights = [load_file(tmp_path / folder / "model/model.safetensors") for folder in ("one", "two")]
+        return (*one, weights[0]), (*two, weights[1])
+
+    return run
+
+
+def close(one, two, tolerance):
+    """Numbers or tensors by name: what they differ by against their size, of figures below 1 against 1."""
+    assert one.keys() == two.keys()
+    for name in one:
+        a, b = torch.as_tensor(one[name]).double(), torch.as_tensor(two[name]).double()
+        assert (a - b).norm() <= tolerance * (a.norm() if a.dim() else max(a.abs(), 1)), (name, one[name], two[name])
+
+
+@pytest.mark.parametrize(
+    ("stage", "budget"),
+    [
+        ("pretrain", {"max_steps": 6}),
+        ("sft", {"max_epochs": 2}),
+        ("reward", {"max_steps": 6}),
+        ("classify", {"max_epochs": 1}),
+        ("dpo", {"max_steps": 6}),
+    ],
+)
+def test_a_sharded_stage_is_the_same(stage, budget, stages, trained):
+    def halved():
+        module, data = stages[stage]()
+        data.batch_size //= 2
+        return module, data
+
+    settings = {"activation_checkpointing": True} if stage == "sft" else {}
+    one, two = trained(stages[stage], halved, budget, stop=2, **settings)
+    assert one[1]
+    for mine, theirs in zip([*one[0], *one[1:]], [*two[0], *two[1:]], strict=True):
+        close(mine, theirs, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="reward model and critic"),
+        pytest.param({"critic": critic_on_policy, "reference": ReferenceUpdate(ema=0.7)}, id="what follows the policy"),
+        pytest.param(
+            {
+                "lora": LoRA(r=2), "advantage": MonteCarlo(), "kl": KLPenalty("full", in_loss=True),
+            },
+            id="adapters",
+        ),
+    ],
+)  # fmt: skip
+def test_sharded_ppo_is_the_same(settings, policy, ppo, prompts, trained):
+    more = dict(settings)
+    lora = more.pop("lora", None)
+
+    def make(size):
+        torch.manual_seed(0)
+        adapted = add_lora(copy.deepcopy(policy), lora)
+        sampling = Sampling(max_new_tokens=6)
+        module = ppo(adapted, kind=PPOModule, sampling=sampling, ppo_epochs=2, minibatch_size=size, **more)
+        return module, prompts(batch_size=size)
+
+    budget = {"max_epochs": 1, "limit_train_batches": 5}
+    one, two = trained(lambda: make(8), lambda: make(4), budget, stop=3)
+    for mine, theirs in zip(one[0], two[0], strict=True):
+        close(mine, theirs, 1e-5)
+    close(one[2], two[2], 1e-5)
