@@ -162,7 +162,7 @@ class RecordDataModule(FileDataModule):
     fold = 0  # which fraction is held out, for cross-validation
     max_length, on_long = 2**31, "skip"  # tokens, and what happens to records that have more
     left_out = 0  # of them, those of which cutting would leave nothing to learn from
-    weights: Sequence[float] | None = None  # of the path's entries
+    weights: ClassVar[Sequence[float] | None] = None  # of the path's entries
     about: ClassVar[Callable[[Any], Any] | None] = None  # of a record what is to be known of all together
     example: ClassVar[type | None] = None  # the NamedTuple that :meth:`encoded` makes of records; None: stays in memory
     counts: ClassVar[tuple[str, ...]] = ("skipped", "long", "left_out")  # what :meth:`encoded` counts or lists
