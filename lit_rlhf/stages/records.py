@@ -63,6 +63,7 @@ class FileDataModule(LightningDataModule):
 
     # Makes of a row of its files what it reads; None: not by rows.
     parse_record: ClassVar[Callable[[dict[str, Any]], Any] | None] = None
+    ends: ClassVar[bool] = True  # whether its files are read to their ends
     reads: ClassVar[tuple[str, ...]] = ()  # fields that are read later on than by ``parse_record``
 
     def __post_init__(self) -> None:

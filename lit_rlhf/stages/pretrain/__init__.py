@@ -7,7 +7,11 @@ STAGE = Stage(
     title="Pretraining",
     order=10,
     module="lit_rlhf.stages.pretrain.module.PretrainModule",
-    data=("lit_rlhf.stages.pretrain.data.PretrainDataModule", "lit_rlhf.stages.pretrain.data.WorldPretrainDataModule"),
+    data=(
+        "lit_rlhf.stages.pretrain.data.PretrainDataModule",
+        "lit_rlhf.stages.pretrain.data.WorldPretrainDataModule",
+        "lit_rlhf.stages.pretrain.stream.StreamPretrainDataModule",
+    ),
     objective="val_loss",
     in_pipeline=True,
     replaced_by_checkpoint=True,

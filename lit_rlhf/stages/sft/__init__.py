@@ -7,7 +7,11 @@ STAGE = Stage(
     title="Supervised fine-tuning",
     order=30,
     module="lit_rlhf.stages.sft.module.SFTModule",
-    data=("lit_rlhf.stages.sft.data.SFTDataModule", "lit_rlhf.stages.sft.data.WorldSFTDataModule"),
+    data=(
+        "lit_rlhf.stages.sft.data.SFTDataModule",
+        "lit_rlhf.stages.sft.data.WorldSFTDataModule",
+        "lit_rlhf.stages.sft.stream.StreamSFTDataModule",
+    ),
     objective="val_loss",
     models={"policy": "pretrain"},
     in_pipeline=True,

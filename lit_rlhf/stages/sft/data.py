@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
@@ -80,9 +80,13 @@ class SFTDataModule(ExampleDataModule):
     def for_module(self) -> dict[str, Any]:
         return {**super().for_module(), "sample_prompts": self.sample_prompts, "note": self.note}
 
+    def trained_records(self) -> Iterable[Demonstration]:
+        """The dialogues that are trained on."""
+        return self.train_records[: self.limit]
+
     def trained_prompts(self) -> Iterator[Messages]:
         """What stands before each answer that is learned."""
-        for record in self.train_records[: self.limit]:
+        for record in self.trained_records():
             for i, message in enumerate(record.messages):
                 if is_learned(message) and i >= record.context:
                     yield record.messages[:i]

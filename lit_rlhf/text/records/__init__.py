@@ -54,6 +54,7 @@ from lit_rlhf.text.records.sources import (
 )
 from lit_rlhf.text.records.split import (
     Moved as Moved,
+    is_held_out as is_held_out,
     prompt_fingerprint as prompt_fingerprint,
     prompt_key as prompt_key,
     split_by_prompt as split_by_prompt,

@@ -33,6 +33,7 @@ class HubData(TypedDict, total=False):
     split: str  # "train" where nothing is said; "train[:10%]" is a part of it
     revision: str  # a branch, tag or commit
     columns: list[str]  # those that are read; all where nothing is said
+    streaming: bool  # read as they are asked for, and not kept on disk
 
 
 Source = str | Path | HubData
@@ -167,7 +168,8 @@ def _reading(path: str | Path) -> Iterator[None]:
 def identity_of(path: str) -> list[Any] | None:
     """Plain values that change when what is in a source does; None where nobody can tell."""
     if is_hub_name(path):
-        return [path, [file["filename"] for file in hub_rows(path).cache_files]]  # named by the commit
+        kept = getattr(hub_rows(path), "cache_files", None)  # named by the commit
+        return kept and [path, [file["filename"] for file in kept]]
     if "://" in path:
         with _reading(path):
             system, place = _file_system(path)
@@ -206,9 +208,9 @@ def hub_rows(path: str) -> Any:
     from datasets import load_dataset  # imported here: it takes longer than everything else together
 
     settings = _hub_query(path) or {}
-    columns = settings.pop("columns", "")
+    columns, streaming = settings.pop("columns", ""), settings.pop("streaming", "") == "True"
     try:
-        rows = load_dataset(path.partition("?")[0], **{"split": "train", **settings})
+        rows = load_dataset(path.partition("?")[0], **{"split": "train", **settings}, streaming=streaming)
         return rows.select_columns(columns.split(",")) if columns else rows
     except Exception as error:  # network, name, configuration: the library has many kinds
         raise UserError(
