@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import token_logprobs
-from lit_rlhf.models.gathering import gathers, sharded_root
+from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.logits import check_logits, next_token_logits
 
 LOGITS = 2**26  # bytes of float32 logits at once
@@ -89,7 +90,8 @@ def adds_to_gradients(module: nn.Module) -> Iterator[None]:
     Otherwise both fill a matrix of tokens times width, which is added then. Only for losses whose ``backward`` is
     called: ``torch.autograd.grad`` would not see what is added, nor would hooks of a head's matrix."""
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
-    large = [m for m in embeddings if m.weight.nbytes > LOGITS and not m.sparse and sharded_root(m) is None]
+    here = [m for m in embeddings if not isinstance(m.weight, DTensor)]  # a sharded one is there where it is gathered
+    large = [m for m in here if m.weight.nbytes > LOGITS and not m.sparse]
     token = _adds.set(True)
     try:
         for embedding in large:

@@ -21,12 +21,16 @@ from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.loading import (
     Dtype,
     checkpoint_format,
+    copied,
     format_of,
+    intend_dtype,
+    intended_dtype,
     keep_format,
     load_classifier,
     load_config,
     load_language_model,
     match_tokenizer,
+    settled,
 )
 from lit_rlhf.models.logits import language_model
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, holds_score, with_adapter
@@ -118,7 +122,8 @@ def _load_classifier(
         base_path(path), dtype, new_head is not None or holds_score(path), export_dtype, **quantized
     )
     if fresh:
-        start_head(model.score, (new_head or RewardHead()).start)
+        start = (new_head or RewardHead()).start
+        start_head((settled(model) if start == "normal" else model).score, start)
     return with_adapter(keep_layout(model), path)
 
 
@@ -277,7 +282,7 @@ def critic_from_reward_model(
             "ppo/critic=shared"
         )
     reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
-    critic = _trainable(copy.deepcopy(reward_model), policy.dtype, lora)
+    critic = _trainable(copied(reward_model), policy, lora)
     return Critic(critic.base_model, critic.score)
 
 
@@ -285,17 +290,21 @@ def critic_from_policy(
     policy: PreTrainedModel, reward_model: PreTrainedModel | None = None, lora: LoRA | None = None
 ) -> Critic:
     """A critic that begins as the policy, with a head that values everything 0."""
-    trunk = _trainable(copy.deepcopy(merged(policy, quantized=True)), policy.dtype, lora)
+    trunk = _trainable(copied(merged(policy, quantized=True)), policy, lora)
     return Critic(trunk.base_model, _zero_head(policy))
 
 
-def _trainable(model: Any, dtype: torch.dtype, lora: LoRA | None) -> Any:
-    """A copy that is to be a critic, with adapters where ``lora`` asks for them."""
+def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
+    """A copy that is to be a critic in the ``policy``'s precision, with adapters where ``lora`` asks for them."""
     if is_quantized(model):
         check_quantization("4bit", lora, "ppo.critic")
     else:
         # A frozen model may be in half precision; small steps of one that learns would be rounded away.
-        model = model.to(dtype).requires_grad_(True)
+        if hasattr(model, "intended_dtype") and not (lora and lora.wanted):
+            intend_dtype(model, intended_dtype(policy))
+        else:
+            settled(model).to(intended_dtype(policy))
+        model.requires_grad_(True)
     return add_lora(model, lora)
 
 
@@ -307,4 +316,4 @@ def critic_on_policy(policy: PreTrainedModel, reward_model: PreTrainedModel | No
 def _zero_head(policy: PreTrainedModel) -> nn.Linear:
     head = nn.Linear(effective_weight(policy.get_input_embeddings()).shape[1], 1, bias=False)
     nn.init.zeros_(head.weight)
-    return head.to(policy.device, policy.dtype)
+    return head.to(policy.device, intended_dtype(policy))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -72,6 +75,46 @@ def keep_format(model: torch.nn.Module, form: CheckpointFormat | None) -> None:
     """Let the export of ``model``, which came from a checkpoint or from a model of one, keep its ``form``."""
     if form is not None:
         _formats[model] = form
+
+
+_as_stored: ContextVar[bool] = ContextVar("as_stored", default=False)
+
+
+@contextmanager
+def loading_as_stored() -> Iterator[None]:
+    """Within it models are loaded in the precision of their files, whose pages all processes of a machine share.
+
+    They are about to be sharded, and each part is cast to the precision that was asked for when it is."""
+    token = _as_stored.set(True)
+    try:
+        yield
+    finally:
+        _as_stored.reset(token)
+
+
+def intend_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Note the precision that a model will have when it is sharded."""
+    model.intended_dtype = model.base_model.intended_dtype = dtype
+
+
+def intended_dtype(model: Any) -> torch.dtype:
+    """The precision that a model has, or will have when it is sharded."""
+    return getattr(model, "intended_dtype", None) or model.dtype
+
+
+def settled(model: Any) -> Any:
+    """``model``, cast now where it was to be cast when it is sharded: its numbers are about to change."""
+    if hasattr(model, "intended_dtype"):
+        model.to(model.intended_dtype)
+        for part in {model, model.base_model}:
+            del part.intended_dtype
+    return model
+
+
+def copied(model: Any) -> Any:
+    """A copy of ``model``; of one that is about to be sharded it shares the numbers, which are taken apart then."""
+    lent = model.parameters() if hasattr(model, "intended_dtype") else ()
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in lent})
 
 
 def load_language_model(
@@ -207,7 +250,13 @@ def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[P
             config = AutoConfig.from_pretrained(str(path), **{k: v for k, v in settings.items() if k == "num_labels"})
             nothing: dict[str, Any] = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
             return kind.from_config(config, dtype=getattr(torch, dtype)), nothing
-        return kind.from_pretrained(str(path), dtype=getattr(torch, dtype), **settings)
+        wanted = getattr(torch, dtype)
+        form = format_of(path) if _as_stored.get() and "quantization_config" not in settings else None
+        if form is None or form.others:
+            return kind.from_pretrained(str(path), dtype=wanted, **settings)
+        model, found = kind.from_pretrained(str(path), dtype=form.dtype, **settings)
+        intend_dtype(model, wanted)
+        return model, found
     except Exception as error:  # a config.json whose numbers make no model ends anywhere
         raise _unloadable(path, error) from error
 
@@ -289,6 +338,7 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             "they are no pair"
         )
     if new:
+        settled(model)
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
         say(f"{where}: the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}")
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_rlhf.models.loading import intended_dtype
 from lit_rlhf.models.policy import layers
 
 LEARNING = 0.5  # GiB that forward passes may keep for their backward pass, logits apart
@@ -53,4 +54,4 @@ def _bytes_of_token(trunk: PreTrainedModel) -> int:
             numbers += sum(part.weight.shape)
         else:
             numbers += sum(experts * sum(p.shape[1:]) for p in part.parameters(recurse=False) if p.dim() == 3)
-    return numbers * trunk.dtype.itemsize
+    return numbers * intended_dtype(trunk).itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, adapters_off
 from lit_rlhf.models.gathering import sharded_root
+from lit_rlhf.models.loading import copied, settled
 from lit_rlhf.models.lora import starts_unchanged
 from lit_rlhf.models.policy import freeze
 
@@ -51,10 +51,11 @@ class Reference(nn.Module):
             raise UserError(
                 "with LoRA there is no copy of the policy that could move or be made smaller: leave ppo.reference alone"
             )
-        dtype = policy.dtype if update.dtype is None else getattr(torch, update.dtype)
-        self.start = None if lora else freeze(copy.deepcopy(policy).to(dtype))  # type: ignore[arg-type]
+        self.start = None if lora else freeze(copied(policy))
+        if self.start is not None and update.dtype is not None:
+            settled(self.start).to(getattr(torch, update.dtype))
         # In the policy's own precision: in half of it, small steps of an average would be rounded away.
-        self.moving = freeze(copy.deepcopy(policy)) if moves else None
+        self.moving = freeze(copied(policy)) if moves else None
         self._began: dict[str, Tensor] = {}
         if lora and not starts_unchanged(policy):
             self._began = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}

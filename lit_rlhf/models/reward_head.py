@@ -24,7 +24,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_token
 from lit_rlhf.models.finite import check_finite
-from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_tensors, checkpoint_format, keep_format
+from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_tensors, checkpoint_format, keep_format, settled
 from lit_rlhf.models.logits import check_logits, language_model
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.model_folder import model_settings
@@ -146,7 +146,7 @@ class RewardTransformer(nn.Module):
         """A language model with a fresh head in place of its own, which a likelihood head keeps for itself.
 
         Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
-        trunk: Any = policy.base_model
+        trunk: Any = settled(policy).base_model
         embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
         if spec.kind == "likelihood":

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lit_rlhf
 from lit_rlhf.errors import UserError, first_line, say, users_mistake
-from lit_rlhf.models.loading import check_files
+from lit_rlhf.models.loading import check_files, loading_as_stored
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
 from lit_rlhf.pipeline.folder import model_nodes
@@ -176,7 +176,10 @@ def make_module(
     name: str, settings: DictConfig, data: LightningDataModule, without_values: bool = False
 ) -> LightningModule:
     """The module of a stage, with its models; ``without_values``: on ``meta``, for a dry run."""
-    with torch.device("meta") if without_values else nullcontext():
+    strategy = settings.trainer.get("strategy")
+    sharded = strategy == "fsdp2" or isinstance(strategy, DictConfig)
+    values = loading_as_stored() if sharded else nullcontext()
+    with torch.device("meta") if without_values else values:
         models = load_models(name, settings, data.tokenizer)
     make = instantiate(settings.module, **models, _partial_=True, _convert_="all")
     module: StageModule = make(**data.for_module())  # not through Hydra, which makes dictionaries of records

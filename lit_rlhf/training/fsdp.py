@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.gathering import end_root, make_root
 from lit_rlhf.models.heads import Critic
+from lit_rlhf.models.kernels.allocator import give_back_freed_memory
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.micro_batches import trunks
 from lit_rlhf.models.policy import layers, packs
@@ -56,20 +57,23 @@ class FSDP2(ModelParallelStrategy):
 
     def shard(self, module: nn.Module) -> None:
         """Shard the models inside ``module``, each by itself; what is sharded stays so."""
+        give_back_freed_memory()
         module = self.precision_plugin.convert_module(module)
         settings: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "reshard_after_forward": True}
-        if dtype := PRECISIONS[str(self.precision_plugin.precision)]:
-            settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        if gathered := PRECISIONS[str(self.precision_plugin.precision)]:
+            settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
         for root in _roots(module):
             if isinstance(root, FSDPModule):
                 continue
             if isinstance(root, PreTrainedModel) and root.can_generate():
                 check_logits(root)
+            dtypes = (getattr(part, "intended_dtype", None) for part in root.modules())
+            dtype = next(filter(None, dtypes), None)
             for trunk in trunks(root):
                 packs(trunk)  # how it is computed is asked while its weights are whole
                 for layer in self._layers(trunk):
-                    fully_shard(layer, **settings)
-            fully_shard(root, **settings)
+                    fully_shard(_cast(layer, dtype), **settings)
+            fully_shard(_cast(root, dtype), **settings)
             make_root(root)
 
     def _layers(self, trunk: PreTrainedModel) -> list[nn.Module]:
@@ -94,7 +98,7 @@ class FSDP2(ModelParallelStrategy):
         A module's ``before_whole()`` is called before, in all processes; what it names as ``not_exported`` stays."""
         module: Any = self.lightning_module
         getattr(module, "before_whole", lambda: None)()
-        self.optimizers = []  # their memory is wanted
+        self.optimizers, self.lr_scheduler_configs = [], []  # their memory is wanted
         for root in _roots(module, without=getattr(module, "not_exported", ())):
             if isinstance(root, FSDPModule) and any(p.requires_grad for p in root.parameters()):
                 end_root(root, keep=self.is_global_zero)
@@ -145,6 +149,14 @@ class FSDP2(ModelParallelStrategy):
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
+
+
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """``module``, what is not sharded of it in the ``dtype`` that it was to have; None: the one it has."""
+    for parameter in module.parameters():
+        if dtype is not None and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _roots(module: nn.Module, without: Sequence[str] = ()) -> Iterator[nn.Module]:

@@ -30,8 +30,9 @@ from lit_rlhf.models import (
     reward_model_from_config,
     save_model,
 )
-from lit_rlhf.models.heads import packed_scores
-from lit_rlhf.models.loading import check_finite, match_tokenizer
+from lit_rlhf.models.heads import critic_from_policy, packed_scores
+from lit_rlhf.models.loading import check_finite, copied, intended_dtype, loading_as_stored, match_tokenizer, settled
+from lit_rlhf.models.reference import Reference, ReferenceUpdate
 from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.text.packing import pack
@@ -532,3 +533,23 @@ def test_a_reward_model_without_values_has_the_shape_of_one_with_them(folder, to
     loaded = without_values(tmp_path / "scores", load_reward_model, tokenizer=tokenizer)
     assert shapes(loaded) == shapes(load_reward_model(tmp_path / "scores", tokenizer))
     assert all(p.is_meta for p in loaded.parameters())
+
+
+def test_what_is_to_be_sharded_stays_as_it_is_stored(policy, tokenizer, tmp_path):
+    policy.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with loading_as_stored():
+        lent = load_policy(tmp_path, tokenizer)
+        adapted = load_policy(tmp_path, tokenizer, lora=LoRA(r=2))
+    plain = load_policy(tmp_path, tokenizer)
+    assert (lent.dtype, intended_dtype(lent)) == (torch.bfloat16, torch.float32)
+    assert adapted.dtype == plain.dtype == torch.float32
+    assert [p.data_ptr() for p in copied(lent).parameters()] == [p.data_ptr() for p in lent.parameters()]
+    assert copied(plain).lm_head.weight.data_ptr() != plain.lm_head.weight.data_ptr()
+    reference = Reference(lent, ReferenceUpdate()).start
+    critic = critic_from_policy(lent)
+    assert intended_dtype(reference) == critic.trunk.intended_dtype == critic.head.weight.dtype == torch.float32
+    assert Reference(lent, ReferenceUpdate(dtype="float16")).start.dtype == torch.float16
+    assert settled(lent).dtype == intended_dtype(lent) == torch.float32 and not hasattr(lent, "intended_dtype")
+    for name, weight in settled(reference).state_dict().items():
+        assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)

@@ -29,6 +29,7 @@ ELSEWHERE = {  # what a command needs that is not here
     "trainer=gpu": "a GPU",
     "trainer.accelerator=gpu": "GPUs",
     "trainer=ddp": "several processes: test_ddp.py",
+    "trainer=fsdp": "several processes: test_sharded.py",
     "trainer.requeue=true": "Slurm: test_signals.py",
 }
 BUDGET = re.compile(r"(.*\.(?:max_steps|limit_train_batches|val_check_interval))=\d+")

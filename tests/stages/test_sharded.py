@@ -1,6 +1,7 @@
 """FSDP2 in two processes on a CPU: what they learn together, stopped and gone on with, is what one process learns."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from lit_rlhf.models import LoRA, add_lora, critic_on_policy
+from lit_rlhf.models.gathering import full
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule
@@ -144,3 +146,41 @@ def test_sharded_ppo_is_the_same(settings, policy, ppo, prompts, trained):
     for mine, theirs in zip(one[0], two[0], strict=True):
         close(mine, theirs, 1e-5)
     close(one[2], two[2], 1e-5)
+
+
+def test_any_number_of_processes_goes_on_with_a_checkpoint_folder(stages, fit, in_processes, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+    def start(number, folder, stop=10**9, resume=False, **settings):
+        module, data = stages["sft"]()
+        data.batch_size = 12 // number
+        try:
+            fit(module, data, folder, callbacks=[Watch(stop)], every=1, resume=resume, max_steps=6, **settings)
+        except Stop:
+            return None
+        return {name: full(p.detach()) for name, p in module.named_parameters()}
+
+    whole = start(1, "whole")
+    in_processes(2, lambda: start(2, "run", 2, **SHARDED))
+    in_processes(3, lambda: start(3, "run", 4, resume=True, strategy="fsdp2", devices=3))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    [sharded] = in_processes(1, lambda: start(1, "copy", resume=True, strategy="fsdp2"))
+    close(whole, sharded, 1e-4)
+    close(whole, start(1, "run", resume=True), 1e-4)  # not sharded, which leaves a file in the folder's place
+    assert (tmp_path / "run/last.ckpt").is_file() and (tmp_path / "copy/last.ckpt").is_dir()
+
+
+def test_in_bfloat16_gradients_are_summed_in_float32(stages, fit, in_processes, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+    def start(number, **settings):
+        module, data = stages["pretrain"]()
+        data.batch_size //= number
+        watch = Watch()
+        fit(module, data, str(number), callbacks=[watch], max_steps=4, precision="bf16-mixed", **settings)
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        return watch.steps
+
+    one, (two, _) = start(1), in_processes(2, lambda: start(2, **SHARDED))
+    for mine, theirs in zip(one, two, strict=True):
+        close(mine, theirs, 1e-2)

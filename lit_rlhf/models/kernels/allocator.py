@@ -13,11 +13,21 @@ def keep_freed_memory() -> bool:
 
     Otherwise it gives large blocks back to the system at once, and each step asks for them again, page by page. The
     most that is held at a time does not change, but it stays until the process ends."""
+    # One arena: those of other threads than the first consist of pieces, which go back to the system all the same.
+    return _set({MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20, ARENA_MAX: 1})
+
+
+def give_back_freed_memory() -> bool:
+    """Undo :func:`keep_freed_memory`: blocks of a MiB and more go back to the system when they are freed.
+
+    Weights that are gathered, layer by layer, leave gaps of many sizes, which the next ones would not fill."""
+    return _set({MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 1 << 20, TOP_PAD: 0})
+
+
+def _set(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    # One arena: those of other threads than the first consist of pieces, which go back to the system all the same.
-    settings = {MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20, ARENA_MAX: 1}
     return all(libc.mallopt(name, value) == 1 for name, value in settings.items())

@@ -17,6 +17,7 @@ from lit_rlhf.functional import added, classification_loss, side_by_side, wilson
 from lit_rlhf.models.checkpoint import save_model
 from lit_rlhf.models.chunked import token_logprobs_of
 from lit_rlhf.models.heads import sequence_classifier
+from lit_rlhf.models.loading import intended_dtype
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reward_head import RewardHead
 from lit_rlhf.stages.classify.data import ClassifyBatch
@@ -81,7 +82,8 @@ class ClassifyModule(SupervisedModule):
         """Make the head."""
         if self.head is None:
             width = self.policy.get_input_embeddings().weight.shape[1]
-            self.head = nn.Linear(width, len(self.labels) or 1, bias=False).to(self.policy.device, self.policy.dtype)
+            like = {"device": self.policy.device, "dtype": intended_dtype(self.policy)}
+            self.head = nn.Linear(width, len(self.labels) or 1, bias=False, **like)
             nn.init.normal_(self.head.weight, std=0.02)
         super().configure_model()
 
