@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -39,21 +37,17 @@ def population_std(values: Tensor) -> Tensor:
     return values.std(unbiased=False) if len(values) else values.new_tensor(float("nan"))
 
 
-def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Centre and scale ``values`` (B, T) by the mean and standard deviation of all valid positions together.
 
     One mean and one (population) deviation for the batch, so the order between samples is kept; masked
-    positions come back as 0. ``total`` sums a tensor over processes, whose batches are then one.
+    positions come back as 0.
 
     >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[-1.,  1.,  0.]])
     """
-    if total is None:
-        mean = masked_mean(values, mask)
-        variance = masked_mean((values - mean) ** 2, mask)
-    else:
-        mean, square = moments(total(power_sums(values[mask])))
-        variance = square - mean**2
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
     return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), 0.0).to(values.dtype)
 
 

@@ -148,12 +148,15 @@ def sample(
     return responses
 
 
-def draw_seeds(count: int, generator: Generator | None = None, shard: tuple[int, int] = (0, 1)) -> list[int]:
+def draw_seeds(
+    count: int, generator: Generator | None = None, shard: tuple[int, int] = (0, 1), together: int = 1
+) -> list[int]:
     """Seeds of the ``count`` responses of this process out of those of all, ``shard`` = (rank, number of ranks): what a
-    response draws does not depend on how a batch is dealt out to ranks."""
+    response draws does not depend on how a batch is dealt out to ranks, so many responses ``together``."""
     rank, ranks = shard
     device = "cpu" if generator is None else generator.device
-    return torch.randint(2**31, (count * ranks,), generator=generator, device=device)[rank::ranks].tolist()
+    drawn = torch.randint(2**31, (count * ranks,), generator=generator, device=device)
+    return drawn.view(-1, together)[rank::ranks].flatten().tolist()
 
 
 def by_sampling(

@@ -21,7 +21,7 @@ from lit_rlhf.text.rows import Rows
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note, Tools
 from lit_rlhf.text.world import Grade, World
-from lit_rlhf.training.batches import BatchLoader, in_order, seeded, sharding
+from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded, sharding
 
 Item = TypeVar("Item")
 
@@ -149,15 +149,30 @@ class PromptDataModule(RecordDataModule):
         return prompts
 
     def loader(self, prompts: Sequence[Prompt], shuffle_to: int | None = None) -> BatchLoader[PromptBatch]:
-        """Batches of ``prompts``: in order, or ``shuffle_to`` of them shuffled."""
-
-        def collate(mine: list[int], _: list[int]) -> PromptBatch:
-            chosen = [prompts[i] for i in mine]
-            return PromptBatch(*(list(column) for column in zip(*chosen)))
-
+        """Batches of ``prompts``, shared out over the processes: in order, or ``shuffle_to`` of them shuffled."""
+        collate = lambda mine, _: _batch(prompts, mine)  # noqa: E731
         if shuffle_to is None:
-            return BatchLoader(in_order(len(prompts)), self.batch_size, collate, keep_rest=True)
+            return BatchLoader(
+                in_order(len(prompts)), self.batch_size, collate, keep_rest=True, **dealing(self.trainer)
+            )
         return BatchLoader(self.order(prompts, shuffle_to), self.batch_size, collate, **sharding(self.trainer))
+
+    def sampled(self, prompts: Sequence[Prompt]) -> BatchLoader[PromptBatch]:
+        """Batches of ``prompts`` in order, each for one process: what is drawn for a batch follows from its number."""
+        size = self.batch_size
+        batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+        deal = dealing(self.trainer)
+        if len(batches) < deal.get("world_size", 1):
+            self.note(
+                f"{len(prompts)} prompts in batches of {size} are {len(batches)} for {deal['world_size']} processes; "
+                "with a smaller batch_size all of them have some"
+            )
+        collate = lambda mine, _: _batch(prompts, batches[mine[0]])  # noqa: E731
+        return BatchLoader(in_order(len(batches)), 1, collate, keep_rest=True, **deal)
+
+
+def _batch(prompts: Sequence[Prompt], places: Sequence[int]) -> PromptBatch:
+    return PromptBatch(*(list(column) for column in zip(*(prompts[i] for i in places))))
 
 
 class WorldPromptDataModule(PromptDataModule):

@@ -20,9 +20,9 @@ from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
+from lit_rlhf.training.all_processes import mean_of_all, of_step
 from lit_rlhf.training.dry_run import Meter
 from lit_rlhf.training.fsdp import FSDP2
-from lit_rlhf.training.gathering import mean_of_all, of_step
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, decay_groups, optimizer_and_schedule
 from lit_rlhf.training.parts import LearnsInParts, Part
 

@@ -140,15 +140,6 @@ def test_means_of_micro_batches_add_up_by_their_share(one, other):
     assert_close(masked_mean(values, mask), recombined.double(), rtol=1e-5, atol=1e-5)  # shares are float32
 
 
-def test_whitening_over_processes_is_that_over_all_values():
-    torch.manual_seed(0)
-    values, mask = torch.randn(8, 5), torch.arange(5) < torch.randint(1, 6, (8, 1))
-    others = power_sums(values[4:][mask[4:]])
-    found = whiten(values[:4], mask[:4], total=lambda sums: sums + others)
-    assert_close(found, whiten(values, mask)[:4])
-    assert found.dtype == values.dtype and whiten(values[:1], mask[:1] & False, total=lambda s: s).eq(0).all()
-
-
 def test_a_scale_is_never_a_rounding_error():
     alike = torch.full((100,), 0.1)
     assert scale_of(*moments(power_sums(alike))) == 1 == scale_of(*moments(power_sums(alike[:0])))

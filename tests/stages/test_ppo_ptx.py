@@ -68,22 +68,36 @@ def test_the_norms_of_both_parts(ppo, train, text):
     assert "ppo/ptx_loss" not in without.logged
 
 
-def test_rows_depend_on_iteration_step_and_process_alone(ppo, alone, text, kept_rows):
-    module, _ = alone(ppo(**NOTHING, ptx=text, ptx_coef=1.0))
-    rows = kept_rows(module)
+def test_rows_depend_on_iteration_and_step_alone_and_are_dealt_out_to_processes(ppo, alone, text):
+    module, _ = alone(ppo(**NOTHING, ptx=text, ptx_coef=1.0, minibatch_size=6, ptx_ratio=1.0))
 
-    def drawn(iteration, number, rank=0):
+    def drawn(iteration, number, rank=0, processes=1):
         torch.rand(3)  # whatever else was drawn
         module.iteration.fill_(iteration)
-        module.trainer.global_rank = rank
-        module.text_parts(number)
-        return rows[-1].tokens
+        module.minibatch_size = 6 // processes
+        module.trainer.global_rank, module.trainer.world_size = rank, processes
+        parts, share = module.text_parts(number)
+        assert share == 1
+        return torch.cat([part.tokens for part in parts])
 
-    module.trainer.world_size = 2
     first = drawn(3, 1)
-    assert not any(torch.equal(first, drawn(*other)) for other in ((3, 0), (4, 1), (3, 1, 1)))
+    assert not any(torch.equal(first, drawn(*other)) for other in ((3, 0), (4, 1)))
     assert torch.equal(first, drawn(3, 1))
-    assert len({tuple(row) for row in first.tolist()}) > 1
+    assert len({tuple(row) for row in first.tolist()}) == 6
+    for processes in (2, 3):
+        for rank in range(processes):
+            assert torch.equal(drawn(3, 1, rank, processes), first[rank::processes])
+
+
+def test_processes_for_which_there_is_no_text_learn_nothing_from_it(ppo, alone, text):
+    module, _ = alone(ppo(**NOTHING, ptx=text, ptx_coef=1.0, minibatch_size=1, ptx_ratio=0.5), world_size=3)
+    shares = []
+    for rank in range(3):
+        module.trainer.global_rank = rank
+        parts, share = module.text_parts(0)
+        assert sum(len(part.tokens) for part in parts) == 1
+        shares.append(share)
+    assert shares == [1.5, 1.5, 0.0]  # two rows, one each
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(1.0, 4), (2.0, 8), (0.5, 2), (0.01, 1)])

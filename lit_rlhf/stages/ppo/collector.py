@@ -63,13 +63,39 @@ class Readings(NamedTuple):
     values: Tensor  # (N, T) of the state before each token, in reward units; 0 without a critic
 
 
+class Experience(NamedTuple):
+    """N responses and what is said of them: those that this process has sampled, or all processes."""
+
+    sequences: list[list[int]]
+    response_mask: list[list[bool]]
+    mask: Tensor  # (N, T) bool, True = token of the response
+    finished: Tensor  # (N,) bool
+    raw: Tensor  # (N,) as in :class:`Answered`
+    gold: Tensor | None  # (N,) by the judge, where there is one
+    readings: Readings
+
+    @classmethod
+    def together(cls, parts: Sequence[Experience], answers_per_prompt: int, device: torch.device) -> Experience:
+        """Of all processes, between which the prompts were dealt out in turn, equally many to each."""
+        if len(parts) == 1:
+            return parts[0]
+        count = len(parts) * len(parts[0].sequences)
+        order = torch.arange(count).view(len(parts), -1, answers_per_prompt).transpose(0, 1).flatten()
+        lists = [[row for part in parts for row in part[field]] for field in range(2)]
+        masks, finished, raw, gold = ([part[field] for part in parts] for field in range(2, 6))
+        readings = (stacked(tables)[order].to(device) for tables in zip(*(part.readings for part in parts)))
+        flat = (None if rows[0] is None else torch.cat(rows)[order].to(device) for rows in (finished, raw, gold))
+        sequences, response_mask = ([rows[i] for i in order.tolist()] for rows in lists)
+        return cls(sequences, response_mask, stacked(masks)[order].to(device), *flat, Readings(*readings))
+
+
 @dataclass
 class Collector:
     """Prompts in, a rollout and its statistics out. It changes no weights and logs nothing.
 
     It sees the models as they are. ``exact`` says whether the engine's log-probs are those of a training pass; else
-    they are computed anew. ``total`` sums a tensor over all processes; None: there is one. With ``moves_scale`` the
-    scores enter the scorer's running scale; a rollout that is only looked at leaves it as it is."""
+    they are computed anew. ``everyones`` gives what all processes have collected, from what this one has. With
+    ``moves_scale`` the scores enter the scorer's running scale; a rollout that is only looked at leaves it as it is."""
 
     policy: PreTrainedModel
     reference: Reference
@@ -88,25 +114,27 @@ class Collector:
     action: Literal["token", "answer"]
     answers_per_prompt: int
     whiten: bool
-    total: Callable[[Tensor], Tensor] | None = None
+    everyones: Callable[[Experience], list[Experience]]
     moves_scale: bool = True
 
     @torch.no_grad()
     def collect(self, prompts: PromptBatch, seeds: Sequence[int]) -> tuple[Rollout, Statistics]:
-        """A rollout of K = ``answers_per_prompt`` responses to each of B prompts, from N = B * K ``seeds``.
+        """A rollout of K = ``answers_per_prompt`` responses to each prompt, of all processes together.
 
-        T is the length of the longest response; A is T where every token is an action, 1 where a response is one."""
-        # 1. Sample N responses, and let the reward model and functions read them.
+        N is the number of responses, T the length of the longest; A is T where every token is an action, 1 where a
+        response is one. This process samples and reads those to ``prompts``, from a seed each, and works out the rest
+        for all of them, as each process does."""
+        # 1. Sample responses, and let the reward model, functions and judge read them.
         # A critic on the policy's trunk needs no other pass: it values the states that the responses were drawn from.
         states = self._critic_on_policy and not self._reads_policy
         answered = self.answer(self.policy, repeated(prompts, self.answers_per_prompt), seeds, states=states)
-        responses, token_mask = answered.responses, answered.responses.mask  # (N, T)
-        # 2. Scores (N,): scaled, clipped, less the penalties for length and for a missing end; NaN: nobody has scored.
+        # 2. Log-probs, divergence from the reference, values: (N, T).
+        experience = self._experience(answered, self.read(answered))
+        token_mask, readings = experience.mask, experience.readings
+        # 3. Scores (N,): scaled, clipped, less the penalties for length and for a missing end; NaN: nobody has scored.
         if self.moves_scale:
-            self.scorer.observe(answered.raw, self.total)
-        scores = self.scorer.shape(answered.raw, responses.lengths, responses.finished)
-        # 3. Log-probs, divergence from the reference, values: (N, T).
-        readings = self.read(answered)
+            self.scorer.observe(experience.raw)
+        scores = self.scorer.shape(experience.raw, token_mask.sum(-1), experience.finished)
         # 4. Token rewards (N, T): the penalty on every token, the score on the last.
         penalties = torch.zeros_like(readings.kl) if self.kl.in_loss else self.kl_coef * readings.kl
         token_reward = token_rewards(scores.nan_to_num(), penalties, token_mask)
@@ -118,11 +146,20 @@ class Collector:
         values, mask = readings.values[:, : rewards.shape[1]], learned_mask[:, : rewards.shape[1]]
         # 6. Advantages and the critic's targets, (N, A).
         raw_advantages, targets = self.advantage(rewards, values, mask, self.answers_per_prompt)
-        advantages = whiten(raw_advantages, mask, total=self.total) if self.whiten else raw_advantages
+        advantages = whiten(raw_advantages, mask) if self.whiten else raw_advantages
         returns = torch.zeros_like(values) if targets is None else targets
-        experience = (mask, old_logprobs, ref_logprobs, values, rewards, advantages, returns)
-        rollout = Rollout(answered.sequences, answered.response_mask, *experience)
-        return rollout, self._statistics(rollout, answered, scores, readings, population_std(raw_advantages[mask]))
+        tensors = (mask, old_logprobs, ref_logprobs, values, rewards, advantages, returns)
+        rollout = Rollout(experience.sequences, experience.response_mask, *tensors)
+        return rollout, self._statistics(rollout, experience, scores, population_std(raw_advantages[mask]))
+
+    def _experience(self, answered: Answered, readings: Readings) -> Experience:
+        """Of all processes, from what this one has sampled and read."""
+        responses, grades = answered.responses, self.grades(answered)
+        own = Experience(
+            answered.sequences, answered.response_mask, responses.mask, responses.finished, answered.raw,
+            None if grades is None else grades["gold"], readings,
+        )  # fmt: skip
+        return Experience.together(self.everyones(own), self.answers_per_prompt, responses.mask.device)
 
     @torch.no_grad()
     def answer(
@@ -213,18 +250,18 @@ class Collector:
         return whole_answer(x, mask) if self.action == "answer" else x
 
     def _statistics(
-        self, rollout: Rollout, answered: Answered, scores: Tensor, readings: Readings, advantage_std: Tensor
+        self, rollout: Rollout, experience: Experience, scores: Tensor, advantage_std: Tensor
     ) -> Statistics:
         """Of a rollout whose responses have ``scores`` (N,), NaN where nobody has scored."""
-        responses, scored = answered.responses, ~scores.isnan()
+        readings, token_mask, scored = experience.readings, experience.mask, ~scores.isnan()
         found = {
-            "score": self._mean_of(scores, scored),
+            "score": _mean_of(scores, scored),
             "score_std": population_std(scores[scored]),
-            "reward": self._mean_of(rollout.rewards.sum(-1), scored),
-            "kl": sequence_kl(readings.logprobs, readings.ref_logprobs, responses.mask).mean(),
-            "entropy": masked_mean(readings.entropy, responses.mask),
-            "response_length": responses.lengths.float().mean(),
-            "finished": responses.finished.float().mean(),
+            "reward": _mean_of(rollout.rewards.sum(-1), scored),
+            "kl": sequence_kl(readings.logprobs, readings.ref_logprobs, token_mask).mean(),
+            "entropy": masked_mean(readings.entropy, token_mask),
+            "response_length": token_mask.sum(-1).float().mean(),
+            "finished": experience.finished.float().mean(),
         }
         if self.critic is not None:
             found["value"] = masked_mean(rollout.values, rollout.mask)
@@ -232,14 +269,12 @@ class Collector:
         if self.scorer.scoring.functions:  # which may say nothing
             found["unscored"] = 1 - scored.float().mean()
         found["advantage_std"] = advantage_std
-        grades = self.grades(answered)
-        return found if grades is None else {**found, "gold": grades["gold"].mean()}
+        return found if experience.gold is None else {**found, "gold": experience.gold.mean()}
 
-    def _mean_of(self, values: Tensor, counted: Tensor) -> Tensor:
-        """Of the ``values`` (N,) that are ``counted`` (N,), over all processes; NaN without any."""
-        sums = torch.stack([masked_sum(values, counted), counted.sum().to(values)])
-        total, count = sums if self.total is None else self.total(sums)
-        return total / count
+
+def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """Of the ``values`` (N,) that are ``counted`` (N,); NaN without any."""
+    return masked_sum(values, counted) / counted.sum().to(values)
 
 
 def _record(prompts: PromptBatch, responses: Responses) -> dict[str, list[Any]]:

@@ -23,6 +23,7 @@ from lit_rlhf.stages.ppo.loss import PolicyLoss
 from lit_rlhf.stages.ppo.objective import Objective
 from lit_rlhf.stages.ppo.ptx import PretrainingText, gradient_norm, text_gradients
 from lit_rlhf.stages.ppo.rollout import TEXT, Rollout
+from lit_rlhf.training.all_processes import mean_of_all
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.callbacks import inner_bar
 from lit_rlhf.training.diverging import clip_gradients
@@ -78,21 +79,19 @@ class LearnsFromRollouts(TrainedState):
     def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:
         """The optimization epochs; they end early where the policy has moved further than ``kl.stop``.
 
-        A minibatch in which no process has a scored answer takes no step."""
+        Rollout and minibatches are those of all processes. One without a scored answer takes no step."""
         updates: list[dict[str, Tensor]] = []
         for _ in inner_bar(self.trainer, range(self.ppo_epochs), "optimization epochs"):
-            for minibatch in rollout.shuffled(self.minibatch_size, order):
-                if not self.trainer.strategy.reduce_boolean_decision(bool(minibatch.mask.any()), all=False):
+            for minibatch in rollout.shuffled(self.minibatch_size * self.trainer.world_size, order):
+                if not minibatch.mask.any():
                     continue
                 updates.append(self.update(minibatch, len(updates)))
-                too_far = self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop
-                # All processes stop together: one that went on alone would wait for the others forever.
-                if self.trainer.strategy.reduce_boolean_decision(too_far, all=False):
+                if self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop:
                     return updates
         return updates
 
     def update(self, minibatch: Rollout, number: int = 0) -> dict[str, Tensor]:
-        """Optimizer step ``number`` of a rollout, on a minibatch; returns what is to be watched."""
+        """Optimizer step ``number`` of a rollout, on a minibatch of all processes; returns what is to be watched."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         optimizer.zero_grad()
         # The text comes first: the last backward pass is of all that is trained, as DDP wants the one that it averages.
@@ -111,11 +110,22 @@ class LearnsFromRollouts(TrainedState):
 
     def _add_gradients_of(self, minibatch: Rollout, synced: bool = True) -> dict[str, Tensor]:
         """Returns what is to be watched. ``synced``: the last backward pass averages over all processes."""
-        share = self._action_share(minibatch.mask)
+        own, share = self.own_part(minibatch)
         with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
-            return self.objective.gradients(
-                minibatch, share, lambda loss, last: self._add_gradients(loss, synced and last)
+            watched = self.objective.gradients(
+                own, share, lambda loss, last: self._add_gradients(loss, synced and last)
             )
+        ratio = self.trainer.strategy.reduce(watched.pop("ratio"), reduce_op="max")
+        return {**mean_of_all(self.trainer, watched), "ratio": ratio}
+
+    def own_part(self, minibatch: Rollout) -> tuple[Rollout, Tensor | float]:
+        """(what this process learns from a minibatch of all of them, its share of the actions over that of the average
+        process: the mean of the gradients is then a mean over actions)."""
+        rank, processes = self._shard
+        if processes == 1:
+            return minibatch, 1.0
+        own = minibatch.select(torch.arange(rank, len(minibatch), processes, device=minibatch.mask.device))
+        return own, own.mask.sum() * processes / minibatch.mask.sum()
 
     def _add_gradients(self, loss: Tensor, synced: bool) -> None:
         strategy = self.trainer.strategy
@@ -127,27 +137,25 @@ class LearnsFromRollouts(TrainedState):
         watched = {}
         if number == 0:
             self._add_gradients_of(minibatch, synced=False)
-            watched["rl_grad_norm"] = gradient_norm(self.policy)
+            watched["rl_grad_norm"] = gradient_norm(self.policy, self.mean)
             self.zero_grad()
-        parts, backward = self.text_parts(number), partial(self._add_gradients, synced=False)
-        watched["ptx_loss"] = text_gradients(self.policy, parts, self.ptx_coef, backward)
-        return watched | ({"ptx_grad_norm": gradient_norm(self.policy)} if number == 0 else {})
+        parts, share = self.text_parts(number)
+        backward = partial(self._add_gradients, synced=False)
+        own = text_gradients(self.policy, parts, self.ptx_coef * share, backward) * share
+        watched |= mean_of_all(self.trainer, {"ptx_loss": own})
+        return watched | ({"ptx_grad_norm": gradient_norm(self.policy, self.mean)} if number == 0 else {})
 
-    def text_parts(self, number: int) -> list[TextRows]:
-        """Pretraining text for optimizer step ``number``, in micro-batches; which text depends on iteration, step and
-        process alone."""
-        count = max(1, round(self.ptx_ratio * self.minibatch_size))
-        generator = seeded(self.seed, int(self.iteration), number, *self._shard, TEXT)
-        rows = self.ptx.rows(count, generator).to(self.device)
-        size = self.micro_batch_size or max(1, tokens_at_once(self, learning=True) // rows.labels.shape[1])
-        return [TextRows(part) for part in rows.tokens.split(size)]
-
-    def _action_share(self, mask: Tensor) -> Tensor | float:
-        """Actions of this process over the average of all: DDP's mean of the gradients is then a mean over actions."""
-        if self.trainer.world_size == 1:
-            return 1.0
-        mine = mask.sum().float()
-        return mine / self._mean(mine)
+    def text_parts(self, number: int) -> tuple[list[TextRows], float]:
+        """(pretraining text of this process for optimizer step ``number``, in micro-batches; its share of the rows over
+        that of the average process). Which text all processes read depends on iteration and step alone."""
+        rank, processes = self._shard
+        count = max(1, round(self.ptx_ratio * self.minibatch_size * processes))
+        rows = self.ptx.rows(count, seeded(self.seed, int(self.iteration), number, 0, 1, TEXT)).tokens
+        own = rows[rank::processes] if rank < count else rows[:1]
+        size = self.micro_batch_size or max(1, tokens_at_once(self, learning=True) // (rows.shape[1] - 1))
+        return [TextRows(part) for part in own.to(self.device).split(size)], len(own) * (
+            rank < count
+        ) * processes / count
 
     @property
     def _shard(self) -> tuple[int, int]:
@@ -157,10 +165,6 @@ class LearnsFromRollouts(TrainedState):
         """The largest of all processes."""
         return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
 
-    def _total(self, value: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
-
-    def _mean(self, value: Tensor) -> Tensor:
+    def mean(self, value: Tensor) -> Tensor:
         """Over all processes."""
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
+        return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="mean")

@@ -39,6 +39,7 @@ from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, VALIDATION, Rollo
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
+from lit_rlhf.training.all_processes import gathered, of_step
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
 from lit_rlhf.training.fsdp import FSDP2
@@ -173,17 +174,17 @@ class PPOModule(LearnsFromRollouts):
             advantage=self.advantage,
             answers_per_prompt=self.answers_per_prompt,
             whiten=self.whiten_advantages,
-            total=None if self.trainer.world_size == 1 else self._total,
+            everyones=partial(gathered, self.trainer),
         )
 
     def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
-        """This iteration's rollout."""
+        """This iteration's rollout, of all processes."""
         return self.collector.collect(prompts, self._seeds(prompts, int(self.iteration), ROLLOUT))
 
     def _seeds(self, prompts: PromptBatch, *place: int) -> list[int]:
         """Of this process's responses in a rollout; they depend on the module's seed and on ``place`` alone."""
-        count = len(prompts.tokens) * self.answers_per_prompt
-        return draw_seeds(count, seeded(self.seed, *place), self._shard)
+        k = self.answers_per_prompt
+        return draw_seeds(len(prompts.tokens) * k, seeded(self.seed, *place), self._shard, together=k)
 
     def _probe(self, prompts: PromptBatch) -> dict[str, Tensor]:
         """Noise of the gradient, over ``probe_rollouts`` other rollouts of the policy as it is."""
@@ -194,9 +195,11 @@ class PPOModule(LearnsFromRollouts):
         minibatches = (
             minibatch
             for i, rollout in enumerate(rollouts)
-            for minibatch in rollout.shuffled(self.minibatch_size, seeded(self.seed, i, PROBE))
+            for minibatch in rollout.shuffled(
+                self.minibatch_size * self.trainer.world_size, seeded(self.seed, i, PROBE)
+            )
         )
-        return probe(self.objective, minibatches)
+        return probe(self.objective, minibatches, self.own_part, self.mean)
 
     # ------------------------------------------------------------ optimization
 
@@ -208,7 +211,7 @@ class PPOModule(LearnsFromRollouts):
         self._log_rollout(rollout, statistics)
         updates = self._optimize(rollout, seeded(self.seed, int(self.iteration), ORDER))
         self.iteration += 1
-        means, kl = self._log_updates(rollout, updates), self._mean(statistics["kl"]).item()
+        means, kl = self._log_updates(updates), statistics["kl"].item()
         self._adapt(rollout, means, kl)
         self._end_at_budget(kl)
 
@@ -226,17 +229,17 @@ class PPOModule(LearnsFromRollouts):
         passes = meter.steps * -(-min(answers, self.minibatch_size) // len(part))
         meter.learn(self, lambda: sum(self.objective.losses(part)[:2]), passes > meter.steps, passes)
         if self.ptx is not None:
-            texts = self.text_parts(0)
+            texts, _ = self.text_parts(0)
             meter.learn(self, lambda: text_loss(self.policy, texts[0]), True, meter.steps * len(texts))
 
     def _adapt(self, rollout: Rollout, means: dict[str, Tensor], kl: float) -> None:
         """What follows the policy from iteration to iteration: coefficients, where a step was taken, and reference."""
         if means and self.kl.adaptive and self.kl.target is not None:
-            episodes = len(rollout) * self.trainer.world_size
-            self.kl_coef.fill_(adapted_kl_coef(self.kl_coef.item(), kl, self.kl.target, episodes, self.kl.horizon))
+            coef = adapted_kl_coef(self.kl_coef.item(), kl, self.kl.target, len(rollout), self.kl.horizon)
+            self.kl_coef.fill_(coef)
         if means and isinstance(self.loss, KLPenaltyLoss):
             self.log("ppo/beta", self.loss.beta.clone())
-            self.loss.adapt(self._mean(means["ppo/approx_kl"]).item())
+            self.loss.adapt(means["ppo/approx_kl"].item())
         self.reference.follow(self.policy, int(self.iteration))
 
     def _end_at_budget(self, kl: float) -> None:
@@ -275,12 +278,12 @@ class PPOModule(LearnsFromRollouts):
     # ---------------------------------------------------------------- watching
 
     def _log_rollout(self, rollout: Rollout, statistics: Statistics) -> None:
-        self.progress.add(statistics, len(rollout), self._total, self.trainer.world_size)
+        self.progress.add(statistics, len(rollout))
         metrics = {f"ppo/{name}": value for name, value in statistics.items()}
-        self.log_dict(metrics, sync_dist=True, batch_size=len(rollout))
+        self.log_dict(metrics)
         self.log_dict({n: metrics[f"ppo/{n}"] for n in ("score", "kl")}, prog_bar=True, logger=False)
 
-    def _log_updates(self, rollout: Rollout, updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _log_updates(self, updates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Log the means over the optimizer steps of an iteration; returns them, {} where there was no step."""
         self.log("ppo/episodes", self.progress.episodes.float())
         self.log("ppo/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -290,7 +293,7 @@ class PPOModule(LearnsFromRollouts):
             self.print(f"  ppo: iteration {iteration} has no scored answer to learn from, so no step was taken")
             return {}
         means = {f"ppo/{name}": value for name, value in means_over(updates).items()}
-        self.log_dict(means, sync_dist=True, batch_size=len(rollout))
+        self.log_dict(means)
         return means
 
     def log_once(self, metrics: dict[str, Tensor]) -> None:
@@ -309,14 +312,15 @@ class PPOModule(LearnsFromRollouts):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answers of policy and SFT model to held-out prompts, graded by gold or, without it, by the score."""
-        # Every process answers all held-out prompts with the same random numbers.
-        seeds = draw_seeds(len(batch.tokens) * self.held_out.samples, seeded(self.seed, batch_idx, VALIDATION))
-        self.held_out.add(self.collector, batch, batch_idx, seeds)
+        k = self.held_out.samples
+        seeds = draw_seeds(len(batch.tokens) * k, seeded(self.seed, batch_idx, VALIDATION), self._shard, together=k)
+        found = self.held_out.answered(self.collector, batch, batch_idx, seeds)
+        self.held_out.add(of_step(self.trainer, found, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.held_out.metrics()
         if self.ptx is not None:
-            metrics["ptx_loss"] = held_out_text_loss(self.policy, self.ptx, self.device)
+            metrics["ptx_loss"] = held_out_text_loss(self.policy, self.ptx, self.device, self.trainer)
         self.log_dict({f"val/ppo/{name}": value for name, value in metrics.items()}, prog_bar=True)
 
     # ------------------------------------------------------------- after it all

@@ -48,8 +48,8 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Adds the gradients of a minibatch to those there are, micro-batch by micro-batch.
 
-        ``backward`` takes a loss, and whether it is the last one; ``share`` weights them all. Returns what is to be
-        watched."""
+        ``backward`` takes a loss, and whether it is the last one; ``share`` weights them all, and what is returned to
+        be watched, but for the largest ``ratio``."""
         parts = self.micro_batches(minibatch)
         watched: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
@@ -59,7 +59,7 @@ class Objective:
             loss = (policy_loss + self.value_coef * value_loss) * share * weight
             ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
             for name, value in seen.items():
-                watched[name] = watched.get(name, 0.0) + value * weight
+                watched[name] = watched.get(name, 0.0) + value * weight * share
             watched |= {"loss": watched.get("loss", 0.0) + loss.detach(), "ratio": ratio}
             backward(loss, i == len(parts) - 1)
         return watched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,16 @@ class Progress(nn.Module):
         for name in ("score_first", "score_last", "entropy"):
             self.register_buffer(name, torch.full((), math.nan))  # nothing yet
 
-    def add(self, statistics: dict[str, Tensor], size: int, total: Callable[[Tensor], Tensor], processes: int) -> None:
-        """A rollout of ``size`` responses; ``total`` sums over processes."""
+    def add(self, statistics: dict[str, Tensor], size: int) -> None:
+        """A rollout of ``size`` responses."""
         if self.score_first.isnan():
             self.score_first.copy_(statistics["score"])
         if not statistics["score"].isnan():
             self.score_last.copy_(statistics["score"])
-        self.entropy.copy_(total(statistics["entropy"].clone()) / processes)
+        self.entropy.copy_(statistics["entropy"])
         if "unscored" in statistics:
-            self.unscored += total((statistics["unscored"] * size).round()).long()
-        self.episodes += size * processes
+            self.unscored += (statistics["unscored"] * size).round().long()
+        self.episodes += size
 
 
 def means_over(updates: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

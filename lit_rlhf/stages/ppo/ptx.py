@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from lightning import Trainer
 from torch import Generator, Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.gathering import full
 from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
+from lit_rlhf.training.all_processes import shared_out
 
 
 class PretrainingText(Protocol):
     """Text in rows, as the pretraining stage's data module has it."""
 
-    paths: list[str]  # empty: there is none
+    entries: Sequence[Any]  # where it comes from; empty: there is none
     block_size: int  # tokens per row
 
     def setup(self) -> None:
@@ -40,7 +43,7 @@ def pretraining_text(
 
     Raises ``UserError`` where there is none, and where its rows do not fit into the policy's context."""
     text = None if make is None else make(tokenizer=tokenizer)
-    if text is None or not text.paths:
+    if text is None or not text.entries:
         raise UserError(
             "ppo.module.ptx_coef is above 0 and there is no pretraining text to mix in: give it as ppo.ptx.path=... "
             "(a .txt file, or records with a field text)"
@@ -65,13 +68,17 @@ def text_gradients(
 
 
 @torch.no_grad()
-def held_out_text_loss(policy: PreTrainedModel, text: PretrainingText, device: torch.device) -> Tensor:
-    """Mean loss on the held-out pretraining text, in nats per token."""
-    batches = [rows.to(device) for rows in text.val_dataloader()]
-    losses = torch.stack([text_loss(policy, rows) * rows.labels.numel() for rows in batches])
-    return losses.sum() / sum(rows.labels.numel() for rows in batches)
+def held_out_text_loss(
+    policy: PreTrainedModel, text: PretrainingText, device: torch.device, trainer: Trainer
+) -> Tensor:
+    """Mean loss on the held-out pretraining text, in nats per token; processes share it out."""
+    batches = list(text.val_dataloader())
+    losses = shared_out(trainer, batches, lambda rows: text_loss(policy, rows.to(device)) * rows.labels.numel())
+    return torch.stack(losses).sum() / sum(rows.labels.numel() for rows in batches)
 
 
-def gradient_norm(model: PreTrainedModel) -> Tensor:
-    """Norm of the gradients that were gathered so far."""
-    return full(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+def gradient_norm(model: PreTrainedModel, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """Norm of the gradients that were gathered so far; ``mean`` is one over the processes. Those of sharded models are
+    means already."""
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return full(torch.nn.utils.get_total_norm([g if isinstance(g, DTensor) else mean(g) for g in found]))

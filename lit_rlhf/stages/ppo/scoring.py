@@ -104,10 +104,9 @@ class Scorer(nn.Module):
             scored |= scored.new_tensor([score is not None for score in scores])
         return said.masked_fill(~scored, math.nan)
 
-    def observe(self, raw: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take a rollout's ``raw`` scores (N,) into the running statistics; ``total`` sums over processes."""
-        own = power_sums(raw[~raw.isnan()])
-        for known, new in zip((self.count, self.total, self.squares), own if total is None else total(own)):
+    def observe(self, raw: Tensor) -> None:
+        """Take a rollout's ``raw`` scores (N,) into the running statistics."""
+        for known, new in zip((self.count, self.total, self.squares), power_sums(raw[~raw.isnan()])):
             known.add_(new)
 
     def shape(self, raw: Tensor, lengths: Tensor, finished: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lit_rlhf.training.batches import BatchLoader
 
-Found = TypeVar("Found")
+Item, Found = TypeVar("Item"), TypeVar("Found")
 
 PATIENCE = timedelta(days=30)  # a judge behind a URL may take long; a process that ends is noticed all the same
 
@@ -50,6 +51,24 @@ def of_step(trainer: Trainer, found: Found, batch_idx: int, dataloader_idx: int 
     loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
     fills_up = isinstance(loader, BatchLoader) and loader.fills_up(batch_idx)
     return [each for each in gathered(trainer, None if fills_up else found) if each is not None]
+
+
+def shared_out(trainer: Trainer, items: Sequence[Item], read: Callable[[Item], Found]) -> list[Found]:
+    """``read(item)`` of all items, in their order: each is counted once, and all processes read equally often."""
+    size = trainer.world_size
+    places = range(trainer.global_rank, -(-len(items) // size) * size, size)
+    own = [read(items[place % len(items)]) for place in places]
+    return interleaved(gathered(trainer, own))[: len(items)]
+
+
+def interleaved(parts: Sequence[Sequence[Item]]) -> list[Item]:
+    """The first items of all parts, then the second ones, ...: what was dealt out in turn, in order again.
+
+    >>> interleaved([[0, 3], [1], [2]])
+    [0, 1, 2, 3]
+    """
+    places = sorted((place, part) for part, items in enumerate(parts) for place in range(len(items)))
+    return [parts[part][place] for place, part in places]
 
 
 def mean_of_all(trainer: Trainer, watched: dict[str, Tensor | None]) -> dict[str, Tensor]:
