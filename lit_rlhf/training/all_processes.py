@@ -37,6 +37,11 @@ def gathered(trainer: Trainer, found: Found) -> list[Found]:
     return everyones
 
 
+def place_of(trainer: Trainer, batch_idx: int) -> int:
+    """The number, among those of all processes, of a batch that is one process's alone."""
+    return batch_idx * trainer.world_size + trainer.global_rank
+
+
 def of_step(trainer: Trainer, found: Found, batch_idx: int, dataloader_idx: int = 0) -> list[Found]:
     """What all processes have found in a step of an evaluation, in the order of their batches.
 

@@ -9,9 +9,21 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from lit_rlhf.stages import PPOModule, WorldPretrainDataModule
+from lit_rlhf.stages import (
+    EvaluateModule,
+    FewShotModule,
+    PPOModule,
+    PreferenceModule,
+    WorldEvaluateDataModule,
+    WorldFewShotDataModule,
+    WorldPreferenceDataModule,
+    WorldPretrainDataModule,
+)
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, Scoring
 from lit_rlhf.stages.ppo.loss import KLPenaltyLoss
+from lit_rlhf.text.records import text_of
+from lit_rlhf.text.world import SimulatedLabeler
+from lit_rlhf.training import make_trainer
 
 STEP = 6  # examples of an optimizer step, of all processes
 
@@ -111,3 +123,104 @@ def test_ppo(name, ppo, prompts, trained, world):
     for number in (2, 3):
         for each in trained(make, number, max_steps=-1, max_epochs=1, limit_train_batches=3):
             assert_close(each, one, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture
+def asked(in_processes):
+    """(run a trainer, number of processes) -> what it returns in each of them."""
+
+    def run(work, number):
+        several = {"devices": number, "strategy": "ddp"} if number > 1 else {}
+
+        def whole():
+            return work(make_trainer("cpu", logger=False, enable_progress_bar=False, **several))
+
+        return in_processes(number, whole) if number > 1 else [whole()]
+
+    return run
+
+
+class Labeler:
+    """Counts what it is asked: it must be one process that asks, in the order of the batches."""
+
+    def __init__(self, world):
+        self.rank, self.prompts = SimulatedLabeler(world), []
+
+    def __call__(self, prompts, responses):
+        self.prompts += [text_of(prompt[-1]) for prompt in prompts]
+        return self.rank(prompts, responses)
+
+
+@pytest.mark.parametrize("begun_by", [None, 1, 3])
+def test_preferences(begun_by, policy, world, tokenizer, short, asked, tmp_path):
+    def collect(trainer, batches=1.0, file="progress.jsonl"):
+        data = WorldPreferenceDataModule(world, tokenizer, prompts=21, batch_size=4, limit_held_out=4)
+        data.setup()  # 25 prompts in 7 batches
+        labeler = Labeler(world)
+        module = PreferenceModule(
+            copy.deepcopy(policy), tokenizer, labeler, gold_judge=world, sampling=short, progress_file=tmp_path / file
+        )  # fmt: skip
+        trainer.limit_predict_batches = batches
+        trainer.predict(module, datamodule=data, return_predictions=False)
+        return module.answers, [module.records, module.figures()] if trainer.is_global_zero else None, labeler.prompts
+
+    [one] = asked(partial(collect, file="whole.jsonl"), 1)
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    for number in (2, 3):
+        files = [tmp_path / "progress.jsonl", tmp_path / "progress.ranks.jsonl"]
+        known = 0
+        if begun_by:
+            asked(partial(collect, batches=1), begun_by)
+            known = len(files[0].read_text().splitlines())
+            assert known == begun_by
+        first, *others = asked(collect, number)
+        assert first[:2] == one[:2] and first[2] == one[2][-len(first[2]) :]
+        assert all(answers == one[0] and not prompts for answers, _, prompts in others)
+        assert files[0].read_text().splitlines() == whole and len(files[1].read_text().splitlines()) == 7
+        for file in files:
+            file.unlink()
+
+
+def test_evaluation(policy, reward_model, world, tokenizer, short, asked, tmp_path):
+    torch.manual_seed(5)
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def evaluate(trainer):
+        data = WorldEvaluateDataModule(world, tokenizer, batch_size=3, limit_held_out=11, text_documents=9)
+        data.setup()
+        labeler = Labeler(world)
+        policies = {name: (copy.deepcopy(model), tokenizer) for name, model in (("base", other), ("sft", policy))}
+        module = EvaluateModule(
+            policies, copy.deepcopy(reward_model), **data.for_module(), annotator=labeler, samples=2, best_of=3,
+            sampling=short,
+        )  # fmt: skip
+        trainer.test(module, datamodule=data, verbose=False)
+        if not trainer.is_global_zero:
+            return labeler.prompts
+        module.export(tmp_path)
+        return module.figures(), (tmp_path / "samples.jsonl").read_text(), labeler.prompts
+
+    [one] = asked(evaluate, 1)
+    for number in (2, 3):
+        first, *others = asked(evaluate, number)
+        assert first[1:] == one[1:] and first[0] == one[0]
+        assert others == [[]] * (number - 1)
+
+
+def test_few_shot(policy, world, tokenizer, asked):
+    def ask(trainer, task):
+        data = WorldFewShotDataModule(
+            world, tokenizer, task=task, examples=40, shots=(0, 2), batch_size=3, limit_held_out=13
+        )
+        data.setup()
+        module = FewShotModule(copy.deepcopy(policy), tokenizer, max_new_tokens=4)
+        trainer.test(module, datamodule=data, verbose=False)
+        return module.answers, module.figures()
+
+    for task in ("choice", "answer"):
+        [one] = asked(partial(ask, task=task), 1)
+        for number in (2, 3):
+            assert asked(partial(ask, task=task), number) == [one] * number

@@ -26,6 +26,11 @@ class Answers:
     tokens: list[list[int]] = field(default_factory=list)  # (P, n)
     kl: list[list[float]] = field(default_factory=list)  # (P, n), nats per answer, against SFT
 
+    def add(self, others: Answers) -> None:
+        """Those to further prompts."""
+        for known, new in zip(vars(self).values(), vars(others).values()):
+            known += new
+
 
 class Measured(NamedTuple):
     """A measure as a quotient of sums over prompts."""

@@ -53,7 +53,7 @@ class EvaluateDataModule(PromptDataModule):
         return [] if self.text is None else self.load(self.text, parse_text)
 
     def test_dataloader(self) -> BatchLoader[PromptBatch]:
-        return self.loader(self.held_out_prompts)
+        return self.sampled(self.held_out_prompts)
 
 
 class WorldEvaluateDataModule(EvaluateDataModule):

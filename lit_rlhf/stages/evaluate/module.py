@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -34,13 +35,25 @@ from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.text.world import Grade
+from lit_rlhf.training.all_processes import of_step, place_of, shared_out
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.callbacks import inner_bar
 from lit_rlhf.training.dry_run import Meter, largest
 
 
+class Written(NamedTuple):
+    """What all models have written to the prompts of one batch."""
+
+    batch: PromptBatch
+    answers: dict[str, Answers]
+    greedy: dict[str, Answers]
+    candidates: Answers
+
+
 class EvaluateModule(LightningModule):
     """Samples answers of several models and compares them.
+
+    Processes share out the batches and know all that was written; the first one has it ranked.
 
     Args:
         policies: name -> (model, tokenizer), from weakest to strongest; "sft" is what others are compared with.
@@ -152,17 +165,33 @@ class EvaluateModule(LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All models answer one batch of prompts."""
-        self.prompts += [{"prompt": m, "kind": k} for m, k in zip(batch.messages, batch.kinds)]
+        own = self._written(batch, place_of(self.trainer, batch_idx))
+        for written in of_step(self.trainer, own, batch_idx):
+            self._take(written)
+
+    def _written(self, batch: PromptBatch, number: int) -> Written:
+        """What the models answer to the batch of that number."""
+        written = Written(batch, *({name: Answers() for name in self.answers} for _ in range(2)), Answers())
         # Places are those of the policies as they were given: one more does not change what the others draw.
         places = {name: place for place, name in enumerate(self.policies)}
         for name in inner_bar(self.trainer, list(self.answers), "evaluate: models"):
-            place = (batch_idx, places[name]) if name in places else (batch_idx, places["base"], 2)
-            self._answer(name, batch, self.samples, self.sampling, place, self.answers[name])
-            self._answer(name, batch, 1, self.sampling.greedy(), (*place, 1), self.greedy[name])
+            place = (number, places[name]) if name in places else (number, places["base"], 2)
+            self._answer(name, batch, self.samples, self.sampling, place, written.answers[name])
+            self._answer(name, batch, 1, self.sampling.greedy(), (*place, 1), written.greedy[name])
         if self.best_of and self.reward_model is not None and "sft" in self.policies:
-            self._answer("sft", batch, self.best_of, self.sampling, (batch_idx, -1), self.candidates)
+            self._answer("sft", batch, self.best_of, self.sampling, (number, -1), written.candidates)
+        return written
+
+    def _take(self, written: Written) -> None:
+        batch = written.batch
+        self.prompts += [{"prompt": m, "kind": k} for m, k in zip(batch.messages, batch.kinds)]
+        for name in self.answers:
+            self.answers[name].add(written.answers[name])
+            self.greedy[name].add(written.greedy[name])
+        self.candidates.add(written.candidates)
+        if written.candidates.texts:
             self._pick(len(batch.messages))
-        if self.annotator is not None:
+        if self.annotator is not None and self.trainer.is_global_zero:
             self._rank(batch)
 
     def _answer(
@@ -246,8 +275,9 @@ class EvaluateModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Held-out text is read; win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
         if self.documents:
+            read, length = partial(shared_out, self.trainer), self.text_row_length
             for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: text"):
-                self.texts[name] = text_figures(policy, self.tokenizers[name], self.documents, self.text_row_length)
+                self.texts[name] = text_figures(policy, self.tokenizers[name], self.documents, length, read)
         self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self.comparison().win_rates().items()})
 
     def comparison(self) -> Comparison:

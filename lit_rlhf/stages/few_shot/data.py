@@ -26,7 +26,7 @@ from lit_rlhf.text.records import (
 )
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 from lit_rlhf.text.world import TaskName, World
-from lit_rlhf.training.batches import BatchLoader, in_order, seeded
+from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded
 
 
 class Shot(NamedTuple):
@@ -161,7 +161,8 @@ class FewShotDataModule(RecordDataModule):
 
         def loader(shots: int) -> BatchLoader[ShotBatch]:
             collate = lambda mine, _: self._collate(shots, mine)  # noqa: E731
-            return BatchLoader(in_order(len(self.val_set)), self.batch_size, collate, keep_rest=True)
+            order, deal = in_order(len(self.val_set)), dealing(self.trainer)
+            return BatchLoader(order, self.batch_size, collate, keep_rest=True, **deal)
 
         return [loader(shots) for shots in self.shots]
 

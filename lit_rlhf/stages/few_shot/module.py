@@ -16,6 +16,7 @@ from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.stages.few_shot.data import Shot, ShotBatch
 from lit_rlhf.text.packing import pack
 from lit_rlhf.text.records import write_jsonl
+from lit_rlhf.training.all_processes import interleaved, of_step
 
 Normalize = Literal["sum", "token", "byte"]
 WAYS: tuple[Normalize, ...] = ("sum", "token", "byte")
@@ -61,10 +62,11 @@ class FewShotModule(LightningModule):
         fitting = [i for i, tokens in enumerate(needed) if tokens <= room]
         chosen = ShotBatch(batch.shots, *([column[i] for i in fitting] for column in batch[1:]))
         told = iter(self._choose(chosen) if batch.tasks[0].choices else self._write(chosen)) if fitting else iter(())
-        self.asked.setdefault(batch.shots, []).extend(zip(batch.tasks, batch.texts))
-        self.answers.setdefault(batch.shots, []).extend(
-            next(told) if i in set(fitting) else None for i in range(len(needed))
-        )
+        answers = [next(told) if i in set(fitting) else None for i in range(len(needed))]
+        found = [*zip(batch.tasks, batch.texts, answers)]
+        for each in interleaved(of_step(self.trainer, found, batch_idx, dataloader_idx)):
+            self.asked.setdefault(batch.shots, []).append(each[:2])
+            self.answers.setdefault(batch.shots, []).append(each[2])
 
     def _choose(self, batch: ShotBatch) -> list[dict[str, str]]:
         """The likeliest choice of each task, in each way."""

@@ -19,7 +19,7 @@ class PreferenceDataModule(PromptDataModule):
         return {**super().for_module(), "special_tokens": self.special_tokens, "note": self.note}
 
     def predict_dataloader(self) -> BatchLoader[PromptBatch]:
-        return self.loader(ConcatDataset([self.train_prompts, self.held_out_prompts]))
+        return self.sampled(ConcatDataset([self.train_prompts, self.held_out_prompts]))
 
 
 class WorldPreferenceDataModule(WorldPromptDataModule, PreferenceDataModule):

@@ -31,6 +31,7 @@ from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
+from lit_rlhf.training.all_processes import of_step, place_of
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
 
@@ -56,7 +57,8 @@ class PreferenceModule(LightningModule):
 
     Equal answers are drawn again, ``redraws`` times at most, and then dropped, so a prompt may be left with fewer than
     K; with fewer than two it is left out. Each batch draws from its own random generator and is on disk before the next
-    begins, so a collection that was stopped goes on where it was and ends with the same records.
+    begins, so a collection that was stopped goes on where it was and ends with the same records. Processes share out
+    the batches; the first one has the answers ranked, in the batches' order, and writes.
 
     Args:
         policy: the model that answers. A base model goes on with a transcript of a human and an assistant (chat's);
@@ -145,16 +147,25 @@ class PreferenceModule(LightningModule):
     # ---------------------------------------------------------------- answers
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers to one batch of prompts, and their ranks where the annotator can give them now; its answers."""
-        if batch_idx not in self.drawn.results:
-            draw = self._given if self.how == "given" else self._draw
-            self.drawn.add(batch_idx, draw(batch, batch_idx))
-        if self._ranks_now and batch_idx not in self.ranked.results:
-            rows = [row for row in self.drawn.results[batch_idx] if len(row["responses"]) > 1]
-            prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
-            tools = with_tools(self.annotator, [row.get("tools") for row in rows], self.note)
-            self.ranked.add(batch_idx, annotate(self.annotator, prompts, responses, **tools) if rows else [])
-        return self.drawn.results[batch_idx]
+        """Answers to one batch of prompts, and the ranks of what all processes have drawn, where the annotator can give
+        them now; the answers."""
+        place = place_of(self.trainer, batch_idx)
+        rows = self.drawn.results.get(place)
+        if rows is None:
+            rows = (self._given if self.how == "given" else self._draw)(batch, place)
+        for number, drawn in of_step(self.trainer, (place, rows), batch_idx):
+            if number not in self.drawn.results:
+                self.drawn.add(number, drawn)
+            if self._ranks_now and self.trainer.is_global_zero and number not in self.ranked.results:
+                self.ranked.add(number, self._ranks(drawn))
+        return rows
+
+    def _ranks(self, drawn: list[dict[str, Any]]) -> list[list[int]]:
+        """By the annotator, of all rows that have something to be ranked."""
+        rows = [row for row in drawn if len(row["responses"]) > 1]
+        prompts, responses = [row["prompt"] for row in rows], [row["responses"] for row in rows]
+        tools = with_tools(self.annotator, [row.get("tools") for row in rows], self.note)
+        return annotate(self.annotator, prompts, responses, **tools) if rows else []
 
     @property
     def _ranks_now(self) -> bool:

@@ -10,10 +10,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lit_rlhf.files import damaged, disk, json_value, read_bytes
+from lit_rlhf.processes import is_main_process
 
 
 class ProgressFile:
     """Results by key (the number of a batch, say): one line of JSON each, written as they come.
+
+    Of several processes each reads it, and the first one writes.
 
     Args:
         path: the file; None keeps the results in memory only.
@@ -27,7 +30,9 @@ class ProgressFile:
         if self.path is None or data is None:
             return
         *lines, half = data.split(b"\n")
-        if half:  # the line that was being written when the process was killed; it is written anew
+        if (
+            half and is_main_process()
+        ):  # the line that was being written when the process was killed; it is written anew
             os.truncate(self.path, len(data) - len(half))
         expected = TypeAdapter(kind)
         for number, line in enumerate(lines, 1):
@@ -50,12 +55,12 @@ class ProgressFile:
 
     def remove(self) -> None:
         """Delete the file; what it held stays in memory."""
-        if self.path is not None:
+        if self.path is not None and is_main_process():
             with disk(self.path):
                 self.path.unlink(missing_ok=True)
 
     def _append(self, text: str) -> None:
-        if self.path is not None:
+        if self.path is not None and is_main_process():
             with disk(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
