@@ -20,11 +20,15 @@ from lit_rlhf.finished import changes, check_unchanged, read_done, write_done
 from lit_rlhf.models.checkpoint import OLD, put_in_place
 from lit_rlhf.pipeline.folder import NEW, absolute, collecting_stage, fingerprint_of, input_paths, read_settings
 from lit_rlhf.pipeline.settings import resolved
+from lit_rlhf.pipeline.together import processes_of
 
-# How a stage is watched, how a judge is reached, and where tokens are kept, does not change what comes out of it.
+# How a stage is watched, how a judge is reached, where tokens are kept and which processes share the work, does not
+# change what comes out of it.
 WATCHING = ("checkpoint_every", "samples_every", "trainer.log_every_n_steps", "health")
 KEEPING = ("data.cache", "ptx.cache", "module.ptx.cache")
+SPREADING = tuple(f"trainer.{name}" for name in ("devices", "num_nodes", "strategy"))  # over processes
 REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurrency", "timeout", "retries", "backoff"))
+PER_PROCESS = ("data.batch_size", "module.minibatch_size")  # of a stage that trains: what counts is the size of a step
 
 
 class StageFolder:
@@ -127,8 +131,9 @@ class StageFolder:
         """Settings that are others than those that were written down."""
         before = self._comparable(read_settings(self.path))
         now = self._comparable(self.settings)
+        of_all = {f"{self.stage}.{name}": f"{self.stage}.{name} times processes" for name in PER_PROCESS}
         return [
-            f"{key} was {before.get(key, 'not there')}, now {now.get(key, 'not there')}"
+            f"{of_all.get(key, key)} was {before.get(key, 'not there')}, now {now.get(key, 'not there')}"
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         ]
@@ -226,8 +231,12 @@ class StageFolder:
 
     def _comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Address -> value, without what does not matter; paths as seen from the run, which may have been moved."""
-        flat = {key: value for key, value in _flat(settings) if key != "format"}
-        skip = ("origin.", *(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *REACHING)))
+        flat, own = {key: value for key, value in _flat(settings) if key != "format"}, settings.get(self.stage) or {}
+        if own.get("run") == "fit":
+            processes = processes_of(OmegaConf.create(own["trainer"]))
+            sizes = [key for key in (f"{self.stage}.{name}" for name in PER_PROCESS) if isinstance(flat.get(key), int)]
+            flat |= {key: flat[key] * processes for key in sizes}
+        skip = ("origin.", *(f"{self.stage}.{name}." for name in (*WATCHING, *KEEPING, *SPREADING, *REACHING)))
         return {key: self._relative(value) for key, value in flat.items() if not f"{key}.".startswith(skip)}
 
     def _relative(self, value: Any) -> Any:

@@ -123,6 +123,21 @@ def test_a_start_that_is_killed_while_it_exchanges_folders_is_brought_to_its_end
             assert not (after.run / "sft.old").exists()
 
 
+def test_a_stage_goes_on_in_other_processes_that_take_as_large_steps(folder):
+    """The place of a checkpoint is in examples; see tests/stages/test_processes.py."""
+    eight = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    stage = folder("sft.data.batch_size=16")
+    stage.begin()
+    (stage.path / "checkpoints").mkdir()
+    (stage.path / "checkpoints" / "last.ckpt").write_text("")
+    assert not folder("sft.data.batch_size=8", *eight).check()
+    assert not folder("sft.data.batch_size=4", *eight, "trainer.num_nodes=2", "trainer.strategy=auto").check()
+    with pytest.raises(UserError, match=r"sft.data.batch_size times processes was 16, now 32"):
+        folder("sft.data.batch_size=16", *eight).check()
+    with pytest.raises(UserError, match=r"sft.data.batch_size times processes was 16, now 8"):
+        folder("sft.data.batch_size=8").check()
+
+
 def test_a_stage_that_would_replace_what_it_starts_from_is_refused(folder, tmp_path):
     result(folder(), "old")
     own = f"sft.policy.path={tmp_path}/runs/quickstart/sft/model"

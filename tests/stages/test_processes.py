@@ -1,6 +1,8 @@
 """Two and three processes come to the weights and figures of one that takes as large steps."""
 
 import copy
+import signal
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -9,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD
 from torch.testing import assert_close
 
+from lit_rlhf.errors import Interrupted
 from lit_rlhf.stages import (
     EvaluateModule,
     FewShotModule,
@@ -26,6 +29,17 @@ from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import make_trainer
 
 STEP = 6  # examples of an optimizer step, of all processes
+
+
+class StopsAt(Callback):
+    """A signal that asks to stop, in the step of that number."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Logs(Callback):
@@ -138,6 +152,27 @@ def asked(in_processes):
         return in_processes(number, whole) if number > 1 else [whole()]
 
     return run
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
+def test_training_goes_on_with_another_number_of_processes(before, after, stages, fit, in_processes, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+    def train(number, callbacks=(), **settings):
+        def work():
+            module, data = stages["sft"]()
+            module.optimizer, data.batch_size = lambda groups: SGD(groups, lr=0.1), STEP // number
+            several = {"devices": number, "strategy": "ddp"} if number > 1 else {}
+            with suppress(Interrupted):
+                fit(module, data, callbacks=callbacks, precision="64-true", max_epochs=2, **several, **settings)
+            return [p.detach().clone() for p in module.parameters()]
+
+        return in_processes(number, work)
+
+    [whole] = train(1, folder="whole")
+    train(before, [StopsAt(8)])  # of six steps an epoch
+    for each in train(after, resume=True):
+        assert_close(each, whole, rtol=1e-6, atol=1e-8)
 
 
 class Labeler:
