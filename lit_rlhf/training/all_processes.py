@@ -26,7 +26,7 @@ def _group(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def gathered(trainer: Trainer, found: Found) -> list[Found]:
+def of_all(trainer: Trainer, found: Found) -> list[Found]:
     """What each process has found, by rank; tensors come on the CPU. Of one process: a list of it as it is.
 
     All processes call it together."""
@@ -55,7 +55,7 @@ def of_step(trainer: Trainer, found: Found, batch_idx: int, dataloader_idx: int 
     )
     loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
     fills_up = isinstance(loader, BatchLoader) and loader.fills_up(batch_idx)
-    return [each for each in gathered(trainer, None if fills_up else found) if each is not None]
+    return [each for each in of_all(trainer, None if fills_up else found) if each is not None]
 
 
 def shared_out(trainer: Trainer, items: Sequence[Item], read: Callable[[Item], Found]) -> list[Found]:
@@ -63,7 +63,7 @@ def shared_out(trainer: Trainer, items: Sequence[Item], read: Callable[[Item], F
     size = trainer.world_size
     places = range(trainer.global_rank, -(-len(items) // size) * size, size)
     own = [read(items[place % len(items)]) for place in places]
-    return interleaved(gathered(trainer, own))[: len(items)]
+    return interleaved(of_all(trainer, own))[: len(items)]
 
 
 def interleaved(parts: Sequence[Sequence[Item]]) -> list[Item]:

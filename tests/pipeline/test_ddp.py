@@ -11,42 +11,26 @@ pytestmark = pytest.mark.slow
 TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "one", "two"),
-    [
-        ("sft", ["sft.data.batch_size=16"], ["sft.data.batch_size=8"]),
-        ("dpo", ["dpo.data.batch_size=8"], ["dpo.data.batch_size=4"]),
-        (
-            "ppo",  # one minibatch a rollout: else the processes deal the answers into other minibatches
-            ["ppo.data.batch_size=16", "ppo.module.minibatch_size=16", "ppo.module.ppo_epochs=2"],
-            [
-                "ppo.data.batch_size=8",
-                "ppo.module.minibatch_size=8",
-                "ppo.module.ppo_epochs=2",
-                "ppo.module.micro_batch_size=3",
-            ],
-        ),
-    ],
-)
-def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path, stage, one, two):
+def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path):
+    """Stage by stage that is tests/stages/test_processes.py."""
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
-    exact = "trainer.precision=32-true"  # in bfloat16 each process rounds its own sums
-    lit_rlhf(f"stage={stage}", "run=one", "from_run=quickstart", *one, exact)
-    said = lit_rlhf(f"stage={stage}", "run=two", "from_run=quickstart", *two, *TWO, exact, fresh=True).stdout
+    exact = ["trainer.precision=32-true", "ppo.module.ppo_epochs=2"]  # in bfloat16 each process rounds its own sums
+    one, two = ([f"ppo.data.batch_size={n}", f"ppo.module.minibatch_size={n // 2}"] for n in (16, 8))
+    lit_rlhf("stage=[ppo,evaluate]", "run=one", "from_run=quickstart", *one, *exact)
+    chain = ["stage=[ppo,evaluate]", "run=two", "from_run=quickstart", *two, *exact, "ppo.module.micro_batch_size=3"]
+    said = lit_rlhf(*chain, *TWO, fresh=True).stdout
     assert said.count("report:") == 1  # one process speaks
     runs = tmp_path / "runs"
-    first, second = (load_file(runs / run / stage / "model" / "model.safetensors") for run in ("one", "two"))
-    start = load_file(runs / "quickstart" / ("pretrain" if stage == "sft" else "sft") / "model" / "model.safetensors")
+    first, second = (load_file(runs / run / "ppo" / "model" / "model.safetensors") for run in ("one", "two"))
+    start = load_file(runs / "quickstart" / "sft" / "model" / "model.safetensors")
     moved = sum((first[name] - start[name]).square().sum() for name in first).sqrt()
     apart = sum((first[name] - second[name]).square().sum() for name in first).sqrt()
     assert moved > 0.1
     assert apart < 0.01 * moved  # sums in another order, which Adam enlarges where a gradient is all but 0
-    figures = [json.loads((runs / run / "summary.json").read_text())[stage] for run in ("one", "two")]
-    if stage == "ppo":
-        assert figures[0]["episodes"] == figures[1]["episodes"] == 48
-        assert_close(figures[0]["score_last"], figures[1]["score_last"], atol=1e-3, rtol=1e-3)
-    else:
-        assert_close(figures[0]["val_loss"], figures[1]["val_loss"], atol=1e-4, rtol=1e-4)
+    one, two = (json.loads((runs / run / "summary.json").read_text()) for run in ("one", "two"))
+    assert one["ppo"]["episodes"] == two["ppo"]["episodes"] == 48
+    assert_close(one["ppo"]["score_last"], two["ppo"]["score_last"], atol=1e-3, rtol=1e-3)
+    assert one["evaluate"]["models"]["sft"] == two["evaluate"]["models"]["sft"]  # which is the same model in both
 
 
 def test_two_processes_end_a_rollout_together(lit_rlhf, finished_run, tmp_path):

@@ -28,6 +28,7 @@ from lit_rlhf.text.records import text_of
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import make_trainer
 
+pytestmark = pytest.mark.slow
 STEP = 6  # examples of an optimizer step, of all processes
 
 

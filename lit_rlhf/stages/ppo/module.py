@@ -39,7 +39,7 @@ from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, VALIDATION, Rollo
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
-from lit_rlhf.training.all_processes import gathered, of_step
+from lit_rlhf.training.all_processes import of_all, of_step
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
 from lit_rlhf.training.fsdp import FSDP2
@@ -174,7 +174,7 @@ class PPOModule(LearnsFromRollouts):
             advantage=self.advantage,
             answers_per_prompt=self.answers_per_prompt,
             whiten=self.whiten_advantages,
-            everyones=partial(gathered, self.trainer),
+            everyones=partial(of_all, self.trainer),
         )
 
     def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
