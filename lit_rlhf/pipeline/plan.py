@@ -178,7 +178,7 @@ def _processes(trainer: DictConfig) -> tuple[int, int, str]:
     """(those of a machine, machines, how they share the work)"""
     devices = max(1, torch.cuda.device_count()) if trainer.devices == "auto" else trainer.devices
     devices = devices if isinstance(devices, int) else len(devices)
-    return devices, trainer.get("num_nodes", 1), "fsdp2" if "fsdp2" in str(trainer.strategy).lower() else "ddp"
+    return devices, trainer.get("num_nodes", 1), "fsdp2" if "fsdp2" in str(trainer.get("strategy")).lower() else "ddp"
 
 
 def _state_bytes(settings: DictConfig) -> int:

@@ -69,7 +69,7 @@ def test_the_norms_of_both_parts(ppo, train, text):
 
 
 def test_rows_depend_on_iteration_and_step_alone_and_are_dealt_out_to_processes(ppo, alone, text):
-    module, _ = alone(ppo(**NOTHING, ptx=text, ptx_coef=1.0, minibatch_size=6, ptx_ratio=1.0))
+    module, _ = alone(ppo(**NOTHING, ptx=text, ptx_coef=1.0, minibatch_size=6))
 
     def drawn(iteration, number, rank=0, processes=1):
         torch.rand(3)  # whatever else was drawn
@@ -90,7 +90,7 @@ def test_rows_depend_on_iteration_and_step_alone_and_are_dealt_out_to_processes(
 
 
 def test_processes_for_which_there_is_no_text_learn_nothing_from_it(ppo, alone, text):
-    module, _ = alone(ppo(**NOTHING, ptx=text, ptx_coef=1.0, minibatch_size=1, ptx_ratio=0.5), world_size=3)
+    module, _ = alone(ppo(**{**NOTHING, "ptx_ratio": 0.5}, ptx=text, ptx_coef=1.0, minibatch_size=1), world_size=3)
     shares = []
     for rank in range(3):
         module.trainer.global_rank = rank
