@@ -66,8 +66,8 @@ class ExampleDataModule(RecordDataModule):
 
     def encode(self) -> None:
         self.long = self.left_out = 0
-        self.train_set = self.examples(self.train_records[: self.limit], held_out=False)
-        self.val_set = self.examples(self.val_records[: self.limit if self.limits_both else None], held_out=True)
+        self.train_set = self.examples_of(self.train_records[: self.limit], held_out=False)
+        self.val_set = self.examples_of(self.val_records[: self.limit if self.limits_both else None], held_out=True)
         self.check_left(self.called, self.train_set, self.val_set)
 
     def sizes(self) -> dict[str, int]:

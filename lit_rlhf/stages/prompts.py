@@ -119,8 +119,8 @@ class PromptDataModule(RecordDataModule):
 
     def encode(self) -> None:
         self.long = 0
-        self.train_prompts = self.examples(self._train, held_out=False)
-        self.held_out_prompts = self.examples(self._held_out, held_out=True)
+        self.train_prompts = self.examples_of(self._train, held_out=False)
+        self.held_out_prompts = self.examples_of(self._held_out, held_out=True)
         self.check_left("prompts", self.train_prompts, self.held_out_prompts)
 
     def longest(self) -> int:

@@ -194,7 +194,7 @@ class RecordDataModule(FileDataModule):
         """The token sequences of an example."""
         raise NotImplementedError
 
-    def examples(self, records: Sequence[Any], held_out: bool) -> Sequence[Any]:
+    def examples_of(self, records: Sequence[Any], held_out: bool) -> Sequence[Any]:
         """What :meth:`encoded` makes of records; of those on disk it is on disk, too, made once."""
         if not isinstance(records, Records) or self.example is None:
             return self.encoded(records, held_out)

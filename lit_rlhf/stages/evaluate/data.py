@@ -34,7 +34,7 @@ class EvaluateDataModule(PromptDataModule):
 
     def encode(self) -> None:
         self.long = 0
-        self.held_out_prompts = self.examples(self._held_out, held_out=True)
+        self.held_out_prompts = self.examples_of(self._held_out, held_out=True)
         self.check_left("prompts", None, self.held_out_prompts)
 
     def sizes(self) -> dict[str, int]:
