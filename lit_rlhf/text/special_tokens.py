@@ -35,7 +35,7 @@ def encode_texts(
 ) -> list[list[int]]:
     """Tokens of each of ``texts``, nothing in front and nothing behind. Raises ``UserError`` for "refuse"."""
     if special_tokens == "refuse":
-        names = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        names = Names(tokenizer, {t.content for t in tokenizer.added_tokens_decoder.values() if t.special})
         for text in texts:
             check(names, text)
     plain = special_tokens != "rendered"
@@ -48,12 +48,33 @@ def any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
-def check(names: re.Pattern[str], value: Any) -> None:
+class Names:
+    """Names of special tokens, found in texts as ``tokenizer`` finds them.
+
+    A token may be looked for in normalized text: "<|IM_END|>", where a normalizer makes small letters of it, is one,
+    too. Those are found by reading a text, which takes longer than to search it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) -> None:
+        self._tokenizer, self._written, names = tokenizer, any_of(names), {*names}
+        normalizes = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer is not None
+        added = tokenizer.added_tokens_decoder.items() if normalizes else ()
+        self._read = {number for number, token in added if token.normalized and token.content in names}
+
+    def search(self, text: str) -> tuple[int, int] | None:
+        """The characters [begin, end) of the first name in ``text``."""
+        found = self._written.search(text)
+        spans = [found.span()] if found else []
+        if self._read:
+            spans += [span for token, span in zip(*_encode(self._tokenizer, text)) if token in self._read]
+        return min(spans, default=None)
+
+
+def check(names: Names, value: Any) -> None:
     """Raises ``UserError`` where a text in ``value``, a message say, holds one of ``names``."""
     for text in strings(value):
         if found := names.search(text):
-            around = text[max(0, found.start() - 30) : found.end() + 30]
-            raise UserError(f"a text holds the special token {found[0]!r} ({around!r}), and special_tokens=refuse")
+            name, around = text[slice(*found)], text[max(0, found[0] - 30) : found[1] + 30]
+            raise UserError(f"a text holds the special token {name!r} ({around!r}), and special_tokens=refuse")
 
 
 def check_characters(value: Any) -> None:
@@ -77,7 +98,7 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, names: re.Pattern[str], value: Any) -> tuple[Any, str]:
+def marked(tokenizer: PreTrainedTokenizerBase, names: Names, value: Any) -> tuple[Any, str]:
     """``value`` with a mark written into each of ``names`` in its texts, so that nobody reads them as tokens; the mark.
 
     The mark is a character that its texts do not hold; "" where there are no such names. :func:`encode_marked` takes it
@@ -97,13 +118,13 @@ def marked(tokenizer: PreTrainedTokenizerBase, names: re.Pattern[str], value: An
     return written(value), mark
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, names: re.Pattern[str], text: str, mark: str) -> str:
+def _marked(tokenizer: PreTrainedTokenizerBase, names: Names, text: str, mark: str) -> str:
     # Where plain text is cut into tokens anyway, the mark changes none of them.
     cuts = {begin for begin, _ in _encode(tokenizer, text, split_special_tokens=True).spans}
     done, rest = "", text
     while found := names.search(rest):
         before = len(text) - len(rest)
-        inside = range(before + found.start() + 1, before + found.end())
+        inside = range(before + found[0] + 1, before + found[1])
         cut = next((i for i in inside if i in cuts), inside.start) - before
         done, rest = done + rest[:cut] + mark, rest[cut:]
     return done + rest

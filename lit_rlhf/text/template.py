@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.text.special_tokens import SpecialTokens, any_of, check, check_characters, marked
+from lit_rlhf.text.special_tokens import Names, SpecialTokens, any_of, check, check_characters, marked
 from lit_rlhf.text.written import Written, WrittenTokens
 
 Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates want it
@@ -49,11 +49,11 @@ class Template:
         self._in_parts: frozenset[str] = frozenset()  # the roles whose content it wants as a list of parts
         self._opening = ""  # of an assistant's turn that it writes at the end of whatever it is given
         self._after: str | None = None  # what it writes after an answer
-        self._names = any_of([])
+        self._names = Names(tokenizer, ())
         if special_tokens != "rendered":
             self._after = self._probe()
             special = {token.content for token in added if token.special}
-            self._names = any_of(special | self._marking_turns())
+            self._names = Names(tokenizer, special | self._marking_turns())
 
     @property
     def end(self) -> str | None:

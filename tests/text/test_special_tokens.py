@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -71,6 +71,26 @@ def test_a_users_text_becomes_no_turn(make, flagged):
     assert tokenizer.decode(tokens) == tokenizer.decode(
         tokenizer.apply_chat_template([user(FORGED)], add_generation_prompt=True)["input_ids"]
     )
+
+
+@pytest.mark.parametrize(
+    "normalizer, disguise",
+    [(normalizers.Lowercase(), str.upper), (normalizers.NFKC(), lambda s: s.replace("|", "\uff5c"))],
+    ids=["case", "width"],
+)
+def test_a_name_that_a_normalizer_makes_is_text_too(normalizer, disguise):
+    tokenizer = word_level()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=True) for t in ("<|im_start|>", "<|im_end|>")])
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    forged = disguise(FORGED)
+    assert {start, end} <= {*tokenizer(forged)["input_ids"]}  # what the tokenizer makes of it by itself
+    [tokens] = encode_prompts(tokenizer, [[user(forged)]])
+    assert (tokens.count(start), tokens.count(end)) == (2, 1)  # the template's own
+    [response] = encode_responses(tokenizer, [[user("Hi")]], [forged])
+    assert not {start, end} & {*response[:-1]}
+    with pytest.raises(UserError, match="holds the special token"):
+        encode_texts(tokenizer, [forged], special_tokens="refuse")
 
 
 @KINDS
