@@ -94,7 +94,8 @@ def measure(case: Case, threads: int, laps: int) -> tuple[Laps, list[Check]]:
             )  # fmt: skip
 
         found = interleave({OURS: ours, "TRL": theirs}, laps, WARMUP, threads)
-    return found, alike(found, loss=1e-3 if case.precision == FLOAT32 else 0.02)
+    # Rounding to bfloat16 alone moves the loss of a first step, of the same weights, by up to 2% on either side.
+    return found, alike(found, loss=1e-3 if case.precision == FLOAT32 else 0.04)
 
 
 GROWTH = vary(CASES["S, pairs"], 5, prompts=(8, 32, 64), longest_answer=(32, 64, 256), shape=("S", "M", "L")) | vary(

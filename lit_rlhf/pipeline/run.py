@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import time
@@ -251,6 +252,10 @@ def execute(
         elif checkpoint is not None:
             say(f"{folder.stage}: goes on from {checkpoint}")
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        # Export reads the checkpoint, which needs their memory.
+        module.zero_grad()
+        trainer.strategy.optimizers = trainer.strategy.lr_scheduler_configs = []
+        gc.collect()
         for callback in trainer.callbacks:
             if isinstance(callback, BestCheckpoint):
                 callback.restore(trainer)

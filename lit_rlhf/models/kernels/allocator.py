@@ -11,10 +11,10 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8  # of glibc'
 def keep_freed_memory() -> bool:
     """Have the C library keep what tensors leave for the next ones; whether it can (glibc only).
 
-    Otherwise it gives large blocks back to the system at once, and each step asks for them again, page by page. The
-    most that is held at a time does not change, but it stays until the process ends."""
+    Otherwise it gives blocks of some MiB back to the system at once, and each step asks for them again, page by page.
+    Only the largest still go back: kept, they would soon be in pieces, and the next step would take others."""
     # One arena: those of other threads than the first consist of pieces, which go back to the system all the same.
-    return _set({MMAP_THRESHOLD: 1 << 30, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20, ARENA_MAX: 1})
+    return _set({MMAP_THRESHOLD: 1 << 28, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 << 20, ARENA_MAX: 1})
 
 
 def give_back_freed_memory() -> bool:
