@@ -98,7 +98,10 @@ def _hints(function: Any) -> dict[str, Any]:
     """The types of what a function takes, or a class; a dataclass inherits some that only their own module can tell."""
     kind = next((k for k in getattr(function, "__mro__", ()) if "__init__" in vars(k)), None)
     asked = function if kind is None else kind if "__dataclass_fields__" in vars(kind) else kind.__init__
-    return typing.get_type_hints(asked, include_extras=True)
+    try:
+        return typing.get_type_hints(asked, include_extras=True)
+    except NameError:  # a class of another package names a type that it has not imported
+        return {}
 
 
 def origin(cfg: DictConfig, address: str) -> str:

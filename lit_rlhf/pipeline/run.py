@@ -16,7 +16,7 @@ import torch
 import transformers
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,6 +28,8 @@ from lit_rlhf.models.loading import check_files, loading_as_stored
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
 from lit_rlhf.pipeline.folder import model_nodes
+from lit_rlhf.pipeline.loggers import close, make_loggers
+from lit_rlhf.pipeline.settings import stage_of_metric
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.pipeline.together import Processes
@@ -247,8 +249,9 @@ def execute(
         trainer.test(module, datamodule=data, verbose=False)
     else:
         checkpoint = folder.checkpoint
-        if checkpoint is None and settings.validate_first:
+        if checkpoint is None and (settings.validate_first or any(map(_monitor, trainer.callbacks))):
             trainer.validate(module, datamodule=data, verbose=False)
+            check_monitors(trainer, folder.stage)
         elif checkpoint is not None:
             say(f"{folder.stage}: goes on from {checkpoint}")
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -310,6 +313,32 @@ def exported_weights(trainer: Trainer, module: LightningModule, folder: StageFol
     return {"weights": {"step": step, "digest": digest}}
 
 
+def _monitor(callback: Callback) -> str | None:
+    return getattr(callback, "monitor", None)
+
+
+def check_monitors(trainer: Trainer, name: str) -> None:
+    """Raise ``UserError`` where a callback watches what the validation before training has not logged."""
+    for callback in trainer.callbacks:
+        monitor, logged = _monitor(callback), trainer.callback_metrics
+        if monitor and monitor.startswith("val/") and monitor not in logged:
+            raise UserError(
+                f"callbacks: {type(callback).__name__} watches {monitor}, which {name} does not log; take one of "
+                f"{', '.join(sorted(n for n in logged if n.startswith('val/')))}"
+            )
+
+
+def chosen_callbacks(cfg: DictConfig, name: str) -> list[Callback]:
+    """The user's callbacks, those under ``callbacks`` that are classes; one that watches a metric of another stage
+    (``monitor: val/<stage>/...``) is that stage's alone."""
+    made = [instantiate(node) for key, node in cfg.callbacks.items() if key != "first_steps" and _is_object(node)]
+    return [callback for callback in made if stage_of_metric(_monitor(callback) or name) == name]
+
+
+def _is_object(node: Any) -> bool:
+    return isinstance(node, DictConfig) and "_target_" in node
+
+
 def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: StageFolder) -> list[Any]:
     """What every stage needs around its training."""
     callbacks: list[Any] = [StopOnNonFinite(name)]
@@ -325,43 +354,10 @@ def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: Sta
         callbacks += [instantiate(cfg.callbacks.first_steps)(name)] if settings.validate_first else []
         if "keep" in settings and settings.keep.best:
             callbacks.append(BestCheckpoint(checkpoints, settings.keep.metric, settings.keep.mode))
+        callbacks += chosen_callbacks(cfg, name)
         # Behind those whose state it saves.
         callbacks.append(LastCheckpoint(checkpoints, settings.checkpoint_every, folder.rescue))
     return callbacks
-
-
-def make_loggers(cfg: DictConfig, name: str, folder: StageFolder) -> list[Logger]:
-    """metrics.csv, and W&B where it is asked for; only for the process that writes."""
-    if not is_main_process():
-        return []
-    loggers: list[Logger] = [MetricsFile(folder.path / "metrics.csv")]
-    if cfg.logger.wandb is not None:
-        loggers.append(_wandb_logger(cfg, name, folder))
-    return loggers
-
-
-def _wandb_logger(cfg: DictConfig, name: str, folder: StageFolder) -> Logger:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    wandb.setup()  # now: until then nothing is silent, and Lightning passes a setting that W&B will drop
-    logger = instantiate(cfg.logger.wandb)(save_dir=str(folder.path), name=f"{cfg.run}/{name}", group=cfg.run)
-    try:
-        logger.experiment.config.update(folder.settings, allow_val_change=True)
-    except (wandb.errors.Error, OSError) as error:
-        raise UserError(
-            f"W&B cannot be used with mode={cfg.logger.wandb.mode} ({' '.join(str(error).split())[:200]}). Go on "
-            "offline by logger.wandb.mode=offline (upload later with `wandb sync`), or without W&B by logger=csv"
-        ) from None
-    return logger
-
-
-def close(loggers: list[Logger]) -> None:
-    """End the W&B run, else the next stage would log into it."""
-    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
-        import wandb
-
-        wandb.finish()
 
 
 def figures_of(settings: DictConfig, module: LightningModule, name: str, folder: StageFolder) -> dict[str, Any]:

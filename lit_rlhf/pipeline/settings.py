@@ -61,12 +61,6 @@ class Built(BaseModel):
     target: Annotated[str, Field(alias="_target_")]
 
 
-class Loggers(Strict):
-    """What logs beside ``metrics.csv``."""
-
-    wandb: Built | None
-
-
 class OwnSeed(Strict):
     """A seed that a run keeps."""
 
@@ -110,7 +104,7 @@ class TopLevel(Strict):
     model: Section
     tokenizer: Section
     trainer: Section
-    logger: Loggers
+    logger: dict[str, Built | None]
     callbacks: Section
     engine: Section
 
@@ -343,13 +337,31 @@ def check_settings(cfg: DictConfig) -> None:
     check_top_level(cfg)
     if command := command_of(cfg):
         check_node(cfg, resolved(cfg, command), command)
-    check_node(cfg, resolved(cfg, "callbacks"), "callbacks")
+    for name in ("callbacks", "logger"):
+        check_node(cfg, resolved(cfg, name), name)
     for name in stages_of(cfg):
         check_stage(cfg, name)
+    check_monitors(cfg)
     if cfg.stage == "plan":
         for name in planned_stages(cfg):
             with suppress(MissingSetting):  # what is not given is not planned
                 check_stage(cfg, name)
+
+
+def check_monitors(cfg: DictConfig) -> None:
+    """Raise ``UserError`` where a callback watches a metric that is none of the stages that run."""
+    for key, node in cfg.callbacks.items():
+        monitor = node.get("monitor") if isinstance(node, DictConfig) else None
+        if stages_of(cfg) and monitor and stage_of_metric(monitor) not in stages_of(cfg):
+            raise UserError(
+                f"callbacks.{key}.monitor={monitor}: no metric of a stage that runs; one of "
+                f"{', '.join(stages_of(cfg))} was expected, as in val/{stages_of(cfg)[0]}/loss"
+            )
+
+
+def stage_of_metric(metric: str) -> str:
+    """The stage that logs ``metric``: ``sft`` for ``val/sft/loss``."""
+    return metric.removeprefix("val/").partition("/")[0]
 
 
 def check_stage(cfg: DictConfig, name: str) -> None:

@@ -227,13 +227,6 @@ def test_a_warning_of_ours_is_a_sentence():
     assert one_line("no", UserWarning, "/x/torch.py", 7) == "/x/torch.py:7: UserWarning: no\n"
 
 
-def test_wandb_writes_an_offline_run(lit_rlhf, run_copy):
-    settings = ["debug=fast", "callbacks.progress_bar=false", "threads=1", "logger=wandb"]
-    done = lit_rlhf("stage=sft", "run=logged", "from_run=quickstart", *settings, fast=False)
-    assert done.stderr == ""
-    assert list((run_copy.parent / "logged" / "sft" / "wandb").glob("offline-run-*/*.wandb"))
-
-
 def test_a_file_that_is_not_there_is_said_before_the_stages_before_it_run(lit_rlhf, tmp_path):
     done = lit_rlhf("sft/data=jsonl", "sft.data.path=./nowhere.jsonl", check=False)
     assert done.returncode == 2

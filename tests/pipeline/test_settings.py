@@ -123,7 +123,10 @@ def test_every_target_can_be_imported():
         ("~sft.module._target_", "~sft.module._target_: this setting is needed"),
         ("~evaluate.policies", "~evaluate.policies: this setting is needed"),
         ("ppo=null", "ppo=null: this is a group of settings; name one of its options (default)"),
-        ("logger=inf", "logger=inf: this is a group of settings; name one of its options (csv, wandb)"),
+        (
+            "logger=inf",
+            "logger=inf: this is a group of settings; name one of its options (csv, mlflow, tens",
+        ),
         ("stage=3", "stage=3: it should be a valid string"),
         ("stage=sft world=null", "world=null: it should be a valid dictionary"),
         ("logger.wandb=inf", "logger.wandb=inf: it should be a valid dictionary"),
