@@ -47,7 +47,7 @@ class DPOModule(RankingModule):
         policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        optimizer: OptimizerFactory = partial(adamw, lr=3e-6),
+        optimizer: OptimizerFactory = partial(adamw, lr=1e-5),
         schedule: Schedule = warmup_decay,
         max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
         beta: Annotated[float, Field(gt=0)] = 0.1,
