@@ -12,6 +12,7 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -112,6 +113,12 @@ def whole(model: Any) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
+
+
+def gathered_dtype(model: Any) -> torch.dtype | None:
+    """The precision of a sharded model's weights where they are gathered; None: their own, or it is not sharded."""
+    root = sharded_root(model)
+    return None if root is None else root._get_fsdp_state()._mp_policy.param_dtype
 
 
 def plain_class(module: Any) -> Any:

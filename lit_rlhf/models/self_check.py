@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.models.gathering import plain_class
+from lit_rlhf.models.gathering import gathered_dtype, plain_class, sharded_root
 from lit_rlhf.models.kernels.attention import SDPA
 
 # (model) -> what the form gives, and what the model's own forward pass gives, (tokens, ...) both
@@ -29,7 +29,7 @@ BESIDE = {
 
 _answers: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 _by_kind: dict[tuple[Any, str, torch.dtype, str], str | None] = {}
-_read: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[int, int]], Tensor]] = WeakKeyDictionary()
+_read: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[int, list[float]]], Tensor]] = WeakKeyDictionary()
 
 
 def agrees(model: PreTrainedModel, form: str, compare: Compare, instead: str | None = None) -> bool:
@@ -50,7 +50,7 @@ def difference(model: PreTrainedModel, form: str, compare: Compare, instead: str
         if kind not in _by_kind:
             _by_kind[kind] = _difference(model, compare)
             if instead is not None and _by_kind[kind] is not None:
-                say(f"{type(model).__name__}: {instead}, for with {form} {_by_kind[kind]}")
+                say(f"{plain_class(model).__name__}: {instead}, for with {form} {_by_kind[kind]}")
         known[form] = _by_kind[kind]
     return known[form]
 
@@ -70,7 +70,8 @@ def _difference(model: PreTrainedModel, compare: Compare) -> str | None:
 
 def _tolerance(model: PreTrainedModel) -> float:
     """Relative error that rounding explains."""
-    narrow = model.dtype in (torch.bfloat16, torch.float16) or torch.get_float32_matmul_precision() != "highest"
+    dtypes = {model.dtype, gathered_dtype(model)}
+    narrow = bool(dtypes & {torch.bfloat16, torch.float16}) or torch.get_float32_matmul_precision() != "highest"
     return 0.1 if narrow else 1e-3
 
 
@@ -106,10 +107,16 @@ def read(model: Any) -> Tensor:
     """What the model's own forward pass makes of :func:`texts`: logits (2, LENGTH, V), or hidden states of a trunk.
 
     Several forms are compared with one such pass, as long as the weights stay as they are."""
-    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    if sharded_root(model) is not None:  # weights that are gathered anew lie in the same place as those before them
+        return _own_pass(model)
+    # A fused optimizer changes weights in their places, and no version of theirs.
+    weights = [(p.data_ptr(), p.detach().flatten()[:1].tolist()) for p in model.parameters()]
     known = _read.get(model)
     if known is None or known[0] != weights:
-        output = model(input_ids=texts(model), use_cache=False)
-        known = weights, output.last_hidden_state if model.base_model is model else output.logits
-        _read[model] = known
+        known = _read[model] = weights, _own_pass(model)
     return known[1]
+
+
+def _own_pass(model: Any) -> Tensor:
+    output = model(input_ids=texts(model), use_cache=False)
+    return output.last_hidden_state if model.base_model is model else output.logits

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import drawn_figures, filter_logits, sample_index
 from lit_rlhf.models.adapters import lora_layers
-from lit_rlhf.models.gathering import sharded_root, whole
+from lit_rlhf.models.gathering import plain_class, sharded_root, whole
 from lit_rlhf.models.kernels import fast_kernels
 from lit_rlhf.models.kernels.decoding import CachedDecoder, StaticDecoder
 from lit_rlhf.models.kernels.forward_pass import ForwardPass
@@ -354,7 +354,8 @@ def make_decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, gra
     if known and agrees(model, "a forward pass of our own", passes, "transformers' modules write (slower)"):
         return (StaticDecoder if graphs else CachedDecoder)(own_pass(), rows, width)
     if sharded_root(model) is not None and _has_weights_of_its_own(model):
-        raise UserError(f"trainer.strategy=fsdp2: {type(model).__name__} cannot be sampled from; take trainer=ddp")
+        name = plain_class(model).__name__
+        raise UserError(f"trainer.strategy=fsdp2: {name} cannot be sampled from; take trainer=ddp")
     if agrees(model, "keys and values that are kept", caches, "texts are read anew for each token (slower)"):
         return TransformersDecoder(model, pad_id)
     return WholeDecoder(model, pad_id)

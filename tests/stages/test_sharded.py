@@ -178,7 +178,7 @@ def test_in_bfloat16_gradients_are_summed_in_float32(stages, fit, in_processes, 
         data.batch_size //= number
         watch = Watch()
         fit(module, data, str(number), callbacks=[watch], max_steps=4, precision="bf16-mixed", **settings)
-        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        assert {p.dtype for p in module.parameters()} == {torch.float32} and len(module.write_samples()) == 2
         return watch.steps
 
     one, (two, _) = start(1), in_processes(2, lambda: start(2, **SHARDED))
