@@ -43,8 +43,8 @@ def fit(
     """``steps`` batches; checkpoints, validation and the progress bar are left out, as they are on the other side."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
-            accelerator="cpu", limit_val_batches=1, logger=[MetricsFile(Path(folder) / "metrics.csv")],
+            limit_val_batches=1, logger=[MetricsFile(Path(folder) / "metrics.csv")],
             enable_progress_bar=False, callbacks=[StopOnNonFinite("benchmark"), Laps(end_lap, amount)],
-            **{"max_steps": steps, "gradient_clip_val": CLIP, **settings},
+            **{"accelerator": "cpu", "max_steps": steps, "gradient_clip_val": CLIP, **settings},
         )  # fmt: skip
         trainer.fit(module, datamodule=data)
