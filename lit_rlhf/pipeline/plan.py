@@ -158,7 +158,8 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     sent = 2 * meter.steps * gradients
     if shards > 1:
         sent = meter.gathered + meter.whole + meter.passes * gradients
-        first = max(host, process + checkpoint + (offloaded if on_gpu else weights // shards + held))  # it gathers them
+        kept = offloaded if on_gpu else weights // shards + held
+        first = max(host, process + kept + gradients)  # it gathers what is exported
     sent = int(sent * (count - 1) / count)
     speed = WITHIN_A_MACHINE if on_gpu and nodes == 1 else BETWEEN_MACHINES
     own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, weights

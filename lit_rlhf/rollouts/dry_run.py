@@ -28,14 +28,17 @@ class DryEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], *, states: bool = False) -> Responses:
-        size = bytes_of(self.policy.parameters()) if self.meter.shards > 1 else 0  # a sharded one is whole meanwhile
-        _whole, self.meter.whole = torch.empty(size // 4, device="meta"), size
         prompts, limit = [request.prompt for request in requests], requests[0].sampling.max_new_tokens
         width, known = max(map(len, prompts)) + limit, self.settings
         rows = min(len(prompts), known["rows"] or rows_that_fit(self.policy, width, known["cache_gib"]))
         cache = rows * cache_bytes(self.policy, width)
         self.meter.cache = max(self.meter.cache, cache)
+        before = self.meter.live
         decoder = make_decoder(self.policy, rows, width, 0, False)
+        # Of a sharded policy all weights are gathered, into what the decoder has laid out where it has its own.
+        laid_out = self.meter.live - before - cache if isinstance(decoder, CachedDecoder) else 0
+        self.meter.whole = bytes_of(self.policy.parameters()) if self.meter.shards > 1 else 0
+        _gathered = torch.empty(max(0, self.meter.whole - laid_out) // 4, device="meta")
         hidden = decoder.begin(prompts[:rows])
         grown = 0 if isinstance(decoder, CachedDecoder) else cache // 4  # its cache grows with what is written
         logits, _ = decoder.logits(hidden).float(), torch.empty(grown, device="meta")

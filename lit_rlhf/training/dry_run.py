@@ -47,6 +47,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = held
         self.activations = self.cache = self.whole = 0
+        self.widening = 1  # how much wider the weights that a process keeps are than those that it gathers
         self.shards, self.steps, self.passes, self.gathered, self.times = shards, 1, 0.0, 0.0, 1.0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -54,7 +55,7 @@ class Meter(TorchDispatchMode):
         self._calls: dict[Any, Any] = {}
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         if shards > 1:
-            self._widening = 1 if half is None else 2
+            self.widening = 1 if half is None else 2
             self._shard(model, half)
             half = None  # the weights that are gathered have it
         else:
@@ -127,7 +128,7 @@ class Meter(TorchDispatchMode):
         storage = parameter.grad.untyped_storage()
         if self.shards > 1 and storage not in self._parts:
             self._parts.add(storage)
-            away = storage.nbytes() - storage.nbytes() * self._widening // self.shards
+            away = storage.nbytes() - storage.nbytes() * self.widening // self.shards
             self._add(-away)
             weakref.finalize(storage, self._add, away).atexit = False
 
