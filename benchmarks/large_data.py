@@ -50,8 +50,8 @@ def records(count: int):
     words = ["".join(random.choices(syllables, k=random.randint(1, 4))) for _ in range(3000)]
     weights = [1 / (i + 10) for i in range(len(words))]
     for i in range(count):
-        said = random.choices(words, weights, k=90)
-        yield {"prompt": f"{i}: {' '.join(said[:30])}?", "response": f"{' '.join(said[30:])}."}
+        said = random.choices(words, weights, k=132)
+        yield {"prompt": f"{i}: {' '.join(said[:44])}?", "response": f"{' '.join(said[44:])}."}
 
 
 def own_memory() -> int:

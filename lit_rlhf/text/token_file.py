@@ -158,13 +158,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @cache
-def code_digest(*kinds: type) -> str:
-    """What tells this version of ``lit_rlhf.text``, and of the modules of ``kinds``, from others."""
+def code_digest(*made_in: Any) -> str:
+    """What tells this version of ``lit_rlhf.text``, and of the modules of some classes or functions, from others."""
     try:
-        files = sorted(Path(__file__).parent.rglob("*.py")) + [Path(inspect.getfile(kind)) for kind in kinds]
-    except TypeError:  # written in a notebook: nobody knows whether it is the same the next time
+        files = sorted(Path(__file__).parent.rglob("*.py")) + [Path(inspect.getfile(each)) for each in made_in]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    except (TypeError, OSError):  # written in a notebook: nobody knows whether it is the same the next time
         return uuid4().hex
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def kept(

@@ -1,8 +1,13 @@
 """Records and tokens on disk are those in memory, in the same order, with the same skips, notes and errors."""
 
 import copy
+import importlib
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.stages import ClassifyDataModule, DPODataModule, PPODataModule, RewardDataModule, SFTDataModule
 from lit_rlhf.text.records import Records
 from lit_rlhf.text.rows import Rows
+from lit_rlhf.text.token_file import code_digest
 
 KINDS = (SFTDataModule, RewardDataModule, DPODataModule, ClassifyDataModule, PPODataModule)
 KEPT = ("skipped", "notes", "long", "left_out", "labels", "calibration")
@@ -179,3 +185,65 @@ def test_records_of_parquet_keep_their_types(tmp_path, monkeypatch, tokenizer):
     assert isinstance(disk._train, Records)
     assert [p.record for p in disk.train_prompts] == [p.record for p in memory.train_prompts]
     assert {**disk.train_prompts[0].record, **values} == disk.train_prompts[0].record
+
+
+READ = """
+import hashlib, json, sys
+from pathlib import Path
+from lit_rlhf.stages import SFTDataModule
+from lit_rlhf.text.tokenizer import load_tokenizer
+
+def own_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+file, tokenizer, cache = sys.argv[1:]
+data = SFTDataModule(file, load_tokenizer(tokenizer), max_length=4000, cache=cache or None)
+write, written = data._write_examples, []
+data._write_examples = lambda *how: (written.append(how), write(*how))
+before = own_memory()
+data.setup()
+after = own_memory()
+tokens = hashlib.sha256()
+for item in data.train_set:
+    tokens.update(str(item).encode())
+print(json.dumps({"grown": after - before, "written": len(written), "tokens": tokens.hexdigest()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
+def test_two_processes_share_what_one_writes_and_none_holds_it_in_memory(tmp_path, tokenizer):
+    words = "the cat sat on the mat and looked at the dog. " * 60
+    rows = ({"prompt": f"{i}?", "response": f"{i} {words}"} for i in range(2000))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", READ, str(tmp_path / "x.jsonl"), str(tmp_path / "tokenizer")]
+    caches = (str(tmp_path / "cache"), str(tmp_path / "cache"), "")
+    started = [subprocess.Popen([*command, cache], env=env, stdout=subprocess.PIPE, text=True) for cache in caches]
+    one, other, memory = (json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in started)
+    assert sorted([one["written"], other["written"]]) == [0, 2] and memory["written"] == 0  # both sides, by one of them
+    assert one["tokens"] == other["tokens"] == memory["tokens"]
+    assert max(one["grown"], other["grown"]) < memory["grown"] / 2, (one, other, memory)
+
+
+def test_records_are_read_anew_by_another_parser(file, tmp_path, monkeypatch, tokenizer):
+    """A function of the user's own is known by its module's source, not by its name alone."""
+    module = tmp_path / "own_parser.py"
+    body = "from lit_rlhf.text.records import Demonstration, parse_demonstration\n"
+    body += "def parse(row) -> Demonstration:\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for ending in ("!", "?!"):
+        said = f"str(row.get('n')) + {ending!r}"
+        module.write_text(f"{body}    return parse_demonstration({{**row, 'response': {said}}})\n")
+        sys.modules.pop("own_parser", None)
+        parse = importlib.import_module("own_parser").parse
+        own = type("Own", (SFTDataModule,), {"parse_record": staticmethod(parse)})
+        own.__module__ = "own_parser"
+        code_digest.cache_clear()
+        data = made(own, file, tokenizer, cache=tmp_path / "cache")
+        found.append(data.train_records[0].messages[-1]["content"])
+    assert found == ["2!", "2?!"]

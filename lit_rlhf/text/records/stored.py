@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,9 +92,11 @@ def records_key(entries: Sequence[Sequence[str]], how: Reading) -> dict[str, Any
     identities = [[identity_of(file) for file in files] for files in entries]
     if any(each is None for files in identities for each in files):
         return None
-    code = [_named(function) for function in (how.parse, how.asked, how.about)]
+    functions = how.parse, how.asked, how.about
+    code = code_digest(*filter(inspect.isfunction, (getattr(function, "func", function) for function in functions)))
     asked = how.split_seed if how.asked else None
-    return {"files": identities, "how": [how.on_bad_record, how.fields, asked], "code": [*code, code_digest()]}
+    named = [*map(_named, functions), code]
+    return {"files": identities, "how": [how.on_bad_record, how.fields, asked], "code": named}
 
 
 def stored_records(
