@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD
 from torch.testing import assert_close
 
-from lit_rlhf.errors import Interrupted
+from lit_rlhf.errors import Interrupted, UserError
 from lit_rlhf.stages import (
     EvaluateModule,
     FewShotModule,
@@ -174,6 +174,20 @@ def test_training_goes_on_with_another_number_of_processes(before, after, stages
     train(before, [StopsAt(8)])  # of six steps an epoch
     for each in train(after, resume=True):
         assert_close(each, whole, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_more_processes_than_examples_are_refused(name, stages, fit, in_processes):
+    def train():
+        module, data = stages[name]()
+        data.limit = 2
+        with pytest.raises(UserError) as found:
+            fit(module, data, max_epochs=1, devices=3, strategy="ddp")
+        return str(found.value)
+
+    said = in_processes(3, train)
+    assert said[0] == said[1] == said[2]
+    assert said[0].startswith("there are 2 sequences to train on, less than the 3 of one step (batch_size=1 times 3 ")
 
 
 class Labeler:
