@@ -33,7 +33,7 @@ ELSEWHERE = {  # what a command needs that is not here
     "trainer.requeue=true": "Slurm: test_signals.py",
 }
 BUDGET = re.compile(r"(.*\.(?:max_steps|limit_train_batches|val_check_interval))=\d+")
-SIZES = ["pretrain.trainer.max_steps=2", "ppo.trainer.limit_train_batches=1", "preference.data.limit=12"]
+SIZES = ["pretrain.trainer.max_steps=2", "ppo.trainer.limit_train_batches=1"]  # of studies, which have their own
 WAITS = re.compile(r"Rank them with stage=label|In Label Studio make a project")
 BLOCKS = [
     (f"{page.stem}-{number}", block)
@@ -51,7 +51,7 @@ def in_small(arguments):
     given = dict(word.split("=", 1) for word in overrides)
     more = [f"{found[1]}=2" for word in overrides if (found := BUDGET.fullmatch(word))]
     study = any(name in given for name in ("experiment", "sweep"))
-    settings = hydra_settings(overrides) if study else None
+    settings, swept = hydra_settings(overrides) if study else None, given
     if "-m" in arguments or (settings is not None and settings.mode == RunMode.MULTIRUN):
         swept = {**(settings.sweeper.params if settings is not None and settings.sweeper.params else {}), **given}
         lists = {
@@ -59,6 +59,7 @@ def in_small(arguments):
         }
         for number, (key, values) in enumerate(lists.items()):
             more.append(f"{key}={','.join(values[: 1 if number else 2])}")
+    more += [size for size in SIZES if study and size.partition("=")[0] not in swept]
     last = max((i for i, word in enumerate(arguments) if "=" in word), default=-1) + 1
     return [*arguments[:last], "debug=fast", "logger=csv", "callbacks.progress_bar=false", "threads=1", *more,
             *arguments[last:]]  # fmt: skip
