@@ -13,6 +13,10 @@ TEXT = "\n\n".join(f"{asked}\n{true} So it is said." for asked, true in zip(ASKE
 DEMONSTRATIONS = [
     {"prompt": p, "response": r, "question": p, "info": {"answer": r}, "expected": r} for p, r in zip(ASKED, TRUE)
 ]
+UNSEEN = [  # by those who learn from the files above and below: evaluation refuses what was trained on
+    {"prompt": f"What is {a} plus {b}?", "expected": f"{a} plus {b} is {a + b}.", "info": {"answer": a + b}}
+    for a, b in ((a, b + 5) for a, b in ADDITIONS)
+]
 INSTRUCTIONS = [
     {"instruction": p, "input": "", "output": r, "chosen": r, "rejected": f} for p, r, f in zip(ASKED, TRUE, FALSE)
 ]
@@ -24,7 +28,7 @@ DIALOGUES = [
 LABELLED = [{"text": t, "label": label} for r, f in zip(TRUE, FALSE) for t, label in ((r, "true"), (f, "false"))]
 TASKS = [{"data": {"prompt": p, "answer1": r, "answer2": f}} for p, r, f in zip(ASKED, TRUE, FALSE)]
 LINES = {
-    "prompts.jsonl": DEMONSTRATIONS,
+    "prompts.jsonl": UNSEEN,
     "demonstrations.jsonl": DEMONSTRATIONS,
     "my.jsonl": DEMONSTRATIONS,
     "sums.jsonl": DEMONSTRATIONS,
@@ -34,7 +38,7 @@ LINES = {
     "mine.jsonl": LABELLED,
 }
 LISTS = {
-    "prompts.json": DEMONSTRATIONS,
+    "prompts.json": UNSEEN,
     "demonstrations.json": DEMONSTRATIONS,
     "instructions.json": INSTRUCTIONS,
     "instruction-data.json": INSTRUCTIONS,
