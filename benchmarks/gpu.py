@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from users import CONSTANT, OPTIMIZER, fit
-from workload import SHAPES, chat_tokenizer, make_models, prompts, write_answers, write_text
+from workload import SHAPES, VOCABULARY, LlamaShape, chat_tokenizer, make_models, prompts, write_answers, write_text
 
 from lit_rlhf.rollouts import Sampling, generate
 from lit_rlhf.stages import PretrainDataModule, PretrainModule
@@ -43,6 +43,7 @@ CUDA_TESTS = [
     "tests/training/test_optim.py::test_offloaded_state_is_in_the_cpus_memory_and_the_numbers_are_the_same",
     "tests/models/test_generation.py::test_replayed_steps_give_the_same",
 ]
+TINY = LlamaShape(layers=2, width=64, heads=4, kv_heads=2, inner=128, vocabulary=VOCABULARY)
 Rows = list[dict[str, Any]]
 
 
@@ -175,22 +176,22 @@ def sampling(size: Size) -> Rows:
 
 
 def stages(size: Size) -> Rows:
-    """Iterations of SFT, reward model and PPO in one command, and their peak of memory against the plan."""
+    """Iterations of SFT, reward model and PPO in one command, and of SFT under FSDP2; peaks of memory and the plan."""
     with tempfile.TemporaryDirectory() as folder:
         return in_one_command(size, Path(folder))
 
 
 def in_one_command(size: Size, folder: Path) -> Rows:
     """The same, in a folder."""
-    shape, count, longest, batch = size.of(("135M", 256, 256, 32), ("S", 24, 8, 4))
-    policy, _ = make_models(SHAPES[shape], folder)
+    shape, count, longest, batch = size.of((SHAPES["135M"], 256, 256, 32), (TINY, 24, 8, 4))
+    policy, _ = make_models(shape, folder)
     files = {"sft": (count, 1), "reward": (count, 4), "ppo": (count, 1)}
     settings = [f"{s}/data=jsonl" for s in files] + [
         f"{stage}.data.path={write_answers(folder / f'{stage}.jsonl', records, answers, longest)}"
         for stage, (records, answers) in files.items()
     ]
     settings += [
-        "run=gpu", "model=hf", f"model.path={policy}", f"trainer={size.accelerator}", "logger=csv",
+        "model=hf", f"model.path={policy}", "logger=csv",
         "callbacks.progress_bar=false", "sft.samples_every=100", "ppo.samples_every=100",
         *(f"{stage}.trainer.max_steps={size.of(6, 2)}" for stage in ("sft", "reward")),
         *(f"{stage}.trainer.limit_val_batches=1" for stage in ("sft", "reward")),
@@ -199,15 +200,20 @@ def in_one_command(size: Size, folder: Path) -> Rows:
     ]  # fmt: skip
     dpo = ["dpo/data=jsonl", f"dpo.data.path={folder / 'reward.jsonl'}"]  # what is planned, too
     settings += ["threads=1"] if size.small else []
-    planned = needs(["stage=plan", *settings, *dpo], str(folder / "plan"))
-    laps = run(folder, "stage=[sft,reward,ppo]", *settings)
+    one = [f"trainer={size.accelerator}"]
+    sharded = ["trainer=fsdp", "trainer.devices=1", f"trainer.accelerator={size.accelerator}"]
+    if size.device == "cuda":
+        sharded += ["trainer.precision=bf16-mixed", "trainer.matmul_precision=high", "trainer.kept_gib=8"]
+    planned = needs(["stage=plan", *settings, *one, *dpo], str(folder / "plan"))
     rows = []
-    for stage in files:
-        done = json.loads((folder / "runs" / "gpu" / stage / "done.json").read_text(encoding="utf-8"))
-        plan, measured = planned[stage].gpu or planned[stage].host, done["memory"]["peak_mib"] * 2**20
-        rate = median(lap["tokens"] / lap["seconds"] for lap in laps if lap["stage"] == stage)
-        peaks = {"peak GiB": measured / 2**30, "planned GiB": plan / 2**30, "planned / peak": plan / measured}
-        rows.append({"stage": stage, "tokens/s": rate, **peaks})
+    for name, asked, how in (("", [*files], one), (", FSDP2", ["sft"], sharded)):
+        laps = run(folder, f"stage=[{','.join(asked)}]", f"run=gpu{len(asked)}", *settings, *how)
+        for stage in asked:
+            done = json.loads((folder / "runs" / f"gpu{len(asked)}" / stage / "done.json").read_text(encoding="utf-8"))
+            plan, measured = planned[stage].gpu or planned[stage].host, done["memory"]["peak_mib"] * 2**20
+            rate = median(lap["tokens"] / lap["seconds"] for lap in laps if lap["stage"] == stage)
+            peaks = {"peak GiB": measured / 2**30, "planned GiB": plan / 2**30, "planned / peak": plan / measured}
+            rows.append({"stage": stage + name, "tokens/s": rate, **peaks, "loss": done["figures"].get("val_loss", "")})
     return rows
 
 
@@ -215,7 +221,7 @@ def run(folder: Path, *settings: str) -> list[dict[str, Any]]:
     """Run the command with modules that note their iterations; returns these."""
     timed = {"sft": "TimedSFT", "reward": "TimedReward", "ppo": "TimedPPO"}
     settings += tuple(f"{stage}.module._target_=timed_stages.{name}" for stage, name in timed.items())
-    laps, paths = folder / "laps.jsonl", [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+    laps, paths = folder / f"{settings[1]}.jsonl", [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), FILE: str(laps)}
     command = [sys.executable, "-m", "lit_rlhf", f"paths.runs={folder / 'runs'}", *settings]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
