@@ -82,7 +82,7 @@ def test_loss_is_the_mean_over_pairs_by_plain_transformers(data, tokenizer, rewa
             losses.append(torch.nn.functional.softplus(torch.tensor(-margin)).item())
     module.log = lambda *_, **__: None
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer])
+    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer], strategy=None)
     assert_close(module.training_step(batch, 0).item(), sum(losses) / 24, atol=1e-5, rtol=1e-5)
 
 
@@ -181,7 +181,7 @@ def step(module, batch):
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer])
+    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer], strategy=None)
     return module.training_step(batch, 0), logged
 
 
