@@ -94,13 +94,9 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         module = make_module(name, settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
+    bar, here = bool(cfg.callbacks.progress_bar), {"default_root_dir": str(folder.path / "checkpoints")}
     trainer = make_trainer(
-        name,
-        settings.trainer,
-        logger=loggers or False,
-        callbacks=callbacks,
-        default_root_dir=str(folder.path / "checkpoints"),
-        enable_progress_bar=bool(cfg.callbacks.progress_bar),
+        name, settings.trainer, logger=loggers or False, callbacks=callbacks, enable_progress_bar=bar, **here
     )
     try:
         try:
@@ -123,12 +119,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         write_trained_prompts(name, folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         # Beside the figures, which are the same whenever a stage is done again.
-        before, peak = memory.measure()
-        notes |= {
-            "memory": {"before_mib": before / 2**20, "peak_mib": peak / 2**20},
-            "versions": versions(),
-            "data": data_notes(data),
-        }
+        notes |= {"memory": memory.mib(), "versions": versions(), "data": data_notes(data)}
         folder.finish({"figures": figures, "seconds": seconds, **notes})
         if lost:
             raise lost

@@ -50,6 +50,11 @@ class Peak:
         # Linux counts a new peak from a rougher sum than the memory now: it can begin some pages below it.
         return self._resident, max(self._resident, _status("VmHWM"))
 
+    def mib(self) -> dict[str, float]:
+        """The same in MiB, as a run's files have it."""
+        before, peak = self.measure()
+        return {"before_mib": before / 2**20, "peak_mib": peak / 2**20}
+
 
 def _status(name: str) -> int:
     if not STATUS.is_file():

@@ -19,6 +19,12 @@ from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.trained_models import ModelSettings
 
 NEVER = 10**9  # steps
+SET_HERE: dict[str, Any] = {
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
 
 
 def make_trainer(
@@ -54,19 +60,11 @@ def make_trainer(
     business of :class:`lit_rlhf.training.resuming.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
     precision = precision_of(precision, accelerator)
-    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
-        raise UserError(f"trainer.strategy={strategy}: sharded models are strategy=fsdp2 (or trainer=fsdp)")
-    if strategy == "fsdp2" or isinstance(strategy, FSDP2):
-        strategy = FSDP2() if strategy == "fsdp2" else strategy
-        strategy.check(precision, compile)
-        # What is gathered in inference mode could not be trained later.
-        settings |= {"inference_mode": False}
+    strategy = _sharding(strategy, precision, compile)
+    if isinstance(strategy, FSDP2):
+        settings |= {"inference_mode": False}  # what is gathered in inference mode could not be trained later
     models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
-    if devices == num_nodes == 1 and "plugins" not in settings:
-        settings["plugins"] = [LightningEnvironment()]  # one process, also where a launcher has started several
-    elif SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Else Lightning saves in the middle of a step when Slurm takes the machine back.
-        settings["plugins"] = [*settings.get("plugins", []), SLURMEnvironment(auto_requeue=False)]
+    settings["plugins"] = _plugins(settings.get("plugins"), alone=devices == num_nodes == 1)
     trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -79,13 +77,10 @@ def make_trainer(
         accumulate_grad_batches=accumulate_grad_batches,
         log_every_n_steps=log_every_n_steps,
         val_check_interval=val_check_interval or NEVER,
-        check_val_every_n_epoch=None,
         limit_val_batches=limit_val_batches,
         deterministic=deterministic,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
         callbacks=[*settings.pop("callbacks", []), models],
+        **SET_HERE,
         **settings,
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and nobody has asked for another
@@ -97,10 +92,28 @@ def make_trainer(
 make_trainer.further_settings = tuple(
     name
     for name in signature(Trainer).parameters
-    if name not in {*signature(make_trainer).parameters, "check_val_every_n_epoch", "num_sanity_val_steps"}
-    and name not in {"enable_checkpointing", "enable_model_summary", "enable_progress_bar"}
-    and name not in {"callbacks", "logger", "default_root_dir"}
+    if name not in {*signature(make_trainer).parameters, *SET_HERE}
+    and name not in {"callbacks", "logger", "default_root_dir", "enable_progress_bar"}
 )
+
+
+def _plugins(given: list[Any] | None, alone: bool) -> list[Any]:
+    if alone and given is None:
+        return [LightningEnvironment()]  # one process, also where a launcher has started several
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Else Lightning saves in the middle of a step when Slurm takes the machine back.
+        return [*(given or ()), SLURMEnvironment(auto_requeue=False)]
+    return given or []
+
+
+def _sharding(strategy: str | Strategy, precision: str, compile: bool) -> str | Strategy:
+    """The strategy that "fsdp2" names; raises ``UserError`` where settings do not go together with sharding."""
+    if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
+        raise UserError(f"trainer.strategy={strategy}: sharded models are strategy=fsdp2 (or trainer=fsdp)")
+    strategy = FSDP2() if strategy == "fsdp2" else strategy
+    if isinstance(strategy, FSDP2):
+        strategy.check(precision, compile)
+    return strategy
 
 
 def precision_of(setting: str, accelerator: str) -> str:
