@@ -65,7 +65,7 @@ def test_a_mistake_is_found_before_the_first_job_begins(lit_rlhf, tmp_path):
     done = lit_rlhf("experiment=ladder", "rung=td,tdd", check=False)
     assert done.returncode == 2 and "Could not find 'rung/tdd'" in done.stderr
     done = lit_rlhf("experiment=ladder", "trainer=ddp", check=False)
-    assert done.returncode == 2 and "cannot run under multirun" in done.stderr
+    assert done.returncode == 2 and "under multirun (-m) this launcher starts 1 per job" in done.stderr
     assert not (tmp_path / "runs" / "ladder").exists()
 
 
