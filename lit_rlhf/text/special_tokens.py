@@ -69,11 +69,12 @@ class Names:
         return min(spans, default=None)
 
 
-def check(names: Names, value: Any) -> None:
+def check(names: Names | re.Pattern[str], value: Any) -> None:
     """Raises ``UserError`` where a text in ``value``, a message say, holds one of ``names``."""
     for text in strings(value):
         if found := names.search(text):
-            name, around = text[slice(*found)], text[max(0, found[0] - 30) : found[1] + 30]
+            begin, end = found.span() if isinstance(found, re.Match) else found
+            name, around = text[begin:end], text[max(0, begin - 30) : end + 30]
             raise UserError(f"a text holds the special token {name!r} ({around!r}), and special_tokens=refuse")
 
 

@@ -37,15 +37,18 @@ def of_all(trainer: Trainer, found: Found) -> list[Found]:
     return everyones
 
 
-def place_of(trainer: Trainer, batch_idx: int) -> int:
-    """The number, among those of all processes, of a batch that is one process's alone."""
-    return batch_idx * trainer.world_size + trainer.global_rank
+def place_of(trainer: Trainer | None, batch_idx: int) -> int:
+    """The number, among those of all processes, of a batch that is one process's alone; None: there is one process."""
+    return batch_idx if trainer is None else batch_idx * trainer.world_size + trainer.global_rank
 
 
-def of_step(trainer: Trainer, found: Found, batch_idx: int, dataloader_idx: int = 0) -> list[Found]:
+def of_step(trainer: Trainer | None, found: Found, batch_idx: int, dataloader_idx: int = 0) -> list[Found]:
     """What all processes have found in a step of an evaluation, in the order of their batches.
 
-    What was read to fill up, as the data have no batch left for this process, is not among it."""
+    What was read to fill up, as the data have no batch left for this process, is not among it. ``trainer`` None: a
+    step by hand, without one."""
+    if trainer is None:
+        return [found]
     loaders = (
         trainer.val_dataloaders
         if trainer.validating

@@ -179,9 +179,7 @@ def judge_all(address):
 
 IN_TURN = re.compile(r"stage=(label|chat)|annotator=(none|people)|classify.data.task=same|checkpoint-1,checkpoint-2")
 CHOSEN = [
-    pytest.param(block, id=name)
-    for name, block in BLOCKS
-    if ALL or any(IN_TURN.search(" ".join(c)) for c in block)
+    pytest.param(block, id=name) for name, block in BLOCKS if ALL or any(IN_TURN.search(" ".join(c)) for c in block)
 ]
 
 

@@ -76,10 +76,10 @@ def test_a_likelihood_head_has_its_own_rate_where_it_is_made_from_scratch():
     assert given.optimizer.lr == fitted(*MODEL).reward.optimizer.lr and given.module.lm_coef == 0
 
 
-def test_adapters_have_ten_times_the_rate():
+def test_adapters_have_rates_of_their_own():
     full, adapters = (fitted(*MODEL, *more) for more in ((), ("sft.lora.r=8", "dpo.lora.r=8")))
-    for stage in ("sft", "dpo"):
-        assert adapters[stage].optimizer.lr == pytest.approx(10 * full[stage].optimizer.lr)
+    for stage, times in (("sft", 10), ("dpo", 30)):
+        assert adapters[stage].optimizer.lr == pytest.approx(times * full[stage].optimizer.lr)
     assert adapters.reward.optimizer.lr == full.reward.optimizer.lr
     critic = fitted(*MODEL, "ppo.critic.lora.r=8").ppo
     assert critic.module.critic_lr == 3e-4 and critic.optimizer.lr == full.ppo.optimizer.lr

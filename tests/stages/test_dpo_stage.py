@@ -40,7 +40,8 @@ def step():
         logged = {}
         module.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
         optimizer = SimpleNamespace(param_groups=[{"lr": 0.0}])
-        module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, optimizers=[optimizer])
+        told = {"world_size": 1, "accumulate_grad_batches": 1, "strategy": None}
+        module._trainer = SimpleNamespace(optimizers=[optimizer], **told)
         return module.training_step(batch, 0), logged
 
     return run

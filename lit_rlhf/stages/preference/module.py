@@ -149,11 +149,11 @@ class PreferenceModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to one batch of prompts, and the ranks of what all processes have drawn, where the annotator can give
         them now; the answers."""
-        place = place_of(self.trainer, batch_idx)
+        place = place_of(self._trainer, batch_idx)
         rows = self.drawn.results.get(place)
         if rows is None:
             rows = (self._given if self.how == "given" else self._draw)(batch, place)
-        for number, drawn in of_step(self.trainer, (place, rows), batch_idx):
+        for number, drawn in of_step(self._trainer, (place, rows), batch_idx):
             if number not in self.drawn.results:
                 self.drawn.add(number, drawn)
             if self._ranks_now and self.trainer.is_global_zero and number not in self.ranked.results:
