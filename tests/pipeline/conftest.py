@@ -8,7 +8,6 @@ import pytest
 from filelock import FileLock
 
 REPO = Path(__file__).parents[2]
-sys.path[:0] = [str(REPO / "tests"), str(REPO / "tests" / "pipeline")]  # modules that several tests use
 FAST = ["debug=fast", "logger=csv", "callbacks.progress_bar=false", "threads=1"]
 
 
