@@ -147,8 +147,12 @@ class _Column(NamedTuple):
 
 def _columns(kind: Any) -> dict[str, _Column]:
     hints = typing.get_type_hints(kind)
-    names = getattr(kind, "_fields", None) or kind.__dataclass_fields__
-    return {name: _column(hints[name]) for name in names}
+    return {name: _column(hints[name]) for name in field_names(kind)}
+
+
+def field_names(kind: Any) -> Sequence[str]:
+    """The fields of a NamedTuple or dataclass, in their order."""
+    return getattr(kind, "_fields", None) or list(kind.__dataclass_fields__)
 
 
 def _column(hint: Any) -> _Column:

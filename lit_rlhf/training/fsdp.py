@@ -98,7 +98,6 @@ class FSDP2(ModelParallelStrategy):
         A module's ``before_whole()`` is called before, in all processes; what it names as ``not_exported`` stays."""
         module: Any = self.lightning_module
         getattr(module, "before_whole", lambda: None)()
-        self.optimizers, self.lr_scheduler_configs = [], []  # their memory is wanted
         for root in _roots(module, without=getattr(module, "not_exported", ())):
             if isinstance(root, FSDPModule) and any(p.requires_grad for p in root.parameters()):
                 end_root(root, keep=self.is_global_zero)

@@ -20,7 +20,7 @@ from lit_rlhf.text.records.files import OnBadRecord, Seen, read_records
 from lit_rlhf.text.records.messages import Messages
 from lit_rlhf.text.records.sources import identity_of
 from lit_rlhf.text.records.split import Moved, held_out_mask, split_marks
-from lit_rlhf.text.rows import NotPlain, Rows, progress, write_rows
+from lit_rlhf.text.rows import NotPlain, Rows, field_names, progress, write_rows
 from lit_rlhf.text.token_file import code_digest, kept
 
 Record = TypeVar("Record")
@@ -122,7 +122,7 @@ def _write(entries: Sequence[Sequence[str]], how: Reading, folder: Path) -> None
                     if how.about is not None:
                         about[json.dumps(how.about(record))] = None
                     counts[number] += 1
-                    values = tuple(getattr(record, name) for name in _names(type(record)))
+                    values = tuple(getattr(record, name) for name in field_names(type(record)))
                     signed = int.from_bytes(fingerprint.to_bytes(8, "big"), "big", signed=True)
                     yield _Line(kinds.index(type(record)), values, signed, place)
                 skipped.extend(seen.skipped)
@@ -158,13 +158,9 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _names(kind: Any) -> Sequence[str]:
-    return getattr(kind, "_fields", None) or list(kind.__dataclass_fields__)
-
-
 def _tuples(kind: Any) -> list[bool]:
     hints = typing.get_type_hints(kind)
-    return [typing.get_origin(hints[name]) is tuple for name in _names(kind)]
+    return [typing.get_origin(hints[name]) is tuple for name in field_names(kind)]
 
 
 def _named(function: Any) -> Any:
