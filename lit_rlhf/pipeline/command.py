@@ -71,6 +71,8 @@ def main() -> None:
         fail_for(error)
     except KeyboardInterrupt:
         fail(stopped_line(), STOPPED_BY_HAND)
+    except StoppedAtOnce:  # by a second signal, while what the first had raised was being handled
+        fail(stopped_line(), STOPPED)
 
 
 @contextmanager
@@ -261,6 +263,10 @@ def run(cfg: DictConfig, checked: bool = False) -> float | None:
     return value
 
 
+class StoppedAtOnce(SystemExit):
+    """A signal asked to stop, outside of training; ``run`` says so, or ``main`` where ``run`` is past its ``try``."""
+
+
 def stop_at_once(cfg: DictConfig, number: int, _: Any) -> None:
     """Outside of training: what is finished, batches of a collection among it, is on disk already."""
     from lit_rlhf.training.resuming import handle_signals
@@ -270,7 +276,7 @@ def stop_at_once(cfg: DictConfig, number: int, _: Any) -> None:
         raise KeyboardInterrupt
     handle_signals(signal.SIG_IGN)
     requeue(cfg, number)
-    sys.exit(STOPPED)
+    raise StoppedAtOnce(STOPPED)
 
 
 def _raise_again(what: Any) -> None:

@@ -108,3 +108,33 @@ time.sleep(20)
 def test_a_signal_in_a_finalizer_is_not_lost(lit_rlhf):
     done = subprocess.run([sys.executable, "-c", IN_A_FINALIZER], env=lit_rlhf.env, capture_output=True, timeout=300)
     assert done.returncode == STOPPED, done.stderr
+
+
+BETWEEN = """
+import signal, sys
+from lit_rlhf.errors import Interrupted
+from lit_rlhf.pipeline import command
+from lit_rlhf.training import resuming
+
+handle_signals, came = resuming.handle_signals, []
+
+def handled(handler):
+    if handler is signal.SIG_IGN and not came:  # `run` is about to ignore more signals: one comes just before
+        came.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    return handle_signals(handler)
+
+def work(cfg):
+    raise Interrupted("the first signal was handled", signal.SIGTERM)
+
+resuming.handle_signals, command.work = handled, work
+sys.argv = ["lit-rlhf", "stage=pretrain"]
+command.main()
+"""
+
+
+def test_a_second_signal_while_the_first_is_answered_still_says_how_to_go_on(lit_rlhf, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN], env=lit_rlhf.env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == STOPPED and "un the same command again to go on" in done.stderr, done.stderr
