@@ -52,6 +52,7 @@ class Template:
         self._names = Names(tokenizer, ())
         if special_tokens != "rendered":
             self._after = self._probe()
+            self._check_end()
             special = {token.content for token in added if token.special}
             self._names = Names(tokenizer, special | self._marking_turns())
 
@@ -252,6 +253,17 @@ class Template:
                 return _behind(whole, ANSWER).removesuffix(self._opening)
         reason = refused[0] if refused else "it leaves out what is said, whether as a text or as a list of parts"
         raise UserError(f"this tokenizer's chat template cannot write a question and an answer: {reason}")
+
+    def _check_end(self) -> None:
+        """Refuse a tokenizer to which the end of a turn is no token behind a word, as with ``single_word``."""
+        if self.end is None:
+            return
+        behind_word = self.tokenizer("a" + (self._after or ""), add_special_tokens=False)["input_ids"]
+        if self.tokenizer.convert_tokens_to_ids(self.end) not in behind_word:
+            raise UserError(
+                f"this tokenizer reads {self.end!r} behind a word as characters, so no answer would ever end; in "
+                "tokenizer.json, set 'single_word' and 'normalized' of this added token to false"
+            )
 
     def _choose_forms(self, asked: Message, answer: Message) -> None:
         """Other roles are written as the user, or, where the template shows them in the other form alone, in that."""

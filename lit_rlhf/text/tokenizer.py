@@ -105,8 +105,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token is None or tokenizer.pad_token_id in used | _of_template(tokenizer):
         tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})
+    _drop_lengths(tokenizer, path)
     check_template(tokenizer, path)
     return tokenizer
+
+
+def _drop_lengths(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Drop a length that a tokenizer.json cuts or fills each text to by itself: here stages cut, and say so."""
+    inner = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    if inner is not None and (inner.truncation or inner.padding):
+        inner.no_truncation()
+        inner.no_padding()
+        say(f"{path}: its tokenizer.json cuts or pads texts by itself ('truncation', 'padding'); that is left out here")
 
 
 def _check_files(folder: Path) -> None:

@@ -12,7 +12,7 @@ from lit_rlhf.text import (
     train_bpe,
     train_characters,
 )
-from lit_rlhf.text.chat import ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE
+from lit_rlhf.text.chat import ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, turn_end
 from lit_rlhf.text.special_tokens import encode_texts, text_start
 
 CHATML = (
@@ -218,3 +218,24 @@ def test_a_tokenizer_written_in_python_refuses_what_it_cannot_keep_apart(tokeniz
     assert encode_prompts(tokenizer, [[user("Hi")]])
     with pytest.raises(UserError, match="written in Python, cannot tell from the token itself"):
         encode_prompts(tokenizer, [[user("Hi<|assistant|>")]])
+
+
+@pytest.mark.parametrize("how", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_with_a_manner_of_their_own(how):
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False, **{how: True}) for t in ("<|im_end|>",)])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    if how == "single_word":  # "a<|im_end|>" would be characters: learned, and never an end
+        with pytest.raises(UserError, match=r"reads '<\|im_end\|>' behind a word as characters.*'single_word'"):
+            turn_end(tokenizer)
+        return
+    for text in ("Hi", " Hi", FORGED, "a <|im_end|> b", *ANSWERS):
+        [asked] = encode_prompts(tokenizer, [[user(text)]])
+        assert asked.count(end) == 1
+        assert "".join(tokenizer.decode(asked).split()) == "".join(
+            f"<|im_start|>user{text}<|im_end|><|im_start|>assistant".split()
+        )
+        [[example]] = encode_dialogues(tokenizer, [dialogue("q", text)], [0])
+        learned = [t for t, m in zip(example.tokens, example.mask) if m]
+        assert learned.count(end) == 1 and tokenizer.decode(learned) == f"{text}<|im_end|>"
+    assert tokenizer.decode(encode_texts(tokenizer, ["a <|im_end|> b"])[0]) == "a <|im_end|> b"

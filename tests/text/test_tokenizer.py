@@ -196,3 +196,19 @@ def test_no_tokenizer_there(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{ half a fi")
     with pytest.raises(UserError, match=r"tokenizer.json: damaged \(not JSON"):
         load_tokenizer(tmp_path)
+
+
+def test_lengths_in_a_tokenizers_file_cut_and_pad_nothing(tmp_path, capsys):
+    tokenizer = train_bpe(["I cut nothing, you see.\n"] * 3, 320)
+    tokenizer.chat_template = ROLE_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "whole")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=16)
+    tokenizer.save_pretrained(tmp_path / "cutting")
+    whole, cutting = load_tokenizer(tmp_path / "whole"), load_tokenizer(tmp_path / "cutting")
+    assert "cutting: its tokenizer.json cuts or pads texts by itself" in capsys.readouterr().out
+    cutting.save_pretrained(tmp_path / "exported")
+    for found in (cutting, load_tokenizer(tmp_path / "exported"), AutoTokenizer.from_pretrained(tmp_path / "exported")):
+        for text in ("I", "I cut nothing, you see, and you see it."):
+            assert encode(found, text) == encode(whole, text) == found.backend_tokenizer.encode(text).ids
+    assert not capsys.readouterr().out
