@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -128,30 +129,53 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_two_blocks_set_everything_up():
+def test_two_commands_set_everything_up():
     """One for the main job, one for the tests; the latter between the marks that .ci/run looks for."""
-    fresh = [block for block in blocks("bash") if "python3 -m venv" in block]
-    assert [block.splitlines()[-1] for block in fresh] == ["lit-rlhf", "python -m pytest"]
-    assert all("pip install -c constraints/cpu.txt" in block for block in fresh)
+    assert [block for block in blocks("bash") if block.startswith("make ")] == ["make quickstart\n", "make test\n"]
     marked = re.search(r"<!-- test command -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert marked and blocks("bash", marked[1]) == fresh[1:]
+    assert marked and blocks("bash", marked[1]) == ["make test\n"]
 
 
 def test_ci_runs_the_readmes_test_command(tmp_path):
-    """The first lines of .ci/run read the block from the README; its last line runs what the block ends with."""
+    """The first lines of .ci/run read the command from the README; its last line runs it."""
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    head, _, rest = script.partition("rm -rf .venv-ci")
+    head, _, rest = script.partition("export VENV")
     copy = tmp_path / ".ci/run"
     copy.parent.mkdir()
-    copy.write_text(head + 'printf \'%s\\n\' "$setup" "$tests"\n')
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
-    read = subprocess.run(["bash", str(copy)], capture_output=True, text=True, check=True).stdout
-    [block] = [b for b in blocks("bash") if b.endswith("python -m pytest\n")]
-    assert read == block.replace(".venv", ".venv-ci")
-    assert 'eval "$setup"' in rest
+    copy.write_text(head + "printf '%s\\n' \"$tests\"\n")
+    for page, code, read in [(README, 0, "make test\n"), ("no command", 1, "")]:
+        (tmp_path / "README.md").write_text(page, encoding="utf-8")
+        done = subprocess.run(["bash", str(copy)], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, read)
     assert rest.rstrip().splitlines()[-1] == 'eval "$tests"'
     assert script.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in script
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def make(*arguments, path=None):
+    """What ``make`` prints for these arguments, with another folder of commands before the others."""
+    env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"} if path else None
+    command = ["make", "--no-print-directory", "-C", ROOT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+
+
+@pytest.mark.parametrize(("target", "extras", "last"), [
+    ("quickstart", '-e "."', "/bin/lit-rlhf"), ("test", '-e ".[dev]"', "/bin/python -m pytest"),
+])  # fmt: skip
+def test_make_sets_everything_up(tmp_path, target, extras, last):
+    lines = make("-n", target, f"VENV={tmp_path}/env")
+    assert f"-m venv {tmp_path}/env" in lines and "-m pip install" in lines and extras in lines
+    assert lines.strip().splitlines()[-1].strip().endswith(last)
+    (tmp_path / "uv").write_text("#!/bin/sh\n")
+    (tmp_path / "uv").chmod(0o755)
+    lines = make("-n", target, f"VENV={tmp_path}/env", path=tmp_path)
+    assert "uv venv" in lines and "uv pip install" in lines and extras in lines and "-m venv" not in lines
+
+
+def test_make_lists_its_targets():
+    said = make()
+    targets = re.search(r"^.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert all(f"make {target} " in said for target in targets)
 
 
 def test_actions_of_the_workflow_are_pinned_by_commit_and_dependencies_are_checked():
@@ -164,7 +188,7 @@ def test_actions_of_the_workflow_are_pinned_by_commit_and_dependencies_are_check
 def test_workflow_runs_the_same_tests_on_every_python():
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     steps = [step.get("run", "") for step in jobs["tests"]["steps"]]
-    assert "python -m pytest" in steps
+    assert "make test" in steps
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert jobs["tests"]["strategy"]["matrix"]["python-version"] == versions
