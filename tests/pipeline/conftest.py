@@ -13,18 +13,25 @@ FAST = ["debug=fast", "logger=csv", "callbacks.progress_bar=false", "threads=1"]
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory):
-    """Run a command in a fork of a process that has imported everything: warm(arguments, folder, env)."""
-    files = [tmp_path_factory.mktemp("said") / name for name in ("stdout", "stderr")]
+    """Run a command in forks of a process that has imported everything: warm(arguments, folder, env) in one,
+    warm.several(arguments, folder, environments) in as many, which run it together."""
+    folder = tmp_path_factory.mktemp("said")
     command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
     server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(arguments, cwd, env):
-        said = dict(zip(("stdout", "stderr"), map(str, files)))
-        server.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env, **said}) + "\n")
+    def several(arguments, cwd, envs):
+        files = [[folder / f"{name}-{i}" for name in ("stdout", "stderr")] for i in range(len(envs))]
+        starts = [{"env": env, "stdout": str(out), "stderr": str(err)} for env, (out, err) in zip(envs, files)]
+        server.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "starts": starts}) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, *(f.read_text(encoding="utf-8") for f in files))
+        codes = map(int, server.stdout.readline().split())
+        said = [[file.read_text(encoding="utf-8") for file in own] for own in files]
+        return [subprocess.CompletedProcess(arguments, code, *own) for code, own in zip(codes, said)]
 
+    def run(arguments, cwd, env):
+        return several(arguments, cwd, [env])[0]
+
+    run.several = several
     yield run
     server.stdin.close()
     server.wait(timeout=60)

@@ -1,14 +1,15 @@
-"""A chain of stages in two processes, started in every way, is what the command's own two processes make of it."""
+"""A chain of stages in two processes, started in every way, is what the command's own two processes make of it; by
+torchrun on two nodes and by srun on one, a whole one is, in test_whole_chains.py."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from launchers import by_hand, by_srun, free_port, torchrun
 
 pytestmark = pytest.mark.slow
 CHAIN = ["stage=[sft,preference]", "from_run=quickstart", "trainer=ddp", "trainer.accelerator=cpu"]
@@ -45,44 +46,8 @@ def start(lit_rlhf, chains):
             process.kill()
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-def torchrun(*arguments):
-    return ["torch.distributed.run", *arguments, "--master-addr=127.0.0.1", "-m"]
-
-
-def slurm(rank, nodes):
-    """What srun tells one of two tasks; the port follows from the job's number."""
-    local, node = (rank, 0) if nodes == 1 else (0, rank)
-    told = {"PROCID": rank, "LOCALID": local, "NODEID": node, "NTASKS": 2, "NTASKS_PER_NODE": 2 // nodes,
-            "NNODES": nodes, "JOB_ID": int(free_port()) % 1000, "JOB_NAME": "train",
-            "NODELIST": "127.0.0.1"}  # fmt: skip
-    return {f"SLURM_{name}": str(value) for name, value in told.items()}
-
-
-def by_srun(nodes):
-    first = slurm(0, nodes)
-    return [([], first), ([], {**slurm(1, nodes), "SLURM_JOB_ID": first["SLURM_JOB_ID"]})]
-
-
-def by_hand():
-    first = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [([], {**first, "NODE_RANK": str(node)}) for node in range(2)]
-
-
-def by_torchrun():
-    port = free_port()
-    return [(torchrun("--nnodes=2", f"--node-rank={node}", f"--master-port={port}"), {}) for node in range(2)]
-
-
 WAYS = {
     "torchrun": lambda: ([(torchrun("--nproc-per-node=2", f"--master-port={free_port()}"), {})], ON_ONE_NODE),
-    "torchrun, two nodes": lambda: (by_torchrun(), ON_TWO),
-    "srun": lambda: (by_srun(1), ON_ONE_NODE),
     "srun, two nodes": lambda: (by_srun(2), ON_TWO),
     "by hand, two nodes": lambda: (by_hand(), ON_TWO),
 }

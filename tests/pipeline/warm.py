@@ -1,7 +1,8 @@
 """Commands as processes of their own that have imported everything already: imports are most of a short command.
 
 One JSON line a command comes in, {"arguments", "cwd", "env", "stdout", "stderr"} with files for the last two; its exit
-status goes out as a line when it has ended."""
+status goes out as a line when it has ended. Of several processes that run it together ``starts`` has what each has for
+itself, and the line their statuses."""
 
 import json
 import os
@@ -29,9 +30,18 @@ def become(asked: dict) -> None:
         full_disk.install(asked["disk"])
 
 
-for line in sys.stdin:
-    if os.fork() == 0:
-        become(json.loads(line))
-        runpy.run_module("lit_rlhf", run_name="__main__", alter_sys=True)
-        break  # a command ends as every process does, with what is to be done at its exit
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+def asked_of_fork() -> dict | None:
+    """What the fork that returns is to become; None: there are no more commands."""
+    for line in sys.stdin:
+        asked, begun = json.loads(line), []
+        for own in asked.get("starts", [{}]):
+            begun.append(os.fork())
+            if not begun[-1]:
+                return asked | own
+        print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in begun), flush=True)
+    return None
+
+
+if asked := asked_of_fork():
+    become(asked)
+    runpy.run_module("lit_rlhf", run_name="__main__", alter_sys=True)  # ends with what is to be done at its exit
