@@ -33,7 +33,12 @@ def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def check_logits(model: PreTrainedModel) -> None:
-    """Raise ``UserError`` for a family that looks ahead, or whose logits cannot be had apart from its trunk."""
+    """Raise ``UserError`` for a model that cannot read a text, or looks ahead, or whose logits cannot be had apart from
+    its trunk."""
+    if model.base_model is model:
+        raise UserError(f"{type(model).__name__} names no part without the head; choose another family")
+    if fault := difference(model, "its own forward pass", lambda model: (read(model), read(model))):
+        raise UserError(f"{type(model).__name__}: it cannot read a text with these settings: {fault}")
     if fault := difference(model, "another text behind it", _alike_before_others):
         raise UserError(f"{type(model).__name__}: no language model to sample from, for its tokens look ahead: {fault}")
     if fault := difference(model, "logits apart from its trunk", _apart_and_whole):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.models.gathering import gathers, sharded_root
@@ -30,7 +31,8 @@ from lit_rlhf.text.tokenizer import check_vocabulary, load_tokenizer
 def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A freshly initialized model; ``config`` names a ``model_type`` and that architecture's own settings.
 
-    Vocabulary size and special tokens come from the tokenizer."""
+    Vocabulary size and special tokens come from the tokenizer. Raises ``UserError`` for settings that the family does
+    not have, and for those of which no model can be made, or none that reads a text."""
     settings = copy.deepcopy(dict(config))
     model_type = settings.pop("model_type", None)
     try:
@@ -43,11 +45,39 @@ def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
             **settings,
         )
         known = {**type(architecture)().to_dict(), **architecture.attribute_map}
-        if unknown := [name for name in settings if name not in known]:
+        if unknown := [name for name in settings if name not in known and not _reads(architecture, name)]:
             raise ValueError(f"{model_type} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        return AutoModelForCausalLM.from_config(architecture)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.config: {str(error).strip().splitlines()[0][:900]}") from error
+        if (words := architecture.get_text_config().vocab_size) != len(tokenizer):
+            raise ValueError(
+                f"{model_type} would have {words} words, and the tokenizer has {len(tokenizer)}: its language model is "
+                "a part of it; take the family of that part"
+            )
+        if architecture.to_dict().get("head_dim", 0) is None:  # some families cannot do without
+            architecture.head_dim = architecture.hidden_size // architecture.num_attention_heads
+        model = AutoModelForCausalLM.from_config(architecture)
+        check_logits(model)
+    except Exception as error:  # whatever a family's own code raises of settings that do not fit each other
+        raise UserError(f"model.config: {' '.join(str(error).split())[:900] or type(error).__name__}") from error
+    if "head_dim" not in settings:
+        _say_head_dim(architecture)
+    return model
+
+
+def _reads(config: PretrainedConfig, name: str) -> bool:
+    """Whether a family's code takes a setting that its config does not list, as qwen3_moe takes ``head_dim``."""
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return kind is not None and f'getattr(config, "{name}"' in inspect.getsource(sys.modules[kind.__module__])
+
+
+def _say_head_dim(config: PretrainedConfig) -> None:
+    """Say where a family's heads have a width of their own, which most take from the other settings."""
+    found = config.to_dict()
+    width, heads, size = (found.get(name) for name in ("head_dim", "num_attention_heads", "hidden_size"))
+    if width and heads and size and width * heads != size and "qk_rope_head_dim" not in found:
+        say_once(
+            f"model.config: heads of {config.model_type} are {width} wide unless head_dim says otherwise, and not "
+            f"hidden_size / num_attention_heads = {size / heads:g}"
+        )
 
 
 def load_policy(
@@ -71,8 +101,6 @@ def load_policy(
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path)
     model = with_adapter(keep_layout(model), path)
-    if model.base_model is model:
-        raise UserError(f"{path}: {type(model).__name__} names no part without the head; choose another family")
     check_logits(model)
     packs(model.base_model)  # how it is computed is said when it is loaded
     return add_lora(model, lora)

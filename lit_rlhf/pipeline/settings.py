@@ -146,7 +146,7 @@ def compose_settings(overrides: list[str], config_dir: Path | None = None, with_
         except UserError:
             raise
         except Exception as error:  # Hydra and OmegaConf have many kinds, and Python's own
-            raise UserError(_composition_error(str(error), overrides)) from error
+            raise UserError(_composition_error(error, overrides)) from error
     if not with_hydra:
         with open_dict(cfg):
             del cfg["hydra"]
@@ -200,7 +200,7 @@ def sweep_jobs(overrides: list[str]) -> list[list[str]]:
     try:
         batches = BasicSweeper.split_arguments(_parsed([*asked, *overrides]), max_batch_size=None)
     except HydraException as error:
-        raise UserError(_composition_error(str(error), overrides)) from None
+        raise UserError(_composition_error(error, overrides)) from None
     return [list(job) for batch in batches for job in batch]
 
 
@@ -236,8 +236,8 @@ RENAMED = {
 }
 
 
-def _composition_error(text: str, overrides: list[str]) -> str:
-    text = text.split("Config search path")[0]
+def _composition_error(error: Exception, overrides: list[str]) -> str:
+    text = str(error).split("Config search path")[0]
     if "Config group override must be a string" in text:
         groups = {
             o.input_line: conf_dir() / o.key_or_group for o in _parsed(overrides) if not isinstance(o.value(), str)
@@ -257,6 +257,12 @@ def _composition_error(text: str, overrides: list[str]) -> str:
         known = list(addresses(base))
         if key in known:
             above = key.rpartition(".")[0]
+            within = re.search(r"full_key: (\S+)", str(error.__cause__))
+            if within and within[1].startswith(f"{key}."):
+                return (
+                    f"{within[1]}: there is no such setting, and {key}={{...}} changes only those that there are; for "
+                    f"others write an option of your own, {above.replace('.', '/')}/NAME.yaml (--config-dir)"
+                )
             return f"{key}: another choice of this command (experiment, or an override) has replaced {above}"
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})

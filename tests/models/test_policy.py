@@ -1,12 +1,13 @@
 import copy
 import json
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import load_policy, load_policy_and_tokenizer, next_token_logits, packed_hidden, policy_from_config
 from lit_rlhf.models.kernels import onednn
@@ -156,6 +157,50 @@ def test_a_wrong_config(model_config, tokenizer, change, message):
 def test_heads_that_do_not_divide_the_width(tokenizer, config):
     with pytest.raises(UserError, match=r"model\.config: "):
         policy_from_config(config, tokenizer)
+
+
+TINY = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+MOE = {"model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+DENSE = {"intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    "config, width, said",
+    [
+        (MOE, 24, ""),
+        (MOE | {"head_dim": 32}, 32, ""),  # which its code takes, though its config does not list it
+        (DENSE | {"model_type": "ministral"}, 24, ""),  # no model can be made where this is null, as it is by default
+        (DENSE | {"model_type": "qwen3", "head_dim": 32}, 32, ""),
+        (DENSE | {"model_type": "qwen3"}, 128, "heads of qwen3 are 128 wide .* num_attention_heads = 24"),
+    ],
+)
+def test_the_width_of_heads(tokenizer, tmp_path, capsys, config, width, said):
+    say_once.cache_clear()
+    policy_from_config({**TINY, **config}, tokenizer).save_pretrained(tmp_path)
+    assert bool(re.search(said, found := capsys.readouterr().out)) and bool(found) == bool(said)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (4 * width, 96)
+    assert loaded.model.layers[0].self_attn.k_proj.weight.shape == (2 * width, 96)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (MOE | {"head_width": 32}, "qwen3_moe has no setting 'head_width'"),
+        (DENSE | {"model_type": "llama", "hidden_size": 97}, r"hidden size \(97\) is not a multiple of .* heads \(4\)"),
+        (
+            DENSE | {"model_type": "llama", "num_key_value_heads": 3},
+            "LlamaForCausalLM: it cannot read a text with these settings: it stops with RuntimeError",
+        ),
+        (MOE | {"num_experts_per_tok": 3}, "Qwen3MoeForCausalLM: it cannot read a text with these settings"),
+        (DENSE | {"model_type": "llama4_text"}, "Llama4ForCausalLM names no part without the head"),
+        ({"model_type": "emu3", "text_config": DENSE}, r"emu3 would have \d+ words, and the tokenizer has \d+: its"),
+    ],
+)
+def test_settings_of_which_no_model_can_be_made(tokenizer, config, message):
+    tiny = {} if "text_config" in config else TINY
+    with pytest.raises(UserError, match=f"^model.config: .*{message}"):
+        policy_from_config({**tiny, **config}, tokenizer)
 
 
 def test_freeze(policy):
