@@ -1,6 +1,6 @@
 """The most memory that a process takes: one run of the command for each case, libraries included.
 
-    python benchmarks/memory.py --checkpoint FOLDER [--cases "PPO, LoRA"] [--work FOLDER]
+    python benchmarks/memory.py --checkpoint FOLDER [--cases "PPO"] [--work FOLDER] [--set KEY=VALUE ...]
 
 ``--checkpoint`` is a language model of some 100 million parameters as a Hugging Face folder (SmolLM2-135M-Instruct in
 docs/memory.md). PPO takes one iteration of 64 answers of 64 tokens each, with a reward model that is the checkpoint
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -85,18 +87,27 @@ def measure(case: str, inputs: dict[str, Path], folder: Path, more: list[str]) -
     return usage.ru_maxrss / 2**20, time.perf_counter() - begun
 
 
-def main() -> None:
-    """Measure, and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@contextmanager
+def begun(
+    about: str, cases: Iterable[str], make_inputs: Callable[[Path, Path], dict[str, Path]]
+) -> Iterator[tuple[argparse.Namespace, dict[str, Path], Path]]:
+    """(the arguments of the command line, what the cases read, a folder for their runs), with one thread."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), metavar="CASE")
     parser.add_argument("--work", type=Path, help="where models and runs go; a temporary folder by default")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all cases")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        inputs = make_inputs(arguments.checkpoint.absolute(), folder)
+        yield arguments, make_inputs(arguments.checkpoint.absolute(), folder), folder
+
+
+def main() -> None:
+    """Measure, and print a table in Markdown."""
+    with begun(__doc__, CASES, make_inputs) as (arguments, inputs, folder):
         print("| case | peak | seconds |\n|---|---|---|")
         for case in arguments.cases:
             size, seconds = measure(case, inputs, folder, arguments.set)

@@ -1,6 +1,6 @@
 """The most memory that each of two processes takes with sharded models (FSDP2), against one process.
 
-    python benchmarks/sharded.py --checkpoint FOLDER [--cases SFT PPO] [--work FOLDER]
+    python benchmarks/sharded.py --checkpoint FOLDER [--cases SFT PPO] [--work FOLDER] [--set KEY=VALUE ...]
 
 ``--checkpoint`` is a language model of some 100 million parameters as a Hugging Face folder. SFT takes three steps of
 four demonstrations, PPO two iterations of eight answers of 16 tokens, in float32 and on CPUs; two processes share them
@@ -9,17 +9,16 @@ first one held before it read anything: the interpreter and its libraries."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from memory import begun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 COMMON = ("threads=1", "logger=csv", "callbacks.progress_bar=false", "model=hf", "trainer.precision=32-true")
@@ -48,12 +47,13 @@ def make_inputs(checkpoint: Path, folder: Path) -> dict[str, Path]:
     return {"checkpoint": checkpoint, "reward": reward, "records": records}
 
 
-def measure(case: str, processes: int, inputs: dict[str, Path], folder: Path) -> list[float]:
+def measure(case: str, processes: int, inputs: dict[str, Path], folder: Path, more: Sequence[str]) -> list[float]:
     """GiB of each process, without the interpreter's own."""
     name, total = BATCH[case]
     settings = [setting.format(**inputs) for setting in CASES[case]] + [f"{name}={total // processes}"]
     if processes > 1:
         settings += ["trainer=fsdp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
+    settings += more
     runs = folder / "runs"
     shutil.rmtree(runs, ignore_errors=True)
     command = [sys.executable, "-m", "lit_rlhf", *COMMON, *settings, "run=measured", f"paths.runs={runs}"]
@@ -76,19 +76,10 @@ def measure(case: str, processes: int, inputs: dict[str, Path], folder: Path) ->
 
 def main() -> None:
     """Measure, and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--work", type=Path, help="where models and runs go; a temporary folder by default")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.work or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs = make_inputs(arguments.checkpoint.absolute(), folder)
+    with begun(__doc__, CASES, make_inputs) as (arguments, inputs, folder):
         print("| stage | one process | two, each | share |\n|---|---|---|---|")
         for case in arguments.cases:
-            [one], two = (measure(case, processes, inputs, folder) for processes in (1, 2))
+            [one], two = (measure(case, processes, inputs, folder, arguments.set) for processes in (1, 2))
             both = " and ".join(f"{size:.2f}" for size in two)
             print(f"| {case} | {one:.2f} GiB | {both} GiB | {max(two) / one:.2f} |", flush=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,16 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.models.checkpoint import save_model
-from lit_rlhf.models.chunked import adds_to_gradients
-from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training.all_processes import mean_of_all, of_step
 from lit_rlhf.training.dry_run import Meter
-from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, decay_groups, optimizer_and_schedule
-from lit_rlhf.training.parts import LearnsInParts, Part
+from lit_rlhf.training.parts import LearnsInParts, Part, losses_of
 
 
 class MeanLoss(NamedTuple):
@@ -90,7 +86,7 @@ class SupervisedModule(LearnsInParts):
         raise NotImplementedError
 
     def training_step(self, batch: Any | list[Part[Any]], batch_idx: int) -> Tensor:
-        loss, seen = self.in_parts(batch, batch_idx, lambda part: gathered(self.trained, partial(self._losses, part)))
+        loss, seen = self.in_parts(batch, batch_idx, self._losses)
         watched = mean_of_all(self.trainer, {f"{self.stage}/loss": loss, **seen})
         self.latest_loss = watched[f"{self.stage}/loss"].detach()  # as validation has it
         for name, value in watched.items():
@@ -98,11 +94,8 @@ class SupervisedModule(LearnsInParts):
         self.log(f"{self.stage}/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        # Of gathered weights, which no hook of DDP's watches.
-        sharded = isinstance(self.trainer.strategy, FSDP2)
-        with adds_to_gradients(self.trained) if sharded else nullcontext():
-            return self.losses(batch)
+    def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
+        return losses_of(self, [self.trained], partial(self.losses, batch))
 
     def on_validation_epoch_start(self) -> None:
         self.held_out = []

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_rlhf.models.chunked import adds_to_gradients
+from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.micro_batches import tokens_at_once
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.trained_state import TrainedState
 
-Batch = TypeVar("Batch")
+Batch, Found = TypeVar("Batch"), TypeVar("Found")
 
 
 class Part(NamedTuple, Generic[Batch]):
@@ -30,6 +34,22 @@ def fit_memory(data: LightningDataModule, module: nn.Module) -> None:
     :func:`lit_rlhf.models.micro_batches.tokens_at_once`."""
     data.learned_at_once = tokens_at_once(module, learning=True)
     data.read_at_once = tokens_at_once(module, learning=False)
+
+
+def losses_of(module: LightningModule, models: Sequence[Any], losses: Callable[[], Found]) -> Found:
+    """``losses()``, while the weights of ``models`` are whole: those that ``module`` trains, or some of them None.
+
+    Backward passes add to the gradients that are kept, see :func:`lit_rlhf.models.chunked.adds_to_gradients`, but where
+    something waits for the gradient of each matrix, as DDP does."""
+
+    def read() -> Found:
+        adds = isinstance(module.trainer.strategy, SingleDeviceStrategy | FSDP2)
+        with adds_to_gradients(module) if adds else nullcontext():
+            return losses()
+
+    for model in models:
+        read = partial(gathered, model, read)
+    return read()
 
 
 class LearnsInParts(TrainedState):
@@ -54,11 +74,11 @@ class LearnsInParts(TrainedState):
             self.zero_grad()
             self._zeroed = True
         if not isinstance(batch, list):
-            return self._gathering(losses, batch)
+            return losses(batch)
         total: Tensor | float = 0.0
         means: dict[str, Tensor | None] = {}
         for i, (part, share) in enumerate(batch):
-            loss, watched = self._gathering(losses, part)
+            loss, watched = losses(part)
             for name, value in watched.items():
                 known = means.get(name)
                 new = None if value is None else value.detach() * share
@@ -69,11 +89,6 @@ class LearnsInParts(TrainedState):
                 loss = loss.detach()
             total = total + loss
         return total, means
-
-    def _gathering(self, losses: Callable[[Batch], Any], batch: Batch) -> Any:
-        # DDP waits for the gradient of each matrix.
-        with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
-            return losses(batch)
 
     def _add_gradients(self, loss: Tensor) -> None:
         strategy = self.trainer.strategy

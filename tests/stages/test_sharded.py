@@ -2,24 +2,30 @@
 
 import copy
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
-from lit_rlhf.models import LoRA, add_lora, critic_on_policy
+from lit_rlhf.models import LoRA, RewardHead, add_lora, chunked, critic_on_policy
 from lit_rlhf.models.gathering import full
+from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages import PPOModule
+from lit_rlhf.stages import PPOModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 pytestmark = pytest.mark.slow
 SHARDED = {"strategy": "fsdp2", "devices": 2}
-FIGURES = ("ppo/score", "ppo/kl", "ppo/loss", "ppo/grad_norm", "ppo/critic_grad_norm", "ppo/response_length")
+FIGURES = {
+    f"ppo/{name}"
+    for name in ("score", "kl", "loss", "grad_norm", "critic_grad_norm", "ptx_loss", "ptx_grad_norm", "response_length")
+}
 
 
 class Stop(Exception):
@@ -104,7 +110,10 @@ def close(one, two, tolerance):
         ("dpo", {"max_steps": 6}),
     ],
 )
-def test_a_sharded_stage_is_the_same(stage, budget, stages, trained):
+def test_a_sharded_stage_is_the_same(stage, budget, stages, trained, monkeypatch):
+    if stage == "sft":
+        monkeypatch.setattr(chunked, "LOGITS", 4096)  # gradients of large embeddings are added in their place
+
     def halved():
         module, data = stages[stage]()
         data.batch_size //= 2
@@ -117,10 +126,34 @@ def test_a_sharded_stage_is_the_same(stage, budget, stages, trained):
         close(mine, theirs, 1e-4)
 
 
+def test_a_sharded_likelihood_head_is_the_same(policy, stages, trained):
+    """It reads the logits of a language model whose own head it keeps."""
+    config = copy.deepcopy(policy.config)
+    config.tie_word_embeddings = False
+
+    def make():
+        torch.manual_seed(0)
+        module, data = stages["reward"]()
+        start = AutoModelForCausalLM.from_config(config)
+        module.reward_model = RewardTransformer.from_policy(start, RewardHead("likelihood")).train()
+        assert module.reward_model.score.lm_head is not None
+        return module, data
+
+    def halved():
+        module, data = make()
+        data.batch_size //= 2
+        return module, data
+
+    one, two = trained(make, halved, {"max_steps": 6}, stop=2)
+    for mine, theirs in zip([*one[0], *one[1:]], [*two[0], *two[1:]], strict=True):
+        close(mine, theirs, 1e-4)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param({}, id="reward model and critic"),
+        pytest.param({"ptx_coef": 0.5, "head": RewardHead("likelihood")}, id="text, a likelihood head"),
         pytest.param({"critic": critic_on_policy, "reference": ReferenceUpdate(ema=0.7)}, id="what follows the policy"),
         pytest.param(
             {
@@ -130,15 +163,19 @@ def test_a_sharded_stage_is_the_same(stage, budget, stages, trained):
         ),
     ],
 )  # fmt: skip
-def test_sharded_ppo_is_the_same(settings, policy, ppo, prompts, trained):
+def test_sharded_ppo_is_the_same(settings, policy, reward_model, ppo, prompts, world, trained, monkeypatch):
+    monkeypatch.setattr(chunked, "LOGITS", 4096)  # gradients of large embeddings are added in their place
     more = dict(settings)
-    lora = more.pop("lora", None)
+    lora, head = more.pop("lora", None), more.pop("head", None)
+    if "ptx_coef" in more:
+        more["ptx"] = partial(WorldPretrainDataModule, world, documents=200, block_size=24, held_out=0.1)
 
     def make(size):
         torch.manual_seed(0)
         adapted = add_lora(copy.deepcopy(policy), lora)
-        sampling = Sampling(max_new_tokens=6)
-        module = ppo(adapted, kind=PPOModule, sampling=sampling, ppo_epochs=2, minibatch_size=size, **more)
+        scorer = RewardTransformer.from_policy(copy.deepcopy(policy), head) if head else reward_model
+        more["minibatch_size"] = size
+        module = ppo(adapted, scorer, kind=PPOModule, sampling=Sampling(max_new_tokens=6), ppo_epochs=2, **more)
         return module, prompts(batch_size=size)
 
     budget = {"max_epochs": 1, "limit_train_batches": 5}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models.chunked import adds_to_gradients
 from lit_rlhf.models.gathering import sharded_root
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.micro_batches import tokens_at_once
@@ -27,6 +26,7 @@ from lit_rlhf.training.all_processes import mean_of_all
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.callbacks import inner_bar
 from lit_rlhf.training.diverging import clip_gradients
+from lit_rlhf.training.parts import losses_of
 from lit_rlhf.training.trained_state import TrainedState
 
 
@@ -111,10 +111,12 @@ class LearnsFromRollouts(TrainedState):
     def _add_gradients_of(self, minibatch: Rollout, synced: bool = True) -> dict[str, Tensor]:
         """Returns what is to be watched. ``synced``: the last backward pass averages over all processes."""
         own, share = self.own_part(minibatch)
-        with adds_to_gradients(self) if self.trainer.world_size == 1 else nullcontext():
-            watched = self.objective.gradients(
-                own, share, lambda loss, last: self._add_gradients(loss, synced and last)
-            )
+        watched = self.objective.gradients(
+            own,
+            share,
+            read=partial(losses_of, self, [self.critic, self.policy]),
+            backward=lambda loss, last: self._add_gradients(loss, synced and last),
+        )
         ratio = self.trainer.strategy.reduce(watched.pop("ratio"), reduce_op="max")
         return {**mean_of_all(self.trainer, watched), "ratio": ratio}
 

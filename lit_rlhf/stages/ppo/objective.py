@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from lit_rlhf.functional import clip_fraction, clipped_value_loss, kl_estimate, masked_mean, whole_answer
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.finite import blame
-from lit_rlhf.models.gathering import gathered
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
@@ -24,6 +23,8 @@ from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_kl
 from lit_rlhf.stages.ppo.loss import PolicyLoss
 from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.text.packing import Packed
+
+Losses = tuple[Tensor, Tensor, dict[str, Tensor]]  # the policy's, the critic's, what is to be watched
 
 
 @dataclass
@@ -44,17 +45,20 @@ class Objective:
     tokens: int  # in a backward pass
 
     def gradients(
-        self, minibatch: Rollout, share: Tensor | float, backward: Callable[[Tensor, bool], None]
+        self,
+        minibatch: Rollout,
+        share: Tensor | float,
+        read: Callable[[Callable[[], Losses]], Losses],
+        backward: Callable[[Tensor, bool], None],
     ) -> dict[str, Tensor]:
         """Adds the gradients of a minibatch to those there are, micro-batch by micro-batch.
 
-        ``backward`` takes a loss, and whether it is the last one; ``share`` weights them all, and what is returned to
-        be watched, but for the largest ``ratio``."""
+        ``read`` calls what reads the models; ``backward`` takes a loss, and whether it is the last one; ``share``
+        weights them all, and what is returned to be watched, but for the largest ``ratio``."""
         parts = self.micro_batches(minibatch)
         watched: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
-            losses = partial(gathered, self.critic, partial(self.losses, part))
-            policy_loss, value_loss, seen = gathered(self.policy, losses)
+            policy_loss, value_loss, seen = read(partial(self.losses, part))
             # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
             loss = (policy_loss + self.value_coef * value_loss) * share * weight
             ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
@@ -75,7 +79,7 @@ class Objective:
         actions = max(1, int(minibatch.mask.sum()))
         return [(part, int(part.mask.sum()) / actions) for part in parts]
 
-    def losses(self, minibatch: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def losses(self, minibatch: Rollout) -> Losses:
         """(policy's loss, critic's, what is to be watched) of N sequences, with M tokens of the policy in all."""
         packed = self.batching.packed(minibatch.sequences, minibatch.response_mask)
         response = Responding.of(packed)
