@@ -19,6 +19,7 @@ from page import renewed
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.plan import Need, write_plan
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
+from lit_rlhf.training.notices import quiet
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cluster.md"
 GIB, PER_MACHINE, ROOM = 2**30, 8, 80  # GPUs of a machine; GiB of a GPU
@@ -55,6 +56,7 @@ def needs(settings: list[str], folder: str) -> dict[str, Need]:
     cfg = compose_settings([*settings, f"paths.runs={folder}"])
     remember_world(cfg)
     check_settings(cfg)
+    quiet()
     with contextlib.redirect_stdout(io.StringIO()):
         return {need.stage: need for need in write_plan(cfg).stages}
 

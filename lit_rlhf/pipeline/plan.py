@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.files import make_folder, write_text
-from lit_rlhf.models.micro_batches import limit_kept, trunks
+from lit_rlhf.functional import drawn_figures
+from lit_rlhf.models.kernels.decoding import CachedDecoder
 from lit_rlhf.pipeline.run import make_data, make_module
 from lit_rlhf.pipeline.settings import MissingSetting, planned_stages, resolved
-from lit_rlhf.rollouts.dry_run import DryEngine
-from lit_rlhf.stages.contract import Planned, check_contract
-from lit_rlhf.stages.records import FitContext
+from lit_rlhf.pipeline.together import devices_of, processes_of
+from lit_rlhf.rollouts.engine import Engine, Request, Responses
+from lit_rlhf.rollouts.fast import cache_bytes, make_decoder, rows_that_fit
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training.dry_run import Meter, bytes_of
 from lit_rlhf.training.memory import machine_bytes, resident_bytes
-from lit_rlhf.training.notices import quiet
-from lit_rlhf.training.trained_models import ModelSettings
 from lit_rlhf.training.trainer import precision_of
 
 MARGIN = 0.2  # of all tensors: holes between them that are too small for others, workspaces of libraries
@@ -90,7 +92,6 @@ def write_plan(cfg: DictConfig) -> Plan:
     """Plan all stages, print the table, and write ``plan.json`` into the run's folder.
 
     Raises ``UserError`` after that where a stage could not be planned, unless a setting that it needs is not given."""
-    quiet()
     device = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(cfg.trainer.accelerator, "cpu")
     gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     plan, wrong = Plan(device, resident_bytes(), machine_bytes(), gpu, [], {}), []
@@ -98,18 +99,15 @@ def write_plan(cfg: DictConfig) -> Plan:
         for name in planned_stages(cfg):
             try:
                 plan.stages.append(plan_stage(cfg, name, plan, Path(folder)))
-            except Exception as error:
-                reason = users_mistake(error)
-                if reason is None and not isinstance(error, (RuntimeError, NotImplementedError)):
-                    raise
+            except (UserError, InstantiationException, RuntimeError) as error:
+                reason = users_mistake(error) or UserError(f"{type(error).__name__}: {error}")
                 if isinstance(reason, MissingSetting) and not plan.stages:
                     raise reason from None  # what no stage can do without
-                said = str(reason or f"{type(error).__name__}: {error}").replace(folder, str(cfg.paths.run_dir))
-                plan.unplanned[name] = said.splitlines()[0][:300]
+                plan.unplanned[name] = str(reason).replace(folder, str(cfg.paths.run_dir)).splitlines()[0][:300]
                 wrong += [] if isinstance(reason, MissingSetting) else [name]
     if plan.stages:
-        path = make_folder(Path(cfg.paths.run_dir)) / "plan.json"
-        write_text(path, json.dumps(asdict(plan), indent=2) + "\n")
+        written = json.dumps(asdict(plan), indent=2) + "\n"
+        path = write_text(make_folder(Path(cfg.paths.run_dir)) / "plan.json", written)
         print(f"{plan.table()}\nplan: {path}")
     if wrong:
         raise UserError("; ".join(f"{name}: {plan.unplanned[name]}" for name in wrong))
@@ -118,41 +116,35 @@ def write_plan(cfg: DictConfig) -> Plan:
 
 def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     """What a stage needs; in ``folder``, what later stages will ask of it."""
-    settings = OmegaConf.create(_made_up(resolved(cfg, name), str(cfg.paths.run_dir), str(folder)))
+    run_dir = str(cfg.paths.run_dir)
+    settings = OmegaConf.create(tree_map(lambda x: _moved(x, run_dir, folder), resolved(cfg, name)))
     settings.module.pop("progress_file", None)  # of a collection that may be running
     on_gpu, precision = plan.device != "cpu", precision_of(settings.trainer.precision, plan.device)
     data = make_data(settings.data, name)
     module = make_module(name, settings, data, without_values=True)
-    if precision.endswith("-true"):
-        module.to({"bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}[precision.split("-")[0]])
-    here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
-    here |= {"compile": False, "logger": False, "enable_progress_bar": False}
-    module.trainer = instantiate({**settings.trainer, **here})
-    module.trainer.datamodule = data
+    here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "compile": False, "logger": False}
+    trainer = module.trainer = instantiate({**settings.trainer, **here, "precision": precision})
+    trainer.datamodule = data
+    trainer.precision_plugin.convert_module(module)
     module.setup("fit")
-    for callback in (*module.configure_callbacks(), *module.trainer.callbacks):
-        if isinstance(callback, FitContext | ModelSettings):
-            callback.setup(module.trainer, module, "fit")
+    for callback in (*module.configure_callbacks(), *trainer.callbacks):
+        callback.setup(trainer, module, "fit")
     trained = [p for p in module.parameters() if p.requires_grad and "optimizer" in settings]
-    devices, nodes, kind = _processes(settings.trainer)
-    count = devices * nodes if trained else 1  # those that sample hold all of their models each
+    count = processes_of(settings.trainer) if trained else 1  # those that sample hold all of their models each
+    kind = "fsdp2" if "fsdp2" in str(settings.trainer.get("strategy")).lower() else "ddp"
     shards = count if kind == "fsdp2" else 1
     state = sum(p.numel() for p in trained) * _state_bytes(settings) if trained else 0
     weights, gradients = bytes_of([*module.parameters(), *module.buffers()]), bytes_of(trained)
     checkpoint = bytes_of(module.state_dict().values()) + state
     held = state // shards
     offloaded = held if on_gpu and trained and settings.optimizer.get("offload") else 0
-    if shards > 1 and precision.endswith("-mixed"):  # models are read in half precision: as many tokens as otherwise
-        for trunk in trunks(module):
-            limit_kept(trunk, settings.trainer.kept_gib / 2)
-    meter = Meter(module, precision, plan.device, held - offloaded, shards)
+    meter = Meter(module, precision, plan.device, shards)
+    meter.live += held - offloaded + (gradients if count > shards else 0)  # DDP's buckets
     if hasattr(module, "engine"):
         module.engine = DryEngine(module.engine, meter)
-    check_contract(module, Planned, f"{name}.module")
     with meter:
         records = module.dry_run(meter, data)
-    buckets = gradients if count > shards else 0  # DDP's
-    tensors = int((1 + MARGIN) * (meter.peak + buckets))
+    tensors = int((1 + MARGIN) * meter.peak)
     process = max(resident_bytes(), plan.process)
     host = first = process + (weights + offloaded if on_gpu else max(tensors, weights))
     sent = 2 * meter.steps * gradients
@@ -161,9 +153,9 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         kept = offloaded if on_gpu else weights // shards + held
         first = max(host, process + kept + gradients)  # it gathers what is exported
     sent = int(sent * (count - 1) / count)
-    speed = WITHIN_A_MACHINE if on_gpu and nodes == 1 else BETWEEN_MACHINES
+    speed = WITHIN_A_MACHINE if on_gpu and settings.trainer.get("num_nodes", 1) == 1 else BETWEEN_MACHINES
     own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, weights
-    most = tensors if on_gpu else 0, first, first + (devices - 1) * host
+    most = tensors if on_gpu else 0, first, first + (devices_of(settings.trainer) - 1) * host
     need = Need(name, *own, *most, sent, f"{count} processes ({kind})", sent / speed / 1e9, speed, advice="")
     if need.node > plan.host or (on_gpu and 0 < plan.gpu < tensors):
         need.advice = _advice(need, on_gpu, "lora" in settings, count)
@@ -171,15 +163,10 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         if records:
             write_jsonl(folder / "data" / "rankings-0.jsonl", records)
         if trained:
-            _make_up(module, all_stages()[name].trained, data, folder / name / "model")
+            model, path = getattr(module, all_stages()[name].trained), folder / name / "model"
+            model.save_pretrained(path, state_dict={"nothing": torch.zeros(1)})
+            data.tokenizer.save_pretrained(path)
     return need
-
-
-def _processes(trainer: DictConfig) -> tuple[int, int, str]:
-    """(those of a machine, machines, how they share the work)"""
-    devices = max(1, torch.cuda.device_count()) if trainer.devices == "auto" else trainer.devices
-    devices = devices if isinstance(devices, int) else len(devices)
-    return devices, trainer.get("num_nodes", 1), "fsdp2" if "fsdp2" in str(trainer.get("strategy")).lower() else "ddp"
 
 
 def _state_bytes(settings: DictConfig) -> int:
@@ -210,18 +197,42 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
-def _made_up(node: Any, run: str, folder: str) -> Any:
-    """``node`` with the paths of the run that are not there replaced by those in ``folder``."""
-    if isinstance(node, dict | list):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        made = {key: _made_up(value, run, folder) for key, value in items}
-        return made if isinstance(node, dict) else list(made.values())
-    missing = isinstance(node, str) and node.startswith(run) and not Path(node).exists()
-    return folder + node[len(run) :] if missing else node
+def _moved(value: Any, run_dir: str, folder: Path) -> Any:
+    """A path of the run that is not there, below ``folder`` instead; other values as they are."""
+    missing = isinstance(value, str) and value.startswith(run_dir) and not Path(value).exists()
+    return f"{folder}{value[len(run_dir) :]}" if missing else value
 
 
-def _make_up(module: LightningModule, trained: str, data: LightningDataModule, folder: Path) -> None:
-    """The folder of a trained model, without values, from which later stages start."""
-    folder.mkdir(parents=True)
-    getattr(module, trained).save_pretrained(folder, state_dict={"nothing": torch.zeros(1)})
-    data.tokenizer.save_pretrained(folder)
+class DryEngine:
+    """Takes the memory that another engine would, and answers in tokens 0, as many as are allowed."""
+
+    def __init__(self, engine: Engine, meter: Meter) -> None:
+        self.exact, self.gives_states, self.meter = engine.exact, engine.gives_states, meter
+        # Transformers' engine writes one response after the other.
+        self.settings = getattr(engine, "settings", {"rows": 1})
+
+    def sync(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+        self.policy = policy
+        return 1
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], *, states: bool = False) -> Responses:
+        prompts, limit = [request.prompt for request in requests], requests[0].sampling.max_new_tokens
+        width, known = max(map(len, prompts)) + limit, self.settings
+        rows = min(len(prompts), known["rows"] or rows_that_fit(self.policy, width, known["cache_gib"]))
+        cache = rows * cache_bytes(self.policy, width)
+        self.meter.cache = max(self.meter.cache, cache)
+        before = self.meter.live
+        decoder = make_decoder(self.policy, rows, width, 0, False)
+        # Of a sharded policy all weights are gathered, into what the decoder has laid out where it has its own.
+        laid_out = self.meter.live - before - cache if isinstance(decoder, CachedDecoder) else 0
+        self.meter.whole = bytes_of(self.policy.parameters()) if self.meter.shards > 1 else 0
+        _gathered = torch.empty(max(0, self.meter.whole - laid_out) // 4, device="meta")
+        hidden = decoder.begin(prompts[:rows])
+        grown = 0 if isinstance(decoder, CachedDecoder) else cache // 4  # its cache grows with what is written
+        logits, _ = decoder.logits(hidden).float(), torch.empty(grown, device="meta")
+        drawn_figures(logits, logits.softmax(-1), torch.zeros(rows, dtype=torch.int64))
+        figures, ended = torch.zeros(len(prompts), limit), torch.zeros(len(prompts), dtype=torch.int64)
+        tokens, none = figures.long(), [()] * len(prompts)
+        kept = torch.empty(*tokens.shape, hidden.shape[-1], device="meta") if states else None
+        return Responses(tokens, tokens == 0, figures, figures, ended, none, states=kept)

@@ -37,6 +37,7 @@ from lit_rlhf.pipeline.trained_prompts import check_trained, write_trained_promp
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.contract import (
     EvaluatesPrompts,
+    Planned,
     StageData,
     StageModule,
     TrainsOnPrompts,
@@ -178,6 +179,8 @@ def make_module(
     make = instantiate(settings.module, **models, _partial_=True, _convert_="all")
     module: StageModule = make(**data.for_module())  # not through Hydra, which makes dictionaries of records
     check_contract(module, StageModule, f"{name}.module")
+    if without_values:
+        check_contract(module, Planned, f"{name}.module")
     if "samples_every" in settings:
         check_contract(module, WritesSamples, f"{name}.module")
     return module

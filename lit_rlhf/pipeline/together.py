@@ -59,7 +59,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     """Where one of the stages ``names`` trains in several processes: all of them, whether a launcher has started them
     or they are started now."""
     nodes = max((_nodes(cfg[name].trainer) for name in names), default=1)
-    devices = max((_devices(cfg[name].trainer) for name in names), default=1)
+    devices = max((devices_of(cfg[name].trainer) for name in names), default=1)
     if is_main_process():
         for note in _notes(cfg):
             note.unlink()
@@ -130,14 +130,15 @@ def _who_has_gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str
 
 def processes_of(trainer: DictConfig) -> int:
     """In how many processes a stage's trainer runs, on all nodes."""
-    return _nodes(trainer) * _devices(trainer)
+    return _nodes(trainer) * devices_of(trainer)
 
 
 def _nodes(trainer: DictConfig) -> int:
     return int(trainer.get("num_nodes", 1))
 
 
-def _devices(trainer: DictConfig) -> int:
+def devices_of(trainer: DictConfig) -> int:
+    """In how many processes a stage's trainer runs on each node."""
     if trainer.devices == "auto":
         return max(1, torch.cuda.device_count()) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
     return trainer.devices if isinstance(trainer.devices, int) else len(trainer.devices)

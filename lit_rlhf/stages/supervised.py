@@ -18,7 +18,7 @@ from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training.all_processes import mean_of_all, of_step
-from lit_rlhf.training.dry_run import Meter
+from lit_rlhf.training.dry_run import Meter, largest
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, decay_groups, optimizer_and_schedule
 from lit_rlhf.training.parts import LearnsInParts, Part, losses_of
 
@@ -118,8 +118,16 @@ class SupervisedModule(LearnsInParts):
         return optimizer_and_schedule(self, self.parameter_groups(), self.optimizer, self.schedule)
 
     def dry_run(self, meter: Meter, data: LightningDataModule) -> None:
-        """One step of training and of validation, on models without values."""
-        meter.fit(self, data, lambda batch: self.losses(batch)[0])
+        """A step on the largest batch of training, and the losses of the largest of validation if that is larger."""
+        batch = largest(data.train_dataloader())
+        parts = batch if isinstance(batch, list) else [Part(batch, 1.0)]
+        part = largest([parts]).batch
+        meter.learn(self, lambda: self.losses(part)[0], isinstance(batch, list), len(parts))
+        meter.times = 0  # validation is no part of an iteration
+        held_out = largest(data.val_dataloader())
+        if largest([[part, held_out]]) is held_out:
+            with torch.no_grad():
+                self.losses(held_out)
 
     def export(self, folder: Path) -> None:
         """Write ``model/``, which transformers loads; with LoRA also ``adapter/``."""

@@ -6,14 +6,13 @@ ids, positions, lengths) are real, so that what depends on them is as it will be
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.overrides import TorchFunctionMode
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from lit_rlhf.models.chunked import adds_to_gradients
+from lit_rlhf.models.loading import intend_dtype
 from lit_rlhf.models.policy import layers
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 class Meter(TorchDispatchMode):
     """Counts the bytes of tensors on ``meta`` while what runs inside of it allocates and frees them.
 
-    ``live`` now and ``peak`` at most, those of ``model`` and ``held`` others included; ``activations``, the most that a
+    ``live`` now and ``peak`` at most, those of ``model`` included; ``activations``, the most that a
     forward pass kept; ``cache``, the most that keys and values of a rollout took. With a trainer's mixed ``precision``
     products are cast as autocast does it on ``device`` ("cpu" or "cuda"). With ``shards`` the weights and gradients of
     ``model`` lie sharded over so many processes (FSDP2), of which one is metered.
@@ -41,31 +41,28 @@ class Meter(TorchDispatchMode):
     ``gathered`` bytes of weights (``whole`` for a rollout) and gradients of ``passes`` backward passes. What is
     metered is done ``times`` in an iteration."""
 
-    def __init__(
-        self, model: nn.Module, precision: str = "32-true", device: str = "cpu", held: int = 0, shards: int = 1
-    ) -> None:
+    def __init__(self, model: nn.Module, precision: str = "32-true", device: str = "cpu", shards: int = 1) -> None:
         super().__init__()
-        self.live = self.peak = held
-        self.activations = self.cache = self.whole = 0
-        self.widening = 1  # how much wider the weights that a process keeps are than those that it gathers
+        self.live = self.peak = self.activations = self.cache = self.whole = 0
         self.shards, self.steps, self.passes, self.gathered, self.times = shards, 1, 0.0, 0.0, 1.0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         # What an operation makes of which shapes: torch takes longer to say so than all the rest does, for every layer.
         self._calls: dict[Any, Any] = {}
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        # How much wider the weights that a process keeps are than those that it gathers.
+        self.widening = 2 if half is not None and shards > 1 else 1
         if shards > 1:
-            self.widening = 1 if half is None else 2
             self._shard(model, half)
             half = None  # the weights that are gathered have it
         else:
             self._note([*model.parameters(), *model.buffers()])
         functions = _OnTheDevice(half, torch.float32 if device == "cpu" else half)  # see lit_rlhf.models.attention
+        for layer in filter(checkpoint.state, model.modules()):
+            # Computed again in the backward pass, where torch leaves such modes aside.
+            layer.register_forward_pre_hook(lambda *_: functions.__enter__() and None)
+            layer.register_forward_hook(lambda *_: functions.__exit__(None, None, None), always_call=True)
         self._modes = [functions, torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None)]
-        for layer in model.modules():  # computed again in the backward pass, where torch leaves such modes aside
-            if checkpoint.state(layer) is not None:
-                layer.register_forward_pre_hook(lambda *_: functions.__enter__() and None)
-                layer.register_forward_hook(lambda *_: functions.__exit__(None, None, None), always_call=True)
 
     def __enter__(self) -> Meter:
         for mode in self._modes:
@@ -77,25 +74,12 @@ class Meter(TorchDispatchMode):
         for mode in reversed(self._modes):
             mode.__exit__(*error)
 
-    def fit(self, module: nn.Module, data: LightningDataModule, loss: Callable[[Any], Tensor]) -> None:
-        """A step on the largest batch of training, and the ``loss`` of the largest of validation if that is larger."""
-        batch = largest(data.train_dataloader())
-        in_parts = isinstance(batch, list)
-        part = max(batch, key=_size).batch if in_parts else batch
-        self.learn(module, lambda: loss(part), in_parts, len(batch) if in_parts else 1)
-        self.times = 0  # validation is no part of an iteration
-        held_out = largest(data.val_dataloader())
-        if _size(held_out) > _size(part):
-            with torch.no_grad():
-                loss(held_out)
-
     def learn(self, module: nn.Module, loss: Callable[[], Tensor], in_parts: bool, times: float = 1) -> None:
         """Forward and backward pass of a loss; ``in_parts``: the gradients of other parts of its batch are there."""
         self.times, self.passes = times, self.passes + times
-        for parameter in module.parameters() if in_parts else ():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-                self._keep_part(parameter)
+        for parameter in (p for p in module.parameters() if in_parts and p.requires_grad):
+            parameter.grad = torch.zeros_like(parameter)
+            self._keep_part(parameter)
         before = self.live
         with adds_to_gradients(module):
             value = loss()
@@ -107,16 +91,17 @@ class Meter(TorchDispatchMode):
         """Count this process's part of ``model``, and what it gathers of it: at most the layer at work, the next one as
         it arrives and as it is laid out, and of each model that is trained what is not in layers."""
         self.live += bytes_of([*model.parameters(), *model.buffers()]) // self.shards
-        model.to(half)
-        self._known.update(x.untyped_storage() for x in (*model.parameters(), *model.buffers()))
-        layer = rest = 0
         models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+        layer = rest = 0
         for trunk, root in {m.base_model: m for m in reversed(models)}.items():  # the outermost with this trunk
-            size, parts = bytes_of(root.parameters()), [bytes_of(part.parameters()) for part in layers(trunk)]
+            size, *parts = (bytes_of(x.parameters()) // self.widening for x in (root, *layers(trunk)))
             trained = any(p.requires_grad for p in root.parameters())
             trunk.register_forward_pre_hook(partial(self._gather, size, trained))
             layer, rest = max([layer, *parts]), rest + (size - sum(parts)) * trained
+            intend_dtype(root, root.dtype)  # from which follows how much it is given at a time
         self.live += 3 * layer + rest
+        model.to(half)
+        self._known.update(x.untyped_storage() for x in (*model.parameters(), *model.buffers()))
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(self._keep_part)
 
@@ -135,14 +120,11 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kinds = {x.is_meta for x in _tensors((args, *kwargs.values()))}
-        call = (func, _shapes((args, *kwargs.items()))) if kinds == {True} and _makes_new(func) else None
-        if call in self._calls:
-            shape, stride, dtype = self._calls[call]
-            out = torch.empty_strided(shape, stride, dtype=dtype, device=META)
-        else:
-            out = self._computed(func, args, kwargs, kinds)
-            if call and isinstance(out, Tensor) and out.is_meta:
-                self._calls[call] = _shapes(out)
+        makes_new = not (func.is_view or func._schema.is_mutable or func is aten._unsafe_view.default)
+        call = (func, _shapes((args, *kwargs.items()))) if makes_new and kinds == {True} else None
+        out = self._calls[call]() if call in self._calls else self._computed(func, args, kwargs, kinds)
+        if call and isinstance(out, Tensor) and out.is_meta:
+            self._calls[call] = partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=META)
         self._note(_tensors(out))
         return out
 
@@ -202,18 +184,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, **more)[0]
 
 
-@cache
-def _makes_new(func: Any) -> bool:
-    """Whether an operation gives new tensors, not its inputs or views of them."""
-    return func is not aten._unsafe_view.default and not any(x.alias_info for x in func._schema.returns)
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for part in x:
-            yield from _tensors(part)
+def _tensors(x: Any) -> list[Tensor]:
+    parts = x if isinstance(x, list | tuple) else ()
+    return [x] if isinstance(x, Tensor) else [found for part in parts for found in _tensors(part)]
 
 
 def _shapes(x: Any) -> Any:

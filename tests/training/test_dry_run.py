@@ -6,6 +6,7 @@ from torch import nn
 
 from lit_rlhf.functional import token_logprobs
 from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config
+from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import layers
 from lit_rlhf.text.packing import pack
 from lit_rlhf.training.dry_run import Meter, bytes_of, largest
@@ -21,7 +22,8 @@ def linear():
 
 
 def test_bytes_of_a_product_by_hand(linear):
-    with Meter(linear, held=5) as meter:
+    with Meter(linear) as meter:
+        meter.live += 5
         assert meter.live == 5 + 16 * 32 * FLOAT
         x = torch.empty(8, 16, device="meta")
         y = linear(x)
@@ -154,7 +156,9 @@ def test_of_a_sharded_model_a_process_keeps_its_part_and_gathers_layers(model_co
     def loss_of():
         return packed_hidden(blank, batch).float().sum()
 
+    given = [tokens_at_once(blank, learning=learning) for learning in (True, False)]
     with Meter(blank, precision, shards=4) as meter:
+        assert [tokens_at_once(blank, learning=learning) for learning in (True, False)] == given
         held = (weights + buffers) // 4
         assert meter.live == held + (3 * layer + rest) // half
         loss = loss_of()

@@ -221,8 +221,7 @@ class PPOModule(LearnsFromRollouts):
         sample(self.engine, self.policy, self.tokenizer, prompts.tokens * self.answers_per_prompt, self.sampling)
         most = max(tokens_at_once(self, learning=True), tokens_at_once(self, learning=False))
         few = 1 + most // (data.longest() + self.sampling.max_new_tokens)  # prompts: passes over others are alike
-        # As many tokens are read at a time as follow from the width of the weights that are kept.
-        meter.times = meter.widening * max(1.0, len(prompts.tokens) / few)
+        meter.times = max(1.0, len(prompts.tokens) / few)
         rollout, _ = self.collect(PromptBatch(*(column[:few] for column in prompts)))
         part = self.objective.micro_batches(rollout)[0][0]
         answers = len(prompts.tokens) * self.answers_per_prompt
