@@ -48,6 +48,10 @@ class Waiting(UserError):
     """A person has to do something before the work can go on; the message says what."""
 
 
+class Pruned(UserError):
+    """A trial of a study that its pruner ended, for it is behind others; the message says how far."""
+
+
 class Interrupted(UserError):
     """A signal (Ctrl-C is one) ended the work, and what was reached is on disk: the same command goes on."""
 

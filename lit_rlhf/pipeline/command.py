@@ -24,7 +24,7 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import STOPPED, Interrupted, UserError, Waiting, users_mistake
+from lit_rlhf.errors import STOPPED, Interrupted, Pruned, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
 from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason, stopped_line
 from lit_rlhf.pipeline.folder import register_resolvers, remember_world
@@ -327,14 +327,15 @@ def work(cfg: DictConfig) -> tuple[str, float]:
 
 
 def note_failure(cfg: DictConfig, error: Exception) -> None:
-    """Name a failed job of a sweep and write down why."""
+    """Name a job of a sweep that failed, or that a pruner ended, and write down why."""
     from lit_rlhf.pipeline.sweep import write_job
 
     if not is_main_process():
         return
     why = f"{reason(error)}{kept_traceback(error, _output_dir())}"
-    print(f"job {HydraConfig.get().job.num} failed: {why}", file=sys.stderr)
-    write_job(_output_dir(), _overrides(), {"status": "failed", "error": why, **about(cfg)})
+    status = "pruned" if isinstance(error, Pruned) else "failed"
+    print(f"job {HydraConfig.get().job.num} {status}: {why}", file=sys.stderr)
+    write_job(_output_dir(), _overrides(), {"status": status, "error": why, **about(cfg)})
 
 
 def about(cfg: DictConfig) -> dict[str, Any]:
@@ -370,5 +371,7 @@ def _output_dir() -> Path:
 
 
 def _overrides() -> list[str]:
-    """What was asked for, without what the command adds to every one."""
-    return [override for override in HydraConfig.get().overrides.task if override not in outside_groups()]
+    """What was asked for, without what the command adds to every one, and a sweeper to tell a job its number."""
+    added = tuple(f"callbacks.pruning.{name}=" for name in ("storage", "study_name", "trial"))
+    asked = HydraConfig.get().overrides.task
+    return [override for override in asked if override not in outside_groups() and not override.startswith(added)]

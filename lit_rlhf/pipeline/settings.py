@@ -193,10 +193,15 @@ def name_loaders(cfg: DictConfig) -> None:
 
 
 def sweep_jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun with the basic sweeper, those that the settings sweep over included."""
+    """The overrides of each job of a multirun with the basic sweeper, those that the settings sweep over included.
+
+    Of another sweeper, which alone knows its jobs: what they have in common."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    asked = [f"{name}={values}" for name, values in (hydra_settings(overrides).sweeper.get("params") or {}).items()]
+    sweeper = hydra_settings(overrides).sweeper
+    if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
+        return [without_sweeps(overrides)]
+    asked = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
     try:
         batches = BasicSweeper.split_arguments(_parsed([*asked, *overrides]), max_batch_size=None)
     except HydraException as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -19,6 +20,9 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder, write_text, written_anew
 from lit_rlhf.pipeline.failures import sweep_begins
 from lit_rlhf.stages.stage import all_stages
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
@@ -68,7 +72,7 @@ class SweepTable(Callback):
         print(f"sweep: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
         if self.page is not None and any(job.done for job in jobs):
             print(f"page: {self.page(folder)}")
-        if failed := [job for job in jobs if not job.done]:
+        if failed := [job for job in jobs if job.status not in ("done", "pruned")]:
             for job in failed:
                 print(f"job {job.name} ({' '.join(job.record['overrides'])}) failed: {job.error}")
             sys.exit(1)
@@ -97,11 +101,11 @@ def text_table(jobs: list[Job]) -> str:
     settings, figures = varied(jobs), [objective, *(name for name in shown if name in known)]
     lines = [["job", "status", *settings, *figures, "seconds"]]
     for job in jobs:
-        asked = [job.settings.get(name, "") for name in settings]
+        asked = [_short(job.settings.get(name, "")) for name in settings]
         lines.append([job.name, job.status, *asked, *(_mean([job], name) for name in [*figures, "seconds.total"])])
     for group in repeated(jobs).values():
         if len(group) > 1:
-            asked = ["" if _repeats(name) else group[0].settings.get(name, "") for name in settings]
+            asked = ["" if _repeats(name) else _short(group[0].settings.get(name, "")) for name in settings]
             means = [_mean(group, name) for name in [*figures, "seconds.total"]]
             lines.append(["mean", f"of {len(group)}", *asked, *means])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -109,24 +113,58 @@ def text_table(jobs: list[Job]) -> str:
 
 
 def plot(jobs: list[Job], path: Path) -> None:
-    """The objective of each setting: a dot per job, their mean, and their standard deviation over seeds or folds."""
+    """The objective by what was tried; each setting apart where there is no room for all labels beside each other."""
     from matplotlib.figure import Figure
 
-    groups = {label: [job.objective[1] for job in group] for label, group in repeated(jobs).items()}
-    figure = Figure(figsize=(max(5.0, 1.2 * len(groups) + 2), 4), layout="constrained")
-    axes = figure.subplots()
-    for x, values in enumerate(groups.values()):
-        axes.plot([x] * len(values), values, "o", color="#7a8ba8", alpha=0.6, zorder=2)
-        spread = stdev(values) if len(values) > 1 else 0.0
-        axes.errorbar(x, mean(values), yerr=spread, fmt="D", color="#1f4e9c", capsize=5, zorder=3)
-    axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
-    axes.set_xlabel(", ".join(n for n in varied(jobs) if not _repeats(n)))
-    axes.set_ylabel(next((job.objective[0] for job in jobs if job.done), "objective"))
-    axes.set_title("mean and standard deviation; a dot is a job", fontsize=10)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
+    tried = repeated(jobs)
+    if len("".join(tried)) > 150:
+        names = [name for name in varied(jobs) if not _repeats(name)]
+        figure = Figure(figsize=(4.0 * len(names) + 1, 4), layout="constrained")
+        for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+            _plot_setting(axes, name, [job for job in jobs if math.isfinite(job.objective[1])])
+    else:
+        figure = Figure(figsize=(max(5.0, 1.2 * len(tried) + 2), 4), layout="constrained")
+        _plot_groups(figure.subplots(), jobs, tried)
+    figure.axes[0].set_ylabel(next((job.objective[0] for job in jobs if job.done), "objective"))
+    for axes in figure.axes:
+        axes.grid(axis="y", alpha=0.3)
     with written_anew(path, "wb") as file:
         figure.savefig(file, dpi=150)
+
+
+def _plot_groups(axes: Axes, jobs: list[Job], tried: dict[str, list[Job]]) -> None:
+    """A dot per job, their mean, and their standard deviation over seeds or folds; a dot per seed where it is all that
+    differs, with the mean and the standard deviation across."""
+    names = [name for name in varied(jobs) if not _repeats(name)]
+    groups = {label: [job.objective[1] for job in group] for label, group in tried.items()}
+    if not names and len(groups.get("all", [])) > 1:
+        middle, spread = mean(groups["all"]), stdev(groups["all"])
+        axes.axhspan(middle - spread, middle + spread, color="#1f4e9c", alpha=0.12)
+        axes.axhline(middle, color="#1f4e9c")
+        names = varied(jobs)
+        groups = {", ".join(job.settings.get(n, "") for n in names): [job.objective[1]] for job in tried["all"]}
+    for x, values in enumerate(groups.values()):
+        axes.plot([x] * len(values), values, "o", color="#7a8ba8", alpha=0.6, zorder=2)
+        if len(values) > 1:
+            axes.errorbar(x, mean(values), yerr=stdev(values), fmt="D", color="#1f4e9c", capsize=5, zorder=3)
+    axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
+    axes.set_xlabel(", ".join(names))
+    axes.set_title("mean and standard deviation; a dot is a job", fontsize=10)
+    axes.set_xlim(-0.5, max(len(groups), 1) - 0.5)
+
+
+def _plot_setting(axes: Axes, name: str, jobs: list[Job]) -> None:
+    """A dot per job at its value of one setting."""
+    values = [job.settings.get(name, "default") for job in jobs]
+    try:
+        numeric = [float(value) for value in values]
+    except ValueError:
+        axes.plot(values, [job.objective[1] for job in jobs], "o", color="#1f4e9c", alpha=0.7)
+    else:
+        axes.plot(numeric, [job.objective[1] for job in jobs], "o", color="#1f4e9c", alpha=0.7)
+        if min(numeric) > 0 and max(numeric) / min(numeric) > 8:
+            axes.set_xscale("log")
+    axes.set_xlabel(name)
 
 
 def repeated(jobs: list[Job]) -> dict[str, list[Job]]:
@@ -137,6 +175,11 @@ def repeated(jobs: list[Job]) -> dict[str, list[Job]]:
         if math.isfinite(job.objective[1]):
             groups.setdefault(", ".join(job.settings.get(n, "default") for n in names) or "all", []).append(job)
     return groups
+
+
+def _short(value: str) -> str:
+    """A value as the table shows it: four digits of a number that has many."""
+    return f"{float(value):.4g}" if re.fullmatch(r"-?\d*\.\d{5,}(e-?\d+)?", value) else value
 
 
 def _repeats(setting: str) -> bool:

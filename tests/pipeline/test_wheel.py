@@ -29,6 +29,7 @@ def test_wheel_in_a_venv_of_its_own_runs_a_stage_from_another_folder(tmp_path):
     elsewhere.mkdir()
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     code = "import lit_rlhf, lit_rlhf.pipeline.settings as s; print(lit_rlhf.__file__, s.conf_dir())"
+    assert list(site.glob("hydra_plugins/lit_rlhf_optuna.py"))  # Hydra looks for sweepers there
     places = subprocess.check_output([python, "-c", code], text=True, cwd=elsewhere, env=env).split()
     assert all(place.startswith(str(tmp_path / "venv")) for place in places)
     command = [

@@ -1,0 +1,188 @@
+"""Sweeps by Optuna: trials that learn from those before them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from lit_rlhf.apps.sweep_reader import Job
+from lit_rlhf.errors import UserError, say
+from lit_rlhf.files import make_folder, written_anew
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+FOLDER = "folder"  # attribute of a trial: the sweep that runs it; others may share the storage
+
+
+class OptunaSweeper(Sweeper):
+    """Asks a study for the settings of ``n_jobs`` trials at a time, has the launcher run them, and tells the study how
+    they ended, until it has ``n_trials``.
+
+    A study that was stopped goes on in the same ``hydra.sweep.dir``: trials that were running are run first, in their
+    own folders, where their finished stages and checkpoints are. The arguments: ``conf/hydra/sweeper/optuna.yaml``."""
+
+    def __init__(
+        self,
+        direction: str,
+        n_trials: int,
+        n_jobs: int,
+        study_name: str,
+        storage: str,
+        seed: int,
+        sampler: partial[BaseSampler],
+        pruner: BasePruner,
+        params: dict[str, Any] | None,
+    ) -> None:
+        self.direction, self.n_trials, self.n_jobs = direction, n_trials, n_jobs
+        self.study_name, self.storage, self.seed = study_name, storage, seed
+        self.sampler, self.pruner, self.params = sampler, pruner, params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Run the trials that the study lacks."""
+        folder = make_folder(Path(self.config.hydra.sweep.dir))
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        fixed, space = search_space([*(f"{name}={values}" for name, values in self.params.items()), *arguments])
+        study = self._study()
+        stopped = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(FOLDER) == str(folder)]
+        asked = {t.number: t.params for t in stopped if not t.state.is_finished()}
+        returns: list[JobReturn] = []
+        while asked or len(study.get_trials(deepcopy=False)) < self.n_trials:
+            while len(asked) < self.n_jobs and len(study.get_trials(deepcopy=False)) < self.n_trials:
+                trial = study.ask(space)
+                trial.set_user_attr(FOLDER, str(folder))
+                asked[trial.number] = trial.params
+            first = min(asked)  # a launcher numbers the jobs of a batch one after the other
+            batch = list(takewhile(asked.__contains__, range(first, first + self.n_jobs)))
+            returns += self._run(study, fixed, {number: asked.pop(number) for number in batch})
+        report(study, folder)
+        return returns
+
+    def _study(self) -> Study:
+        """The study, anew or as it was left."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=self.storage, study_name=self.study_name, direction=self.direction, pruner=self.pruner,
+            load_if_exists=True,
+        )  # fmt: skip
+        if there := len(study.trials):
+            say(f"study {self.study_name}: {there} of {self.n_trials} trials are in {self.storage}; it goes on")
+        study.sampler = self.sampler(seed=self.seed + there)  # the same numbers would ask for the same trials again
+        return study
+
+    def _run(self, study: Study, fixed: list[str], trials: dict[int, dict[str, Any]]) -> list[JobReturn]:
+        """Run trials whose numbers follow each other, and tell the study how they ended."""
+        from optuna.trial import TrialState
+
+        jobs = []
+        for number, params in trials.items():
+            job = [*fixed, *(f"{name}={value}" for name, value in params.items())]
+            if "pruning" in self.config.callbacks:
+                told = {"storage": f"'{self.storage}'", "study_name": self.study_name, "trial": number}
+                job += [f"callbacks.pruning.{name}={value}" for name, value in told.items()]
+            jobs.append(job)
+        self.validate_batch_is_legal(jobs)
+        returns: list[JobReturn] = [*self.launcher.launch(jobs, initial_job_idx=min(trials))]
+        for number, returned in zip(trials, returns):
+            value = returned.return_value  # raises what a job raised that could not write down how it ended
+            if Job(Path(returned.hydra_cfg.hydra.runtime.output_dir)).status == "pruned":
+                study.tell(number, state=TrialState.PRUNED)
+            elif math.isfinite(value):
+                study.tell(number, value)
+            else:
+                study.tell(number, state=TrialState.FAIL)
+        return returns
+
+
+def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
+    """(the overrides that all trials have, address -> what it is drawn from).
+
+    Later ones replace those before them. Raises ``UserError`` where nothing is to be searched."""
+    parsed = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(overrides)}
+    space = {name: distribution(o) for name, o in parsed.items() if o.is_sweep_override()}
+    if not space:
+        raise UserError(
+            "hydra/sweeper=optuna: nothing is to be searched; give a setting several values, as in "
+            "'ppo.module.kl_coef=interval(0.02,0.2)'"
+        )
+    return [o.input_line for name, o in parsed.items() if name not in space], space
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """What the values of one setting are drawn from: an interval, the steps of a range, or a list of values."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    values: Any = override.value()
+    if isinstance(values, IntervalSweep):
+        kind = IntDistribution if isinstance(values.start, int) else FloatDistribution
+        return kind(values.start, values.end, log="log" in values.tags)
+    if isinstance(values, RangeSweep) and not values.shuffle:
+        kind = IntDistribution if isinstance(values.start, int) and isinstance(values.step, int) else FloatDistribution
+        steps = math.ceil((values.stop - values.start) / values.step - 1e-9) - 1  # the end is not one of them
+        return kind(values.start, values.start + steps * values.step, step=values.step)
+    return CategoricalDistribution([*override.sweep_iterator(transformer=Transformer.encode)])
+
+
+def report(study: Study, folder: Path) -> None:
+    """Print the best trial, and draw ``study.png``."""
+    from optuna.trial import TrialState
+
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not done:
+        return
+    best = study.best_trial
+    print(f"best of {len(done)} finished trials: {best.number} with {best.value:.4g}, "
+          f"{' '.join(f'{name}={value}' for name, value in best.params.items())}", flush=True)  # fmt: skip
+    draw(study, folder / "study.png")
+    print(f"study: {folder / 'study.png'}", flush=True)
+
+
+def draw(study: Study, path: Path) -> None:
+    """Two panels: the objective trial by trial with the best so far; the importance of each setting (fANOVA)."""
+    from matplotlib.figure import Figure
+    from optuna.importance import get_param_importances
+    from optuna.trial import TrialState
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    history, importance = figure.subplots(1, 2)
+    styles = {TrialState.COMPLETE: ("o", "#1f4e9c", "finished"), TrialState.PRUNED: ("x", "#7a8ba8", "ended early")}
+    for state, (marker, colour, label) in styles.items():
+        trials = [t for t in study.get_trials(deepcopy=False, states=(state,)) if t.value is not None]
+        if trials:
+            history.plot([t.number for t in trials], [t.value for t in trials], marker, color=colour, label=label)
+    better = max if study.direction.name == "MAXIMIZE" else min
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    so_far = [better(t.value for t in done[: i + 1] if t.value is not None) for i in range(len(done))]
+    history.step([t.number for t in done], so_far, where="post", color="#1f4e9c", alpha=0.5, label="best so far")
+    history.set(xlabel="trial", ylabel="objective", title=f"best: trial {study.best_trial.number}")
+    history.xaxis.get_major_locator().set_params(integer=True)
+    history.legend()
+    shares = get_param_importances(study) if len(done) > 1 and len({t.value for t in done}) > 1 else {}
+    importance.barh([*shares][::-1], [*shares.values()][::-1], height=0.5, color="#1f4e9c")
+    importance.set(
+        xlabel="share of the objective's variance", title="importance" if shares else "importance: too few trials"
+    )
+    with written_anew(path, "wb") as file:
+        figure.savefig(file, dpi=150)
