@@ -12,6 +12,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -112,11 +113,17 @@ class Disks:
     def check(self, done: Any, case: Case) -> None:
         """Raise where the command did not end with one line that names file and reason, or a file is half written."""
         writer, _, code = case
-        lines = done.stderr.splitlines()
-        if done.returncode != 2 or len(lines) != 1 or not lines[0].startswith("lit-rlhf: "):
+        *jobs, last = done.stderr.splitlines() or [""]  # of a sweep, a line per job that failed, too
+        sweep = "-m" in self.arguments
+        if (
+            done.returncode != 2
+            or not last.startswith("lit-rlhf: ")
+            or not all(sweep and re.match(r"job \d+ failed: ", line) for line in jobs)
+        ):
             raise Faulty(f"{case}: exit code {done.returncode}: {done.stderr}")
-        if os.strerror(code) not in lines[0] or not (writer in lines[0] or os.path.dirname(writer) in lines[0]):
-            raise Faulty(f"{case}: {lines[0]}")
+        named = {writer, os.path.dirname(writer)}
+        if not any(os.strerror(code) in line and any(name in line for name in named) for line in [*jobs, last]):
+            raise Faulty(f"{case}: {done.stderr}")
         for file in (f for f in self.run.rglob("*") if f.is_file() and not f.parts[-2].endswith((".tmp", ".new"))):
             read = READERS.get(file.suffix)
             try:

@@ -16,6 +16,7 @@ from lit_rlhf.files import write_text
 from lit_rlhf.finished import read_done
 from lit_rlhf.models.checkpoint import OLD
 from lit_rlhf.pipeline.folder import NEW, check_inputs, check_records, checkpoint_of, read_settings, start_of
+from lit_rlhf.pipeline.loggers import log_report
 from lit_rlhf.pipeline.run import run_stage
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.pipeline.stage_folder import StageFolder
@@ -45,6 +46,7 @@ def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
     summary = write_summary(run)
     report = write_report(run)
+    log_report(cfg, report, summary)
     print(f"report: {report}")
     return summary
 

@@ -8,3 +8,4 @@ from lit_rlhf.training.metrics_file import MetricsFile as MetricsFile, read_metr
 from lit_rlhf.training.notices import quiet as quiet
 from lit_rlhf.training.optim import adamw as adamw, warmup_decay as warmup_decay
 from lit_rlhf.training.trainer import make_trainer as make_trainer
+from lit_rlhf.training.wandb_run import WandbRun as WandbRun

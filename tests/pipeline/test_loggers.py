@@ -3,8 +3,14 @@
 import csv
 import json
 import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
 
 import pytest
+from wandb.proto.wandb_internal_pb2 import Record
 
 from lit_rlhf.training import read_metrics
 
@@ -16,6 +22,65 @@ EARLY = ["callbacks=[early_stopping,lr_monitor]", "sft.trainer.val_check_interva
 def runs(finished_run, tmp_path):
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     return tmp_path / "runs"
+
+
+def logged(folder):
+    """The records of the one offline run of a folder: leveldb's form of a log, in blocks of 32 KiB."""
+    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, whole, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            records.append(Record.FromString(whole))
+            whole = b""
+    return records
+
+
+def history(records, name):
+    """(step, value) of each time that a metric was logged."""
+    items = [r.history.item for r in records if r.HasField("history")]
+    rows = [{"/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in items]
+    return [(row["trainer/global_step"], row[name]) for row in rows if name in row]
+
+
+def test_an_interrupted_stage_is_one_run_of_wandb_with_all_steps(lit_rlhf, runs, tmp_path):
+    settings = [
+        *SFT, "run=wb", "logger=wandb", "logger.wandb.tags=[a]", "sft.trainer.max_epochs=6", "sft.checkpoint_every=1",
+        "sft.trainer.log_every_n_steps=1",
+    ]  # fmt: skip
+    folder = runs / "wb" / "sft"
+    for begun in range(2):
+        command = [sys.executable, "-m", "lit_rlhf", *settings]
+        process = subprocess.Popen(command, cwd=tmp_path, env=lit_rlhf.env, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        before = (folder / "metrics.csv").read_text() if begun else ""
+        while not (folder / "checkpoints/last.ckpt").exists() or before == (folder / "metrics.csv").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL if begun else signal.SIGTERM)
+        process.wait()
+    lit_rlhf(*settings, fast=False)
+    records = logged(folder)
+    [run] = [r.run for r in records if r.HasField("run")]
+    assert (run.job_type, [*run.tags], run.run_group) == ("sft", ["a"], "wb")
+    for name in ("sft/loss", "val/sft/loss"):
+        rows = {step: row[name] for step, row in read_metrics(folder / "metrics.csv").items() if name in row}
+        assert len(rows) > (10 if name == "sft/loss" else 1)
+        assert history(records, name) == sorted(rows.items())
+    tables = [item.nested_key[-1] for r in records for item in r.history.item if item.nested_key[0] == "samples"]
+    steps = {json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()}
+    assert tables.count("nrows") == len(steps) > 1
+    report = logged(runs / "wb")  # a run of its own
+    assert [r.artifact.name for r in report if r.HasField("artifact")] == ["wb-report"]
+    assert [r.run.job_type for r in report if r.HasField("run")] == ["report"]
+    assert (
+        history(report, "sft.val_loss")[0][1] == json.loads((runs / "wb/summary.json").read_text())["sft"]["val_loss"]
+    )
 
 
 def test_several_loggers_and_callbacks_at_once(lit_rlhf, runs):
