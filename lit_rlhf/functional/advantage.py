@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import last_position, masked_mean, masked_sum
+from lit_rlhf.functional.masking import check_shapes, last_position, masked_mean, masked_sum
 
 Baseline = Literal["none", "batch", "prompt", "others"]
 
@@ -22,6 +22,7 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
     >>> token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 0.25, 9.0]]), mask)
     tensor([[-0.5000,  1.7500,  0.0000]])
     """
+    check_shapes(penalties=penalties, mask=mask)
     rewards = torch.where(mask, -penalties, torch.zeros_like(penalties))
     last = last_position(mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
@@ -33,6 +34,7 @@ def whole_answer(x: Tensor, mask: Tensor) -> Tensor:
     >>> whole_answer(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[3.]])
     """
+    check_shapes(x=x, mask=mask)
     return masked_sum(x, mask, dim=-1)[:, None]
 
 
@@ -45,6 +47,7 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     >>> reward_to_go(torch.tensor([[1.0, 5.0, 2.0]]), torch.tensor([[True, False, True]]), gamma=0.5)
     tensor([[2., 0., 2.]])
     """
+    check_shapes(rewards=rewards, mask=mask)
     returns = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
@@ -66,6 +69,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     >>> gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=0.5)
     (tensor([[0.1250, 0.7500]]), tensor([[0.6250, 1.0000]]))
     """
+    check_shapes(rewards=rewards, values=values, mask=mask)
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])  # A_{t+1}
     next_value = torch.zeros_like(values[:, 0])  # V(s_{t+1})

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import masked_sum
+from lit_rlhf.functional.masking import check_shapes, masked_sum
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 
@@ -27,6 +27,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
     >>> kl_estimate(logprobs, ref_logprobs, "k3")
     tensor([0.1931, 0.3069])
     """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return d
@@ -43,6 +44,7 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     >>> full_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())  # log(2) / 2 + log(2 / 3) / 2
     tensor(0.1438)
     """
+    check_shapes(logits=logits, ref_logits=ref_logits)
     log_pi, log_ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     ruled_out = log_pi == float("-inf")
     terms = log_pi.exp() * (log_pi.masked_fill(ruled_out, 0.0) - log_ref.masked_fill(ruled_out, 0.0))
@@ -59,6 +61,7 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     >>> sequence_kl(logprobs, torch.tensor([[-1.5, -3.0, 0.0]]), torch.tensor([[True, True, False]]))
     tensor([1.5000])
     """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     return masked_sum(logprobs - ref_logprobs, mask, dim=-1)
 
 

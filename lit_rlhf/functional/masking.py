@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 
+def check_shapes(**tensors: Tensor) -> None:
+    """Raise ``ValueError`` where tensors that belong together, by their names, differ in shape; nothing under compile.
+
+    >>> check_shapes(rewards=torch.zeros(4, 3), mask=torch.ones(4, 5))
+    Traceback (most recent call last):
+    ValueError: rewards (4, 3) and mask (4, 5) differ in shape
+    """
+    if torch.compiler.is_compiling():
+        return
+    (name, first), *others = tensors.items()
+    for other, tensor in others:
+        if tensor.shape != first.shape:
+            raise ValueError(f"{name} {tuple(first.shape)} and {other} {tuple(tensor.shape)} differ in shape")
+
+
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of ``values`` where ``mask`` is True, over ``dim`` or over everything.
 
@@ -46,6 +61,7 @@ def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[-1.,  1.,  0.]])
     """
+    check_shapes(values=values, mask=mask)
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
     return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), 0.0).to(values.dtype)

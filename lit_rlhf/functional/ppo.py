@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import masked_mean
+from lit_rlhf.functional.masking import check_shapes, masked_mean
 
 
 def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -20,6 +20,7 @@ def policy_gradient_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Ten
     >>> policy_gradient_loss(logprobs, logprobs, torch.tensor([[3.0, 1.0]]), mask)
     tensor(2.5000)
     """
+    check_shapes(logprobs=logprobs, advantages=advantages, mask=mask)
     return -masked_mean(_fill(logprobs, mask) * _fill(advantages, mask), mask)
 
 
@@ -31,6 +32,7 @@ def importance_weighted_loss(logprobs: Tensor, old_logprobs: Tensor, advantages:
     >>> importance_weighted_loss(logprobs, old_logprobs, torch.tensor([[3.0]]), torch.tensor([[True]]))
     tensor(-6.)
     """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     return -masked_mean(_fill(logprobs - old_logprobs, mask).exp() * _fill(advantages, mask), mask)
 
 
@@ -46,6 +48,7 @@ def kl_penalty_loss(
     >>> kl_penalty_loss(logprobs, old_logprobs, torch.tensor([[3.0]]), torch.tensor([[True]]), beta=1.0)
     tensor(-5.6931)
     """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     log_ratio = _fill(logprobs - old_logprobs, mask)
     surrogate = log_ratio.exp() * _fill(advantages, mask)
     return -masked_mean(surrogate - beta * (log_ratio.expm1() - log_ratio), mask)
@@ -74,6 +77,7 @@ def clipped_policy_loss(
     tensor(-1.2000)
     tensor(2.)
     """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     ratio = _fill(logprobs - old_logprobs, mask).exp()
     advantages = _fill(advantages, mask)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -92,6 +96,7 @@ def clipped_value_loss(
     >>> clipped_value_loss(values, old_values, returns, torch.tensor([[True]]), value_clip_range=0.2)  # 0.5 * 0.8 ** 2
     tensor(0.3200)
     """
+    check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     values, old_values, returns = _fill(values, mask), _fill(old_values, mask), _fill(returns, mask)
     errors = (values - returns) ** 2
     if value_clip_range is not None:
@@ -107,6 +112,7 @@ def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_ran
     >>> clip_fraction(logprobs, old_logprobs, torch.tensor([[True, True]]), clip_range=0.2)
     tensor(0.5000)
     """
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     ratio = (logprobs - old_logprobs).exp()
     return masked_mean(((ratio - 1).abs() > clip_range).float(), mask)
 
@@ -120,6 +126,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     >>> explained_variance(torch.tensor([[1.0, 3.0]]), returns, mask)
     tensor(0.7500)
     """
+    check_shapes(values=values, returns=returns, mask=mask)
     total = _variance(returns, mask)
     # Equal returns have a variance of rounding errors, relative to their size, rather than 0.
     varies = total > (torch.finfo(returns.dtype).eps * 16) ** 2 * masked_mean(returns**2, mask)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_rlhf.functional.masking import check_shapes
+
 
 class Pairs(NamedTuple):
     """Which answers of a batch are compared."""
@@ -163,4 +165,5 @@ def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Ten
     >>> implicit_rewards(torch.tensor([-5.0, -7.0]), torch.tensor([-6.0, -6.0]), beta=0.1)
     tensor([ 0.1000, -0.1000])
     """
+    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return beta * (logprobs - ref_logprobs)
