@@ -15,7 +15,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import FORMAT, Checked, damaged, read_json, write_text
 
 FILE = "done.json"
-WHILE_RUNNING = {"checkpoints", "wandb", FILE}  # what nobody needs when the stage is finished
+WHILE_RUNNING = {"checkpoints", "wandb", "profile", FILE}  # what nobody needs when the stage is finished
 
 
 class Done(Checked):

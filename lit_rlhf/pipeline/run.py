@@ -55,6 +55,8 @@ from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState, check_training
 from lit_rlhf.training.trained_state import weights_fingerprint
 
+PROFILE = "profile"  # folder of a stage into which ``profiler`` writes
+
 
 def run_stage(cfg: DictConfig, name: str, processes: Processes | None = None) -> dict[str, Any]:
     """Run a stage that is not finished, or go on with it; returns its figures. ``processes``: that run it together."""
@@ -96,12 +98,15 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
     bar, here = bool(cfg.callbacks.progress_bar), {"default_root_dir": str(folder.path / "checkpoints")}
+    if "profiler" in cfg:
+        here["profiler"] = instantiate(cfg.profiler, dirpath=str(folder.path / PROFILE))
     trainer = make_trainer(
         name, settings.trainer, logger=loggers or False, callbacks=callbacks, enable_progress_bar=bar, **here
     )
     try:
         try:
             execute(settings, trainer, module, data, folder)
+            show_profile(folder.path / PROFILE)
         except MisconfigurationException as error:
             raise UserError(f"{name}.trainer: {first_line(error)}") from error
         sharded = isinstance(trainer.strategy, FSDP2)
@@ -258,6 +263,14 @@ def execute(
             if isinstance(callback, BestCheckpoint):
                 callback.restore(trainer)
         trainer.validate(module, datamodule=data, verbose=False)
+
+
+def show_profile(folder: Path) -> None:
+    """Print the head of what ``profiler`` has written, of each kind of work: fit, validate, predict, test."""
+    for file in sorted(folder.glob("*.txt")) if is_main_process() else []:
+        lines = file.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+        print("\n".join(line.rstrip()[:160] for line in lines[:20] if line.strip()))
+        print(f"profile: {file}")
 
 
 def moved_aside(folder: StageFolder, loggers: list[Logger]) -> UserError | None:

@@ -107,6 +107,7 @@ class TopLevel(Strict):
     logger: dict[str, Built | None]
     callbacks: Section
     engine: Section
+    profiler: Built | None = None
 
 
 class Keep(Strict):
@@ -348,7 +349,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_top_level(cfg)
     if command := command_of(cfg):
         check_node(cfg, resolved(cfg, command), command)
-    for name in ("callbacks", "logger"):
+    for name in ("callbacks", "logger", *(["profiler"] if "profiler" in cfg else [])):
         check_node(cfg, resolved(cfg, name), name)
     for name in stages_of(cfg):
         check_stage(cfg, name)

@@ -133,3 +133,10 @@ def test_a_callback_of_another_stages_metric_is_left_out(lit_rlhf, runs):
     figures = json.loads((runs / "other" / "summary.json").read_text())
     steps = [int(max(read_metrics(runs / "other" / stage / "metrics.csv"))) for stage in ("sft", "reward")]
     assert figures["sft"] and steps[0] > steps[1] == 4
+
+
+def test_a_profile_is_printed_and_kept(lit_rlhf, runs):
+    done = lit_rlhf(*SFT, "run=timed", "logger=csv", "profiler=simple", fast=False)
+    file = runs / "timed/sft/profile/fit-simple.txt"
+    assert "run_training_batch" in file.read_text() and f"profile: runs/{file.relative_to(runs)}" in done.stdout
+    assert "FIT Profiler Report" in done.stdout
