@@ -5,7 +5,7 @@ computed for some tokens at a time, and a second time in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -23,6 +23,7 @@ from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.logits import check_logits, next_token_logits
 
 LOGITS = 2**26  # bytes of float32 logits at once
+PIECE = 2**20  # weights of a head that are cast at once
 
 _adds: ContextVar[bool] = ContextVar("adds_to_gradients", default=False)
 
@@ -168,19 +169,56 @@ class _Chunked(torch.autograd.Function):
 
 @contextmanager
 def _frozen(head: nn.Linear, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within it ``head`` has its weights without gradients, in the ``dtype`` of mixed precision (None: in their own).
+    """Within it ``head`` has its weights without gradients, and computes in the ``dtype`` of mixed precision (None: its
+    own).
 
-    They are cast once for all chunks: autocast keeps no cast of weights without gradients."""
+    On a GPU they are cast once for all chunks, for autocast keeps no cast of weights without gradients; on a CPU see
+    :class:`_PieceByPiece`."""
     own = {name: p for name, p in head.named_parameters(recurse=False) if p.is_floating_point()}
+    kept = dtype is None or head.weight.dtype in (dtype, torch.float64)  # which autocast leaves alone, too
+    pieces = not kept and head.weight.device.type in ("cpu", "meta")
     try:
         for name, parameter in own.items():
-            kept = dtype is None or parameter.dtype == torch.float64  # which autocast leaves alone, too
-            values = parameter.detach() if kept else parameter.detach().to(dtype)
+            values = parameter.detach() if kept or pieces else parameter.detach().to(dtype)
             head.register_parameter(name, nn.Parameter(values, requires_grad=False))
+        if pieces and dtype is not None:
+            head.forward = partial(_product, head, dtype)  # type: ignore[method-assign]
         yield
     finally:
+        head.__dict__.pop("forward", None)
         for name, parameter in own.items():
             head.register_parameter(name, parameter)
+
+
+def _product(head: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
+    product = _PieceByPiece.apply(hidden.to(dtype), head.weight)
+    return product if head.bias is None else product + head.bias.to(dtype)
+
+
+class _PieceByPiece(torch.autograd.Function):
+    """``x @ weight.t()`` in the precision of x (..., D); weight (V, D) is cast a piece at a time, and no cast is kept.
+
+    A piece is still in a processor's cache when it is multiplied, so that few tokens take no longer than with a cast of
+    the whole matrix, which has half its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.cat([x @ piece.to(x.dtype).t() for piece in _pieces(weight)], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        [weight] = ctx.saved_tensors
+        pieces = _pieces(weight)
+        total = slope.new_zeros((*slope.shape[:-1], weight.shape[1]), dtype=weight.dtype)
+        for piece, of_piece in zip(pieces, slope.split(len(pieces[0]), -1)):
+            total += of_piece @ piece.to(slope.dtype)
+        return total.to(slope.dtype), None
+
+
+def _pieces(weight: Tensor) -> Sequence[Tensor]:
+    return weight.split(max(1, PIECE // weight.shape[1]))
 
 
 @contextmanager

@@ -206,6 +206,7 @@ def test_a_head_with_adapters():
 @pytest.mark.parametrize("mixed", [True, False])
 def test_mixed_precision_and_onednn_are_those_of_the_forward_pass(mixed, monkeypatch):
     model = model_of(3000).float()
+    monkeypatch.setattr(chunked, "PIECE", 700 * WIDTH)  # five pieces
     monkeypatch.setattr(onednn, "WIDTH", 8)
     use_fast_layers(model, on_cpu=True)
     assert isinstance(model.get_output_embeddings(), onednn.OneDNNLinear)
@@ -220,9 +221,22 @@ def test_mixed_precision_and_onednn_are_those_of_the_forward_pass(mixed, monkeyp
         assert_close(ours, theirs, **({"rtol": 2e-2, "atol": 2e-2} if mixed else {"rtol": 1e-4, "atol": 1e-6}))
 
 
-def test_in_mixed_precision_the_head_is_cast_once_a_pass_and_its_gradient_made_in_pieces(monkeypatch):
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_in_pieces_is_the_whole_head_in_float64(monkeypatch, bias):
+    monkeypatch.setattr(chunked, "PIECE", 3 * WIDTH)  # 3, 3, 3 and 2 words
+    head = nn.Linear(WIDTH, 11, bias=bias).double()
+    hidden = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    found, expected = chunked._product(head, torch.float64, hidden), head(hidden)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(expected)
+    [ours], [theirs] = (torch.autograd.grad(x, [hidden], slope) for x in (found, expected))
+    assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_in_mixed_precision_the_head_is_cast_and_its_gradient_made_in_pieces(monkeypatch):
     words = 4000
     monkeypatch.setattr(chunked, "LOGITS", 4 * words)
+    monkeypatch.setattr(chunked, "PIECE", words * WIDTH // 5)
     model = model_of(words).float()
     head, own = model.get_output_embeddings(), model.get_output_embeddings().weight
     hidden, tokens = asked(model)
@@ -232,11 +246,11 @@ def test_in_mixed_precision_the_head_is_cast_once_a_pass_and_its_gradient_made_i
             with torch.autocast("cpu", torch.bfloat16), adds_to_gradients(model):
                 logprobs = by_token(model, token_logprobs, hidden, tokens, size=4 * words * 5)  # eight chunks
             logprobs.sum().backward()
-        assert head.weight is own and own.requires_grad
+        assert head.weight is own and own.requires_grad and "forward" not in vars(head)
         return seen.sizes.count(own.numel())
 
     made()
-    assert made() == 2  # casts, of the forward pass and of the backward pass
+    assert made() == 0
 
 
 def test_not_all_logits_are_there_at_once():
