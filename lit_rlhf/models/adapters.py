@@ -52,11 +52,12 @@ def effective_weight(module: Layer) -> Tensor:
         return effective_weight(module.token_adapter)
     if not hasattr(module, "base_layer"):
         return plain_weight(module)
-    weight = plain_weight(module.get_base_layer())
+    weight: Tensor = plain_weight(module.get_base_layer())
     if module.disable_adapters or module.merged:
         return weight
     if hasattr(module, "trainable_tokens_delta"):
-        return module.get_merged_weights(module.active_adapters)
+        weight = module.get_merged_weights(module.active_adapters)
+        return weight
     for name in _adapters_of(module):
         variant = module.lora_variant.get(name)
         if variant is None:
@@ -144,7 +145,7 @@ def merged(model: PreTrainedModel, quantized: bool = False) -> PreTrainedModel:
     modules = adapted_modules(model)
     if not modules and (quantized or not is_quantized(model)):
         return model
-    shell = _shell(model)
+    shell: PreTrainedModel = _shell(model)
     linear = [(name, module) for name, module in shell.named_modules() if isinstance(module, nn.Linear)]
     packed = [name.removesuffix(".base_layer") for name, module in linear if is_quantized(module)]
     for name, wrapper in adapted_modules(shell).items():
@@ -214,7 +215,7 @@ def _dequantize(model: Layer, names: list[str]) -> None:
         module = _linear_like(module) if is_quantized(module) else module
         if isinstance(usual.get_submodule(name), Conv1D):  # which was quantized turned around
             module.weight = nn.Parameter(module.weight.t().contiguous(), False)
-            conv = Conv1D(module.out_features, module.in_features)
+            conv = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
             conv.weight, conv.bias = module.weight, module.bias
             module = conv
         model.set_submodule(name, module)

@@ -84,7 +84,7 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     own = getattr(model, "generation_config", None)
     try:
         if own is not None:  # the file is copied: transformers refuses to write some of those that it reads
-            model.generation_config = GenerationConfig()
+            model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         stored = _as_stored(model, form)
         lost = rounded_back(model, stored, form)
         if lost > 0.5:

@@ -36,7 +36,7 @@ def by_token(model: PreTrainedModel, measure: Measure, hidden: Tensor, *others: 
 
     ``others`` (M, ...), through which no gradient flows, are cut as ``hidden`` is. No more than ``size`` bytes of
     float32 logits are there at a time; where those of all tokens fit, ``hidden`` (..., D) is not cut at all."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     check_logits(model)  # now: below, the head is not what it is
     # Some families train more than a matrix between hidden states and logits.
     beside = [m for m in model.children() if m is not model.base_model and m is not head]
@@ -61,7 +61,8 @@ def by_row(
         return measure(logits(hidden), *others)
     hidden, others = hidden.flatten(0, -2), tuple(x.flatten(0, len(leading) - 1) for x in others)
     if alone and torch.is_grad_enabled() and isinstance(head, nn.Linear):
-        found = _Chunked.apply(logits, head, measure, rows, hidden, head.weight, head.bias, *others)
+        inputs = logits, head, measure, rows, hidden, head.weight, head.bias, *others
+        found = _Chunked.apply(*inputs)  # type: ignore[no-untyped-call]
     else:  # nothing is kept, or adapters and other weights of the head's are trained, too
 
         def ask(*chunk: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def by_row(
 
         again = partial(checkpoint, ask, use_reentrant=False) if torch.is_grad_enabled() else ask
         found = torch.cat([again(*chunk) for chunk in _chunks(rows, hidden, *others)])
-    return found.unflatten(0, leading)
+    return torch.unflatten(found, 0, leading)
 
 
 def token_logprobs_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -108,7 +109,7 @@ def adds_to_gradients(module: nn.Module) -> Iterator[None]:
 
 
 def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(x.split(rows) for x in tensors))
+    return zip(*(torch.split(x, rows) for x in tensors))
 
 
 class _Chunked(torch.autograd.Function):
@@ -238,5 +239,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
         return
     right, rows = right.to(left.dtype), max(1, LOGITS // (4 * right.shape[1]))
-    for piece, of_piece in zip(total.split(rows), left.split(rows)):
+    for piece, of_piece in zip(torch.split(total, rows), torch.split(left, rows)):
         piece.add_(of_piece @ right)

@@ -91,7 +91,8 @@ def gathered(model: Any, function: Callable[[], Found]) -> Found:
         return function()
     _reading.add(id(root))
     try:
-        return root.reading(function)
+        found: Found = root.reading(function)
+        return found
     finally:
         _reading.discard(id(root))
         if not any(p.requires_grad for p in root.parameters()):

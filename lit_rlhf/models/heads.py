@@ -139,8 +139,9 @@ def reward_model_from_config(
         return RewardTransformer.from_policy(policy, head)
     architecture = policy.config
     architecture.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(architecture)
-    start_head(model.score, head.start)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(architecture)  # type: ignore[no-untyped-call]
+    score: Any = model.score
+    start_head(score, head.start)
     return model
 
 
@@ -173,7 +174,7 @@ def scores_and_hidden(model: PreTrainedModel | RewardTransformer, batch: Packed,
         scores, hidden = model.scores_and_hidden(batch)
         return scores, hidden[at]
     hidden = packed_hidden(model, batch, at=torch.cat([batch.ends, at]))
-    last, others = hidden.split([len(batch.ends), len(at)])
+    last, others = torch.split(hidden, [len(batch.ends), len(at)])
     head: Any = model.score
     return head(last).squeeze(-1), others
 
@@ -235,9 +236,10 @@ def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequen
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification" if head.out_features > 1 else None
-    model = AutoModelForSequenceClassification.from_config(config, dtype=trunk.dtype)
+    make: Any = AutoModelForSequenceClassification.from_config
+    model: PreTrainedModel = make(config, dtype=trunk.dtype)
     model.base_model.load_state_dict(trunk.base_model.state_dict())
-    model.score.load_state_dict(head.state_dict())
+    model.get_submodule("score").load_state_dict(head.state_dict())
     keep_format(model, checkpoint_format(policy))
     return model
 
@@ -256,7 +258,8 @@ class Critic(nn.Module):
         if isinstance(self.head, ScoreHead) and self.trunk is not None:  # which may look at all tokens of a sequence
             return self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at].float()
         hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
-        return self.head(hidden).squeeze(-1).float()
+        values: Tensor = self.head(hidden).squeeze(-1).float()
+        return values
 
     values = gathers(forward)  # the same of a critic that may be sharded
 

@@ -99,7 +99,8 @@ def intend_dtype(model: Any, dtype: torch.dtype) -> None:
 
 def intended_dtype(model: Any) -> torch.dtype:
     """The precision that a model has, or will have when it is sharded."""
-    return getattr(model, "intended_dtype", None) or model.dtype
+    dtype: torch.dtype = getattr(model, "intended_dtype", None) or model.dtype
+    return dtype
 
 
 def settled(model: Any) -> Any:
@@ -173,7 +174,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
         if model_settings(folder).get("model_type") == MODEL_TYPE:
             raise UserError(f"{path}: a reward model with a head of its own, where a language model was expected")
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(path))
     except Exception as error:  # whatever transformers raises of a config.json that is none
         raise _unloadable(path, error) from error
     if config.is_encoder_decoder:
@@ -253,9 +254,10 @@ def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[P
         wanted = getattr(torch, dtype)
         form = format_of(path) if _as_stored.get() and "quantization_config" not in settings else None
         if form is None or form.others:
-            return kind.from_pretrained(str(path), dtype=wanted, **settings)
-        model, found = kind.from_pretrained(str(path), dtype=form.dtype, **settings)
-        intend_dtype(model, wanted)
+            model, found = kind.from_pretrained(str(path), dtype=wanted, **settings)
+        else:
+            model, found = kind.from_pretrained(str(path), dtype=form.dtype, **settings)
+            intend_dtype(model, wanted)
         return model, found
     except Exception as error:  # a config.json whose numbers make no model ends anywhere
         raise _unloadable(path, error) from error
@@ -355,7 +357,7 @@ def _start_in_the_middle(model: PreTrainedModel, rows: int, pad: int) -> None:
 
     A logit at the mean of all is one of the average: the chance of such a token is below 1 in ``rows`` (Jensen). Around
     zero it could be any: where all logits are negative, as GPT-2's are, nothing but padding would be written."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
     weights = {id(w): w for layer in layers for w in (getattr(layer, "weight", None), getattr(layer, "bias", None))}
     for weight in weights.values():
         if isinstance(weight, torch.Tensor):
@@ -404,7 +406,7 @@ def _name(config: PretrainedConfig) -> str:
 def _language_head(config: PretrainedConfig) -> set[str]:
     """Names of the tensors of a language model that its trunk lacks, as files spell them (GPT-NeoX: embed_out)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     trunk = f"{model.base_model_prefix}."
     names = {name: weight for name, weight in model.state_dict().items() if not name.startswith(trunk)}
-    return names.keys() | revert_weight_conversion(model, names).keys()
+    return {*names, *revert_weight_conversion(model, names)}

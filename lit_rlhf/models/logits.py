@@ -59,7 +59,7 @@ def language_model(trunk: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
         _shells[trunk] = _shell(trunk)
     model = copy.copy(_shells[trunk])
     model._modules = {**model._modules, model.base_model_prefix: trunk}
-    own = model.get_output_embeddings()
+    own = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     model._modules = {name: head if module is own else module for name, module in model._modules.items()}
     if (own.bias is None) != (head.bias is None):
         raise UserError(f"{type(model).__name__}: its logits cannot be had from a reward model, which lacks their bias")
@@ -71,13 +71,13 @@ def _shell(trunk: PreTrainedModel) -> PreTrainedModel:
     """The language model of ``trunk``'s config, its trunk and its output embedding without numbers."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(trunk.config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(trunk.config)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise UserError(f"{type(trunk).__name__}: no family with a language model ({error})") from None
     model.config = trunk.config  # and no copy: whoever changes how it attends, changes it for both
     more: dict[str, Tensor] = {}
-    head = model.get_output_embeddings()
-    for name, module in model._modules.items():
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    for name, module in model.named_children():
         if module is not head and name != model.base_model_prefix:
             more |= {f"{name}.{of}": weight for of, weight in module.state_dict().items()}
     if more or type(model.base_model) is not type(trunk) or not any(m is head for m in model.children()):
@@ -106,7 +106,8 @@ def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     twin = kind.__new__(kind)
     twin.__dict__.update(model.__dict__)
     twin._modules = {**model._modules, name: _Given(model.get_submodule(name), hidden)}
-    return twin.forward(inputs_embeds=hidden).logits
+    logits: Tensor = twin.forward(inputs_embeds=hidden).logits
+    return logits
 
 
 class _Given(nn.Module):

@@ -54,7 +54,7 @@ def policy_from_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
             )
         if architecture.to_dict().get("head_dim", 0) is None:  # some families cannot do without
             architecture.head_dim = architecture.hidden_size // architecture.num_attention_heads
-        model = AutoModelForCausalLM.from_config(architecture)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
         check_logits(model)
     except Exception as error:  # whatever a family's own code raises of settings that do not fit each other
         raise UserError(f"model.config: {' '.join(str(error).split())[:900] or type(error).__name__}") from error
@@ -199,7 +199,8 @@ def _read_alone(trunk: PreTrainedModel, padded: bool = False) -> tuple[Packed, T
 
 def _states(trunk: PreTrainedModel, name: str, rows: Tensor) -> Tensor:
     """Last hidden states (R, W, D) by the model's own forward pass of whole rows."""
-    return trunk(**{name: rows}, use_cache=False).last_hidden_state
+    hidden: Tensor = trunk(**{name: rows}, use_cache=False).last_hidden_state
+    return hidden
 
 
 def _in_one_row(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor, at: Tensor | None) -> Tensor:
@@ -212,7 +213,7 @@ def _in_one_row(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor
     output = trunk(
         **{name: source[None]}, position_ids=positions[None], attention_mask=nothing, use_cache=False, layout=layout
     )
-    hidden = output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
+    hidden: Tensor = output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
     return hidden[:size] if at is None else hidden.index_select(0, at)
 
 
@@ -235,7 +236,7 @@ def _each_block(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor
     read, cells, ends = [], [], dict(zip(batch.starts.tolist(), batch.ends.tolist()))
     for rows, here in zip(blocks, batch.by_block(torch.arange(len(source), device=source.device))):
         lengths = torch.tensor([ends[begin] + 1 - begin for begin in here[:, 0].tolist()], device=here.device)
-        for length in lengths.unique().tolist():
+        for length in torch.unique(lengths).tolist():
             read.append(_states(trunk, name, rows[lengths == length, :length]).flatten(0, 1))
             cells.append(here[lengths == length, :length].flatten())
     states = torch.cat(read)

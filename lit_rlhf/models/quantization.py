@@ -27,7 +27,7 @@ def quantized_loading(quantization: Quantization | None, dtype: torch.dtype) -> 
     from transformers import BitsAndBytesConfig
 
     return {
-        "quantization_config": BitsAndBytesConfig(
+        "quantization_config": BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
@@ -56,12 +56,13 @@ def is_quantized(module: nn.Module) -> bool:
 
 def plain_weight(module: Any) -> Tensor:
     """The weight of a module as numbers: dequantized where it is of a few bits."""
-    state = _state(module.weight)
+    weight: Tensor = module.weight
+    state = _state(weight)
     if state is None:
-        return module.weight
+        return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(module.weight.data, state)
+    return dequantize_4bit(weight.data, state)
 
 
 def _state(parameter: Tensor) -> Any:

@@ -93,7 +93,7 @@ class ScoreHead(nn.Module):
         else:
             positions, mask = self._pooled(batch)
             pooled = (hidden[positions] * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        scores = self.read(pooled).squeeze(-1)
+        scores: Tensor = self.read(pooled).squeeze(-1)
         if self.spec.kind != "likelihood":
             return scores
         return scores + self._likelihoods(hidden, batch, trunk)[1].sum(-1)
@@ -106,9 +106,10 @@ class ScoreHead(nn.Module):
             positions, mask = self._pooled(batch)
             steps = torch.arange(1, mask.shape[1] + 1, device=hidden.device)
             so_far = hidden[positions].cumsum(1) / steps[:, None]
-            values = self.read(torch.zeros_like(hidden).index_copy(0, positions[mask], so_far[mask])).squeeze(-1)
+            states = torch.zeros_like(hidden).index_copy(0, positions[mask], so_far[mask])
         else:
-            values = self.read(hidden).squeeze(-1)
+            states = hidden
+        values: Tensor = self.read(states).squeeze(-1)
         if self.spec.kind != "likelihood":
             return values
         flat, likelihoods = self._likelihoods(hidden, batch, trunk)
@@ -147,7 +148,7 @@ class RewardTransformer(nn.Module):
 
         Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
         trunk: Any = settled(policy).base_model
-        embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()
+        embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
         if spec.kind == "likelihood":
             check_logits(language_model(trunk, tied_head(trunk) if own is None else own))
@@ -162,7 +163,7 @@ class RewardTransformer(nn.Module):
         check_files(folder)
         settings = model_settings(folder)
         weights = load_file(folder / "model.safetensors") if not torch.empty(0).is_meta else {}
-        trunk = AutoModel.from_config(AutoConfig.for_model(**settings["trunk"]))
+        trunk = AutoModel.from_config(AutoConfig.for_model(**settings["trunk"]))  # type: ignore[no-untyped-call]
         spec = RewardHead(**settings["head"])
         own = weights.get("score.lm_head.weight")
         lm_head = None if own is None else nn.Linear(own.shape[1], own.shape[0], bias="score.lm_head.bias" in weights)
@@ -260,7 +261,7 @@ class RewardEnsemble(nn.Module):
         means = [getattr(m.config, "score_mean", 0.0) / getattr(m.config, "score_std", 1.0) for m in members]
         self.config.score_mean = sum(means) / len(means)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         """Those of the first member."""
         return self.members[0].get_input_embeddings()
 

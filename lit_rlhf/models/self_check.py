@@ -80,7 +80,7 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     """Within it ``model`` is in evaluation mode, with transformers' attention."""
     training = [module for module in model.modules() if module.training]
     kind = model.config._attn_implementation
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     if kind in SDPA:
         model.set_attn_implementation("sdpa")
     try:
@@ -119,4 +119,5 @@ def read(model: Any) -> Tensor:
 
 def _own_pass(model: Any) -> Tensor:
     output = model(input_ids=texts(model), use_cache=False)
-    return output.last_hidden_state if model.base_model is model else output.logits
+    found: Tensor = output.last_hidden_state if model.base_model is model else output.logits
+    return found

@@ -68,13 +68,15 @@ class TransformersDecoder:
         self.cache.batch_select_indices(rows)
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        return self.model.base_model(
+        output = self.model.base_model(
             input_ids=tokens,
             attention_mask=self.mask.long(),
             position_ids=self.positions,
             use_cache=True,
             **{self.cache_name: self.cache},
-        ).last_hidden_state[:, -1]
+        )
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
 
 
 class WholeDecoder:

@@ -304,7 +304,8 @@ def _draw(
 def rows_that_fit(model: PreTrainedModel, width: int, gib: float) -> int:
     """Texts of ``width`` tokens, prompts included, that so much memory holds: keys and values of each, its logits, and
     three tensors as large that are made of them."""
-    return max(1, int(gib * 2**30) // (cache_bytes(model, width) + 4 * 4 * model.config.get_text_config().vocab_size))
+    words: int = model.config.get_text_config().vocab_size
+    return max(1, int(gib * 2**30) // (cache_bytes(model, width) + 4 * 4 * words))
 
 
 def cache_bytes(model: PreTrainedModel, width: int) -> int:

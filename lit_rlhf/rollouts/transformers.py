@@ -39,7 +39,7 @@ class TransformersEngine:
         prompt, sampling, seed = request
         check_room(self.policy, [prompt], sampling)
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        settings = GenerationConfig(
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=sampling.max_new_tokens,
             min_new_tokens=sampling.min_new_tokens or None,
             do_sample=sampling.temperature > 0,

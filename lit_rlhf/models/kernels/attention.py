@@ -74,7 +74,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
         query, key, value = query.float(), key.float(), value.float()
     sizes = [rows * width for rows, width in layout.blocks]
     behind = len(query) - sum(sizes)
-    pieces = zip(*(x.split([*sizes, behind] if behind else sizes) for x in (query, key, value)))
+    pieces = zip(*(torch.split(x, [*sizes, behind] if behind else sizes) for x in (query, key, value)))
     attended = []
     for block, mask, piece in zip(layout.blocks, layout.masks or repeat(None), pieces):
         q, k, v = (x.view(*block, *x.shape[1:]).transpose(1, 2) for x in piece)
@@ -115,7 +115,8 @@ def block_attention(
             layout = layout.within(settings.get("sliding_window"), query.device)
             query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
             scale = size**-0.5 if scaling is None else scaling
-            return attend(query, key, value, layout, scale, dropout).unflatten(0, (rows, length)), None
+            attended = attend(query, key, value, layout, scale, dropout)
+            return torch.unflatten(attended, 0, (rows, length)), None
         if on_cpu and dtype in (torch.bfloat16, torch.float16):
             query, key, value = query.float(), key.float(), value.float()
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)[0].to(dtype), None

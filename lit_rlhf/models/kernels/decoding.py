@@ -149,7 +149,7 @@ class StaticDecoder(CachedDecoder):
 
     def _capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # What a library sets up at its first call must not be captured. Doing a step twice writes the same twice.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run(rows)

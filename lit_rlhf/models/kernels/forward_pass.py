@@ -20,7 +20,7 @@ from lit_rlhf.models.adapters import effective_bias, effective_weight, wrapped_m
 from lit_rlhf.models.gathering import full
 from lit_rlhf.models.kernels.attention import SDPA, has_window
 from lit_rlhf.models.kernels.gelu import gelu_tanh
-from lit_rlhf.models.kernels.onednn import rows_up_to, with_rows_added
+from lit_rlhf.models.kernels.onednn import has_onednn, rows_up_to, with_rows_added
 from lit_rlhf.models.quantization import is_quantized
 
 # (layer, queries (N, Hq, D), keys and values (N, 2, Hkv, D)) -> what was attended to (N, Hq * D)
@@ -40,8 +40,7 @@ class Product(NamedTuple):
     def of(matrix: Tensor, bias: Tensor | None) -> Product:
         """For many products with one matrix (in, out): oneDNN, told so beforehand, is faster than ``mm`` on a CPU."""
         kind, large = matrix.device.type, matrix.dtype == torch.float32 and matrix.numel() >= LARGE
-        has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        if not large or not has_it or kind not in ("cpu", "meta"):
+        if not large or not has_onednn() or kind not in ("cpu", "meta"):
             return Product(matrix, bias, False)
         turned = matrix.t().contiguous()
         packed = turned if kind == "meta" else torch.ops.mkldnn._reorder_linear_weight(turned, None)
@@ -57,7 +56,8 @@ class Product(NamedTuple):
         return torch.addmm(residual if self.bias is None else residual + self.bias, x, self.matrix)
 
     def _by_onednn(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+        return found
 
 
 class Layer(NamedTuple):
@@ -157,15 +157,15 @@ class ForwardPass:
             turned[:, self.query_heads :] = _rms(turned[:, self.query_heads :], self.epsilon) * layer.k_norm
         if rotation is not None:
             _turn(turned, rotation)
-        return attend(i, turned[:, : self.query_heads], heads[:, self.query_heads :].unflatten(1, (2, -1)))
+        return attend(i, turned[:, : self.query_heads], torch.unflatten(heads[:, self.query_heads :], 1, (2, -1)))
 
 
 def _turn(heads: Tensor, rotation: Tensor) -> None:
     """Turn ``heads`` (N, H, D) in place; complex numbers have no half precision."""
     if heads.dtype in (torch.float32, torch.float64):
-        torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_(rotation)
+        torch.view_as_complex(torch.unflatten(heads, -1, (-1, 2))).mul_(rotation)
     else:
-        turned = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2))) * rotation
+        turned = torch.view_as_complex(torch.unflatten(heads.float(), -1, (-1, 2))) * rotation
         heads.copy_(torch.view_as_real(turned).flatten(-2))
 
 
@@ -192,7 +192,7 @@ def _bias(module: nn.Module) -> Any:
 
 
 def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
-    module = model.get_output_embeddings()
+    module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     bias = _bias(module)
     return Product.of(_weight(module).t().to(dtype), None if bias is None else bias.to(dtype))
 
@@ -241,7 +241,7 @@ def _paired(x: Tensor, size: int) -> Tensor:
     """Columns (..., H * D), D the ``size``, with pairs (i, i + D/2) of a head side by side: rotation turns each pair,
     which is a complex number then."""
     pairs = torch.arange(size, device=x.device).view(2, -1).t().flatten()
-    return x.unflatten(-1, (-1, size))[..., pairs].flatten(-2)
+    return torch.unflatten(x, -1, (-1, size))[..., pairs].flatten(-2)
 
 
 def _side_by_side(

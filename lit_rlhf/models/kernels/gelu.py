@@ -24,7 +24,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     suited = x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64)
     if not suited or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")  # one pass over memory, on a GPU or by the compiler
-    return _GELUTanh.apply(x)
+    found: Tensor = _GELUTanh.apply(x)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _GELUTanh(torch.autograd.Function):
@@ -45,7 +46,7 @@ class _GELUTanh(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        [derivative] = ctx.saved_tensors
+        derivative: Tensor = ctx.saved_tensors[0]
         return grad * derivative
 
 

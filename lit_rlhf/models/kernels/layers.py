@@ -30,7 +30,7 @@ def use_fast_layers(module: nn.Module, on_cpu: bool) -> None:
                 parent.register_module(name, new[child])
 
 
-def _faster(layer: Any, on_cpu: bool) -> nn.Module:
+def _faster(layer: Any, on_cpu: bool) -> Any:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return layer
     if type(layer) in (NewGELUActivation, PlainGELU):
@@ -40,7 +40,7 @@ def _faster(layer: Any, on_cpu: bool) -> nn.Module:
     with torch.device("meta"):
         own: Any
         if isinstance(layer, Conv1D):
-            own = OneDNNConv1D(layer.nf, layer.nx)
+            own = OneDNNConv1D(layer.nf, layer.nx)  # type: ignore[no-untyped-call]
         else:
             own = OneDNNLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     own.weight, own.bias = layer.weight, layer.bias

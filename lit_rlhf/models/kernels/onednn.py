@@ -72,15 +72,26 @@ class _Product(torch.autograd.Function):
         )
 
 
+def _product(*inputs: Any) -> Tensor:
+    product: Tensor = _Product.apply(*inputs)  # type: ignore[no-untyped-call]
+    return product
+
+
 def _times(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """(..., out) from x (..., in) and matrix (out, in)."""
-    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+    return found
+
+
+def has_onednn() -> bool:
+    """Whether PyTorch was built with oneDNN, and nobody has switched it off."""
+    backend: Any = torch.backends.mkldnn
+    return bool(backend.is_available() and backend.enabled)
 
 
 def multiplies(matrix: Tensor) -> bool:
     """Whether float32 products with a matrix of this shape should be oneDNN's, where PyTorch was built with it."""
-    has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return bool(has_it) and min(matrix.shape) >= WIDTH
+    return has_onednn() and min(matrix.shape) >= WIDTH
 
 
 def _suited(x: Tensor, matrix: Tensor) -> bool:
@@ -99,7 +110,7 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if _suited(input, self.weight):
-            return _Product.apply(input, self.weight, self.bias, False)
+            return _product(input, self.weight, self.bias, False)
         return super().forward(input)
 
 
@@ -108,5 +119,6 @@ class OneDNNConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         if _suited(x, self.weight):
-            return _Product.apply(x, self.weight, self.bias, True)
-        return super().forward(x)
+            return _product(x, self.weight, self.bias, True)
+        found: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return found
