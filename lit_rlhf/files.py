@@ -203,6 +203,11 @@ def written_anew(path: Path, mode: str = "w") -> Iterator[Any]:
             raise
 
 
+def write_json(path: Path, value: Any) -> Path:
+    """Write a value as JSON for people and programs, the file whole. Returns the path."""
+    return write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a file whole (see :func:`written_anew`). Returns the path."""
     with written_anew(path) as file:

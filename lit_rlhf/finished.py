@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import FORMAT, Checked, damaged, read_json, write_text
+from lit_rlhf.files import FORMAT, Checked, damaged, read_json, write_json
 
 FILE = "done.json"
 WHILE_RUNNING = {"checkpoints", "wandb", "profile", FILE}  # what nobody needs when the stage is finished
@@ -45,7 +44,7 @@ def write_done(folder: Path, record: dict[str, Any], beside: list[Path]) -> None
     own = [file for file in sorted(folder.rglob("*")) if file.relative_to(folder).parts[0] not in WHILE_RUNNING]
     files = [file for file in [*own, *beside] if file.is_file() and file.suffix != ".tmp"]
     record = {"format": FORMAT, **record, "files": {os.path.relpath(f, folder): digest_of(f) for f in files}}
-    write_text(folder / FILE, json.dumps(record, indent=2) + "\n")
+    write_json(folder / FILE, record)
 
 
 def changes(folder: Path) -> dict[str, str]:

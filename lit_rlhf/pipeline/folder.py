@@ -334,12 +334,8 @@ def check_records(cfg: DictConfig) -> None:
     for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
         data = resolved(cfg, name)["data"]
         kind = get_class(data["_target_"])
-        if (
-            not issubclass(kind, FileDataModule) or kind.parse_record is None or not kind.ends
-        ):  # nobody knows its records
-            continue
-        if not kind.ends:
-            continue
+        if not issubclass(kind, FileDataModule) or kind.parse_record is None or not kind.ends:
+            continue  # nobody knows its records, or how many there are
         how = kind.parse_record, data.get("on_bad_record", "fail"), data.get("fields")
         entries = entries_of(data.get("path") or [])
         files = [Path(file) for names in entries for file in names]

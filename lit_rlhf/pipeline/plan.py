@@ -6,7 +6,6 @@ and has not is made up in a temporary folder: config.json and tokenizer of its m
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, users_mistake
-from lit_rlhf.files import make_folder, write_text
+from lit_rlhf.files import make_folder, write_json
 from lit_rlhf.functional import drawn_figures
 from lit_rlhf.models.kernels.decoding import CachedDecoder
 from lit_rlhf.pipeline.run import make_data, make_module
@@ -106,8 +105,7 @@ def write_plan(cfg: DictConfig) -> Plan:
                 plan.unplanned[name] = str(reason).replace(folder, str(cfg.paths.run_dir)).splitlines()[0][:300]
                 wrong += [] if isinstance(reason, MissingSetting) else [name]
     if plan.stages:
-        written = json.dumps(asdict(plan), indent=2) + "\n"
-        path = write_text(make_folder(Path(cfg.paths.run_dir)) / "plan.json", written)
+        path = write_json(make_folder(Path(cfg.paths.run_dir)) / "plan.json", asdict(plan))
         print(f"{plan.table()}\nplan: {path}")
     if wrong:
         raise UserError("; ".join(f"{name}: {plan.unplanned[name]}" for name in wrong))

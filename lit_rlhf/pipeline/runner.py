@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from omegaconf import DictConfig
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import write_text
+from lit_rlhf.files import write_json
 from lit_rlhf.finished import read_done
 from lit_rlhf.models.checkpoint import OLD
 from lit_rlhf.pipeline.folder import NEW, check_inputs, check_records, checkpoint_of, read_settings, start_of
@@ -91,7 +90,7 @@ def write_summary(run: Path) -> dict[str, Any]:
         **{name: record["figures"] for name, record in records.items()},
         **({"rounds": rounds} if rounds else {}),
     }
-    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(run / "summary.json", summary)
     return summary
 
 

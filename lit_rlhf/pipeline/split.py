@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
 from pydantic import Field
 
-from lit_rlhf.files import Checked, read_json, write_text
+from lit_rlhf.files import Checked, read_json, write_json
 from lit_rlhf.pipeline.folder import lineage
 from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED, read_trained_prompts, trained_stages
 from lit_rlhf.text.records import Moved
@@ -43,7 +42,7 @@ def remember_split(cfg: DictConfig, moved: Moved) -> None:
     """Write down which prompts changed sides, for the stages to come and the runs that start from this one."""
     if moved.held_out or moved.train:
         said = {"held_out": sorted(moved.held_out), "train": sorted(moved.train)}
-        write_text(_home(Path(cfg.paths.run_dir)) / FILE, json.dumps(said, indent=1) + "\n")
+        write_json(_home(Path(cfg.paths.run_dir)) / FILE, said)
 
 
 def _runs(cfg: DictConfig) -> Iterator[Path]:

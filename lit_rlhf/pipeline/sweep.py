@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import sys
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, numbers, varied
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import make_folder, write_text, written_anew
+from lit_rlhf.files import make_folder, write_json, written_anew
 from lit_rlhf.pipeline.failures import sweep_begins
 from lit_rlhf.stages.stage import all_stages
 
@@ -45,7 +44,7 @@ def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> 
 
 def write_job(folder: Path, overrides: list[str], record: dict[str, Any]) -> None:
     """``job.json``: how a job of a sweep ended."""
-    write_text(make_folder(folder) / "job.json", json.dumps({"overrides": overrides, **record}, indent=2) + "\n")
+    write_json(make_folder(folder) / "job.json", {"overrides": overrides, **record})
 
 
 class SweepTable(Callback):

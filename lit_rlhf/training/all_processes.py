@@ -49,13 +49,7 @@ def of_step(trainer: Trainer | None, found: Found, batch_idx: int, dataloader_id
     step by hand, without one."""
     if trainer is None:
         return [found]
-    loaders = (
-        trainer.val_dataloaders
-        if trainer.validating
-        else trainer.test_dataloaders
-        if trainer.testing
-        else trainer.predict_dataloaders
-    )
+    loaders = getattr(trainer, f"{trainer.state.stage.dataloader_prefix}_dataloaders")
     loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
     fills_up = isinstance(loader, BatchLoader) and loader.fills_up(batch_idx)
     return [each for each in of_all(trainer, None if fills_up else found) if each is not None]

@@ -99,8 +99,7 @@ class FirstSteps(Callback):
         now = f" (it is {trainer.optimizers[0].param_groups[0]['initial_lr']:.3g})" if trainer.optimizers else ""
         self.finding = f"val loss was {self.first:.3g} before training and {what}{now}"
         if trainer.is_global_zero:
-            line, bar = f"{self.stage}: {self.finding}", trainer.progress_bar_callback
-            bar.print(line) if bar is not None else print(line, flush=True)
+            say_above_bar(trainer, f"{self.stage}: {self.finding}")
         if self.stop:
             raise TrainingDiverged(f"{self.stage}: stopped by callbacks.first_steps.stop: {self.finding}.")
 
@@ -136,14 +135,18 @@ class TextSamples(Callback):
             return
         rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
         append_rows(self.path, step, rows)
-        bar = trainer.progress_bar_callback
         for row in rows[:2]:
             line = " ".join(f"{row['prompt']} → {row['text']}".split())
-            text = f"  step {step}: {line[:150]}"
-            bar.print(text) if bar is not None else print(text)
+            say_above_bar(trainer, f"  step {step}: {line[:150]}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)
+
+
+def say_above_bar(trainer: Trainer, line: str) -> None:
+    """Print a line while a progress bar is shown, or where there is none."""
+    bar = trainer.progress_bar_callback
+    bar.print(line) if bar is not None else print(line, flush=True)
 
 
 def _steps_done(trainer: Trainer) -> int:

@@ -99,12 +99,6 @@ def handle_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> dic
     return {number: signal.signal(number, handler) for number in heeded}
 
 
-def restore_handlers(handlers: dict[int, Any]) -> None:
-    """Undo :func:`handle_signals`."""
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 class LastCheckpoint(Callback):
     """Saves ``<folder>/last.ckpt`` between steps: every N batches, at the end, and when a signal asks to stop.
 
@@ -284,7 +278,8 @@ class LastCheckpoint(Callback):
         self._signal = number
 
     def _restore_handlers(self) -> None:
-        restore_handlers(self._handlers)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self._handlers = {}
 
 

@@ -1,6 +1,7 @@
 """What is asked of a model when it is loaded, and how often."""
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from lit_rlhf.models import (
     critic_from_policy,
@@ -47,7 +48,9 @@ def test_models_of_one_config_are_asked_once(tokenizer, tmp_path):
 
 def test_the_plain_passes_serve_all_checks(tokenizer):
     torch.manual_seed(0)
-    policy = policy_from_config({**CONFIG, "num_hidden_layers": 2}, tokenizer).eval()
+    config = policy_from_config({**CONFIG, "num_hidden_layers": 2}, tokenizer).config
+    config.intermediate_size = 44  # one that nobody has asked about, as of a checkpoint
+    policy = AutoModelForCausalLM.from_config(config).eval()
     whole, trunk = passes(policy), passes(policy.base_model)
     check_logits(policy)
     assert (len(whole), len(trunk)) == (1, 2)  # the model's own pass, and its trunk's

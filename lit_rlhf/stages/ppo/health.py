@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 
 from lit_rlhf.errors import TrainingDiverged
+from lit_rlhf.training.callbacks import say_above_bar
 from lit_rlhf.training.metrics_file import append_rows
 
 History = dict[str, list[float]]  # metric -> its value in each iteration; nan where there was none
@@ -339,10 +340,8 @@ class HealthWatch(Callback):
             self.history[HELD_OUT][-1] = trainer.callback_metrics[HELD_OUT].item()
 
     def _say(self, trainer: Trainer, begun: dict[str, str]) -> None:
-        bar = trainer.progress_bar_callback
         for name in begun:
-            text = f"  ppo: {self.found[name]}"
-            bar.print(text) if bar is not None else print(text)
+            say_above_bar(trainer, f"  ppo: {self.found[name]}")
         if self.path is not None:
             rows = [{"step": self.iterations, "check": name, "finding": said} for name, said in begun.items()]
             append_rows(self.path, self.iterations, rows)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
-
-Value = TypeVar("Value")
+from typing import Any
 
 # What messages have for a chat template; of other fields of theirs it is said that only the template gets them.
 MESSAGE_FIELDS = {
