@@ -1,4 +1,4 @@
-"""What is said to people: errors, and lines on the terminal."""
+"""Errors, and lines on the terminal."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def say(line: str) -> None:
 
 @cache
 def say_once(line: str) -> None:
-    """Print a line where it is not known yet: what is asked again and again is told once a process."""
+    """Print a line that was not printed before: once per process."""
     say(line)
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says first, for a message of one line; its name where it says nothing."""
+    """First line of another library's error, for a message of one line; its name where it says nothing."""
     said = str(error).strip()
     return said.splitlines()[0][:200] if said else type(error).__name__

@@ -35,7 +35,7 @@ CURES = {
 
 
 class Checked(BaseModel):
-    """What is known of the fields of a file; others may stand beside them."""
+    """Known fields of a file; others may stand beside them."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -76,7 +76,7 @@ def read_text(path: Path) -> str | None:
 
 
 def json_value(text: str) -> Any:
-    """What a JSON text says; ``ValueError`` says why it says nothing."""
+    """The value of a JSON text; ``ValueError`` says why it has none."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -159,7 +159,7 @@ def _fitting(path: Path, value: Any, shape: type[Checked], line: int | None = No
 
 @contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """What the operating system refuses inside, for want of space, say, ends in a ``UserError`` that names ``path``."""
+    """Context that turns errors of the operating system (no space, say) into a ``UserError`` that names ``path``."""
     try:
         yield
     except Exception as error:

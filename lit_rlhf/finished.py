@@ -1,4 +1,4 @@
-"""What a finished stage leaves behind: ``done.json``, with a digest of each file that it ended with."""
+"""Record of a finished stage: ``done.json``, with a digest of each file that it ended with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Done(Checked):
 
 
 def read_done(folder: Path) -> dict[str, Any]:
-    """What the finished stage in ``folder`` left behind; nothing where it is not finished."""
+    """The record of the finished stage in ``folder``; empty where it is not finished."""
     found = read_json(folder / FILE, Done)
     lacks = [name for name in ("stage", "figures", "seconds", "inputs", "files") if name not in found]
     if lacks and (found.get("format") or (not found and (folder / FILE).exists())):

@@ -1,4 +1,4 @@
-"""Which of the processes that run one command this is, whatever has started them."""
+"""Rank of this process among those of one command, whatever has started them."""
 
 from __future__ import annotations
 

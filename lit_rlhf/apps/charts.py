@@ -21,7 +21,7 @@ Scale = Callable[[float], float]
 
 
 class Line(NamedTuple):
-    """What is drawn in a chart: its label, the end of its CSS class, its points."""
+    """A line of a chart: its label, the end of its CSS class, its points."""
 
     label: str
     tone: str
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A panel with what was measured."""
+    """A panel with its measured values."""
 
     title: str
     unit: str
@@ -63,7 +63,7 @@ def panels(run: Run, stage: str, folded: bool = False) -> Iterator[Chart]:
 
 
 def frontier(run: Run) -> Iterator[Chart]:
-    """What was gained against how far the policy has moved from the SFT model (arXiv:2009.01325), step by step.
+    """Charts of gain against KL from the SFT model (arXiv:2009.01325), step by step.
 
     Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n, in so far as they
     were scored alike."""
@@ -134,7 +134,7 @@ class Drawing(NamedTuple):
 
 
 def draw(chart: Chart) -> Drawing:
-    """Scales, ticks and paths."""
+    """The drawing of a chart: scales, ticks and paths."""
     points = [*(point for line in chart.lines for point in line.points), *chart.room]
     x_values, y_values = [x for x, _ in points], [y for _, y in points]
     if chart.reference:

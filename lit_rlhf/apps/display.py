@@ -1,4 +1,4 @@
-"""How the page says things: what stages, models and figures are called, their units, and how numbers are written."""
+"""Names, units and number formats of the report."""
 
 # ruff: noqa: RUF001  minus signs, dashes and the multiplication sign are meant
 
@@ -80,7 +80,7 @@ def duration(seconds: float | None) -> str:
 
 
 def model_name(name: str, best_of: Any = None) -> str:
-    """What a model is called on the page."""
+    """The display name of a model."""
     if name.startswith("round_"):
         return f"Round {name.removeprefix('round_')}"
     if name == "best_of_n":
@@ -96,9 +96,9 @@ def tone(name: str) -> str:
     return name if name in COLOURED else "other"
 
 
-def said(template: str, figures: Mapping[str, Any]) -> str | None:
+def fill_template(template: str, figures: Mapping[str, Any]) -> str | None:
     """A template of a stage's record (see :class:`lit_rlhf.stages.Stage`), filled in; None where one is missing."""
-    template = re.sub(r"\[(.*?)\]", lambda optional: said(optional[1], figures) or "", template)
+    template = re.sub(r"\[(.*?)\]", lambda optional: fill_template(optional[1], figures) or "", template)
     places = re.findall(r"\{(\w+)(?::(.*?))?\}", template)
     if any(figures.get(key) is None for key, _ in places):
         return None

@@ -20,7 +20,7 @@ TONES = ("sft", "ppo", "dpo", "best_of_n", "train", "val", "gold", "other")
 
 
 class Asked(NamedTuple):
-    """One model, asked behind every number of examples."""
+    """Accuracies of one model for every number of examples."""
 
     job: str  # the settings in which it differs from the other jobs
     task: str
@@ -51,7 +51,7 @@ def write_few_shot(sweep: Path) -> Path:
 
 
 def asked(folder: Path, job: str) -> Asked:
-    """What a job found."""
+    """The results of one job."""
     run = load_run(folder)
     figures, pretrain = run.figures.get("few_shot", {}), run.figures.get("pretrain", {})
     shots = {

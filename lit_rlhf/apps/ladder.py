@@ -38,7 +38,7 @@ class Rung(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came out on held-out prompts; the mean over seeds, the interval around all of theirs."""
+    """Held-out figures of a rung; the mean over seeds, the interval around all of theirs."""
 
     title: str
     tone: str
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """How many minibatches must be averaged until the gradient is as long as its error; None: more than were tried."""
+    """Gradient noise: minibatches to average until the gradient is as long as its error; None: more than were tried."""
 
     title: str
     tone: str
@@ -104,7 +104,7 @@ def rungs_of(jobs: list[Job]) -> list[Rung]:
 
 
 def described(job: Job, jobs: list[Job]) -> str:
-    """What a job is called: its title, and the settings in which it differs otherwise, the seed apart."""
+    """The name of a job: its title, and the settings in which it differs otherwise, the seed apart."""
     title = job.record.get("about", {}).get("title")
     names = [name for name in varied(jobs) if name != "seed" and not (title and name == "rung")]
     settings = ", ".join(f"{name.rpartition('.')[2]} {job.settings.get(name, 'as it is')}" for name in names)

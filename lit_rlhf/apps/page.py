@@ -1,4 +1,4 @@
-"""Pages: templates beside this file, filled in.
+"""HTML pages from the templates beside this file.
 
 What a model wrote is text from a stranger: a page escapes it, makes control characters visible, and forbids itself
 scripts and requests."""

@@ -29,7 +29,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """What was read from the folder of a run; what is not there is left out."""
+    """A run as read from its folder; what is not there is left out."""
 
     name: str
     seed: Any
@@ -47,12 +47,12 @@ class Run:
 
     @property
     def scored_by(self) -> str:
-        """What PPO's scores came from; "" where it is not finished."""
+        """The source of PPO's scores; "" where it is not finished."""
         return self.figures["ppo"].get("scored_by", "reward model") if "ppo" in self.figures else ""
 
     @property
     def score_unit(self) -> str:
-        """In what PPO's scores are measured."""
+        """The unit of PPO's scores."""
         return self.figures["ppo"].get("score_unit", SFT_STD) if "ppo" in self.figures else "reward units"
 
     @property
@@ -66,7 +66,7 @@ def round_folders(run: Path) -> list[Path]:
 
 
 def newest(run: Path, inside: str) -> Path:
-    """What lies in a run's folder, else in that of the last round that has it."""
+    """The path ``inside`` a run's folder, else inside that of the last round that has it."""
     folders = [run, *reversed(round_folders(run))]
     return next((folder / inside for folder in folders if (folder / inside).exists()), run / inside)
 

@@ -51,7 +51,7 @@ Send = Callable[[dict[str, Any]], Any]
 
 
 class PageServer:
-    """An open port, and what is served there.
+    """An HTTP server on an open port.
 
     Args:
         command: whose settings ``host``, ``port`` and ``token`` are; it stands in messages.
@@ -74,7 +74,7 @@ class PageServer:
 
     @property
     def address(self) -> str:
-        """What a person opens."""
+        """The URL to open."""
         host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
         host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}" + (f"/?token={self.token}" if self.token else "")
@@ -95,7 +95,7 @@ class PageServer:
                 server.run(sockets=[self.listener])
 
     def server(self, app: Any) -> uvicorn.Server:
-        """Uvicorn's, which ``run(sockets=[listener])`` starts."""
+        """Uvicorn's server, which ``run(sockets=[listener])`` starts."""
         quiet = {"log_level": "critical", "access_log": False, "server_header": False, "proxy_headers": False}
         return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, ws="none", **quiet))
 

@@ -39,12 +39,12 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether it ended well."""
+        """Whether the job ended well."""
         return self.status == "done"
 
     @property
     def error(self) -> str:
-        """Why it failed."""
+        """Why the job failed."""
         return self.record.get("error", "")
 
     @property

@@ -1,4 +1,4 @@
-"""How different a model's answers to one prompt are from each other.
+"""Diversity of a model's answers to one prompt.
 
 Answers are sequences of words (or of token ids): nothing here knows how a text is cut."""
 
@@ -12,7 +12,7 @@ Words = Sequence[Hashable]
 
 
 def ngrams(words: Words, n: int) -> Counter[tuple[Hashable, ...]]:
-    """How often each run of n neighbouring words occurs.
+    """Counts of the n-grams of words of a text.
 
     >>> ngrams("to be or not to be".split(), 2).most_common(1)
     [(('to', 'be'), 2)]

@@ -1,4 +1,4 @@
-"""How noisy a gradient is."""
+"""Gradient noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class GradientNoise(NamedTuple):
-    """Of the gradients of several minibatches."""
+    """Noise of the gradients of several minibatches."""
 
     variance: float  # trace of their covariance
     signal: float  # squared norm of their mean, less the square of the mean's own error: it may come out below 0
@@ -18,7 +18,7 @@ class GradientNoise(NamedTuple):
 
 
 def gradient_noise(gradients: Iterable[Sequence[Tensor]]) -> GradientNoise:
-    """From n gradients, a tensor per parameter each; one at a time is held.
+    """Noise from n gradients, a tensor per parameter each; one at a time is held.
 
     >>> gradient_noise([[torch.tensor([1.0])], [torch.tensor([3.0])]])
     GradientNoise(variance=2.0, signal=3.0, noise=0.6666666666666666)

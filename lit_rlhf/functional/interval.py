@@ -1,4 +1,4 @@
-"""How sure a figure is: 95% intervals of shares, of means and of ratios over prompts."""
+"""Uncertainty of figures: 95% intervals of shares, of means and of ratios over prompts."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ Estimator = Literal["k1", "k2", "k3", "full"]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"] = "k1") -> Tensor:
-    """Estimates of KL(pi || ref), one a sampled token, same shape as ``logprobs`` (Schulman 2020, "Approximating KL").
+    """Estimates of KL(pi || ref), one per sampled token, in the shape of ``logprobs`` (Schulman 2020).
 
     With ``d = log pi(a) - log ref(a)``: k1 = ``d``, unbiased, below 0 now and then; k2 = ``d^2 / 2``, biased, small
     variance; k3 = ``exp(-d) - 1 + d``, unbiased and never negative. Expectations are over a ~ pi.
@@ -66,7 +66,7 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
-    """The coefficient after ``episodes`` answers whose mean divergence was ``kl``, in nats *an answer*.
+    """The coefficient after ``episodes`` answers whose mean divergence was ``kl``, in nats *per answer*.
 
     ``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)`` (arXiv:1909.08593, section 2.2): a
     tenth of a change in ``horizon / 2`` episodes at most. Raises ``ValueError`` unless both are above 0.

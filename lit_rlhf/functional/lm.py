@@ -23,7 +23,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood a token, ``-log P(u_i | u_<i)`` (GPT-1, eq. 1), in nats; a scalar.
+    """Mean negative log-likelihood per token, ``-log P(u_i | u_<i)`` (GPT-1, eq. 1), in nats; a scalar.
 
     ``logits`` (B, T, V) predict ``labels`` (B, T) at the same index (already shifted);
     ``mask`` (B, T) is True where a label counts: response tokens in SFT; None, in pretraining: every token.

@@ -1,4 +1,4 @@
-"""Who wins: win rates and ratings, and their intervals."""
+"""Win rates and ratings, with their intervals."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def effective_weight(module: Layer) -> Tensor:
 
 
 def effective_bias(module: Layer) -> Tensor | None:
-    """The same of a bias; None where there is none."""
+    """The bias that a module computes with, as :func:`effective_weight`; None where there is none."""
     if hasattr(module, "modules_to_save"):
         return effective_bias(_in_use(module))
     if not hasattr(module, "base_layer"):

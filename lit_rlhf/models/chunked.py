@@ -1,4 +1,4 @@
-"""What is asked of next-token distributions, without the logits of all tokens at once.
+"""Measures of next-token distributions, without the logits of all tokens at once.
 
 Tokens times vocabulary is the largest tensor of a batch, and a loss needs it some four times over. Here logits are
 computed for some tokens at a time, and a second time in the backward pass."""

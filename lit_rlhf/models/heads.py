@@ -20,6 +20,7 @@ from lit_rlhf.models.finite import finite
 from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.loading import (
     Dtype,
+    cast_to_intended,
     checkpoint_format,
     copied,
     format_of,
@@ -30,7 +31,6 @@ from lit_rlhf.models.loading import (
     load_config,
     load_language_model,
     match_tokenizer,
-    settled,
 )
 from lit_rlhf.models.logits import language_model
 from lit_rlhf.models.lora import LoRA, add_lora, base_path, check_quantization, holds_score, with_adapter
@@ -123,7 +123,7 @@ def _load_classifier(
     )
     if fresh:
         start = (new_head or RewardHead()).start
-        start_head((settled(model) if start == "normal" else model).score, start)
+        start_head((cast_to_intended(model) if start == "normal" else model).score, start)
     return with_adapter(keep_layout(model), path)
 
 
@@ -212,7 +212,7 @@ def score_answers(
 
 
 def score_shift(model: AnyRewardModel) -> float:
-    """What is added to the raw score so that demonstrations average 0; 0 for a model that does not say."""
+    """Constant added to the raw score so that demonstrations average 0; 0 for a model that does not say."""
     return float(getattr(model.config, "score_shift", 0.0))
 
 
@@ -306,7 +306,7 @@ def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
         if hasattr(model, "intended_dtype") and not (lora and lora.wanted):
             intend_dtype(model, intended_dtype(policy))
         else:
-            settled(model).to(intended_dtype(policy))
+            cast_to_intended(model).to(intended_dtype(policy))
         model.requires_grad_(True)
     return add_lora(model, lora)
 

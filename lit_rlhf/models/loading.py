@@ -55,7 +55,7 @@ FROM_GGUF = (
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """What an export keeps of the checkpoint that a model came from."""
+    """Format of the checkpoint that a model came from, as far as its export keeps it."""
 
     folder: Path
     dtype: torch.dtype  # of the exported weights
@@ -67,7 +67,7 @@ _formats: WeakKeyDictionary[torch.nn.Module, CheckpointFormat] = WeakKeyDictiona
 
 
 def checkpoint_format(model: torch.nn.Module) -> CheckpointFormat | None:
-    """What an export of ``model`` keeps of its checkpoint; None where it came from none."""
+    """The format of the checkpoint that ``model`` came from; None where it came from none."""
     return _formats.get(model)
 
 
@@ -82,7 +82,7 @@ _as_stored: ContextVar[bool] = ContextVar("as_stored", default=False)
 
 @contextmanager
 def loading_as_stored() -> Iterator[None]:
-    """Within it models are loaded in the precision of their files, whose pages all processes of a machine share.
+    """Context in which models are loaded in the precision of their files, whose pages all processes of a machine share.
 
     They are about to be sharded, and each part is cast to the precision that was asked for when it is."""
     token = _as_stored.set(True)
@@ -103,7 +103,7 @@ def intended_dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def settled(model: Any) -> Any:
+def cast_to_intended(model: Any) -> Any:
     """``model``, cast now where it was to be cast when it is sharded: its numbers are about to change."""
     if hasattr(model, "intended_dtype"):
         model.to(model.intended_dtype)
@@ -340,7 +340,7 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             "they are no pair"
         )
     if new:
-        settled(model)
+        cast_to_intended(model)
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
         say(f"{where}: the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}")
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)

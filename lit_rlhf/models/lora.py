@@ -20,7 +20,7 @@ from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
 from lit_rlhf.models.finite import not_finite
-from lit_rlhf.models.loading import checkpoint_format, settled
+from lit_rlhf.models.loading import cast_to_intended, checkpoint_format
 from lit_rlhf.models.quantization import Model, is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, check_regular_files, is_adapter
 
@@ -67,7 +67,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     names match nothing in the model, or the adapter in ``lora.path`` is for another one."""
     if lora is None or not lora.wanted:
         return model
-    settled(model)
+    cast_to_intended(model)
     if lora.path is not None:
         own = [f.name for f in dataclasses.fields(lora) if f.name != "path" and getattr(lora, f.name) != f.default]
         if own:
@@ -212,7 +212,7 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
     Raises ``UserError`` where it is no LoRA, or is for another model: by name, or by its tensors."""
     _require_peft()
-    settled(model)
+    cast_to_intended(model)
     check_regular_files(path)
     from peft import PeftConfig, set_peft_model_state_dict
 

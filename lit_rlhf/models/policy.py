@@ -125,7 +125,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 
 
 def context_length(model: Any) -> int:
-    """How many tokens the model can see at once."""
+    """Context length of the model, in tokens."""
     given = (getattr(model.config, name, None) or 0 for name in ("max_position_embeddings", "n_positions"))
     length = next((int(length) for length in given if length > 0), 2**31)  # -1: no limit that anyone knows (XLNet)
     # A text that grows beyond this limit is read anew with other positions: what was sampled is not what it was then.
@@ -139,7 +139,7 @@ def context_length(model: Any) -> int:
 
 
 def freeze(model: Model) -> Model:
-    """No gradients and no dropout."""
+    """Turn off gradients and dropout of ``model``; returns it."""
     return model.requires_grad_(False).eval()
 
 

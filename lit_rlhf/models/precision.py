@@ -1,4 +1,4 @@
-"""In which precision a model computes."""
+"""Precision of a model's computation."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantized_loading(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` is told, for weights in NF4 whose products are computed in ``dtype``.
+    """Arguments of ``from_pretrained`` for weights in NF4 whose products are computed in ``dtype``.
 
     Heads and embeddings keep their precision. Raises ``UserError`` where bitsandbytes is not installed."""
     if quantization is None:

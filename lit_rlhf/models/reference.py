@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, adapters_off
 from lit_rlhf.models.gathering import sharded_root
-from lit_rlhf.models.loading import copied, settled
+from lit_rlhf.models.loading import cast_to_intended, copied
 from lit_rlhf.models.lora import starts_unchanged
 from lit_rlhf.models.policy import freeze
 
@@ -53,7 +53,7 @@ class Reference(nn.Module):
             )
         self.start = None if lora else freeze(copied(policy))
         if self.start is not None and update.dtype is not None:
-            settled(self.start).to(getattr(torch, update.dtype))
+            cast_to_intended(self.start).to(getattr(torch, update.dtype))
         # In the policy's own precision: in half of it, small steps of an average would be rounded away.
         self.moving = freeze(copied(policy)) if moves else None
         self._began: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ class Reference(nn.Module):
 
     @contextmanager
     def as_it_began(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """The SFT model."""
+        """Context with the SFT model, the reference as it began."""
         if self.start is not None:
             yield self.start
         elif not self._began:
@@ -83,7 +83,7 @@ class Reference(nn.Module):
 
     @contextmanager
     def for_penalty(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """The model that the penalty is measured against."""
+        """Context with the model that the penalty is measured against."""
         if self.moving is not None:
             yield self.moving
         else:

@@ -1,4 +1,4 @@
-"""What reads a score off a Transformer, and the reward model that has such a head.
+"""Score heads on a Transformer, and the reward model that has such a head.
 
 A bias-free linear head at the last token is Hugging Face's sequence classifier with one label and needs nothing of
 this file, where transformers has one for the family. The other heads, and all heads of the other families, make a model
@@ -24,7 +24,14 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_token
 from lit_rlhf.models.finite import check_finite
-from lit_rlhf.models.loading import MODEL_TYPE, check_files, check_tensors, checkpoint_format, keep_format, settled
+from lit_rlhf.models.loading import (
+    MODEL_TYPE,
+    cast_to_intended,
+    check_files,
+    check_tensors,
+    checkpoint_format,
+    keep_format,
+)
 from lit_rlhf.models.logits import check_logits, language_model
 from lit_rlhf.models.policy import context_length, packed_hidden, predicting_positions, response_positions
 from lit_rlhf.text.model_folder import model_settings
@@ -36,7 +43,7 @@ GATE_BIAS = -1.0  # a fresh gate lets 27% of the likelihood through
 
 @dataclass(frozen=True)
 class RewardHead:
-    """How a score is read off the last hidden states.
+    """Settings of a score head: how a score is read off the last hidden states.
 
     A likelihood head adds to the linear one what the model's own language-modelling head thinks of the answer:
     ``score = linear(h) + sum over the answer's tokens of sigmoid(gate(h_t)) (log p(token) - max log p)``, in nats: 0
@@ -147,7 +154,7 @@ class RewardTransformer(nn.Module):
         """A language model with a fresh head in place of its own, which a likelihood head keeps for itself.
 
         Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
-        trunk: Any = settled(policy).base_model
+        trunk: Any = cast_to_intended(policy).base_model
         embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
         if spec.kind == "likelihood":
@@ -209,7 +216,7 @@ class RewardTransformer(nn.Module):
         return self.trunk
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the trunk."""
+        """The input embeddings of the trunk."""
         return self.trunk.get_input_embeddings()
 
     def scores_and_hidden(self, batch: Packed) -> tuple[Tensor, Tensor]:
@@ -262,7 +269,7 @@ class RewardEnsemble(nn.Module):
         self.config.score_mean = sum(means) / len(means)
 
     def get_input_embeddings(self) -> Any:
-        """Those of the first member."""
+        """The input embeddings of the first member."""
         return self.members[0].get_input_embeddings()
 
     def combined(self, scores: Tensor) -> Tensor:

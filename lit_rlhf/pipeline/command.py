@@ -158,7 +158,7 @@ def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
 
 
 def run_one(cfg: DictConfig) -> None:
-    """What Hydra does with a command that is no sweep; it would compose the settings twice more."""
+    """Run one job as Hydra does, which would compose the settings twice more."""
     cfg.hydra.mode = RunMode.RUN
     callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name="config")
@@ -268,7 +268,7 @@ class StoppedAtOnce(SystemExit):
 
 
 def stop_at_once(cfg: DictConfig, number: int, _: Any) -> None:
-    """Outside of training: what is finished, batches of a collection among it, is on disk already."""
+    """Signal handler outside of training: what is finished, batches of a collection among it, is on disk already."""
     from lit_rlhf.training.resuming import handle_signals
 
     sys.unraisablehook = _raise_again
@@ -339,7 +339,7 @@ def note_failure(cfg: DictConfig, error: Exception) -> None:
 
 
 def about(cfg: DictConfig) -> dict[str, Any]:
-    """What is said of a job on the page of its sweep."""
+    """Fields of a job on the page of its sweep."""
     return {"about": OmegaConf.to_container(cfg.about)}
 
 

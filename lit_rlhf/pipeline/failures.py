@@ -65,7 +65,7 @@ def going_on(sweep: str | None = None) -> str:
 
 
 def stopped_line(sweep: str | None = None) -> str:
-    """What a command that was stopped says last; ``sweep``: the folder of the one that it is a job of."""
+    """Last line of a command that was stopped; ``sweep``: the folder of the one that it is a job of."""
     kept = "stopped; what was finished is kept. Run the same command again to go on"
     return f"sweep ended{how}" if (how := going_on(sweep)) else kept
 
@@ -77,7 +77,7 @@ def code_of(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """What was raised, in one line."""
+    """An exception as one line."""
     if mistake := users_mistake(error):
         return one_line(mistake)
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, OSError):

@@ -28,7 +28,7 @@ class Seed(Checked):
 
 
 class Begun(Checked):
-    """What a run began with, beside the settings of a stage."""
+    """Origin of a run as stages write it, beside their settings."""
 
     from_run: str | None = None
     checkpoint: str | None = None
@@ -50,7 +50,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 class Origin(NamedTuple):
-    """What a run began with, as its stages have written it down."""
+    """Origin of a run: the seeds, runs and checkpoint that it began with."""
 
     seeds: dict[str, int]  # of world and split
     runs: list[str]  # names of the runs that its stages started from
@@ -59,7 +59,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(run: Path) -> Origin:
-    """What the stages of a run have written down beside their settings; nothing where there is no such run."""
+    """Origin of a run by all of its stages; empty where there is no such run."""
     folders: dict[Path, None] = {}
     for stages in ("*", "rounds/*/*"):
         found = {file.parent for name in ("config.yaml", "done.json") for file in run.glob(f"{stages}/{name}")}
@@ -72,7 +72,7 @@ def origin_of(run: Path) -> Origin:
 
 
 def origin_of_stage(folder: Path) -> Origin:
-    """What one stage of a run has written down; nothing where ``folder`` is not that of a stage."""
+    """Origin of a run by one of its stages; empty where ``folder`` is not that of a stage."""
     file = folder / "config.yaml"
     if os.path.lexists(file):
         return _origin(file, file.lstat().st_mtime_ns)
@@ -207,7 +207,7 @@ def upstream(cfg: DictConfig, stage: str, inside: str) -> Path:
 
 
 def sampling_precision(precision: str) -> str:
-    """What ``auto`` is in stages that sample: half precision tells log-probs of sampling and of training apart."""
+    """The precision of ``auto`` in stages that sample: in half precision, sampling and training round differently."""
     return "32-true" if precision == "auto" else precision
 
 
@@ -282,7 +282,7 @@ def _data_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def fingerprint_of(path: Path) -> str | None:
-    """Of a model folder's weights or a data file; None where there is nothing."""
+    """Fingerprint of a model folder's weights or of a data file; None where there is nothing."""
     from lit_rlhf.models.checkpoint import fingerprint
 
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""Where a stage's metrics go: ``metrics.csv``, and the loggers that ``logger`` chooses."""
+"""Loggers of a stage: ``metrics.csv``, and the loggers that ``logger`` chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command line adds to the settings (``+key=value``) and takes away from them (``~key``)."""
+"""Overrides that add to the settings (``+key=value``) and take away from them (``~key``)."""
 
 from __future__ import annotations
 

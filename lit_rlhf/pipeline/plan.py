@@ -63,7 +63,7 @@ class Need:
 
 @dataclass
 class Plan:
-    """What all stages need, and what there is, in bytes."""
+    """Needs of all stages, and the memory that there is, in bytes."""
 
     device: str
     process: int  # with its libraries, before there is a model
@@ -73,7 +73,7 @@ class Plan:
     unplanned: dict[str, str]  # stage -> why nothing is said of it
 
     def table(self) -> str:
-        """For the terminal."""
+        """The plan as a table for the terminal."""
         names = [f.name for f in fields(Need) if f.type == "int"][:-1]
         rows = [["MiB", *names], *([n.stage, *(f"{getattr(n, x) / 2**20:,.0f}" for x in names)] for n in self.stages)]
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -113,7 +113,7 @@ def write_plan(cfg: DictConfig) -> Plan:
 
 
 def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
-    """What a stage needs; in ``folder``, what later stages will ask of it."""
+    """The need of one stage; writes into ``folder`` what later stages will read of it."""
     run_dir = str(cfg.paths.run_dir)
     settings = OmegaConf.create(tree_map(lambda x: _moved(x, run_dir, folder), resolved(cfg, name)))
     settings.module.pop("progress_file", None)  # of a collection that may be running
@@ -202,7 +202,7 @@ def _moved(value: Any, run_dir: str, folder: Path) -> Any:
 
 
 class DryEngine:
-    """Takes the memory that another engine would, and answers in tokens 0, as many as are allowed."""
+    """An engine for dry runs: takes the memory that another one would, and answers in tokens 0, as many as allowed."""
 
     def __init__(self, engine: Engine, meter: Meter) -> None:
         self.exact, self.gives_states, self.meter = engine.exact, engine.gives_states, meter

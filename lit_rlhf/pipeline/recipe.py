@@ -18,7 +18,7 @@ CHECKPOINT = "recipe=checkpoint"
 
 
 def fitted_settings(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """What ``compose_settings`` gives, with the checkpoint's recipe where that fits and no other one is asked for."""
+    """Composed settings, with the checkpoint's recipe where that fits and no other one is asked for."""
     cfg = compose_settings(overrides, with_hydra=with_hydra)
     check_top_level(cfg)  # a mistake there is found before a run is looked at, which takes importing torch
     return compose_settings([*overrides, CHECKPOINT], with_hydra=with_hydra) if unfitted(cfg, overrides) else cfg

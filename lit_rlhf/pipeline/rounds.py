@@ -56,7 +56,7 @@ def making(cfg: DictConfig) -> list[str]:
 
 
 def round_settings(cfg: DictConfig, number: int) -> dict[str, Any]:
-    """Address -> value: what sets round ``number``, from 1 on, apart."""
+    """Settings of round ``number`` (from 1), address -> value."""
     run, known, collecting = Path(cfg.paths.run_dir), all_stages(), collecting_stage()
     folders = [run / "rounds" / str(n) for n in range(1, number + 1)]
     begun = (run / str(known[collecting].models[known[collecting].trained]) / "model").is_dir()

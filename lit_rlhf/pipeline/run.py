@@ -112,7 +112,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         sharded = isinstance(trainer.strategy, FSDP2)
         if not (trainer.is_global_zero or sharded):
             return {}
-        lost = None if settings.run == "fit" else moved_aside(folder, loggers)
+        lost = None if settings.run == "fit" else move_if_gone(folder, loggers)
         notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
         if sharded:
             trainer.strategy.end_sharding()
@@ -133,7 +133,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
     except (OSError, UserError) as error:
         rescued = next((c.rescued for c in callbacks if isinstance(c, LastCheckpoint)), None)
         if is_main_process() and (rescued or not folder.path.is_dir()):
-            raise gone(folder, rescued) from error
+            raise folder_gone(folder, rescued) from error
         raise
     finally:
         close(loggers)
@@ -141,7 +141,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
 
 
 def check_models(name: str, settings: DictConfig) -> None:
-    """What is wrong with the folders of a stage's models is said before its data is read."""
+    """Raise ``UserError`` for broken folders of a stage's models, before its data is read."""
     paths = [node.path for node in model_nodes(name, settings).values() if node.get("path") is not None]
     for path in [*paths, *filter(None, (settings.get("models") or {}).values())]:
         for each in path if isinstance(path, ListConfig) else [path]:
@@ -273,8 +273,8 @@ def show_profile(folder: Path) -> None:
         print(f"profile: {file}")
 
 
-def moved_aside(folder: StageFolder, loggers: list[Logger]) -> UserError | None:
-    """Where a stage's folder was deleted or renamed while it sampled: what to say when all is written into another."""
+def move_if_gone(folder: StageFolder, loggers: list[Logger]) -> UserError | None:
+    """The error for a stage whose folder was deleted or renamed while it sampled; None where it is there."""
     if not folder.gone:
         return None
     before = folder.path
@@ -289,8 +289,8 @@ def moved_aside(folder: StageFolder, loggers: list[Logger]) -> UserError | None:
     )
 
 
-def gone(folder: StageFolder, rescued: Path | None) -> UserError:
-    """What to say where a stage's folder was deleted or renamed while it was written; ``rescued``: where the last step
+def folder_gone(folder: StageFolder, rescued: Path | None) -> UserError:
+    """The error for a stage whose folder was deleted or renamed while it was written; ``rescued``: where the last step
     was saved instead."""
     said = f"{folder.path} was deleted or renamed while it was written"
     if rescued is None:
@@ -348,7 +348,7 @@ def _is_object(node: Any) -> bool:
 
 
 def make_callbacks(cfg: DictConfig, name: str, settings: DictConfig, folder: StageFolder) -> list[Any]:
-    """What every stage needs around its training."""
+    """Callbacks of a stage."""
     callbacks: list[Any] = [StopOnNonFinite(name)]
     if cfg.callbacks.progress_bar:
         callbacks.append(StageProgressBar(name, cfg.callbacks.progress_refresh if settings.run == "fit" else 1))
@@ -379,7 +379,7 @@ def figures_of(settings: DictConfig, module: LightningModule, name: str, folder:
 
 
 def finding_of(callbacks: list[Any]) -> dict[str, str]:
-    """What was found wrong with the first steps, in a sentence; {} where that was nothing."""
+    """The finding about the first steps, a sentence; {} where there is none."""
     found = [c.finding for c in callbacks if isinstance(c, FirstSteps) and c.finding is not None]
     return {"first_steps": found[0]} if found else {}
 
@@ -395,7 +395,7 @@ def data_notes(data: StageData) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with."""
+    """Versions of the packages in use."""
     return {
         "lit_rlhf": lit_rlhf.__version__,
         "python": platform.python_version(),

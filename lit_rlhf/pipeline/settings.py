@@ -33,7 +33,7 @@ COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), whi
 
 
 class MissingSetting(UserError):
-    """A setting that must be given is not."""
+    """Raised where a setting that must be given is not."""
 
 
 def conf_dir() -> Path:
@@ -76,7 +76,7 @@ class Paths(Strict):
 
 
 class BetweenRounds(Strict):
-    """What a round takes over from those before it."""
+    """Settings of what a round takes over from those before it."""
 
     policy: Literal["last", "sft"]
     rankings: Annotated[int, Field(ge=1)] | None
@@ -136,7 +136,7 @@ class StageLevel(Strict):
 
 
 def compose_settings(overrides: list[str], config_dir: Path | None = None, with_hydra: bool = False) -> DictConfig:
-    """What the command line asks for; raises ``UserError`` in one line where it cannot be had.
+    """Settings composed from overrides; raises ``UserError`` in one line where it cannot be had.
 
     ``with_hydra``: with Hydra's own settings, at ``hydra``."""
     overrides = [*outside_groups(), *overrides]
@@ -309,7 +309,7 @@ def stages_of(cfg: DictConfig) -> list[str]:
 
 
 def planned_stages(cfg: DictConfig) -> list[str]:
-    """What ``stage=plan`` looks at: the pipeline, and what else trains a policy on preferences."""
+    """Stages that ``stage=plan`` plans: the pipeline, and others that train a policy on preferences."""
     chosen = {name: stage for name, stage in all_stages().items() if stage.in_pipeline or stage.aligns}
     return [name for name, stage in chosen.items() if _not_replaced(stage, cfg)]
 

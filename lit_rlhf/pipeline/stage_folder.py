@@ -53,12 +53,12 @@ class StageFolder:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """What the finished stage left behind; None while it is not finished."""
+        """The record of the finished stage; None while it is not finished."""
         return read_done(self.path) or None
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where training goes on, if it was interrupted."""
+        """The checkpoint from which an interrupted training goes on; None without one."""
         path = self.path / "checkpoints" / "last.ckpt"
         return path if os.path.lexists(path) else None
 

@@ -93,7 +93,7 @@ def write_table(jobs: list[Job], path: Path) -> None:
 
 
 def text_table(jobs: list[Job]) -> str:
-    """What differs and what came out, for the terminal; below it the means over seeds or folds."""
+    """Table of a sweep for the terminal: settings that differ, and figures; below it the means over seeds or folds."""
     objective = next((job.objective[0] for job in jobs if job.done), "objective")
     known = {name for job in jobs for name in job.figures} - {objective}
     shown = [f"{name}.{figure}" for name, stage in reversed(all_stages().items()) for figure in stage.in_sweeps]

@@ -42,14 +42,14 @@ class Processes:
         self.group = group
 
     def agreed(self, value: Callable[[], Value]) -> Value:
-        """What the first process finds, for all of them."""
+        """The first process's ``value()``, broadcast to all processes."""
         found = [value() if is_main_process() else None]
         if self.group is not None:
             dist.broadcast_object_list(found, group=self.group)
         return found[0]  # type: ignore[return-value]
 
     def meet(self) -> None:
-        """Wait for all of them."""
+        """Wait for all processes."""
         if self.group is not None:
             dist.barrier(group=self.group)
 
@@ -129,7 +129,7 @@ def _who_has_gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str
 
 
 def processes_of(trainer: DictConfig) -> int:
-    """In how many processes a stage's trainer runs, on all nodes."""
+    """Number of processes of a stage's trainer, on all nodes."""
     return _nodes(trainer) * devices_of(trainer)
 
 
@@ -138,7 +138,7 @@ def _nodes(trainer: DictConfig) -> int:
 
 
 def devices_of(trainer: DictConfig) -> int:
-    """In how many processes a stage's trainer runs on each node."""
+    """Number of processes of a stage's trainer on each node."""
     if trainer.devices == "auto":
         return max(1, torch.cuda.device_count()) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
     return trainer.devices if isinstance(trainer.devices, int) else len(trainer.devices)

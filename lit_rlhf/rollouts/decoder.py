@@ -1,4 +1,4 @@
-"""Decoders: what reads prompts and goes on with them token by token. The fast ones are in ``models/kernels``."""
+"""Decoders: read prompts and continue them token by token. The fast ones are in ``models/kernels``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_rlhf.text.packing import left_pad, pack
 
 
 class Decoder(Protocol):
-    """Texts that are being written, one per row."""
+    """A batch of texts that are being written, one per row."""
 
     joins: bool  # whether texts can begin while others are being written
 
@@ -31,7 +31,7 @@ class Decoder(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the next token, (A, V), from hidden states (A, E)."""
+        """Logits (A, V) of the next token, from hidden states (A, E)."""
         ...
 
     def keep(self, rows: Tensor) -> None:
@@ -107,7 +107,7 @@ class WholeDecoder:
         return packed_hidden(self.model, packed, at=packed.ends)
 
 
-def goes_on_alike(model: PreTrainedModel, decoder: Decoder) -> tuple[Tensor, Tensor]:
+def same_continuation(model: PreTrainedModel, decoder: Decoder) -> tuple[Tensor, Tensor]:
     """Logits at the end of two texts and of what they go on with: by a fresh ``decoder``, and by the model itself."""
     one, other = texts(model).tolist()
     longer, shorter, whole = one, other[:SHORTER], read(model)

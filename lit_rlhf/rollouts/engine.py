@@ -26,7 +26,7 @@ Temperature = Annotated[float, Field(ge=0.01, le=100)] | Annotated[float, Field(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. All tokens are possible by default: what is learned from must be what was sampled."""
+    """Sampling settings. All tokens are possible by default: what is learned from must be what was sampled."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens, the one that ends the response included
     temperature: Temperature = 1.0  # divides the logits; 0 takes the most likely token
@@ -105,7 +105,9 @@ class Responses(NamedTuple):
 
 
 class Engine(Protocol):
-    """What draws responses: :class:`FastEngine`, :class:`TransformersEngine`, :class:`VLLMEngine`, or your own."""
+    """Protocol of a rollout engine, which draws responses.
+
+    :class:`FastEngine`, :class:`TransformersEngine`, :class:`VLLMEngine`, or your own."""
 
     exact: bool  # whether log-probs are those of a training pass in the policy's precision, up to rounding
     gives_states: bool  # whether ``generate`` can return ``Responses.states``
@@ -216,7 +218,7 @@ def side_by_side(
 
 
 def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """Raises ``UserError`` where prompt and response do not fit into the model's context."""
+    """Raise ``UserError`` where prompt and response do not fit into the model's context."""
     longest, limit = max(map(len, prompts)), sampling.max_new_tokens
     if longest + limit > context_length(model):
         raise UserError(

@@ -27,7 +27,7 @@ from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.policy import context_length, end_tokens
 from lit_rlhf.models.precision import compute_dtype
 from lit_rlhf.models.self_check import LENGTH, agrees
-from lit_rlhf.rollouts.decoder import Decoder, TransformersDecoder, WholeDecoder, goes_on_alike
+from lit_rlhf.rollouts.decoder import Decoder, TransformersDecoder, WholeDecoder, same_continuation
 from lit_rlhf.rollouts.engine import (
     Ended,
     Request,
@@ -336,7 +336,7 @@ def _has_weights_of_its_own(model: PreTrainedModel) -> bool:
 
 
 def make_decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, graphs: bool) -> Decoder:
-    """The fastest that goes on with texts as the model itself does."""
+    """The fastest decoder that continues texts as the model itself does."""
     dtype = compute_dtype(model)
 
     @cache
@@ -345,10 +345,10 @@ def make_decoder(model: PreTrainedModel, rows: int, width: int, pad_id: int, gra
 
     def passes(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         own: Any = own_pass() if dtype == model.dtype else ForwardPass.of(model, LENGTH)
-        return goes_on_alike(model, CachedDecoder(own, 2, LENGTH))
+        return same_continuation(model, CachedDecoder(own, 2, LENGTH))
 
     def caches(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        return goes_on_alike(model, TransformersDecoder(model, pad_id))
+        return same_continuation(model, TransformersDecoder(model, pad_id))
 
     check_logits(model)
     known = fast_kernels() and ForwardPass.knows(model)

@@ -121,7 +121,7 @@ def settings_of(request: Request, ends: Collection[int] = ()) -> dict[str, Any]:
 
 
 def response_of(completion: Any, ends: Collection[int]) -> Response:
-    """What vLLM's ``CompletionOutput`` says; it is finished where an end token or a stop text ended it."""
+    """The response in vLLM's ``CompletionOutput``; it is finished where an end token or a stop text ended it."""
     tokens = list(completion.token_ids)
     logprobs = [position[token].logprob for token, position in zip(tokens, completion.logprobs)]
     ended = Ended.LENGTH

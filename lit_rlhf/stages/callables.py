@@ -14,7 +14,7 @@ Ranks = list[list[int]]  # of the answers to each prompt, 1 = best
 
 
 class Annotator(Protocol):
-    """Whoever ranks answers: a simulated labeler, a reward model, a function, a language model.
+    """Protocol of an annotator, which ranks answers: a simulated labeler, a reward model, a function, a language model.
 
     One that has ``takes_tools = True`` gets a further argument, ``tools``: what the assistant may call, of each prompt;
     it is given where a prompt's record has some."""
@@ -25,7 +25,7 @@ class Annotator(Protocol):
 
 
 def name_of(function: Any) -> str:
-    """What a callable is called in figures and messages."""
+    """The name of a callable in figures and messages."""
     return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
 
 

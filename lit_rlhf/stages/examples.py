@@ -44,7 +44,7 @@ class ExampleDataModule(RecordDataModule):
         self.train_set: Sequence[Any] = []
 
     def texts(self, records: Sequence[Any]) -> Iterable[str]:
-        """What a tokenizer is trained on."""
+        """Texts that a tokenizer is trained on."""
         raise NotImplementedError
 
     def prepare(self) -> None:

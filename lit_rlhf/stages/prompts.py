@@ -42,7 +42,7 @@ def repeated(batch: PromptBatch, times: int) -> PromptBatch:
 
 
 class Judge(Protocol):
-    """Someone who knows what a good answer is."""
+    """Protocol of a gold judge, which grades answers."""
 
     def grade(self, prompt: Messages, response: str, truncated: bool = False) -> Grade:
         """The grade of one answer."""
@@ -230,7 +230,7 @@ def sample_texts(
 
 
 def written(module: LightningModule, sampling: Sampling, prompts: Sequence[list[int]], note: Note) -> list[str]:
-    """What the ``policy`` of ``module``, as it is now, writes behind prompts, for people to read.
+    """Texts that the ``policy`` of ``module``, as it is now, writes behind prompts, for people to read.
 
     Where the model's context is too short for prompts and responses, ``note`` says how they were cut."""
     if not prompts:

@@ -258,13 +258,13 @@ class RankedAnswers(NamedTuple):
 
     @classmethod
     def of(cls, scores: Tensor, batch: RankingBatch) -> RankedAnswers:
-        """Those of a batch, with their scores (N,)."""
+        """The answers of a batch, with their scores (N,)."""
         ranks, owner, lengths = batch.ranks, batch.prompt_index, batch.packed.response_lengths
         return cls(scores, ranks, owner, lengths, batch.ratings, batch.gold, list(batch.kinds), list(batch.annotators))
 
     @classmethod
     def together(cls, parts: Sequence[RankedAnswers]) -> RankedAnswers:
-        """All of them, the prompts numbered through."""
+        """The answers of several batches, with consecutive prompt numbers."""
         scores, ranks, owners, lengths, ratings, gold, kinds, annotators = zip(*parts)
         firsts = accumulate(map(len, kinds), initial=0)
         owner = torch.cat([owner + first for owner, first in zip(owners, firsts)])

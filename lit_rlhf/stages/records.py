@@ -75,7 +75,7 @@ class FileDataModule(LightningDataModule):
         self.tell: Callable[[str], None] = rank_zero_info  # how it is said
 
     def folder(self, cache: str | Path | None) -> Path:
-        """Where what is made of files is kept: ``cache``; None: a folder that lasts as long as this."""
+        """The cache folder: ``cache``, or for None a temporary folder that lasts as long as this object."""
         if cache is not None:
             return Path(cache)
         folder = Path(tempfile.mkdtemp(prefix="lit_rlhf-"))
@@ -105,7 +105,7 @@ class FileDataModule(LightningDataModule):
             self.note(f"{file}: of its messages, {names} goes to the chat template alone")
 
     def unread(self, names: str) -> str:
-        """What is said of fields that nobody asked for."""
+        """The note about fields that nobody asked for."""
         return f"nobody reads the field{'s' if ', ' in names else ''} {names}"
 
 
@@ -179,7 +179,7 @@ class RecordDataModule(FileDataModule):
         return self.split(self.load(self.path, self.parse_record))
 
     def known_of(self, *sides: Sequence[Any]) -> list[Any]:
-        """What is to be known (:attr:`about`) of the records of some sides, each thing once."""
+        """Distinct values of :attr:`about` of the records of some sides."""
         found: dict[Any, None] = {}
         for side in sides:
             known = side.note["about"] if isinstance(side, Records) else [[*self.about(record)] for record in side]

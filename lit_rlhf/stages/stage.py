@@ -1,4 +1,4 @@
-"""What a stage is, in one record: everything that other layers know of it they read here.
+"""The record of a stage: everything that other layers know of it they read here.
 
 Imports no torch, so that settings are checked, and ``--help`` is answered, before torch is imported."""
 

@@ -17,7 +17,7 @@ from lit_rlhf.models.checkpoint import save_model
 from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
-from lit_rlhf.training.all_processes import mean_of_all, of_step
+from lit_rlhf.training.all_processes import gather_step, mean_of_all
 from lit_rlhf.training.dry_run import Meter, largest
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, decay_groups, optimizer_and_schedule
 from lit_rlhf.training.parts import LearnsInParts, Part, losses_of
@@ -78,11 +78,11 @@ class SupervisedModule(LearnsInParts):
         raise NotImplementedError
 
     def examined(self, batch: Any, dataloader_idx: int) -> Any:
-        """What validation keeps of a batch."""
+        """Values that validation keeps of a batch."""
         raise NotImplementedError
 
     def held_out_metrics(self) -> dict[str, Tensor]:
-        """From all that validation has kept, by their names behind ``val/<stage>/``."""
+        """Metrics of a validation, by their names behind ``val/<stage>/``."""
         raise NotImplementedError
 
     def training_step(self, batch: Any | list[Part[Any]], batch_idx: int) -> Tensor:
@@ -101,7 +101,7 @@ class SupervisedModule(LearnsInParts):
         self.held_out = []
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.held_out += of_step(self.trainer, self.examined(batch, dataloader_idx), batch_idx, dataloader_idx)
+        self.held_out += gather_step(self.trainer, self.examined(batch, dataloader_idx), batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.held_out_metrics()
@@ -111,7 +111,7 @@ class SupervisedModule(LearnsInParts):
         return [FitContext()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer receives."""
+        """Parameter groups of the optimizer."""
         return decay_groups(self.trained)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def behind_start(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A conversation on paper, which a base model goes on with: text alone makes it a weak assistant (GPT-3, 2.1).
+    """A written conversation, which a base model continues: text alone makes it a weak assistant (GPT-3, 2.1).
 
     The template opens with ``opening`` (or with the dialogue's system message) and ``examples``; each turn begins with
     the speaker's name. A base model does not end its turn but goes on with the human's, so generation must stop before
@@ -80,7 +80,7 @@ class Transcript:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Where an answer ends: at the next turn, whoever takes it."""
+        """Stop texts of an answer: the next turn, whoever takes it."""
         return *filter(None, [self.end]), "\n" + self.human, "\n" + self.assistant
 
     def answer(self, text: str) -> str:

@@ -21,7 +21,7 @@ class Foreign(Checked):
 
 
 class ModelSettings(Foreign):
-    """What is read of a model's settings before transformers makes a model of them."""
+    """Fields of config.json that are read before transformers makes a model of it."""
 
     architectures: list[str] | None = None
     bos_token_id: int | list[int] | None = None
@@ -34,7 +34,7 @@ class ModelSettings(Foreign):
 
 
 def model_settings(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-    """What the config.json (or the file ``name``) of a folder says; nothing where there is none.
+    """Contents of config.json (or the file ``name``) of a folder; empty where there is none.
 
     Raises ``UserError`` where it is damaged."""
     return read_json(Path(folder) / name, ModelSettings if name.endswith("config.json") else Foreign)

@@ -53,7 +53,7 @@ class Packed(NamedTuple):
 
     @property
     def visible(self) -> list[Tensor] | None:
-        """Which tokens of a row see which, (R, 1, W, W) bool of each block; None: each those before it."""
+        """Attention masks, (R, 1, W, W) bool of each block; None: each those before it."""
         if self.parts is None or self.after is None:
             return None
         return [_visible(*parts) for parts in zip(self.by_block(self.parts), self.by_block(self.after))]
@@ -73,7 +73,7 @@ class Packed(NamedTuple):
         return torch.where(in_prompt >= 0, prompt_ends[:, None] - in_prompt, flat)
 
     def to(self, device: torch.device) -> Packed:
-        """The same on another device."""
+        """The packed sequences on another device."""
         moved: dict[str, Any] = {k: x.to(device) for k, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**moved)
 

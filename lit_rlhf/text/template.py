@@ -321,7 +321,7 @@ class Template:
 
 
 def content_of(message: Message) -> str:
-    """What a message says: its content, or the texts of its parts."""
+    """The text of a message: its content, or the texts of its parts."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return content

@@ -147,7 +147,7 @@ def stored(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells a tokenizer from others that make other tokens of a text."""
+    """Digest that tells a tokenizer from others that make other tokens of a text."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -159,7 +159,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @cache
 def code_digest(*made_in: Any) -> str:
-    """What tells this version of ``lit_rlhf.text``, and of the modules of some classes or functions, from others."""
+    """Digest of this version of ``lit_rlhf.text``, and of the modules of some classes or functions."""
     try:
         files = sorted(Path(__file__).parent.rglob("*.py")) + [Path(inspect.getfile(each)) for each in made_in]
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

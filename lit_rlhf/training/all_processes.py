@@ -1,4 +1,4 @@
-"""What the processes of a training find, put together: a figure is that of all of them, not the mean of each one's."""
+"""Results of all processes of a training, put together: a figure is that of all of them, not the mean of each one's."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _group(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def of_all(trainer: Trainer, found: Found) -> list[Found]:
-    """What each process has found, by rank; tensors come on the CPU. Of one process: a list of it as it is.
+def gather_all(trainer: Trainer, found: Found) -> list[Found]:
+    """The results of all processes, by rank; tensors come on the CPU. Of one process: a list of it as it is.
 
     All processes call it together."""
     if trainer.world_size == 1:
@@ -37,13 +37,13 @@ def of_all(trainer: Trainer, found: Found) -> list[Found]:
     return everyones
 
 
-def place_of(trainer: Trainer | None, batch_idx: int) -> int:
+def global_batch_index(trainer: Trainer | None, batch_idx: int) -> int:
     """The number, among those of all processes, of a batch that is one process's alone; None: there is one process."""
     return batch_idx if trainer is None else batch_idx * trainer.world_size + trainer.global_rank
 
 
-def of_step(trainer: Trainer | None, found: Found, batch_idx: int, dataloader_idx: int = 0) -> list[Found]:
-    """What all processes have found in a step of an evaluation, in the order of their batches.
+def gather_step(trainer: Trainer | None, found: Found, batch_idx: int, dataloader_idx: int = 0) -> list[Found]:
+    """The results of all processes in a step of an evaluation, in the order of their batches.
 
     What was read to fill up, as the data have no batch left for this process, is not among it. ``trainer`` None: a
     step by hand, without one."""
@@ -52,15 +52,15 @@ def of_step(trainer: Trainer | None, found: Found, batch_idx: int, dataloader_id
     loaders = getattr(trainer, f"{trainer.state.stage.dataloader_prefix}_dataloaders")
     loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
     fills_up = isinstance(loader, BatchLoader) and loader.fills_up(batch_idx)
-    return [each for each in of_all(trainer, None if fills_up else found) if each is not None]
+    return [each for each in gather_all(trainer, None if fills_up else found) if each is not None]
 
 
-def shared_out(trainer: Trainer, items: Sequence[Item], read: Callable[[Item], Found]) -> list[Found]:
+def distributed_map(trainer: Trainer, items: Sequence[Item], read: Callable[[Item], Found]) -> list[Found]:
     """``read(item)`` of all items, in their order: each is counted once, and all processes read equally often."""
     size = trainer.world_size
     places = range(trainer.global_rank, -(-len(items) // size) * size, size)
     own = [read(items[place % len(items)]) for place in places]
-    return interleaved(of_all(trainer, own))[: len(items)]
+    return interleaved(gather_all(trainer, own))[: len(items)]
 
 
 def interleaved(parts: Sequence[Sequence[Item]]) -> list[Item]:

@@ -126,12 +126,12 @@ class BatchLoader(Generic[Batch]):
 
 
 def sharding(trainer: Trainer | None) -> dict[str, int]:
-    """What :class:`BatchLoader` must know of the trainer that it serves in training."""
+    """Arguments of a :class:`BatchLoader` for training under ``trainer``."""
     return {} if trainer is None else {**dealing(trainer), "accumulate": trainer.accumulate_grad_batches}
 
 
 def dealing(trainer: Trainer | None) -> dict[str, int]:
-    """What :class:`BatchLoader` must know of the trainer that it serves in evaluation."""
+    """Arguments of a :class:`BatchLoader` for evaluation under ``trainer``."""
     return {} if trainer is None else {"world_size": trainer.world_size, "rank": trainer.global_rank}
 
 

@@ -1,4 +1,4 @@
-"""What every stage needs around its training: a guard against NaN, text samples, a progress bar."""
+"""Callbacks of every stage: a check of the first steps, text samples, a progress bar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SLOW_STEP = 1.0  # seconds after which a bar is brought up to date at the next s
 
 
 class FirstSteps(Callback):
-    """Says in one line where a loss rises past the one before training, and which setting to change.
+    """Reports in one line where a loss rises past the one before training, and which setting to change.
 
     The bar is the loss of the validation before the first step, or that of the first step where it is higher: its batch
     may be harder. Training is above the bar when nine in ten of the last ``window`` steps are, and their mean by
@@ -105,7 +105,7 @@ class FirstSteps(Callback):
 
 
 class TextSamples(Callback):
-    """Shows what the model writes: on the terminal, in ``samples.jsonl`` and as a table in W&B.
+    """Shows text samples of the model: on the terminal, in ``samples.jsonl`` and as a table in W&B.
 
     Before the first step, every N steps, and after the last one.
 
@@ -191,7 +191,7 @@ class StageProgressBar(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Of this epoch: fewer where ``max_steps`` ends it."""
+        """Batches of this epoch: fewer where ``max_steps`` ends it."""
         trainer, batches = self.trainer, self.trainer.num_training_batches
         if trainer.max_steps <= 0 or not trainer.lightning_module.automatic_optimization:
             return batches
@@ -230,7 +230,7 @@ def inner_bar(trainer: Trainer | None, steps: Sequence[Item], description: str) 
 
 @contextmanager
 def said_when_slow(what: str, after: float = 3.0) -> Iterator[None]:
-    """Say on the terminal ``what`` is being done inside, if that takes more than ``after`` seconds."""
+    """Context that prints ``what`` is being done inside, if that takes more than ``after`` seconds."""
     timer = threading.Timer(after, lambda: tqdm.write(f"  {what} ..."))  # which leaves bars as they are
     timer.daemon = True
     timer.start()

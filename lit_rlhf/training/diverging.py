@@ -1,4 +1,4 @@
-"""What ends a training whose numbers stop being finite: named, and before weights or checkpoints are touched."""
+"""Checks for NaN and infinity that end a training before weights or checkpoints are touched."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def clip_gradients(module: nn.Module, part: nn.Module, max_norm: float) -> Tenso
 
 
 def non_finite_weights(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[str]:
-    """What of the weights of a module, and of what optimizers keep, holds NaN or infinity, in words."""
+    """Descriptions of weights and of optimizers' tensors that hold NaN or infinity."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     for parameter, name in names.items():
         if said := not_finite(parameter):

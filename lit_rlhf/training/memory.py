@@ -1,4 +1,4 @@
-"""How much memory a process holds, and has held at most."""
+"""Memory of a process: now, and at most."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Peak:
         return self._resident, max(self._resident, _status("VmHWM"))
 
     def mib(self) -> dict[str, float]:
-        """The same in MiB, as a run's files have it."""
+        """The measurement in MiB, as a run's files have it."""
         before, peak = self.measure()
         return {"before_mib": before / 2**20, "peak_mib": peak / 2**20}
 

@@ -17,7 +17,7 @@ from lit_rlhf.files import Checked, damaged, make_folder, read_jsonl, read_text,
 
 
 class MetricsFile(Logger):
-    """Writes one row per step and one column a metric, every few seconds and with each checkpoint.
+    """Writes one row per step and one column per metric, every few seconds and with each checkpoint.
 
     Unlike Lightning's CSV logger it keeps the rows of an interrupted run: the first value that is logged after a start
     drops only the rows of later steps, which are about to be repeated. The file is written anew each time, under a
@@ -58,7 +58,7 @@ class MetricsFile(Logger):
 
     @property
     def rows(self) -> int:
-        """How many steps have logged something."""
+        """Number of steps that have logged something."""
         return len(self._rows or {})
 
     def move(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def write(self) -> None:
-        """Everything that was logged so far."""
+        """Write everything that was logged so far."""
         if not self._changed:
             return
         begun = time.monotonic()
@@ -125,5 +125,5 @@ def append_rows(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
 
 
 def logged_rows(path: Path) -> int:
-    """How many rows there are in ``metrics.csv``, or in a file of JSON lines that steps have written."""
+    """Number of rows in ``metrics.csv``, or in a file of JSON lines that steps have written."""
     return len(read_metrics(path) if path.suffix == ".csv" else read_jsonl(path, Stepped))

@@ -1,4 +1,4 @@
-"""What libraries say to those who call them, and what a person should see of it."""
+"""Warnings and log lines of libraries, and which of them a person should see."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class OffloadedAdamW(AdamW):
     """AdamW whose state lies in the CPU's memory, and visits the device one parameter at a time.
 
     The same kernel computes in the same place as without it, so it comes to the same numbers. The state of one
-    parameter is copied to the device and back in each step: 16 bytes a number."""
+    parameter is copied to the device and back in each step: 16 bytes per number."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -125,7 +125,7 @@ def warmup_decay(
 def optimizer_and_schedule(
     module: LightningModule, groups: list[dict[str, Any]], optimizer: OptimizerFactory, schedule: Schedule
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns: the schedule runs over the trainer's whole budget of steps."""
+    """The return value of ``configure_optimizers``: the schedule runs over the trainer's whole budget of steps."""
     made = optimizer(groups)
     total = total_steps(module.trainer)
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule(made, total), "interval": "step"}}

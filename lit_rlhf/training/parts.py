@@ -23,7 +23,7 @@ Batch, Found = TypeVar("Batch"), TypeVar("Found")
 
 
 class Part(NamedTuple, Generic[Batch]):
-    """What is learned in one backward pass."""
+    """A part of a batch: what is learned in one backward pass."""
 
     batch: Batch
     share: float  # of its batch: losses of the parts, weighted so, add up to that of the whole

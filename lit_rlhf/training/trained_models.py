@@ -1,4 +1,4 @@
-"""How the models of a stage are computed, whichever stage it is: kernels, checkpointing, compilation, memory."""
+"""Setup of the models of any stage: kernels, checkpointing, compilation, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: what is trained. Frozen weights are on disk already."""
+"""State of a checkpoint: what is trained. Frozen weights are on disk already."""
 
 from __future__ import annotations
 

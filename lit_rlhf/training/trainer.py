@@ -117,8 +117,9 @@ def _sharding(strategy: str | Strategy, precision: str, compile: bool) -> str | 
 
 
 def precision_of(setting: str, accelerator: str) -> str:
-    """What a trainer's ``precision`` comes to on this machine; "auto": bfloat16 where the processor multiplies matrices
-    in it, else float32."""
+    """The precision that a trainer's ``precision`` means on this machine.
+
+    "auto": bfloat16 where the processor multiplies matrices in it, else float32."""
     if setting != "auto":
         return setting
     if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():

@@ -31,7 +31,14 @@ from lit_rlhf.models import (
     save_model,
 )
 from lit_rlhf.models.heads import critic_from_policy, packed_scores
-from lit_rlhf.models.loading import check_finite, copied, intended_dtype, loading_as_stored, match_tokenizer, settled
+from lit_rlhf.models.loading import (
+    cast_to_intended,
+    check_finite,
+    copied,
+    intended_dtype,
+    loading_as_stored,
+    match_tokenizer,
+)
 from lit_rlhf.models.reference import Reference, ReferenceUpdate
 from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
 from lit_rlhf.text import load_tokenizer
@@ -550,6 +557,6 @@ def test_what_is_to_be_sharded_stays_as_it_is_stored(policy, tokenizer, tmp_path
     critic = critic_from_policy(lent)
     assert intended_dtype(reference) == critic.trunk.intended_dtype == critic.head.weight.dtype == torch.float32
     assert Reference(lent, ReferenceUpdate(dtype="float16")).start.dtype == torch.float16
-    assert settled(lent).dtype == intended_dtype(lent) == torch.float32 and not hasattr(lent, "intended_dtype")
-    for name, weight in settled(reference).state_dict().items():
+    assert cast_to_intended(lent).dtype == intended_dtype(lent) == torch.float32 and not hasattr(lent, "intended_dtype")
+    for name, weight in cast_to_intended(reference).state_dict().items():
         assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)

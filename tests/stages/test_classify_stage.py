@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, load_policy, save_model
 from lit_rlhf.stages import ClassifyDataModule, ClassifyModule
-from lit_rlhf.stages.classify.module import Told
+from lit_rlhf.stages.classify.module import Predictions
 from lit_rlhf.stages.supervised import MeanLoss
 from lit_rlhf.text.records import write_jsonl
 
@@ -137,7 +137,7 @@ def test_figures_by_hand(data, module):
     batch = made.collate(made.train_set, list(range(6)), list(range(6)))._replace(labels=labels)
     told = torch.tensor([0, 0, 1, 1, 1, 1])
     lm_loss = MeanLoss(torch.tensor(1.0), 1)
-    classifier.held_out = [Told(torch.eye(3)[told] * 9, labels, batch.example.bincount(), lm_loss)]
+    classifier.held_out = [Predictions(torch.eye(3)[told] * 9, labels, batch.example.bincount(), lm_loss)]
     classifier._trainer = SimpleNamespace(callback_metrics={})
     classifier.log_dict = lambda metrics, **_: classifier.trainer.callback_metrics.update(metrics)
     classifier.on_validation_epoch_end()

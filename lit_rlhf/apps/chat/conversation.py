@@ -26,7 +26,7 @@ SAMPLING = Sampling(temperature=0.7)  # of conf/chat, too
 
 @dataclass
 class Answer:
-    """What a model says, while it says it and after."""
+    """A model's answer, while it is written and after."""
 
     model: str
     prompt: Messages  # what the model saw
@@ -38,7 +38,7 @@ class Answer:
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """Where the answer comes from, for its record."""
+        """The fields of its record that say where the answer comes from."""
         return {"model": self.model, "finished": self.finished, "sampling": asdict(self.sampling)}
 
 
@@ -91,7 +91,7 @@ class Conversation:
 
     @property
     def names(self) -> list[str]:
-        """Of the models; of A and B, while they wait for a choice."""
+        """Names of the models; of A and B, while they wait for a choice."""
         return [a.model for a in self.choices] or [assistant.name for assistant in self.assistants]
 
     @property

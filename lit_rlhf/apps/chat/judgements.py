@@ -1,4 +1,4 @@
-"""What a person thinks of answers, on disk as soon as it is said: feedback and ranking records of a run."""
+"""Feedback and ranking records of a chat, written to disk as they are given."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Judgements:
 
     @property
     def feedback_file(self) -> Path:
-        """Thumbs."""
+        """The file of thumbs."""
         return self.folder / f"feedback-{self.round}.jsonl"
 
     @property
     def labels_file(self) -> Path:
-        """Choices between two answers."""
+        """The file of choices between two answers."""
         return self.folder / f"labels-{self.round}.jsonl"
 
     def feedback(self, record: dict[str, Any], earlier: dict[str, Any] | None = None) -> dict[str, Any]:

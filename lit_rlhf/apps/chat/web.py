@@ -47,7 +47,7 @@ class ChatPage:
         self.blocks = self._build(begin())
 
     def guarded(self, server: PageServer) -> Guard:
-        """What the server serves. Gradio sets styles in the page, and more at its other paths: uploads, files."""
+        """The application to serve. Gradio sets styles in the page, and more at its other paths: uploads, files."""
         return Guard(self.app(), server, PATHS, styles="'unsafe-inline'")
 
     def app(self) -> FastAPI:
@@ -156,7 +156,7 @@ class ChatPage:
         self._of(request, saved).stop()
 
     def prefer(self, choice: Choice) -> Callable[[gr.Request, str], Update]:
-        """What a button below the two answers does."""
+        """The handler of a button below the two answers."""
 
         def prefer(request: gr.Request, saved: str) -> Update:
             conversation = self._of(request, saved)
@@ -165,7 +165,7 @@ class ChatPage:
         return prefer
 
     def rate(self, request: gr.Request, saved: str, event: gr.LikeData) -> Update:
-        """A thumb beside an answer."""
+        """Rate an answer by a thumb."""
         conversation = self._of(request, saved)
         rating = {True: 1, False: -1}.get(event.liked, 0)  # "" where a thumb is taken back
         return self._done(conversation, lambda: conversation.rate(rating, event.index))
@@ -177,7 +177,7 @@ class ChatPage:
         return self._view(conversation)
 
     def clear(self, request: gr.Request, saved: str) -> Update:
-        """A new conversation."""
+        """Begin a new conversation."""
         conversation = self._of(request, saved)
         conversation.clear()
         return self._view(conversation)

@@ -1,4 +1,4 @@
-"""What a person is asked: which items a record gives, and how a judgement of one becomes a record."""
+"""Tasks of the labelling page: which items a record gives, and how a judgement of one becomes a record."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Item:
 
     @property
     def id(self) -> str:
-        """The same wherever the same prompt and responses stand."""
+        """A digest of prompt and responses."""
         said = json.dumps([prompt_key(self.prompt), self.responses], ensure_ascii=False)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 class Task(Protocol):
-    """One of the three things that a person can be asked to do."""
+    """One of the three tasks of the labelling page."""
 
     mode: ClassVar[str]
     file: ClassVar[str]  # the judgements' file in data/, without round and suffix
@@ -47,7 +47,7 @@ class Task(Protocol):
         ...
 
     def record(self, item: Item, shown: list[int], verdict: Any) -> dict[str, Any]:
-        """What ``verdict`` says as fields of a record; ``ValueError`` where it says nothing.
+        """The fields of the record of a ``verdict``; ``ValueError`` where it says nothing.
 
         ``shown``: which response stood in each place of the page."""
         ...

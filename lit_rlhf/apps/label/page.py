@@ -95,7 +95,7 @@ class LabellingPage:
         )
 
     def items(self) -> list[Item]:
-        """What is to be judged."""
+        """The items to judge."""
         if self.path.name == f"answers-{self.round}.jsonl" and not self.path.exists():
             raise UserError(
                 f"label.path={self.path}: there are no collected answers yet. Run stage=preference "
@@ -107,7 +107,7 @@ class LabellingPage:
         return [item for items in loaded.records for item in items]
 
     def about(self) -> dict[str, Any]:
-        """What the page says that is the same for everyone."""
+        """Texts of the page that are the same for everyone."""
         instructions = INSTRUCTIONS if self.instructions is None else Path(self.instructions)
         if not instructions.is_file():
             raise UserError(f"label.instructions={instructions}: no such file; give a text file, or null")

@@ -1,4 +1,4 @@
-"""Who judges what next, and what was judged: the labelling page without its page.
+"""Queues and judgements of the labelling page, without the page itself.
 
 The files are the only memory. What a person sees next follows from the items, the settings and the person's own events
 so far, so a page that is loaded again, or a server that is started again, goes on where it was."""
@@ -85,18 +85,18 @@ class Labelling:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What was judged on the page and not taken back, to train on."""
+        """Records judged on the page and not taken back, to train on."""
         return [event for events in self._events.values() for event in events if "aside" not in event]
 
     @property
     def annotators(self) -> list[str]:
-        """Who has judged something."""
+        """Names of those who have judged something."""
         return sorted(name for name, events in self._events.items() if events)
 
     def state(self, annotator: str, message: str | None = None) -> dict[str, Any]:
-        """All that the page shows a person now."""
+        """The state of the page for one person."""
         with self._lock:
-            annotator = person(annotator)
+            annotator = person_name(annotator)
             item, again, left = self._next(annotator)
             events = self._events[annotator]
             done = sum(not _is_repeat(event) for event in events)
@@ -122,7 +122,7 @@ class Labelling:
 
         Raises ``ValueError`` for a verdict that says nothing, ``UserError`` where it cannot be kept."""
         with self._lock:
-            annotator = person(annotator)
+            annotator = person_name(annotator)
             known = self._item(item)
             shown = self._shown(annotator, known, again)
             said = self.task.record(known, shown, verdict)
@@ -138,7 +138,7 @@ class Labelling:
     def skip(self, annotator: str, item: str, again: bool, note: str = "", seconds: float = 0.0) -> dict[str, Any]:
         """Leave an item unjudged; it does not come back."""
         with self._lock:
-            annotator = person(annotator)
+            annotator = person_name(annotator)
             known = self._item(item)
             if not self._event(annotator, item, again):
                 about = self._about(annotator, known, note, seconds)
@@ -148,7 +148,7 @@ class Labelling:
     def undo(self, annotator: str, turn: int) -> dict[str, Any]:
         """Take back the person's last step if it is still number ``turn``; its item is shown again as it was judged."""
         with self._lock:
-            annotator = person(annotator)
+            annotator = person_name(annotator)
             events = self._events[annotator]
             if not events or turn == 0:
                 return self.state(annotator, "There is nothing to undo")
@@ -265,7 +265,7 @@ class Labelling:
         return hashlib.sha256(repr((self.seed, *parts)).encode()).hexdigest()
 
 
-def person(name: str) -> str:
+def person_name(name: str) -> str:
     """A name that is one person's, however it was typed; ``ValueError`` where it is none."""
     name = unicodedata.normalize("NFC", " ".join(name.split()))
     if not 1 <= len(name) <= 60 or not name.isprintable():

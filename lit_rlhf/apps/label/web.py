@@ -15,7 +15,7 @@ from lit_rlhf.errors import UserError
 
 
 class Step(BaseModel):
-    """What a person did with an item."""
+    """A person's step: what was done with an item."""
 
     annotator: str
     item: str
@@ -26,7 +26,7 @@ class Step(BaseModel):
 
 
 class Undo(BaseModel):
-    """That a person takes back step number ``turn``."""
+    """A request to take back step number ``turn``."""
 
     annotator: str
     turn: int

@@ -1,4 +1,4 @@
-"""How far a run's reward model can be trusted: in which groups of pairs it is right, and whether it knows when."""
+"""Accuracy of a run's reward model by groups of pairs, and its calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUPS = {  # of done.json: what they are called
 
 
 class Group(NamedTuple):
-    """Some of the held-out pairs."""
+    """A group of held-out pairs."""
 
     name: str
     accuracy: float

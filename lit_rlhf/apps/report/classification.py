@@ -1,4 +1,4 @@
-"""What was told right: the confusion matrix of a classifier, and the accuracy behind k examples."""
+"""Classification results: the confusion matrix of a classifier, and the accuracy behind k examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST = 16  # characters of a label's name in the drawing
 
 
 class Confusion(NamedTuple):
-    """How often each label (rows) was taken for each (columns)."""
+    """Confusion matrix: true labels (rows) by predicted labels (columns)."""
 
     labels: list[str]
     counts: list[list[int]]
@@ -43,7 +43,7 @@ class ShotsRow(NamedTuple):
 
 
 class Shots(NamedTuple):
-    """All numbers of examples."""
+    """Accuracies for all numbers of examples."""
 
     ways: list[str]
     rows: list[ShotsRow]

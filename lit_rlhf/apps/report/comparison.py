@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import tick_step, ticks
-from lit_rlhf.apps.display import MEASURES, figure, model_name, number, percent, said
+from lit_rlhf.apps.display import MEASURES, figure, fill_template, model_name, number, percent
 from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.stages.stage import SFT_STD, all_stages
 
@@ -31,7 +31,7 @@ class Card(NamedTuple):
 
 
 def judge_of(run: Run) -> str:
-    """Who graded: "gold", "reward model (proxy)", an annotator's name, or "" where nothing was compared."""
+    """The name of the judge: "gold", "reward model (proxy)", an annotator's name, or "" where nothing was compared."""
     evaluation = run.figures.get("evaluate", {})
     in_training = run.figures.get("ppo", {}).get("win_rate") or {}
     return evaluation.get("judge") or in_training.get("judge") or ""
@@ -67,13 +67,13 @@ def headline(run: Run) -> Headline | None:
         if pair in wins:
             return _win_headline(wins[pair], wins, judge_of(run), run.scored_by)
     for name, stage in reversed(all_stages().items()):
-        if stage.headline and (sentence := said(stage.headline, run.figures.get(name, {}))):
+        if stage.headline and (sentence := fill_template(stage.headline, run.figures.get(name, {}))):
             return Headline(*sentence.split("**"))
     return None
 
 
 def scorer_of(judge: str) -> str:
-    """What scores in a judge's place; "" where there is one."""
+    """The name of the scorer in a judge's place; "" where there is a judge."""
     return judge.removesuffix(PROXY) if judge.endswith(PROXY) else ""
 
 
@@ -134,14 +134,15 @@ def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
             spread = number(ppo["val_sft_score_std"])
             yield Card("Held-out score", score, f"SFT → PPO, {unit}; standard deviation of SFT's {spread}")
     for name, stage in reversed(all_stages().items()):
+        own = figures.get(name, {})
         templates = (
-            (card.label, said(card.value, own := figures.get(name, {})), said(card.note, own)) for card in stage.cards
+            (card.label, fill_template(card.value, own), fill_template(card.note, own)) for card in stage.cards
         )
         yield from [Card(label, value, note) for label, value, note in templates if value and note is not None][:1]
 
 
 class Win(NamedTuple):
-    """How often one model's answers beat another's."""
+    """A win rate of one model's answers against another's."""
 
     ours: str
     theirs: str
@@ -222,7 +223,7 @@ class Changes(NamedTuple):
 
 
 def changes(run: Run) -> Changes:
-    """What is known of each model, best-of-n last, and how the two compared differ."""
+    """Measures of each model, best-of-n last, and the differences of the two compared."""
     evaluation, (ours, theirs) = run.figures.get("evaluate", {}), compared(run)
     models = dict(evaluation.get("models") or {})
     best = evaluation.get("best_of_n") or {}

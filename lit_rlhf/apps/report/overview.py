@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lit_rlhf.apps.display import DATA, FIGURES, figure, number, said
+from lit_rlhf.apps.display import DATA, FIGURES, figure, fill_template, number
 from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
 
@@ -32,7 +32,7 @@ def pipeline(run: Run) -> list[StageState]:
         seconds = run.seconds.get(stage)
         from_elsewhere = f"a checkpoint: {run.checkpoint}" if record.replaced_by_checkpoint and run.checkpoint else ""
         unfinished = {"begun": "not finished", "absent": from_elsewhere or "not in this run"}
-        note = unfinished.get(state) or said(record.note, run.figures[stage]) or ""
+        note = unfinished.get(state) or fill_template(record.note, run.figures[stage]) or ""
         states.append(StageState(stage, record.title, state, seconds, (seconds or 0.0) / total, note))
     return states
 

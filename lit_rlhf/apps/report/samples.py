@@ -1,4 +1,4 @@
-"""What the models wrote: answers side by side, and how texts changed through training."""
+"""Samples of the models: answers side by side, and how texts changed through training."""
 
 # ruff: noqa: RUF001  minus signs, dashes and the multiplication sign are meant
 
@@ -16,14 +16,14 @@ TEXT_SHOWN = 1200  # characters of a text
 
 
 class Answer(NamedTuple):
-    """A text with what was thought of it: (CSS class, label) badges."""
+    """An answer with its (CSS class, label) badges."""
 
     text: str
     badges: list[tuple[str, str]]
 
 
 class Column(NamedTuple):
-    """What one model wrote for one prompt."""
+    """One model's answer to one prompt."""
 
     model: str
     name: str

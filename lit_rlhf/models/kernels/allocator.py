@@ -1,4 +1,4 @@
-"""Memory between steps."""
+"""What the C library's allocator does with memory between steps."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Layout:
         self._within: dict[int, Layout] = {}
 
     def within(self, window: int | None, device: torch.device) -> Layout:
-        """The same where each token attends only to itself and the ``window`` - 1 before it; None: all before it."""
+        """The layout where each token attends only to itself and the ``window`` - 1 before it; None: all before it."""
         if window is None or window >= max(width for _, width in self.blocks):
             return self
         if window not in self._within:

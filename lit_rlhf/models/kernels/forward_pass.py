@@ -30,7 +30,7 @@ ROWS = 4  # of which their number is a multiple then: answers end one by one, an
 
 
 class Product(NamedTuple):
-    """What is multiplied with and added."""
+    """A matrix to multiply with, and a bias to add."""
 
     matrix: Tensor  # (in, out), or, where `packed`, laid out as oneDNN wants it
     bias: Tensor | None  # (out,)
@@ -38,7 +38,7 @@ class Product(NamedTuple):
 
     @staticmethod
     def of(matrix: Tensor, bias: Tensor | None) -> Product:
-        """For many products with one matrix (in, out): oneDNN, told so beforehand, is faster than ``mm`` on a CPU."""
+        """The product with one matrix (in, out), used many times: then oneDNN is faster than ``mm`` on a CPU."""
         kind, large = matrix.device.type, matrix.dtype == torch.float32 and matrix.numel() >= LARGE
         if not large or not has_onednn() or kind not in ("cpu", "meta"):
             return Product(matrix, bias, False)
@@ -112,7 +112,7 @@ class ForwardPass:
 
     @staticmethod
     def of(model: PreTrainedModel, length: int, dtype: torch.dtype | None = None) -> ForwardPass | None:
-        """For texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
+        """The pass of ``model`` for texts of at most ``length`` tokens, in ``dtype`` (None: the model's own)."""
         if not ForwardPass.knows(model):
             return None
         make = _gpt2 if model.config.model_type == "gpt2" else _llama

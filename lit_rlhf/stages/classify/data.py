@@ -89,7 +89,7 @@ class ClassifyDataModule(ExampleDataModule):
 
     @staticmethod
     def about(record: Labelled) -> tuple[TaskKind, str | None]:
-        """Its kind, and its label where that means something."""
+        """The kind of a record, and its label where that means something."""
         if isinstance(record, MultipleChoice):
             return "choice", None
         return "similarity" if isinstance(record, Similarity) else "classification", record.label

@@ -25,8 +25,8 @@ from lit_rlhf.stages.supervised import MeanLoss, SupervisedModule, mean_loss
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, warmup_decay
 
 
-class Told(NamedTuple):
-    """What a classifier says of B held-out examples."""
+class Predictions(NamedTuple):
+    """Predictions for B held-out examples."""
 
     logits: Tensor  # (B, C) of the labels, or of the choices
     labels: Tensor  # (B,) int64
@@ -114,10 +114,10 @@ class ClassifyModule(SupervisedModule):
             loss = loss + self.lm_coef * watched["classify/lm_loss"]
         return loss, watched
 
-    def examined(self, batch: ClassifyBatch, dataloader_idx: int) -> Told:
+    def examined(self, batch: ClassifyBatch, dataloader_idx: int) -> Predictions:
         last, before = self.hidden(batch)
         lm_loss = MeanLoss(self.lm_loss(before, batch), len(batch.learned))
-        return Told(self.logits(last, batch).float(), batch.labels, batch.example.bincount(), lm_loss)
+        return Predictions(self.logits(last, batch).float(), batch.labels, batch.example.bincount(), lm_loss)
 
     def held_out_metrics(self) -> dict[str, Tensor]:
         """Over all held-out examples together."""

@@ -1,4 +1,4 @@
-"""What each model wrote, and what can be measured on it, prompt by prompt."""
+"""Answers of each model, and measures on them, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JudgeName = Literal["gold", "reward_model", "annotator"]
 
 @dataclass
 class Answers:
-    """What one model wrote; P prompts, n samples each."""
+    """Answers of one model to P prompts, n samples each."""
 
     texts: list[list[str]] = field(default_factory=list)  # (P, n)
     scores: list[list[float]] = field(default_factory=list)  # (P, n), by the reward model, in SFT standard deviations
@@ -27,7 +27,7 @@ class Answers:
     kl: list[list[float]] = field(default_factory=list)  # (P, n), nats per answer, against SFT
 
     def add(self, others: Answers) -> None:
-        """Those to further prompts."""
+        """Append the answers to further prompts."""
         for known, new in zip(vars(self).values(), vars(others).values()):
             known += new
 
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
         return Estimate(estimate.value, *wilson_interval(estimate.value * estimate.n, estimate.n), estimate.n)
 
     def change(self, before: Measured) -> Estimate:
-        """What was added since ``before``, over the same prompts."""
+        """Change of the measure since ``before``, over the same prompts."""
         return ratio_difference(self, before)
 
 
@@ -96,7 +96,7 @@ def estimates(answers: Answers) -> dict[str, Estimate]:
 
 
 def worth(answers: Answers, judge: JudgeName) -> Tensor:
-    """What the answers are compared by, (P, n), higher is better; empty where ``judge`` has said nothing."""
+    """Values (P, n) by which answers are compared, higher is better; empty where ``judge`` has said nothing."""
     if judge == "gold":
         return torch.tensor([[g["gold"] for g in row] for row in answers.grades], dtype=torch.float64)
     if judge == "annotator":

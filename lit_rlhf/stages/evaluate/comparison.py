@@ -14,7 +14,7 @@ PROMPTED = "prompted"  # the base model behind a transcript
 
 
 class Comparison(NamedTuple):
-    """What the models wrote, and who decides which answer is better."""
+    """Answers of several models, and who decides which one is better."""
 
     prompts: list[dict[str, Any]]  # "prompt" (messages) and "kind" of each
     answers: dict[str, Answers]  # of each model, from weakest to strongest
@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
         return {**self.answers, **({"best_of_n": self.best} if self.best.texts else {})}
 
     def figures(self, anchor_rating: float, best_of: int) -> dict[str, Any]:
-        """Of all models; ``anchor_rating``: Elo points of the SFT model, ``best_of``: n of the best-of-n."""
+        """Figures of all models; ``anchor_rating``: Elo points of the SFT model, ``best_of``: n of the best-of-n."""
         worths = self._worths()
         result: dict[str, Any] = {
             "models": {name: self._model_figures(name) for name in self.answers},

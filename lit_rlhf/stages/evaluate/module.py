@@ -35,14 +35,14 @@ from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.text.world import Grade
-from lit_rlhf.training.all_processes import of_step, place_of, shared_out
+from lit_rlhf.training.all_processes import distributed_map, gather_step, global_batch_index
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.callbacks import inner_bar
 from lit_rlhf.training.dry_run import Meter, largest
 
 
 class Written(NamedTuple):
-    """What all models have written to the prompts of one batch."""
+    """Answers of all models to the prompts of one batch."""
 
     batch: PromptBatch
     answers: dict[str, Answers]
@@ -146,7 +146,7 @@ class EvaluateModule(LightningModule):
 
     @property
     def decides(self) -> JudgeName:
-        """Who decides which answer is better."""
+        """The name of the judge that decides which answer is better."""
         if self.judge is not None:
             return self.judge
         graded = any(answers.grades for answers in self.answers.values())
@@ -165,8 +165,8 @@ class EvaluateModule(LightningModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All models answer one batch of prompts."""
-        own = self._written(batch, place_of(self.trainer, batch_idx))
-        for written in of_step(self.trainer, own, batch_idx):
+        own = self._written(batch, global_batch_index(self.trainer, batch_idx))
+        for written in gather_step(self.trainer, own, batch_idx):
             self._take(written)
 
     def _written(self, batch: PromptBatch, number: int) -> Written:
@@ -275,13 +275,13 @@ class EvaluateModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Held-out text is read; win rates go to the loggers too, as ``evaluate/<stronger>_vs_<weaker>``."""
         if self.documents:
-            read, length = partial(shared_out, self.trainer), self.text_row_length
+            read, length = partial(distributed_map, self.trainer), self.text_row_length
             for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: text"):
                 self.texts[name] = text_figures(policy, self.tokenizers[name], self.documents, length, read)
         self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self.comparison().win_rates().items()})
 
     def comparison(self) -> Comparison:
-        """How all that was written so far compares."""
+        """Comparison of all answers so far."""
         return Comparison(self.prompts, self.answers, self.greedy, self.best, self.decides, self.texts)
 
     def figures(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lit_rlhf.text.special_tokens import encode_texts, text_start
 
 
 class TextNats(NamedTuple):
-    """Of R rows of text."""
+    """Negative log-likelihoods of R rows of text."""
 
     nats: Tensor  # (R,) of all tokens, separators included
     tokens: Tensor  # (R,)
@@ -31,7 +31,7 @@ ReadAll = Callable[[Batches, Callable[[Tensor], list[Tensor]]], list[list[Tensor
 
 
 def one_by_one(batches: Batches, read: Callable[[Tensor], list[Tensor]]) -> list[list[Tensor]]:
-    """In one process."""
+    """Read all items in one process."""
     return [read(batch) for batch in batches]
 
 

@@ -38,7 +38,7 @@ class Shot(NamedTuple):
 
     @property
     def solution(self) -> str:
-        """What stands behind it where it is an example."""
+        """The solution of the task, where it is an example."""
         return self.answers[0]
 
 

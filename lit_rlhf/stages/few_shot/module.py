@@ -16,7 +16,7 @@ from lit_rlhf.rollouts import FastEngine, Sampling, sample
 from lit_rlhf.stages.few_shot.data import Shot, ShotBatch
 from lit_rlhf.text.packing import pack
 from lit_rlhf.text.records import write_jsonl
-from lit_rlhf.training.all_processes import interleaved, of_step
+from lit_rlhf.training.all_processes import gather_step, interleaved
 
 Normalize = Literal["sum", "token", "byte"]
 WAYS: tuple[Normalize, ...] = ("sum", "token", "byte")
@@ -64,7 +64,7 @@ class FewShotModule(LightningModule):
         told = iter(self._choose(chosen) if batch.tasks[0].choices else self._write(chosen)) if fitting else iter(())
         answers = [next(told) if i in set(fitting) else None for i in range(len(needed))]
         found = [*zip(batch.tasks, batch.texts, answers)]
-        for each in interleaved(of_step(self.trainer, found, batch_idx, dataloader_idx)):
+        for each in interleaved(gather_step(self.trainer, found, batch_idx, dataloader_idx)):
             self.asked.setdefault(batch.shots, []).append(each[:2])
             self.answers.setdefault(batch.shots, []).append(each[2])
 
@@ -146,7 +146,7 @@ class FewShotModule(LightningModule):
 
 
 def choice_scores(sums: list[float], tokens: list[int], sizes: list[int]) -> dict[Normalize, list[float]]:
-    """What is compared, in each way, of choices with these summed log-probs (nats), lengths in tokens and in bytes."""
+    """Scores of choices in each way of comparing, from summed log-probs (nats), lengths in tokens and in bytes."""
     divisors = {"sum": [1] * len(sums), "token": tokens, "byte": sizes}
     return {way: [total / by for total, by in zip(sums, divisors[way])] for way in WAYS}
 

@@ -1,4 +1,4 @@
-"""What PPO cannot work with, and why, said before it begins."""
+"""Checks of PPO's settings against its models, before training."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Answered(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """What the models say of N responses, token by token; 0 elsewhere."""
+    """Outputs of the models for N responses, token by token; 0 elsewhere."""
 
     logprobs: Tensor  # (N, T) nats, of the policy
     entropy: Tensor  # (N, T) nats, of the policy
@@ -64,7 +64,7 @@ class Readings(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """N responses and what is said of them: those that this process has sampled, or all processes."""
+    """N responses with scores and model outputs: those of this process, or of all processes."""
 
     sequences: list[list[int]]
     response_mask: list[list[bool]]
@@ -76,7 +76,7 @@ class Experience(NamedTuple):
 
     @classmethod
     def together(cls, parts: Sequence[Experience], answers_per_prompt: int, device: torch.device) -> Experience:
-        """Of all processes, between which the prompts were dealt out in turn, equally many to each."""
+        """Merge the experience of all processes, to which the prompts were dealt in turn, equally many to each."""
         if len(parts) == 1:
             return parts[0]
         count = len(parts) * len(parts[0].sequences)
@@ -187,7 +187,7 @@ class Collector:
     def read(self, answered: Answered) -> Readings:
         """Log-probs, divergence and values of all responses."""
         responses = answered.responses
-        found = self.said(answered.batches)
+        found = self.token_figures(answered.batches)
         if responses.states is not None:
             values = gathered(self.critic, lambda: self.critic.head(responses.states).squeeze(-1).float())
             found["values"] = torch.where(responses.mask, values, 0.0)
@@ -202,15 +202,15 @@ class Collector:
         return Readings(logprobs, found.get("entropy", responses.entropy), ref_logprobs, found["kl"], values)
 
     @torch.no_grad()
-    def said(self, batches: Sequence[Packed]) -> dict[str, Tensor]:
-        """What must be computed in passes over the responses, (N, T) each.
+    def token_figures(self, batches: Sequence[Packed]) -> dict[str, Tensor]:
+        """Figures (N, T) that need forward passes over the responses.
 
         ``ref_logprobs`` of the reference; ``values`` of a critic that must read the responses; ``logprobs`` and
         ``entropy`` of a training pass, where those of the engine are others; ``kl``, where it is over all tokens."""
-        found = [self._said_of(packed, Responding.of(packed)) for packed in batches]
+        found = [self._token_figures(packed, Responding.of(packed)) for packed in batches]
         return {name: stacked([said[name] for said in found]) for name in found[0]}
 
-    def _said_of(self, packed: Packed, response: Responding) -> dict[str, Tensor]:
+    def _token_figures(self, packed: Packed, response: Responding) -> dict[str, Tensor]:
         before, tokens, temperature = response.before, response.tokens, self.sampling.temperature
         said = {}
         hidden = packed_hidden(self.policy, packed, at=before) if self._reads_policy else None

@@ -15,7 +15,7 @@ from lit_rlhf.training.all_processes import interleaved
 
 
 class Compared(NamedTuple):
-    """What K answers to a prompt are compared by."""
+    """K answers to a prompt, with the values that they are compared by."""
 
     worth: Tensor  # (K,) gold grades, or scores where there is no judge
     scores: Tensor  # (K,) reward units
@@ -23,7 +23,7 @@ class Compared(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """What both models answered to one prompt."""
+    """Answers of both models to one prompt."""
 
     policy: Compared
     sft: Compared
@@ -50,7 +50,7 @@ class HeldOut:
         self._tested: list[Tested] = []
 
     def add(self, parts: list[list[Tested]]) -> None:
-        """Prompts of a batch, which were dealt out in turn to as many processes as there are parts."""
+        """Add the prompts of a batch, which were dealt out in turn to as many processes as there are parts."""
         self._tested += interleaved(parts)
 
     def answered(self, collector: Collector, batch: PromptBatch, place: int, seeds: list[int]) -> list[Tested]:

@@ -39,7 +39,7 @@ class KLPenalty:
 
 
 def logprob_and_entropy(temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:
-    """(M, 2), nats, of ``tokens`` (M,) from the policy's ``logits`` (M, V)."""
+    """Log-prob and entropy (M, 2), nats, of ``tokens`` (M,) from the policy's ``logits`` (M, V)."""
     tempered = _tempered(logits, temperature)
     return torch.stack([token_logprobs(tempered, tokens), token_entropy(tempered)], dim=-1)
 
@@ -52,7 +52,7 @@ def logprob_and_kl(
     tokens: Tensor,
     ref_hidden: Tensor,
 ) -> Tensor:
-    """(M, 2), nats, of ``tokens`` (M,) from the policy's ``logits`` (M, V) and the reference's hidden states (M, D).
+    """Log-prob and KL (M, 2), nats, of ``tokens`` (M,): policy's ``logits`` (M, V), reference's hidden states (M, D).
 
     The divergence is over all tokens."""
     with torch.no_grad(), reference.for_penalty(policy) as model:

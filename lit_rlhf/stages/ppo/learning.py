@@ -66,7 +66,7 @@ class LearnsFromRollouts(TrainedState):
 
     @property
     def objective(self) -> Objective:
-        """What this module minimizes, with models and coefficients as they are now."""
+        """The objective of this module, with models and coefficients as they are now."""
         return Objective(
             **self._shared,
             loss=self.loss,
@@ -168,5 +168,5 @@ class LearnsFromRollouts(TrainedState):
         return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
 
     def mean(self, value: Tensor) -> Tensor:
-        """Over all processes."""
+        """Mean of a value over all processes."""
         return value if self.trainer.world_size == 1 else self.trainer.strategy.reduce(value.clone(), reduce_op="mean")

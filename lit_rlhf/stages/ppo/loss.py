@@ -47,6 +47,6 @@ class KLPenaltyLoss(nn.Module):
         return kl_penalty_loss(logprobs, old_logprobs, advantages, mask, self.beta)
 
     def adapt(self, kl: float) -> None:
-        """After a rollout's updates, which moved the policy by ``kl`` nats per token."""
+        """Adapt the penalty after a rollout's updates, which moved the policy by ``kl`` nats per token."""
         if self.target is not None:
             self.beta.fill_(adapted_beta(self.beta.item(), kl, self.target))

@@ -39,7 +39,7 @@ from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, VALIDATION, Rollo
 from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
 from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
-from lit_rlhf.training.all_processes import of_all, of_step
+from lit_rlhf.training.all_processes import gather_all, gather_step
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
 from lit_rlhf.training.fsdp import FSDP2
@@ -72,8 +72,8 @@ class PPOModule(LearnsFromRollouts):
         value_coef: weight of the critic's loss.
         whiten: centre and scale the advantages over all actions of a rollout.
         ptx: makes the pretraining text, ``(tokenizer=...) -> PretrainingText``; not asked while ``ptx_coef`` is 0.
-        ptx_coef: weight of the language-modelling loss on that text, per nat a token (InstructGPT, eq. 2).
-        ptx_ratio: rows of that text an answer.
+        ptx_coef: weight of the language-modelling loss on that text, per nat per token (InstructGPT, eq. 2).
+        ptx_ratio: rows of that text per answer.
         ppo_epochs: optimization epochs per rollout.
         minibatch_size: answers per optimizer step and process.
         micro_batch_size: answers in a pass through a model, with gradients (which add up to the minibatch's) or
@@ -84,7 +84,7 @@ class PPOModule(LearnsFromRollouts):
         share_prompts: read a prompt once for all its answers in a batch, where attention can be told so.
         sampling: how answers are drawn in rollouts and in validation.
         engine: what draws them; None: :class:`FastEngine`.
-        val_samples: answers a held-out prompt in validation.
+        val_samples: answers per held-out prompt in validation.
         sample_prompts: what the policy answers during training, for people to read.
         seed: of sampling and of the order of minibatches.
     """
@@ -160,7 +160,7 @@ class PPOModule(LearnsFromRollouts):
 
     @property
     def collector(self) -> Collector:
-        """What samples and appraises for this module, with models and coefficients as they are now."""
+        """The collector of this module, with models and coefficients as they are now."""
         precise = str(self.trainer.precision).startswith(("32", "64"))  # else sampling and training round differently
         return Collector(
             **self._shared,
@@ -174,7 +174,7 @@ class PPOModule(LearnsFromRollouts):
             advantage=self.advantage,
             answers_per_prompt=self.answers_per_prompt,
             whiten=self.whiten_advantages,
-            everyones=partial(of_all, self.trainer),
+            everyones=partial(gather_all, self.trainer),
         )
 
     def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
@@ -315,7 +315,7 @@ class PPOModule(LearnsFromRollouts):
         k = self.held_out.samples
         seeds = draw_seeds(len(batch.tokens) * k, seeded(self.seed, batch_idx, VALIDATION), self._shard, together=k)
         found = self.held_out.answered(self.collector, batch, batch_idx, seeds)
-        self.held_out.add(of_step(self.trainer, found, batch_idx))
+        self.held_out.add(gather_step(self.trainer, found, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.held_out.metrics()

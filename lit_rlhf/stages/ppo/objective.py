@@ -1,4 +1,4 @@
-"""What is minimized on a minibatch of a rollout, and its gradients."""
+"""The objective of PPO on a minibatch of a rollout, and its gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How noisy is the policy's gradient? Measured, so that the rungs of the ladder can be told apart."""
+"""Noise of the policy's gradient, measured so that the rungs of the ladder can be told apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a PPO run has come to so far."""
+"""Running figures of a PPO run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Progress(nn.Module):
             self.register_buffer(name, torch.full((), math.nan))  # nothing yet
 
     def add(self, statistics: dict[str, Tensor], size: int) -> None:
-        """A rollout of ``size`` responses."""
+        """Add a rollout of ``size`` responses."""
         if self.score_first.isnan():
             self.score_first.copy_(statistics["score"])
         if not statistics["score"].isnan():

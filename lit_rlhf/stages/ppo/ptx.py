@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.gathering import full
 from lit_rlhf.models.text_rows import TextRows, check_rows, text_loss
-from lit_rlhf.training.all_processes import shared_out
+from lit_rlhf.training.all_processes import distributed_map
 
 
 class PretrainingText(Protocol):
@@ -24,7 +24,7 @@ class PretrainingText(Protocol):
     block_size: int  # tokens per row
 
     def setup(self) -> None:
-        """Read it."""
+        """Read the text."""
         ...
 
     def rows(self, count: int, generator: Generator) -> TextRows:
@@ -32,7 +32,7 @@ class PretrainingText(Protocol):
         ...
 
     def val_dataloader(self) -> Iterable[TextRows]:
-        """Held-out rows."""
+        """A loader of held-out rows."""
         ...
 
 
@@ -73,7 +73,7 @@ def held_out_text_loss(
 ) -> Tensor:
     """Mean loss on the held-out pretraining text, in nats per token; processes share it out."""
     batches = list(text.val_dataloader())
-    losses = shared_out(trainer, batches, lambda rows: text_loss(policy, rows.to(device)) * rows.labels.numel())
+    losses = distributed_map(trainer, batches, lambda rows: text_loss(policy, rows.to(device)) * rows.labels.numel())
     return torch.stack(losses).sum() / sum(rows.labels.numel() for rows in batches)
 
 

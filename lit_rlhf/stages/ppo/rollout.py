@@ -1,4 +1,4 @@
-"""Experience: what the policy wrote, how likely it was, what it was worth."""
+"""Rollouts: sampled sequences with log-probs, values, rewards and advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer scores: the reward model, functions of your own, and how the sum is shaped."""
+"""Scores of answers: the reward model, functions of your own, and how the sum is shaped."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class Scorer(nn.Module):
 
     @property
     def name(self) -> str:
-        """Who scores: "reward model", "reward function brevity", or all of them."""
+        """The name of what scores: "reward model", "reward function brevity", or all of them."""
         functions = [f"reward function {name_of(f)}" for f in self.scoring.functions]
         return " and ".join([*(["reward model"] if self._asks_model else []), *functions])
 
     @property
     def unit(self) -> str:
-        """Of the scores."""
+        """The unit of the scores."""
         if self.scoring.scale == "running":
             return "std of all scores"
         alone = self._asks_model and not self.scoring.functions and self.scoring.reward_model_weight == 1
@@ -88,7 +88,7 @@ class Scorer(nn.Module):
     def raw(
         self, packed: Sequence[Packed], prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
     ) -> Tensor:
-        """What is said of N answers, which end the sequences of the ``packed`` batches: (N,), before it is shaped.
+        """Raw scores of N answers, which end the sequences of the ``packed`` batches: (N,), before it is shaped.
 
         NaN: nobody says anything of this one."""
         settings = self.scoring

@@ -1,4 +1,4 @@
-"""Several annotators of the same answers: do they agree, and what does the majority say?
+"""Agreement of several annotators of the same answers, and their majority.
 
 Everything goes by pairs of answers: an annotator prefers one of two, or ties them."""
 
@@ -19,7 +19,7 @@ Pair = tuple[str, str, str]  # prompt, and two different answers in alphabetical
 
 
 class Agreement(NamedTuple):
-    """How far annotators agree about pairs of answers."""
+    """Agreement of annotators about pairs of answers."""
 
     annotators: int
     pairs_shared: int  # that two or more of them judged
@@ -29,7 +29,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(rankings: Iterable[dict[str, Any]]) -> Agreement | None:
-    """Of ranking records with ``annotator``; None where no pair was judged by two."""
+    """Agreement in ranking records with ``annotator``; None where no pair was judged by two."""
     judged = preferences(rankings)
     units = [pair for pair in {p: None for said in judged.values() for p in said} if _count(judged, pair) > 1]
     if not units:

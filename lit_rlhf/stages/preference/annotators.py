@@ -1,4 +1,4 @@
-"""Annotators: whoever ranks answers. Prompts and answers in, ranks with ties out."""
+"""Annotators, which rank answers. Prompts and answers in, ranks with ties out."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RewardModelAnnotator(nn.Module):
     Args:
         reward_model: a model with a scalar head.
         tokenizer: of that model, with its chat template.
-        batch_size: answers a forward pass.
+        batch_size: answers per forward pass.
     """
 
     takes_tools = True
@@ -82,7 +82,7 @@ class RewardModelAnnotator(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, batch_size: Annotated[int, Field(ge=1)] = 256) -> RewardModelAnnotator:
-        """From the folder of a reward model."""
+        """Load an annotator from the folder of a reward model."""
         tokenizer = load_tokenizer(path)
         return cls(load_reward_model(path, tokenizer), tokenizer, batch_size)
 

@@ -131,7 +131,7 @@ class LLMJudge:
         return [self._ranks(*each) for each in asked]
 
     def figures(self) -> dict[str, float]:
-        """How the judging went: verdicts asked for, how many were none, and how often the order decided."""
+        """Figures of the judging: verdicts asked for, how many were none, and how often the order decided."""
         said = list(self.verdicts.values())
         return {"judge_verdicts": len(said), "judge_nonsense": said.count("?")}
 

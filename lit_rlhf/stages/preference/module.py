@@ -31,13 +31,13 @@ from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
-from lit_rlhf.training.all_processes import of_step, place_of
+from lit_rlhf.training.all_processes import gather_step, global_batch_index
 from lit_rlhf.training.batches import seeded
 from lit_rlhf.training.dry_run import Meter, largest
 
 
 class Turn(NamedTuple):
-    """Who writes an answer, and how."""
+    """The model and temperature of an answer."""
 
     model: str
     temperature: float
@@ -149,11 +149,11 @@ class PreferenceModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to one batch of prompts, and the ranks of what all processes have drawn, where the annotator can give
         them now; the answers."""
-        place = place_of(self._trainer, batch_idx)
+        place = global_batch_index(self._trainer, batch_idx)
         rows = self.drawn.results.get(place)
         if rows is None:
             rows = (self._given if self.how == "given" else self._draw)(batch, place)
-        for number, drawn in of_step(self._trainer, (place, rows), batch_idx):
+        for number, drawn in gather_step(self._trainer, (place, rows), batch_idx):
             if number not in self.drawn.results:
                 self.drawn.add(number, drawn)
             if self._ranks_now and self.trainer.is_global_zero and number not in self.ranked.results:

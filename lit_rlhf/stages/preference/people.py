@@ -27,7 +27,7 @@ class People(Protocol):
         ...
 
     def read(self) -> list[Ranking]:
-        """What they have judged so far."""
+        """Ranking records of what they have judged so far."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What is finished of a long collection, on disk."""
+"""Finished results of a long collection, on disk."""
 
 from __future__ import annotations
 

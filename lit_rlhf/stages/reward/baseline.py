@@ -1,4 +1,4 @@
-"""A bag of words beside the reward model: how far does one come without understanding anything?"""
+"""A bag-of-words baseline for the reward model."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Answered = tuple[list[int], int]  # tokens of prompt and answer, and how many at
 
 
 class Calibration(NamedTuple):
-    """What a trained reward model's scores are shifted and scaled by."""
+    """Data that a trained reward model's scores are shifted and scaled by."""
 
     demonstrations: list[Answered]  # are to score 0 on average
     answers: list[Answered]  # whose scores' mean and standard deviation are noted

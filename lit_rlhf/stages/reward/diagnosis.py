@@ -1,4 +1,4 @@
-"""Where a reward model is right: by kind of prompt, annotator, rank distance and length; and whether it knows when."""
+"""Accuracy of a reward model by kind of prompt, annotator, rank distance and length; and whether it knows when."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ STAGE = Stage(
     panels=(loss_panel("sft", "nats per response token"), rate_panel("sft")),
     model=("sft", "SFT"),
     note="loss {val_loss:change}",
-    headline="Supervised fine-tuning ended at a held-out loss of **{val_loss}** nats an answer's token"
+    headline="Supervised fine-tuning ended at a held-out loss of **{val_loss}** nats per response token"
     "[, from {val_loss_first} at first].",
     cards=(Card("SFT loss", "{val_loss:change}", "nats per token, held out"),),
 )

@@ -31,7 +31,7 @@ class SFTBatch(NamedTuple):
 
 
 def first_prompt(record: Demonstration) -> Messages:
-    """What the split looks at: everything before the first answer that is learned."""
+    """The prompt of a dialogue for the split: everything before the first answer that is learned."""
     learned = next(i for i, m in enumerate(record.messages) if is_learned(m) and i >= record.context)
     return record.messages[:learned]
 
@@ -85,7 +85,7 @@ class SFTDataModule(ExampleDataModule):
         return self.train_records[: self.limit]
 
     def trained_prompts(self) -> Iterator[Messages]:
-        """What stands before each answer that is learned."""
+        """The prompt of each answer that is learned."""
         for record in self.trained_records():
             for i, message in enumerate(record.messages):
                 if is_learned(message) and i >= record.context:

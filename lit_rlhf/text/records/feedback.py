@@ -1,4 +1,4 @@
-"""Feedback: what someone thought of one answer."""
+"""Feedback records: ratings of single answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THUMBS = {"true": 1.0, "false": -1.0, "1": 1.0, "0": -1.0, "-1": -1.0}
 
 @dataclass(frozen=True)
 class Feedback:
-    """What someone thought of one answer: a thumb (1 or -1), or a number on a scale of their own."""
+    """A rating of one answer: a thumb (1 or -1), or a number on a scale of their own."""
 
     prompt: Messages
     response: str

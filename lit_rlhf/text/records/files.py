@@ -24,7 +24,7 @@ Record = TypeVar("Record")
 
 @dataclass
 class Seen:
-    """What was seen while a file was read."""
+    """Notes taken while a file is read."""
 
     skipped: list[str] = field(default_factory=list)  # a line for each bad record
     unread: dict[str, None] = field(default_factory=dict)  # fields that nobody asked for, in their order

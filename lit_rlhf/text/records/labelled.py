@@ -75,7 +75,7 @@ def parse_task(row: dict[str, Any]) -> Task:
 
 
 def task_prompt(task: Task) -> Messages:
-    """What the split by prompt looks at: the text, the premise, the first of two texts, or the question."""
+    """The prompt of a labelled record for the split: the text, the premise, the first of two texts, or the question."""
     if isinstance(task, LabelledText):
         text = task.texts[0]
     elif isinstance(task, MultipleChoice):

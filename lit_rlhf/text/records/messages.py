@@ -135,7 +135,7 @@ def _written_calls(text: Any, name: str) -> list[Any]:
 
 
 def text_of(message: Message) -> str:
-    """What a message says: its text, or the texts of its parts, and the calls of tools as they were made."""
+    """The text of a message: its content, or the texts of its parts, and the calls of tools as they were made."""
     content = message.get("content")
     text = content if isinstance(content, str) else "".join(part["text"] for part in content or [])
     return text if not message.get("tool_calls") else f"{text}{_calls(message['tool_calls'])}"
@@ -161,7 +161,7 @@ def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def shown(messages: Sequence[Message]) -> str:
-    """A prompt for a person's eye: its turns one after the other."""
+    """A prompt as text for messages and pages: its turns one after the other."""
     return " / ".join(map(text_of, messages))
 
 

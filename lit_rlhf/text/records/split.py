@@ -47,7 +47,7 @@ def prompt_fingerprint(messages: Sequence[Message]) -> str:
 
 
 def split_place(messages: Sequence[Message], seed: int) -> float:
-    """Where a prompt stands between 0 and 1, by its :func:`normalized_key` and the seed alone."""
+    """Position of a prompt in the split, from 0 to 1, by its :func:`normalized_key` and the seed alone."""
     return split_marks(messages, seed)[1]
 
 

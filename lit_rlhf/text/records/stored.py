@@ -70,7 +70,7 @@ class Records(Rows[Record]):
 
 
 class Reading(NamedTuple):
-    """How records are read; plain values and functions that are known by name."""
+    """Settings for reading records; plain values and functions that are known by name."""
 
     parse: Callable[[dict[str, Any]], Any]
     on_bad_record: OnBadRecord = "fail"
@@ -88,7 +88,7 @@ def kinds_of(parse: Callable[[dict[str, Any]], Any] | None) -> tuple[Any, ...]:
 
 
 def records_key(entries: Sequence[Sequence[str]], how: Reading) -> dict[str, Any] | None:
-    """What the records of some files depend on; None where nobody can tell."""
+    """Cache key of the records of some files; None where nobody can tell when they change."""
     identities = [[identity_of(file) for file in files] for files in entries]
     if any(each is None for files in identities for each in files):
         return None
@@ -140,13 +140,13 @@ def _write(entries: Sequence[Sequence[str]], how: Reading, folder: Path) -> None
 
 
 def write_note(folder: Path, note: dict[str, Any]) -> None:
-    """What is known of ``rows.arrow`` in a folder, beside it."""
+    """Write the note of a folder: what is known of its ``rows.arrow``."""
     note = {**note, "bytes": (folder / "rows.arrow").stat().st_size}
     (folder / "note.json").write_text(json.dumps(note), encoding="utf-8")
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """What :func:`write_note` has written."""
+    """The note of a folder, as :func:`write_note` has written it."""
     return json.loads((folder / "note.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 

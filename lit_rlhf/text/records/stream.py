@@ -15,7 +15,7 @@ SHIFT = 32  # bits of an index that count within a window
 
 
 class Windows(Sequence[Item], Generic[Record, Item]):
-    """What is made of a stream's records, window by window: index ``(n << SHIFT) + i`` is item i of window n.
+    """Items of a stream's records, window by window: index ``(n << SHIFT) + i`` is item i of window n.
 
     A stream that ends begins anew; an earlier window is found by reading it again from its beginning. Two windows are
     in memory at most.

@@ -1,4 +1,4 @@
-"""What counts as an answer to a question: the claims that are expected, and how many of them."""
+"""Expected answers: the claims that answer a question, and how many of them."""
 
 from __future__ import annotations
 

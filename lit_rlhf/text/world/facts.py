@@ -1,4 +1,4 @@
-"""What is true in the world: animals and their attributes, drawn from a seed; sums; four topics of the real world."""
+"""Facts of the world: animals and their attributes, drawn from a seed; sums; four topics of the real world."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ EXCESS, UNPARSED, TRUNCATED = 0.5, 1.5, 1.0  # gold points off, a sentence or an
 
 @dataclass(frozen=True)
 class Grade:
-    """What an answer is worth.
+    """The grade of an answer.
 
     gold: points, at most 5; correct: -1 (false, harmful, off topic) to 1 (fully right), 0.5 for a part of the answer,
     0 for "I do not know"; complete: 0 or 1; polite: -1 (rude), 0 or 1; excess: sentences that nobody asked for;
@@ -142,7 +142,7 @@ class _Tally:
         self.reasoned |= fits
 
     def verdict(self, truncated: bool) -> Grade:
-        """From the counts to the points."""
+        """The grade that the counts amount to."""
         unparsed, excess = self.unparsed, self.excess + self.off_topic
         correct = self._correctness()
         if correct is None:

@@ -16,7 +16,7 @@ ASKED: dict[str, Any] = PHRASES["questions"]  # how each kind of question is ask
 
 
 class Meaning(NamedTuple):
-    """What an answer has to be about.
+    """The meaning of a question: what an answer has to be about.
 
     kind: one of the seven one-turn kinds; subject: an animal, "rain/child", or "2 4" for a sum; detail: the
     attribute of a fact, the harm of an unsafe question, "colour/red" of a list; empty where there is none."""
@@ -51,7 +51,7 @@ class Question:
 
 
 def conversation_text(messages: Sequence[Message]) -> str:
-    """One line a message, "role: content": the key of a prompt (no message of the world has a line break)."""
+    """One line per message, "role: content": the key of a prompt (no message of the world has a line break)."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 

@@ -113,7 +113,7 @@ class World:
         return f"{OPENING_COURTESIES[0]} {self.answers.right(meaning, Random(0))}"
 
     def question(self, prompt: Sequence[Message] | str) -> Question:
-        """What a prompt means."""
+        """The question of a prompt, with its meaning."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = conversation_text(messages)
         if text not in self.questions:
@@ -138,7 +138,7 @@ class World:
 
 
 def demonstration(answers: Answers, question: Question, rng: Random) -> dict[str, object]:
-    """What people showed the model: mostly right answers, many with faults that later stages can remove."""
+    """A demonstration as people write them: mostly right answers, many with faults that later stages can remove."""
     percent = PHRASES["percent"]["demonstrations"]
     style = rng.choices(list(percent), weights=list(percent.values()))[0]
     response = answers.styles[style](question.meaning, rng)

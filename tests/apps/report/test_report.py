@@ -227,7 +227,7 @@ def test_each_stage_alone(tmp_path, stage):
 def test_sft_alone_says_what_it_reached(tmp_path):
     write_sft(tmp_path)
     page = report(tmp_path)
-    expected = "Supervised fine-tuning ended at a held-out loss of 0.876 nats an answer's token, from 2.50 at first."
+    expected = "Supervised fine-tuning ended at a held-out loss of 0.876 nats per response token, from 2.50 at first."
     assert expected in page.text
     assert page.ids.isdisjoint({"results", "ppo", "answers", "kinds"})
 
