@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages import SFTDataModule, SFTModule, WorldSFTDataModule
-from lit_rlhf.text.records import write_jsonl
+from lit_rlhf.text.records import Demonstration, write_jsonl
 
 
 def data_module(world, tokenizer, **settings):
@@ -96,3 +96,24 @@ def test_exported_folder_chats_with_plain_transformers(tmp_path, world, tokenize
     assert out.shape[1] <= prompt["input_ids"].shape[1] + 3
     assert loaded.decode(prompt["input_ids"][0]) == "<|user|> What colour is the mog?<|assistant|>"
     assert_close(model(prompt["input_ids"]).logits, policy.eval()(prompt["input_ids"]).logits)
+
+
+def parse_faq(row) -> Demonstration:
+    """``faq``: a question and its answer."""
+    question, answer = row["faq"]
+    return Demonstration([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], 1)
+
+
+class FAQ(SFTDataModule):
+    parse_record = staticmethod(parse_faq)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_form_of_a_record_of_ones_own(tokenizer, tmp_path, cached):
+    rows = [{"faq": [f"What is {i} + 1?", str(i + 1)], "source": "mine"} for i in range(60)]
+    write_jsonl(tmp_path / "faq.jsonl", rows)
+    data = FAQ(tmp_path / "faq.jsonl", tokenizer, cache=tmp_path / "cache" if cached else None)
+    data.setup()
+    assert len(data.train_set) + len(data.val_set) == 60
+    assert tokenizer.decode(data.train_set[0].tokens).count("What is") == 1
+    assert len(data.notes) == 1 and data.notes[0].endswith("nobody reads the field source")
