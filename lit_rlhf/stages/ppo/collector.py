@@ -50,10 +50,10 @@ class Answered(NamedTuple):
     response_mask: list[list[bool]]  # one per token of each sequence, True = written by the policy
     batches: list[Packed]  # the sequences, laid out for models that read them
     texts: list[str]
-    raw: Tensor  # (N,) what is said of each response, before it is scaled; NaN: nobody says anything
+    raw_scores: Tensor  # (N,) of each response, before they are scaled; NaN: not scored
 
 
-class Readings(NamedTuple):
+class ModelOutputs(NamedTuple):
     """Outputs of the models for N responses, token by token; 0 elsewhere."""
 
     logprobs: Tensor  # (N, T) nats, of the policy
@@ -70,23 +70,23 @@ class Experience(NamedTuple):
     response_mask: list[list[bool]]
     mask: Tensor  # (N, T) bool, True = token of the response
     finished: Tensor  # (N,) bool
-    raw: Tensor  # (N,) as in :class:`Answered`
+    raw_scores: Tensor  # (N,) as in :class:`Answered`
     gold: Tensor | None  # (N,) by the judge, where there is one
-    readings: Readings
+    outputs: ModelOutputs
 
     @classmethod
-    def together(cls, parts: Sequence[Experience], answers_per_prompt: int, device: torch.device) -> Experience:
+    def merged(cls, parts: Sequence[Experience], answers_per_prompt: int, device: torch.device) -> Experience:
         """Merge the experience of all processes, to which the prompts were dealt in turn, equally many to each."""
         if len(parts) == 1:
             return parts[0]
         count = len(parts) * len(parts[0].sequences)
         order = torch.arange(count).view(len(parts), -1, answers_per_prompt).transpose(0, 1).flatten()
         lists = [[row for part in parts for row in part[field]] for field in range(2)]
-        masks, finished, raw, gold = ([part[field] for part in parts] for field in range(2, 6))
-        readings = (stacked(tables)[order].to(device) for tables in zip(*(part.readings for part in parts)))
-        flat = (None if rows[0] is None else torch.cat(rows)[order].to(device) for rows in (finished, raw, gold))
+        masks, finished, raw_scores, gold = ([part[field] for part in parts] for field in range(2, 6))
+        outputs = (stacked(tables)[order].to(device) for tables in zip(*(part.outputs for part in parts)))
+        flat = (None if rows[0] is None else torch.cat(rows)[order].to(device) for rows in (finished, raw_scores, gold))
         sequences, response_mask = ([rows[i] for i in order.tolist()] for rows in lists)
-        return cls(sequences, response_mask, stacked(masks)[order].to(device), *flat, Readings(*readings))
+        return cls(sequences, response_mask, stacked(masks)[order].to(device), *flat, ModelOutputs(*outputs))
 
 
 @dataclass
@@ -94,8 +94,8 @@ class Collector:
     """Prompts in, a rollout and its statistics out. It changes no weights and logs nothing.
 
     It sees the models as they are. ``exact`` says whether the engine's log-probs are those of a training pass; else
-    they are computed anew. ``everyones`` gives what all processes have collected, from what this one has. With
-    ``moves_scale`` the scores enter the scorer's running scale; a rollout that is only looked at leaves it as it is."""
+    they are computed anew. ``gather`` gives what all processes have collected, from what this one has. With
+    ``updates_scale`` scores enter the scorer's running scale; those of a rollout that is not learned from do not."""
 
     policy: PreTrainedModel
     reference: Reference
@@ -107,15 +107,15 @@ class Collector:
     sampling: Sampling
     exact: bool
     batching: Batching
-    tokens: int  # in a pass without gradients
+    tokens_per_pass: int  # at most, without gradients
     kl: KLPenalty
     kl_coef: Tensor  # () reward units per nat
     advantage: AdvantageEstimator
     action: Literal["token", "answer"]
     answers_per_prompt: int
     whiten: bool
-    everyones: Callable[[Experience], list[Experience]]
-    moves_scale: bool = True
+    gather: Callable[[Experience], list[Experience]]
+    updates_scale: bool = True
 
     @torch.no_grad()
     def collect(self, prompts: PromptBatch, seeds: Sequence[int]) -> tuple[Rollout, Statistics]:
@@ -130,20 +130,20 @@ class Collector:
         answered = self.answer(self.policy, repeated(prompts, self.answers_per_prompt), seeds, states=states)
         # 2. Log-probs, divergence from the reference, values: (N, T).
         experience = self._experience(answered, self.read(answered))
-        token_mask, readings = experience.mask, experience.readings
+        token_mask, outputs = experience.mask, experience.outputs
         # 3. Scores (N,): scaled, clipped, less the penalties for length and for a missing end; NaN: nobody has scored.
-        if self.moves_scale:
-            self.scorer.observe(experience.raw)
-        scores = self.scorer.shape(experience.raw, token_mask.sum(-1), experience.finished)
+        if self.updates_scale:
+            self.scorer.observe(experience.raw_scores)
+        scores = self.scorer.shape(experience.raw_scores, token_mask.sum(-1), experience.finished)
         # 4. Token rewards (N, T): the penalty on every token, the score on the last.
-        penalties = torch.zeros_like(readings.kl) if self.kl.in_loss else self.kl_coef * readings.kl
+        penalties = torch.zeros_like(outputs.kl) if self.kl.in_loss else self.kl_coef * outputs.kl
         token_reward = token_rewards(scores.nan_to_num(), penalties, token_mask)
         # 5. From tokens to actions, (N, A). What nobody has scored is in no baseline, mean or loss.
         learned_mask = token_mask & self._learned(scores)[:, None]
         rewards, old_logprobs, ref_logprobs = (
-            self._actions(x, token_mask) for x in (token_reward, readings.logprobs, readings.ref_logprobs)
+            self._actions(x, token_mask) for x in (token_reward, outputs.logprobs, outputs.ref_logprobs)
         )
-        values, mask = readings.values[:, : rewards.shape[1]], learned_mask[:, : rewards.shape[1]]
+        values, mask = outputs.values[:, : rewards.shape[1]], learned_mask[:, : rewards.shape[1]]
         # 6. Advantages and the critic's targets, (N, A).
         raw_advantages, targets = self.advantage(rewards, values, mask, self.answers_per_prompt)
         advantages = whiten(raw_advantages, mask) if self.whiten else raw_advantages
@@ -152,27 +152,27 @@ class Collector:
         rollout = Rollout(experience.sequences, experience.response_mask, *tensors)
         return rollout, self._statistics(rollout, experience, scores, population_std(raw_advantages[mask]))
 
-    def _experience(self, answered: Answered, readings: Readings) -> Experience:
+    def _experience(self, answered: Answered, outputs: ModelOutputs) -> Experience:
         """Of all processes, from what this one has sampled and read."""
         responses, grades = answered.responses, self.grades(answered)
         own = Experience(
-            answered.sequences, answered.response_mask, responses.mask, responses.finished, answered.raw,
-            None if grades is None else grades["gold"], readings,
+            answered.sequences, answered.response_mask, responses.mask, responses.finished, answered.raw_scores,
+            None if grades is None else grades["gold"], outputs,
         )  # fmt: skip
-        return Experience.together(self.everyones(own), self.answers_per_prompt, responses.mask.device)
+        return Experience.merged(self.gather(own), self.answers_per_prompt, responses.mask.device)
 
     @torch.no_grad()
     def answer(
         self, policy: PreTrainedModel, prompts: PromptBatch, seeds: Sequence[int], *, states: bool = False
     ) -> Answered:
-        """One response of ``policy`` to each of N prompts, and what is said of it; ``states`` as in ``Responses``."""
+        """One response of ``policy`` to each of N prompts, with its raw score; ``states`` as in ``Responses``."""
         responses = sample(self.engine, policy, self.tokenizer, prompts.tokens, self.sampling, seeds, states=states)
         written = responses.token_lists()
         sequences = [prompt + response for prompt, response in zip(prompts.tokens, written)]
         masks = [[False] * len(p) + [True] * len(r) for p, r in zip(prompts.tokens, written)]
-        batches, texts = self.batching.batches(sequences, masks, self.tokens), responses.texts(self.tokenizer)
-        raw = self.scorer.raw(batches, prompts.messages, texts, _record(prompts, responses))
-        return Answered(prompts, responses, sequences, masks, batches, texts, raw)
+        batches, texts = self.batching.batches(sequences, masks, self.tokens_per_pass), responses.texts(self.tokenizer)
+        raw_scores = self.scorer.raw(batches, prompts.messages, texts, _record(prompts, responses))
+        return Answered(prompts, responses, sequences, masks, batches, texts, raw_scores)
 
     def grades(self, answered: Answered) -> dict[str, Tensor] | None:
         """``gold`` and ``correct`` (N,) by the judge; None where there is none."""
@@ -184,7 +184,7 @@ class Collector:
         return {name: like.new_tensor([float(getattr(grade, name)) for grade in given]) for name in names}
 
     @torch.no_grad()
-    def read(self, answered: Answered) -> Readings:
+    def read(self, answered: Answered) -> ModelOutputs:
         """Log-probs, divergence and values of all responses."""
         responses = answered.responses
         found = self.token_figures(answered.batches)
@@ -199,7 +199,7 @@ class Collector:
         for tensor, name in ((logprobs, "log-probs of the policy"), (ref_logprobs, "log-probs of the reference"),
                              (values, "values of the critic")):  # fmt: skip
             finite(tensor, f"the {name}")
-        return Readings(logprobs, found.get("entropy", responses.entropy), ref_logprobs, found["kl"], values)
+        return ModelOutputs(logprobs, found.get("entropy", responses.entropy), ref_logprobs, found["kl"], values)
 
     @torch.no_grad()
     def token_figures(self, batches: Sequence[Packed]) -> dict[str, Tensor]:
@@ -207,25 +207,25 @@ class Collector:
 
         ``ref_logprobs`` of the reference; ``values`` of a critic that must read the responses; ``logprobs`` and
         ``entropy`` of a training pass, where those of the engine are others; ``kl``, where it is over all tokens."""
-        found = [self._token_figures(packed, Responding.of(packed)) for packed in batches]
-        return {name: stacked([said[name] for said in found]) for name in found[0]}
+        parts = [self._token_figures(packed, Responding.of(packed)) for packed in batches]
+        return {name: stacked([part[name] for part in parts]) for name in parts[0]}
 
     def _token_figures(self, packed: Packed, response: Responding) -> dict[str, Tensor]:
         before, tokens, temperature = response.before, response.tokens, self.sampling.temperature
-        said = {}
+        found = {}
         hidden = packed_hidden(self.policy, packed, at=before) if self._reads_policy else None
         if self.critic is not None and (hidden is not None or not self._critic_on_policy):
-            said["values"] = self.critic.values(packed, before, hidden)
+            found["values"] = self.critic.values(packed, before, hidden)
         with self.reference.for_penalty(self.policy) as reference:
             ref_hidden = packed_hidden(reference, packed, at=before)
-            said["ref_logprobs"] = token_logprobs_of(reference, ref_hidden, tokens, temperature)
+            found["ref_logprobs"] = token_logprobs_of(reference, ref_hidden, tokens, temperature)
         if hidden is not None and not self.exact:
-            figures = by_token(self.policy, partial(logprob_and_entropy, temperature), hidden, tokens)
-            said["logprobs"], said["entropy"] = figures.unbind(-1)
+            sampled = by_token(self.policy, partial(logprob_and_entropy, temperature), hidden, tokens)
+            found["logprobs"], found["entropy"] = sampled.unbind(-1)
         if hidden is not None and self.kl.estimator == "full" and not self.kl.in_loss:
             measure = partial(logprob_and_kl, self.policy, self.reference, temperature)
-            said["kl"] = by_token(self.policy, measure, hidden, tokens, ref_hidden)[:, 1]
-        return {name: scatter(x, response.mask) for name, x in said.items()}
+            found["kl"] = by_token(self.policy, measure, hidden, tokens, ref_hidden)[:, 1]
+        return {name: scatter(x, response.mask) for name, x in found.items()}
 
     @property
     def _critic_on_policy(self) -> bool:
@@ -253,13 +253,13 @@ class Collector:
         self, rollout: Rollout, experience: Experience, scores: Tensor, advantage_std: Tensor
     ) -> Statistics:
         """Of a rollout whose responses have ``scores`` (N,), NaN where nobody has scored."""
-        readings, token_mask, scored = experience.readings, experience.mask, ~scores.isnan()
+        outputs, token_mask, scored = experience.outputs, experience.mask, ~scores.isnan()
         found = {
             "score": _mean_of(scores, scored),
             "score_std": population_std(scores[scored]),
             "reward": _mean_of(rollout.rewards.sum(-1), scored),
-            "kl": sequence_kl(readings.logprobs, readings.ref_logprobs, token_mask).mean(),
-            "entropy": masked_mean(readings.entropy, token_mask),
+            "kl": sequence_kl(outputs.logprobs, outputs.ref_logprobs, token_mask).mean(),
+            "entropy": masked_mean(outputs.entropy, token_mask),
             "response_length": token_mask.sum(-1).float().mean(),
             "finished": experience.finished.float().mean(),
         }

@@ -71,7 +71,7 @@ class HeldOut:
 
     def _compared(self, collector: Collector, answered: Answered, grades: dict[str, Tensor] | None) -> list[Compared]:
         responses, texts, k = answered.responses, answered.texts, self.samples
-        scores = collector.scorer.shape(answered.raw, responses.lengths, responses.finished)
+        scores = collector.scorer.shape(answered.raw_scores, responses.lengths, responses.finished)
         worth = self._by_prompt(scores if grades is None else grades["gold"])
         grouped = [texts[i : i + k] for i in range(0, len(texts), k)]
         return [*map(Compared, worth, self._by_prompt(scores), grouped)]

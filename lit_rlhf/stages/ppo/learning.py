@@ -73,7 +73,7 @@ class LearnsFromRollouts(TrainedState):
             value_clip_range=self.value_clip_range,
             value_coef=self.value_coef,
             temperature=self.sampling.temperature,
-            tokens=tokens_at_once(self, learning=True),
+            tokens_per_pass=tokens_at_once(self, learning=True),
         )
 
     def _optimize(self, rollout: Rollout, order: torch.Generator) -> list[dict[str, Tensor]]:

@@ -170,11 +170,11 @@ class PPOModule(LearnsFromRollouts):
             engine=self.engine,
             sampling=self.sampling,
             exact=self.engine.exact and precise,
-            tokens=tokens_at_once(self, learning=False),
+            tokens_per_pass=tokens_at_once(self, learning=False),
             advantage=self.advantage,
             answers_per_prompt=self.answers_per_prompt,
             whiten=self.whiten_advantages,
-            everyones=partial(gather_all, self.trainer),
+            gather=partial(gather_all, self.trainer),
         )
 
     def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
@@ -188,7 +188,7 @@ class PPOModule(LearnsFromRollouts):
 
     def _probe(self, prompts: PromptBatch) -> dict[str, Tensor]:
         """Noise of the gradient, over ``probe_rollouts`` other rollouts of the policy as it is."""
-        collector = replace(self.collector, moves_scale=False)
+        collector = replace(self.collector, updates_scale=False)
         rollouts = (
             collector.collect(prompts, self._seeds(prompts, i, PROBE, ROLLOUT))[0] for i in range(self.probe_rollouts)
         )

@@ -42,7 +42,7 @@ class Objective:
     temperature: float
     action: Literal["token", "answer"]
     batching: Batching
-    tokens: int  # in a backward pass
+    tokens_per_pass: int  # at most, in a backward pass
 
     def gradients(
         self,
@@ -73,7 +73,7 @@ class Objective:
         to those of the whole."""
         order = self.batching.by_prompt(minibatch.sequences, minibatch.response_mask)
         ordered = minibatch.select(torch.tensor(order, device=minibatch.mask.device))
-        runs = self.batching.runs(ordered.sequences, ordered.response_mask, self.tokens)
+        runs = self.batching.runs(ordered.sequences, ordered.response_mask, self.tokens_per_pass)
         places = torch.arange(len(ordered), device=minibatch.mask.device)
         parts = [minibatch] if len(runs) == 1 else [ordered.select(places[run]) for run in runs]
         actions = max(1, int(minibatch.mask.sum()))
