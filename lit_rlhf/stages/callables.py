@@ -29,6 +29,16 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
 
 
+def first_failing(ask: Callable[..., Any], columns: Sequence[Sequence[Any]]) -> int | None:
+    """The first row of ``columns`` on which ``ask(*columns)`` fails alone, too; None where it fails on none of them."""
+    for i in range(len(columns[0])):
+        try:
+            ask(*(column[i : i + 1] for column in columns))
+        except Exception:  # whatever a user's function may raise
+            return i
+    return None
+
+
 def with_tools(annotator: Any, tools: Sequence[Tools], note: Note) -> dict[str, Sequence[Tools]]:
     """The keyword ``tools`` for an annotator that looks at what the assistant may call (its ``takes_tools``); where
     there are tools and it does not, ``note`` gets a line."""

@@ -1,7 +1,7 @@
 # ruff: noqa: RUF001  the page's minus signs and dashes are meant
 import pytest
 
-from lit_rlhf.apps.display import duration, number, percent, printable, said
+from lit_rlhf.apps.display import duration, fill_template, number, percent, printable
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,10 @@ def test_line_breaks_and_emoji_stay():
 
 def test_templates_are_filled_in_or_left_out():
     figures = {"val_loss": 0.5, "val_loss_first": 2.0, "accuracy": 0.75, "count": 1200, "none": None}
-    assert said("loss {val_loss:change}, {count} prompts", figures) == "loss 2.00 → 0.500, 1,200 prompts"
-    assert said("**{accuracy:%}** right[; {none} more][, {count} asked].", figures) == "**75.0%** right, 1,200 asked."
-    assert said("{none} and {count}", figures) is None and said("{missing}", figures) is None
-    assert said("{count:change}", figures) == "1,200" and said("plain", {}) == "plain"
+    assert fill_template("loss {val_loss:change}, {count} prompts", figures) == "loss 2.00 → 0.500, 1,200 prompts"
+    assert (
+        fill_template("**{accuracy:%}** right[; {none} more][, {count} asked].", figures)
+        == "**75.0%** right, 1,200 asked."
+    )
+    assert fill_template("{none} and {count}", figures) is None and fill_template("{missing}", figures) is None
+    assert fill_template("{count:change}", figures) == "1,200" and fill_template("plain", {}) == "plain"

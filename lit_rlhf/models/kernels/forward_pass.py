@@ -197,12 +197,9 @@ def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
     return Product.of(_weight(module).t().to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _trunk(model: PreTrainedModel) -> Any:
-    return model.base_model
-
-
 def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
-    trunk, config = _trunk(model), model.config
+    trunk: Any = model.base_model
+    config = model.config
     size = config.n_embd // config.n_head
 
     def norm(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -266,7 +263,8 @@ def _side_by_side(
 
 
 def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
-    trunk, config = _trunk(model), model.config
+    trunk: Any = model.base_model
+    config = model.config
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     layers = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, scale_of
 from lit_rlhf.models.heads import scores_of
 from lit_rlhf.models.policy import freeze
-from lit_rlhf.stages.callables import name_of, resolve
+from lit_rlhf.stages.callables import first_failing, name_of, resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
 
@@ -128,11 +128,16 @@ def call(
     """The scores of a reward function, None where it says nothing.
 
     Raises ``UserError`` where it fails: on which prompt, on which answer."""
-    name = name_of(function)
+    name, columns = name_of(function), [prompts, responses, *record.values()]
+
+    def ask(prompts: list[Messages], responses: list[str], *others: list[Any]) -> list[float | None]:
+        scores = function(prompts, responses, **dict(zip(record, others)))
+        return [None if score is None else float(score) for score in scores]
+
     try:
-        scores = _numbers(function(prompts, responses, **record))
+        scores = ask(*columns)
     except Exception as error:
-        i = _culprit(function, prompts, responses, record)
+        i = first_failing(ask, columns) or 0
         raise UserError(
             f"reward function {name} raised {type(error).__name__}: {error}, on {_place(prompts, responses, i)}"
         ) from error
@@ -148,26 +153,6 @@ def call(
                 "where it has nothing to say, None"
             )
     return scores
-
-
-def _numbers(scores: Iterable[Any]) -> list[float | None]:
-    return [None if score is None else float(score) for score in scores]
-
-
-def _culprit(
-    function: RewardFunction, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
-) -> int:
-    """The first answer on which the function fails alone too; 0 where it only fails on all together."""
-    for i in range(len(responses)):
-        try:
-            _numbers(function(prompts[i : i + 1], responses[i : i + 1], **_row(record, i)))
-        except Exception:  # whatever a user's function may raise
-            return i
-    return 0
-
-
-def _row(record: dict[str, list[Any]], i: int) -> dict[str, list[Any]]:
-    return {name: column[i : i + 1] for name, column in record.items()}
 
 
 def _place(prompts: list[Messages], responses: list[str], i: int) -> str:

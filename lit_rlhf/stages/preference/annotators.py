@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.heads import load_reward_model, score_answers
 from lit_rlhf.models.policy import freeze
-from lit_rlhf.stages.callables import Annotator, Ranks, name_of, resolve
+from lit_rlhf.stages.callables import Annotator, Ranks, first_failing, name_of, resolve
 from lit_rlhf.text.records import Messages, ranks_of, shown
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import load_tokenizer
@@ -156,7 +156,8 @@ class CallableAnnotator:
         try:
             ranks = self._ask(prompts, responses, *tools)
         except Exception as error:
-            raise self._error(error, self._culprit(prompts, responses, *tools)) from error
+            i = first_failing(self._ask, [prompts, responses, *tools])
+            raise self._error(error, prompts if i is None else prompts[i : i + 1]) from error
         return check_ranks(ranks, self.name, prompts, responses)
 
     async def _together(self, batches: Sequence[Any]) -> list[Ranks]:
@@ -176,15 +177,6 @@ class CallableAnnotator:
 
     def _ask(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]], *tools: Sequence[Tools]) -> Any:
         return self.function(prompts, responses, **({"tools": tools[0]} if tools else {}))
-
-    def _culprit(self, prompts: Sequence[Messages], *beside: Sequence[Any]) -> Sequence[Messages]:
-        """The first prompt on which the function fails alone too; all where it only fails on them together."""
-        for i in range(len(prompts)):
-            try:
-                self._ask(prompts[i : i + 1], *(column[i : i + 1] for column in beside))
-            except Exception:  # whatever a user's function may raise
-                return prompts[i : i + 1]
-        return prompts
 
     def _error(self, error: Exception, prompts: Sequence[Messages]) -> UserError:
         others = f" or one of the {len(prompts) - 1} after it" if len(prompts) > 1 else ""
