@@ -16,8 +16,8 @@ from pathlib import Path
 
 from page import renewed
 
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.plan import Need, write_plan
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 from lit_rlhf.training.notices import quiet
 

@@ -14,7 +14,7 @@ from lit_rlhf.apps.sweep_reader import Job
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import FORMAT, read_jsonl, read_yaml, write_yaml
 from lit_rlhf.finished import check_unchanged, read_done, write_done
-from lit_rlhf.pipeline.folder import read_settings
+from lit_rlhf.pipeline.run_folder import read_settings
 from lit_rlhf.pipeline.trained_prompts import read_trained_prompts
 from lit_rlhf.stages.preference.progress_file import ProgressFile
 from lit_rlhf.training.checkpoint_files import read_checkpoint, write_checkpoint

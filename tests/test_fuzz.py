@@ -15,8 +15,8 @@ from safetensors.torch import save
 
 from lit_rlhf.models import load_policy, load_reward_model, policy_from_config, reward_model_from_config, save_model
 from lit_rlhf.pipeline.command import one_job
-from lit_rlhf.pipeline.folder import register_resolvers
 from lit_rlhf.pipeline.overrides import addresses
+from lit_rlhf.pipeline.run_folder import register_resolvers
 from lit_rlhf.pipeline.settings import compose_settings, conf_dir
 from lit_rlhf.stages import (
     ClassifyDataModule,

@@ -17,8 +17,8 @@ import yaml
 from hydra.types import RunMode
 from packaging.requirements import Requirement
 
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import fitted_settings
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, hydra_settings, opened, sweep_jobs
 from lit_rlhf.stages.stage import all_stages
 

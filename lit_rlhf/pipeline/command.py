@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.errors import STOPPED, Interrupted, Pruned, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
 from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason, stopped_line
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     check_settings,
     check_top_level,
@@ -190,7 +190,7 @@ def check_writable(runs: Path) -> None:
 def check_multirun(cfg: DictConfig, launcher: DictConfig) -> None:
     """Raise ``UserError`` for what cannot be swept: a command, which waits for a person, and jobs of another number of
     processes than the launcher starts for each."""
-    from lit_rlhf.pipeline.together import processes_of
+    from lit_rlhf.pipeline.process_group import processes_of
 
     if command := command_of(cfg):
         raise UserError(f"stage={command} cannot run under multirun (-m): start it alone")
@@ -308,10 +308,10 @@ def requeue(cfg: DictConfig, number: int | None) -> None:
 def work(cfg: DictConfig) -> tuple[str, float]:
     """Run the stages, or the command or the plan in their place; returns (address, value) of the objective."""
     from lit_rlhf.pipeline.plan import write_plan
+    from lit_rlhf.pipeline.process_group import together
     from lit_rlhf.pipeline.rounds import run_rounds
     from lit_rlhf.pipeline.runner import run_chain
     from lit_rlhf.pipeline.sweep import objective_of
-    from lit_rlhf.pipeline.together import together
 
     if command := command_of(cfg):
         instantiate(resolved(cfg, command), _convert_="all").launch()

@@ -23,9 +23,9 @@ from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.files import make_folder, write_json
 from lit_rlhf.functional import drawn_figures
 from lit_rlhf.models.kernels.decoding import CachedDecoder
+from lit_rlhf.pipeline.process_group import devices_of, processes_of
 from lit_rlhf.pipeline.run import make_data, make_module
 from lit_rlhf.pipeline.settings import MissingSetting, planned_stages, resolved
-from lit_rlhf.pipeline.together import devices_of, processes_of
 from lit_rlhf.rollouts.engine import Engine, Request, Responses
 from lit_rlhf.rollouts.fast import cache_bytes, make_decoder, rows_that_fit
 from lit_rlhf.stages.stage import all_stages

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_rlhf.pipeline.folder import lineage, origin_of, origin_of_stage
+from lit_rlhf.pipeline.run_folder import lineage, origin_of, origin_of_stage
 from lit_rlhf.pipeline.settings import check_top_level, compose_settings, planned_stages, stages_of
 from lit_rlhf.stages.stage import all_stages
 

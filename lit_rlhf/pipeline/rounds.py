@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.apps.report import write_report
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.pipeline.folder import check_inputs, check_records, collecting_stage
+from lit_rlhf.pipeline.process_group import Processes
+from lit_rlhf.pipeline.run_folder import check_inputs, check_records, collecting_stage
 from lit_rlhf.pipeline.runner import run_chain, write_summary
 from lit_rlhf.pipeline.settings import stages_of
-from lit_rlhf.pipeline.together import Processes
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.stage import all_stages
 

@@ -27,12 +27,12 @@ from lit_rlhf.errors import UserError, first_line, say, users_mistake
 from lit_rlhf.models.loading import check_files, loading_as_stored
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
-from lit_rlhf.pipeline.folder import model_nodes
 from lit_rlhf.pipeline.loggers import close, log_figures, make_loggers
+from lit_rlhf.pipeline.process_group import Processes
+from lit_rlhf.pipeline.run_folder import model_nodes
 from lit_rlhf.pipeline.settings import stage_of_metric
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.stage_folder import StageFolder
-from lit_rlhf.pipeline.together import Processes
 from lit_rlhf.pipeline.trained_prompts import check_trained, write_trained_prompts
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.contract import (

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from lit_rlhf.files import Checked, read_json, write_json
-from lit_rlhf.pipeline.folder import lineage
+from lit_rlhf.pipeline.run_folder import lineage
 from lit_rlhf.pipeline.trained_prompts import FILE as TRAINED, read_trained_prompts, trained_stages
 from lit_rlhf.text.records import Moved
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import damaged, read_text, write_text
 from lit_rlhf.finished import check_unchanged, read_done
-from lit_rlhf.pipeline.folder import input_paths, read_settings
+from lit_rlhf.pipeline.run_folder import input_paths, read_settings
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import prompt_fingerprint, shown
 

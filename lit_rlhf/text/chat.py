@@ -19,8 +19,8 @@ from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.records import Messages, is_learned
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
 from lit_rlhf.text.template import Note, Template, Tools, content_of
+from lit_rlhf.text.template_tokens import Written
 from lit_rlhf.text.tokenizer import ROLES
-from lit_rlhf.text.written import Written
 
 Item = TypeVar("Item")
 

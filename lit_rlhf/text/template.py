@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.special_tokens import Names, SpecialTokens, any_of, check, check_characters, marked
-from lit_rlhf.text.written import Written, WrittenTokens
+from lit_rlhf.text.template_tokens import Written, WrittenTokens
 
 Tools = list[dict[str, Any]] | None  # what an assistant may call, as templates want it
 Message = dict[str, Any]

@@ -16,7 +16,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.kernels import Kernels
 from lit_rlhf.training.checkpoint_files import CheckpointFiles
 from lit_rlhf.training.fsdp import FSDP2
-from lit_rlhf.training.trained_models import ModelSettings
+from lit_rlhf.training.model_settings import ModelSettings
 
 NEVER = 10**9  # steps
 SET_HERE: dict[str, Any] = {
@@ -52,7 +52,7 @@ def make_trainer(
 
     ``precision`` may be "auto": see :func:`precision_of`. ``matmul_precision`` is that of float32 matrix products,
     in the whole process (``torch.set_float32_matmul_precision``). For ``kernels``, ``activation_checkpointing``,
-    ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.trained_models.ModelSettings`.
+    ``compile`` and ``kept_gib`` see :class:`lit_rlhf.training.model_settings.ModelSettings`.
 
     The ``strategy`` "fsdp2" is :class:`lit_rlhf.training.fsdp.FSDP2`: models are sharded over the processes.
 

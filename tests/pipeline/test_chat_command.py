@@ -7,7 +7,7 @@ import torch
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import policy_from_config, save_model
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings, stages_of
 from lit_rlhf.text import ensure_chat_template, train_bpe
 

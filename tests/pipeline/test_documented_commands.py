@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from judge_server import JudgeServer, completion
 from test_readme import PAGES, ROOT, STUDIES, commands_by_block, text_of
 
-from lit_rlhf.pipeline.folder import register_resolvers
+from lit_rlhf.pipeline.run_folder import register_resolvers
 from lit_rlhf.pipeline.settings import hydra_settings, opened
 
 ALL = os.environ.get("LIT_RLHF_TEST_COMMANDS") == "all"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import check_inputs, register_resolvers, remember_world
+from lit_rlhf.pipeline.run_folder import check_inputs, register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings, name_loaders, opened, resolved
 
 register_resolvers()

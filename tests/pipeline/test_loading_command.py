@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from lit_rlhf.apps.chat.assistant import load_assistant
 from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.models import load_reward_model, policy_from_config, save_model
-from lit_rlhf.pipeline.folder import check_inputs, register_resolvers, remember_world
 from lit_rlhf.pipeline.plan import write_plan
 from lit_rlhf.pipeline.run import check_models, load_models
+from lit_rlhf.pipeline.run_folder import check_inputs, register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings, name_loaders, opened, resolved
 from lit_rlhf.text import Transcript, ensure_chat_template, load_tokenizer, train_bpe
 

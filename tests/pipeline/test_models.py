@@ -7,7 +7,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import check_inputs, check_lineage, register_resolvers, remember_world
+from lit_rlhf.pipeline.run_folder import check_inputs, check_lineage, register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import compose_settings
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.text import train_bpe

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.plan import MARGIN, write_plan
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 
 PIPELINE = ["pretrain", "sft", "preference", "reward", "ppo", "dpo", "evaluate"]

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.run import _policies
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 
 register_resolvers()

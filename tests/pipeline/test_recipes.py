@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.command import check_jobs, fit_options
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.recipe import fitted_settings, recipe_line
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings, conf_dir
 from lit_rlhf.stages.stage import all_stages
 

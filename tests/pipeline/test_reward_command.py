@@ -7,7 +7,7 @@ import pytest
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import load_reward_model
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 
 register_resolvers()

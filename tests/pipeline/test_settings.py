@@ -7,7 +7,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
     check_settings,
     check_top_level,

@@ -17,8 +17,8 @@ import pytest
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import checkpoint
 from lit_rlhf.pipeline.command import prepare
-from lit_rlhf.pipeline.folder import register_resolvers
 from lit_rlhf.pipeline.run import run_stage
+from lit_rlhf.pipeline.run_folder import register_resolvers
 from lit_rlhf.pipeline.runner import settle
 from lit_rlhf.pipeline.settings import compose_settings
 from lit_rlhf.pipeline.stage_folder import StageFolder

@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object
 
 from lit_rlhf.apps import write_ladder
-from lit_rlhf.pipeline.folder import register_resolvers
+from lit_rlhf.pipeline.run_folder import register_resolvers
 from lit_rlhf.pipeline.settings import check_settings, compose_settings, conf_dir, hydra_settings, stages_of, sweep_jobs
 from lit_rlhf.training import read_metrics
 

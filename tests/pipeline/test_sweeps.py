@@ -12,7 +12,7 @@ import pytest
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.command import check_jobs
-from lit_rlhf.pipeline.folder import register_resolvers
+from lit_rlhf.pipeline.run_folder import register_resolvers
 from lit_rlhf.processes import name_submitit_task, this_process
 
 register_resolvers()

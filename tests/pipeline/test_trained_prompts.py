@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import input_paths
+from lit_rlhf.pipeline.run_folder import input_paths
 from lit_rlhf.pipeline.split import remember_split, remembered_split
 from lit_rlhf.pipeline.trained_prompts import FILE, check_trained, trained_stages, write_trained_prompts
 from lit_rlhf.stages import FewShotDataModule, PPODataModule, RewardDataModule, SFTDataModule

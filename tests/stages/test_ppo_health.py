@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 from lit_rlhf.apps import write_report
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.run import make_callbacks
+from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import check_settings, compose_settings
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.rollouts import Sampling

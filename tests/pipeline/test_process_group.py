@@ -14,7 +14,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline import together
+from lit_rlhf.pipeline import process_group
 
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 BROKEN = """
@@ -37,7 +37,7 @@ def rank(monkeypatch):
         for name, value in told.items():
             monkeypatch.setenv(name, str(value))
 
-    monkeypatch.setattr(together, "TO_START", timedelta(seconds=1))
+    monkeypatch.setattr(process_group, "TO_START", timedelta(seconds=1))
     return tell
 
 
@@ -49,27 +49,27 @@ def listening():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_node_that_does_not_come_is_one_line_after_a_stated_time(rank, number):
-    rank(number, together._free_port())
+    rank(number, process_group._free_port())
     with pytest.raises(UserError, match=rf"process {number} of 2 waited 0:00:01 for the others in vain"):
-        together._joined(2)
+        process_group._joined(2)
 
 
 def test_a_port_in_use_is_named(rank, listening):
     rank(0, listening)
     with pytest.raises(UserError, match=f"MASTER_PORT={listening}: this port is in use; set MASTER_PORT to a free one"):
-        together._joined(2)
+        process_group._joined(2)
 
 
 def test_a_process_that_is_killed_while_the_first_one_samples_by_itself_ends_that(tmp_path, monkeypatch):
     """The first one talks to nobody then, so nothing tells it."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(together, "start_others", lambda *_: [other])
-    monkeypatch.setattr(together, "SECONDS_TO_END", 0.2)
+    monkeypatch.setattr(process_group, "start_others", lambda *_: [other])
+    monkeypatch.setattr(process_group, "SECONDS_TO_END", 0.2)
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as outside of training
     cfg = OmegaConf.create({"paths": {"run_dir": str(tmp_path)}})
     said = r"process 1 was ended by signal 9 \(the kernel does that where memory runs out\)\. Run the same command"
     try:
-        with pytest.raises(UserError, match=said), together.together(cfg, []):
+        with pytest.raises(UserError, match=said), process_group.together(cfg, []):
             other.kill()
             time.sleep(30)
             raise AssertionError("it goes on")
