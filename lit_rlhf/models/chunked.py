@@ -192,7 +192,7 @@ def _frozen(head: nn.Linear, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _product(head: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
-    product = _PieceByPiece.apply(hidden.to(dtype), head.weight)
+    product: Tensor = _PieceByPiece.apply(hidden.to(dtype), head.weight)  # type: ignore[no-untyped-call]
     return product if head.bias is None else product + head.bias.to(dtype)
 
 
@@ -213,13 +213,13 @@ class _PieceByPiece(torch.autograd.Function):
         [weight] = ctx.saved_tensors
         pieces = _pieces(weight)
         total = slope.new_zeros((*slope.shape[:-1], weight.shape[1]), dtype=weight.dtype)
-        for piece, of_piece in zip(pieces, slope.split(len(pieces[0]), -1)):
+        for piece, of_piece in zip(pieces, torch.split(slope, len(pieces[0]), -1)):
             total += of_piece @ piece.to(slope.dtype)
         return total.to(slope.dtype), None
 
 
 def _pieces(weight: Tensor) -> Sequence[Tensor]:
-    return weight.split(max(1, PIECE // weight.shape[1]))
+    return torch.split(weight, max(1, PIECE // weight.shape[1]))
 
 
 @contextmanager
