@@ -26,7 +26,10 @@ DIALOGUES = [
     for p, r, f in zip(ASKED, TRUE, FALSE)
 ]
 LABELLED = [{"text": t, "label": label} for r, f in zip(TRUE, FALSE) for t, label in ((r, "true"), (f, "false"))]
-TASKS = [{"data": {"prompt": p, "answer1": r, "answer2": f}} for p, r, f in zip(ASKED, TRUE, FALSE)]
+TASKS = [
+    {"data": {"prompt": asked["prompt"], "answer1": asked["expected"], "answer2": false}}
+    for asked, false in zip(UNSEEN, FALSE)
+]
 LINES = {
     "prompts.jsonl": UNSEEN,
     "demonstrations.jsonl": DEMONSTRATIONS,
@@ -43,7 +46,7 @@ LISTS = {
     "instructions.json": INSTRUCTIONS,
     "instruction-data.json": INSTRUCTIONS,
     "instruction-data-with-preference.json": INSTRUCTIONS,
-    "pairwise-tasks.json": TASKS,
+    "pairwise-tasks.json": [task["data"] for task in TASKS],
 }
 TEXTS = ["book.txt", "input.txt", "old.txt", "shakespeare.txt", "lines.txt"]
 MODELS = ["my-checkpoint", "SmolLM2", "gpt2", "my-gpt2", "gpt2-tokenizer", "checkpoint-1", "checkpoint-2"]

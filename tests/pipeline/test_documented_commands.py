@@ -124,6 +124,9 @@ class Place:
                 (runs / value).symlink_to("quickstart")
             if value.startswith("runs/") and not (self.folder / value).exists():
                 (self.folder / value).parent.mkdir(parents=True, exist_ok=True)
+                if value.endswith("/model"):
+                    (self.folder / value).symlink_to(runs / "quickstart" / (self.folder / value).parent.name / "model")
+                    continue
                 kind = "answers" if "answers" in value else "rankings"
                 shutil.copy(runs / "quickstart" / "data" / f"{kind}-0.jsonl", self.folder / value)
 
