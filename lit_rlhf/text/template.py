@@ -21,6 +21,7 @@ OTHER, QUESTION, ANSWER = "(other)", "(question)", "(answer)"  # written to see 
 AS_PARTS = re.compile(r"""['"]text['"]: ?['"]\(\w+\)""")  # of these a list of parts, where a text was wanted
 CALL = {"name": "call", "arguments": {}}
 OTHERS = frozenset({"system", "developer", "user", "tool"})  # roles besides the assistant's
+FORMS = (frozenset[str](), OTHERS | {"assistant"}, OTHERS, frozenset({"assistant"}))  # roles with content in parts
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
 
 
@@ -52,7 +53,8 @@ class Template:
         self._names = Names(tokenizer, ())
         if special_tokens != "rendered":
             self._after = self._probe()
-            self._check_end()
+            if self.end is not None:
+                _check_end(tokenizer, self.end, self._after)
             special = {token.content for token in added if token.special}
             self._names = Names(tokenizer, special | self._marking_turns())
 
@@ -98,10 +100,18 @@ class Template:
         """The turn, its dialogue and tools as they were rendered, and where the response begins in that."""
         (shielded, tools), mark = self._shielded([*messages, answer], tools)
         [*before, answer] = shielded
-        prompt, whole = self._prompt(before, tools), self._write(shielded, tools)
+        prompt, whole = self._at_one_time(before, shielded, tools)
         reply, start = self._reply(prompt, whole, before, answer, tools)
         self._check_said(answer, reply, lambda: prompt[_in_common(prompt, self._write(before, tools)) :])
         return Written(prompt, self._ended(reply), mark=mark), shielded, tools, start
+
+    def _at_one_time(self, before: list[Message], messages: list[Message], tools: Tools) -> tuple[str, str]:
+        """A prompt, and the dialogue that goes on from it: some templates write the time."""
+        for _ in range(3):
+            prompt, whole = self._prompt(before, tools), self._write(messages, tools)
+            if whole.startswith(prompt) or self._prompt(before, tools) == prompt:
+                return prompt, whole
+        raise UserError("this tokenizer's chat template writes the same dialogue otherwise each time; set another")
 
     def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
         check_characters((messages, tools))
@@ -237,7 +247,7 @@ class Template:
     def _probe(self) -> str:
         """What the template writes after an answer, in the form of content that it shows, which may be the role's."""
         refused = []
-        for self._in_parts in (frozenset(), OTHERS | {"assistant"}, OTHERS, frozenset({"assistant"})):
+        for self._in_parts in FORMS:
             asked, answer = (
                 self._as_wanted({"role": role, "content": text})
                 for role, text in (("user", QUESTION), ("assistant", ANSWER))
@@ -251,19 +261,9 @@ class Template:
                 self._choose_forms(asked, answer)
                 self._opening = self._opened_unasked(asked, answer)
                 return _behind(whole, ANSWER).removesuffix(self._opening)
-        reason = refused[0] if refused else "it leaves out what is said, whether as a text or as a list of parts"
+        dropped = "it leaves out what is said, whether as a text or as a list of parts"
+        reason = refused[0] if len(refused) == len(FORMS) else dropped
         raise UserError(f"this tokenizer's chat template cannot write a question and an answer: {reason}")
-
-    def _check_end(self) -> None:
-        """Refuse a tokenizer to which the end of a turn is no token behind a word, as with ``single_word``."""
-        if self.end is None:
-            return
-        behind_word = self.tokenizer("a" + (self._after or ""), add_special_tokens=False)["input_ids"]
-        if self.tokenizer.convert_tokens_to_ids(self.end) not in behind_word:
-            raise UserError(
-                f"this tokenizer reads {self.end!r} behind a word as characters, so no answer would ever end; in "
-                "tokenizer.json, set 'single_word' and 'normalized' of this added token to false"
-            )
 
     def _choose_forms(self, asked: Message, answer: Message) -> None:
         """Other roles are written as the user, or, where the template shows them in the other form alone, in that."""
@@ -318,6 +318,15 @@ class Template:
 
     def _source(self, tools: Tools) -> str:
         return self.tokenizer.get_chat_template(None, tools) if self.special_tokens != "rendered" else ""
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, end: str, after: str) -> None:
+    """Refuse a tokenizer to which the ``end`` of a turn is no token behind a word, as with ``single_word``."""
+    if tokenizer.convert_tokens_to_ids(end) not in tokenizer("a" + after, add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"this tokenizer reads {end!r} behind a word as characters, so no answer would ever end; in "
+            "tokenizer.json, set 'single_word' and 'normalized' of this added token to false"
+        )
 
 
 def content_of(message: Message) -> str:

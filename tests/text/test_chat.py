@@ -541,3 +541,21 @@ def test_the_settings_are_the_constants(name, transcript):
     written = yaml.safe_load((ROOT / f"conf/chat/transcript/{name}.yaml").read_text(encoding="utf-8"))
     del written["_target_"]
     assert Transcript(**{**written, "examples": tuple(written["examples"])}) == transcript
+
+
+@pytest.mark.parametrize("form", ["%d %B %Y", "%H:%M:%S", "%f"])
+def test_a_template_that_writes_the_time(tokenizer, form):
+    tokenizer.chat_template = f"{{{{ strftime_now({form!r}) + '\\n' }}}}" + ROLE_TEMPLATE
+    if form == "%f":  # then nothing tells the prompt from the answer
+        with pytest.raises(UserError, match="writes the same dialogue otherwise each time"):
+            encode_dialogues(tokenizer, [SINGLE] * 3, [0] * 3)
+        return
+    for [example] in encode_dialogues(tokenizer, [SINGLE] * 9, [0] * 9):
+        learned = tokenizer.decode([t for t, m in zip(example.tokens, example.mask) if m])
+        assert learned == " It is  42,\nI am!<|endoftext|>"
+
+
+def test_a_template_that_cuts_what_is_said_is_refused_for_that(tokenizer):
+    tokenizer.chat_template = ROLE_TEMPLATE.replace("message['content']", "(message['content'] + '')[:4]")
+    with pytest.raises(UserError, match="it leaves out what is said"):
+        turn_end(tokenizer)
