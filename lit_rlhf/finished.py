@@ -14,6 +14,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import FORMAT, Checked, damaged, read_json, write_json
 
 FILE = "done.json"
+CARD = "README.md"  # of a model
 WHILE_RUNNING = {"checkpoints", "wandb", "profile", FILE}  # what nobody needs when the stage is finished
 
 
@@ -42,7 +43,8 @@ def read_done(folder: Path) -> dict[str, Any]:
 def write_done(folder: Path, record: dict[str, Any], beside: list[Path]) -> None:
     """Mark the stage in ``folder`` as finished; ``beside``: files elsewhere that it ended with, too."""
     own = [file for file in sorted(folder.rglob("*")) if file.relative_to(folder).parts[0] not in WHILE_RUNNING]
-    files = [file for file in [*own, *beside] if file.is_file() and file.suffix != ".tmp"]
+    kept = (file for file in [*own, *beside] if file.is_file() and file.suffix != ".tmp")
+    files = [file for file in kept if file.name != CARD]  # which people go on writing
     record = {"format": FORMAT, **record, "files": {os.path.relpath(f, folder): digest_of(f) for f in files}}
     write_json(folder / FILE, record)
 

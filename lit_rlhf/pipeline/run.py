@@ -28,6 +28,7 @@ from lit_rlhf.models.loading import check_files, loading_as_stored
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
 from lit_rlhf.pipeline.loggers import close, log_figures, make_loggers
+from lit_rlhf.pipeline.model_card import write_cards
 from lit_rlhf.pipeline.process_group import Processes
 from lit_rlhf.pipeline.run_folder import model_nodes
 from lit_rlhf.pipeline.settings import stage_of_metric
@@ -123,6 +124,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         figures = figures_of(settings, module, name, folder) | finding_of(callbacks)
         figures |= {"trained_on": trained_on} if trained_on else {}
         log_figures(loggers, figures, trainer.global_step)
+        write_cards(cfg, folder, figures)
         write_trained_prompts(name, folder.path, data)
         seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
         # Beside the figures, which are the same whenever a stage is done again.
