@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.models.policy import context_length
 from lit_rlhf.rollouts import FastEngine, Sampling, fitted, sample
 from lit_rlhf.stages.records import RecordDataModule
+from lit_rlhf.stages.world import WithoutFiles, WorldFirst
 from lit_rlhf.text.chat import encode_prompts, ensure_template
 from lit_rlhf.text.records import Messages, PromptRecord, parse_prompt_record, shown
 from lit_rlhf.text.rows import Rows
@@ -175,27 +176,18 @@ def _batch(prompts: Sequence[Prompt], places: Sequence[int]) -> PromptBatch:
     return PromptBatch(*(list(column) for column in zip(*(prompts[i] for i in places))))
 
 
-class WorldPromptDataModule(PromptDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class WorldPromptDataModule(WithoutFiles, PromptDataModule, WorldFirst):
     """Prompts of the built-in world: ``prompts`` draws by kind to train on, all distinct held-out ones to test on."""
 
-    def __init__(
-        self,
-        world: World,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        prompts: Annotated[int, Field(ge=1)] = 4000,
-        batch_size: Annotated[int, Field(ge=1)] = 128,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
-        split_seed: int = 0,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        super().__init__(
-            "world", tokenizer, batch_size=batch_size, limit_held_out=limit_held_out, split_seed=split_seed, seed=seed,
-            limit=limit,
-        )  # fmt: skip
-        self.world, self.prompts = world, prompts
-        self.judge = world
+    prompts: Annotated[int, Field(ge=1)] = 4000
+
+    max_length: ClassVar[int] = 512
+    on_long: ClassVar[str] = "skip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.judge = self.world
 
     def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
         train = self.world.sample_prompts(self.prompts, self.seed, split="train", split_seed=self.split_seed)

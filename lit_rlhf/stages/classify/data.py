@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.examples import ExampleDataModule
-from lit_rlhf.stages.labelled import WorldTasks
+from lit_rlhf.stages.world import WorldFirst, WorldTasks
 from lit_rlhf.text.classifier_inputs import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Labelled, MultipleChoice, Similarity, parse_labelled, task_prompt
-from lit_rlhf.text.tokenizer import TokenizerTrainer
-from lit_rlhf.text.world import World
 
 TaskKind = Literal["classification", "similarity", "choice"]
 
@@ -126,7 +123,8 @@ class ClassifyDataModule(ExampleDataModule):
         )
 
 
-class WorldClassifyDataModule(WorldTasks, ClassifyDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class WorldClassifyDataModule(WorldTasks, ClassifyDataModule, WorldFirst):
     """A labelled task of the built-in world.
 
     Args:
@@ -135,21 +133,7 @@ class WorldClassifyDataModule(WorldTasks, ClassifyDataModule):
         examples: different ones to train on, fewer where the world has no more.
     """
 
-    def __init__(
-        self,
-        world: World,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        task: Literal["kind", "truth", "choice", "same"] = "choice",
-        examples: Annotated[int, Field(ge=16)] = 1000,
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        packing: bool = True,
-        split_seed: int = 0,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-    ) -> None:
-        super().__init__(
-            "world", tokenizer, batch_size=batch_size, packing=packing, split_seed=split_seed, seed=seed,
-            limit=limit,
-        )  # fmt: skip
-        self.world, self.world_task, self.examples = world, task, examples
+    task: Literal["kind", "truth", "choice", "same"] = "choice"
+
+    max_length: ClassVar[int] = 1024
+    on_long: ClassVar[str] = "cut"

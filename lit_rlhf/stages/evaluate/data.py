@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, held_out_records
+from lit_rlhf.stages.world import WithoutFiles, WorldFirst
 from lit_rlhf.text.records import Messages, Paths, PromptRecord, parse_text
-from lit_rlhf.text.world import World
 from lit_rlhf.training.batches import BatchLoader
 
 
@@ -56,24 +55,19 @@ class EvaluateDataModule(PromptDataModule):
         return self.sampled(self.held_out_prompts)
 
 
-class WorldEvaluateDataModule(EvaluateDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class WorldEvaluateDataModule(WithoutFiles, EvaluateDataModule, WorldFirst):
     """The held-out prompts of the built-in world, and ``text_documents`` documents newly drawn from its corpus."""
 
-    def __init__(
-        self,
-        world: World,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: Annotated[int, Field(ge=1)] = 64,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = None,
-        split_seed: int = 0,
-        text_documents: Annotated[int, Field(ge=0)] = 300,
-    ) -> None:
-        super().__init__(
-            "world", tokenizer, batch_size=batch_size, limit_held_out=limit_held_out, split_seed=split_seed
-        )  # fmt: skip
-        self.world = self.judge = world
-        self.text_documents = text_documents
+    text_documents: Annotated[int, Field(ge=0)] = 300
+
+    text: ClassVar[None] = None
+    max_length: ClassVar[int] = 512
+    on_long: ClassVar[str] = "skip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.judge = self.world
 
     def records(self) -> tuple[list[PromptRecord], list[PromptRecord]]:
         return [], held_out_records(self.world, self.split_seed)

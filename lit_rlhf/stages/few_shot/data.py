@@ -8,12 +8,11 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.stages.labelled import WorldTasks
 from lit_rlhf.stages.prompts import spread
 from lit_rlhf.stages.records import RecordDataModule
+from lit_rlhf.stages.world import WorldFirst, WorldTasks
 from lit_rlhf.text.records import (
     LabelledText,
     Messages,
@@ -25,7 +24,7 @@ from lit_rlhf.text.records import (
     task_prompt,
 )
 from lit_rlhf.text.special_tokens import encode_texts, text_start
-from lit_rlhf.text.world import TaskName, World
+from lit_rlhf.text.world import TaskName
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded
 
 
@@ -183,28 +182,11 @@ def _split_space(text: str) -> tuple[str, str]:
     return stripped, text[len(stripped) :]
 
 
-class WorldFewShotDataModule(WorldTasks, FewShotDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class WorldFewShotDataModule(WorldTasks, FewShotDataModule, WorldFirst):
     """A task of the built-in world: "kind", "truth", "choice" and "same" as in ``stage=classify``; "answer" is open."""
 
-    def __init__(
-        self,
-        world: World,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        task: TaskName = "choice",
-        examples: Annotated[int, Field(ge=16)] = 1000,
-        shots: Sequence[Annotated[int, Field(ge=0)]] = (0, 1, 4, 8, 16, 32),
-        template: str = "Anna asked: {question}\nBen said: {answer}",
-        separator: str = "\n",
-        instruction: str = "",
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        limit_held_out: Annotated[int, Field(ge=1)] | None = 200,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        split_seed: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            "world", tokenizer, shots=shots, template=template, separator=separator, instruction=instruction,
-            batch_size=batch_size, limit_held_out=limit_held_out, limit=limit, split_seed=split_seed, seed=seed,
-        )  # fmt: skip
-        self.world, self.world_task, self.examples = world, task, examples
+    task: TaskName = "choice"
+    template: str = "Anna asked: {question}\nBen said: {answer}"
+    separator: str = "\n"
+    limit_held_out: Annotated[int, Field(ge=1)] | None = 200

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.examples import ExampleDataModule
 from lit_rlhf.stages.prompts import SamplePrompt, sample_prompts
+from lit_rlhf.stages.world import WithoutFiles, WorldFirst
 from lit_rlhf.text.chat import Encoded, encode_dialogues
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Demonstration, Messages, is_learned, parse_demonstration, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.text.tokenizer import TokenizerTrainer
-from lit_rlhf.text.world import World
 
 
 class SFTBatch(NamedTuple):
@@ -122,27 +120,14 @@ class SFTDataModule(ExampleDataModule):
         return SFTBatch(packed, learned, total * len(mine) / len(everyones))
 
 
-class WorldSFTDataModule(SFTDataModule):
+@dataclass(eq=False, repr=False, kw_only=True)
+class WorldSFTDataModule(WithoutFiles, SFTDataModule, WorldFirst):
     """Demonstrations of the built-in world, more than a third of them faulty, as people's are."""
 
-    def __init__(
-        self,
-        world: World,
-        tokenizer: PreTrainedTokenizerBase | TokenizerTrainer,
-        *,
-        demonstrations: Annotated[int, Field(ge=16)] = 8000,
-        batch_size: Annotated[int, Field(ge=1)] = 16,
-        packing: bool = True,
-        split_seed: int = 0,
-        seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
-        samples: Annotated[int, Field(ge=1)] = 4,
-    ) -> None:
-        super().__init__(
-            "world", tokenizer, batch_size=batch_size, packing=packing, split_seed=split_seed,
-            seed=seed, limit=limit, samples=samples,
-        )  # fmt: skip
-        self.world, self.demonstrations = world, demonstrations
+    demonstrations: Annotated[int, Field(ge=16)] = 8000
+
+    max_length: ClassVar[int] = 1024
+    on_long: ClassVar[str] = "skip"
 
     def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
         draw = self.world.demonstrations
