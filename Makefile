@@ -46,7 +46,7 @@ $(VENV)/user $(VENV)/dev: $(REQUIREMENTS)
 		|| { echo "Python 3.11 or later is needed: make $(MAKECMDGOALS) PYTHON=python3.12, after rm -r $(VENV)"; exit 1; }
 	@# On Linux, torch comes with CUDA's libraries unless it is asked for where its CPU build is.
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
-		$(PIP) -c constraints/cpu.txt torch --index-url https://download.pytorch.org/whl/cpu 2> /dev/null \
+		$(PIP) --no-deps -c constraints/cpu.txt torch --index-url https://download.pytorch.org/whl/cpu 2> /dev/null \
 			|| echo "the CPU build of torch cannot be had from download.pytorch.org; taking the usual one"; \
 	fi
 	@$(PIP) -c constraints/cpu.txt -e ".$(EXTRAS)"

@@ -64,7 +64,8 @@ class LoadedRun:
         """(model, tokenizer) of a stage; None: of the last one that trained a policy."""
         from lit_rlhf.models import load_policy_and_tokenizer
 
-        there = [name for name in ("ppo", "dpo", "sft", "pretrain") if self._model(name).is_dir()]
+        policies = [name for name, record in all_stages().items() if record.model is not None]
+        there = [name for name in reversed(policies) if self._model(name).is_dir()]
         if not there and stage is None:
             raise UserError(f"{self.path}: no stage of this run has a policy; its stages are {', '.join(self.stages)}")
         return load_policy_and_tokenizer(self._model(self._known(stage or there[0], there)))
