@@ -245,21 +245,45 @@ def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequen
 
 
 class Critic(nn.Module):
-    """The value of the state before each next token: a head on a trunk of its own, or a linear one on the policy's."""
+    """The value of the state before each next token: a head on a trunk of its own, or a linear one on the policy's.
 
-    def __init__(self, trunk: PreTrainedModel | None, head: nn.Linear | ScoreHead) -> None:
+    Args:
+        trunk: its own; None: it reads the policy's states.
+        head: on the last hidden states.
+        begins_as: the reward model that it is a copy of, whose scores :meth:`in_units` turns into values.
+    """
+
+    factor, shift = 1.0, 0.0  # value = factor * what the head says + shift
+
+    def __init__(
+        self,
+        trunk: PreTrainedModel | None,
+        head: nn.Linear | ScoreHead,
+        begins_as: PreTrainedModel | RewardTransformer | None = None,
+    ) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
+        self.scale_of_scores = None if begins_as is None else (score_shift(begins_as), score_std(begins_as))
+
+    def in_units(self, weight: float, scaled: bool, mean: float) -> None:
+        """Begin with values in the units of what is learned from: ``weight * ((score + shift) / std - mean)``.
+
+        ``scaled``: whether scores are divided by the reward model's own ``score_std``."""
+        if self.scale_of_scores is not None:
+            shift, std = self.scale_of_scores
+            self.factor = weight / std if scaled else weight
+            self.shift = self.factor * shift - weight * mean
 
     def forward(self, packed: Packed, at: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Values (M,) at the tokens ``at`` (M,), flat indices.
 
         The policy's states there, (M, D), serve a shared trunk; another needs none."""
         if isinstance(self.head, ScoreHead) and self.trunk is not None:  # which may look at all tokens of a sequence
-            return self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at].float()
-        hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
-        values: Tensor = self.head(hidden).squeeze(-1).float()
-        return values
+            said: Tensor = self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at]
+        else:
+            hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
+            said = self.head(hidden).squeeze(-1)
+        return self.factor * said.float() + self.shift
 
     values = gathers(forward)  # the same of a critic that may be sharded
 
@@ -286,7 +310,7 @@ def critic_from_reward_model(
         )
     reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
     critic = _trainable(copied(reward_model), policy, lora)
-    return Critic(critic.base_model, critic.score)
+    return Critic(critic.base_model, critic.score, reward_model)
 
 
 def critic_from_policy(

@@ -11,7 +11,10 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, critic_from_policy, critic_from_reward_model, critic_on_policy
 from lit_rlhf.models.adapters import lora_layers
+from lit_rlhf.models.reward_head import RewardEnsemble
 from lit_rlhf.stages.ppo import GAE, KLPenalty, MonteCarlo, Scoring
+from lit_rlhf.stages.ppo.scoring import Scorer, critic_in_units
+from lit_rlhf.text import pack
 
 FUNCTION = Scoring(functions=[lambda p, r, **_: [float(len(x)) for x in r]], reward_model_weight=0.0)
 
@@ -167,3 +170,21 @@ def test_a_critic_on_the_policy_values_the_states_that_answers_were_drawn_from(p
     assert kept.sequences == read.sequences and kept.values.std() > 0.1
     assert_close(kept.values, read.values, rtol=1e-4, atol=1e-4)
     assert not kept.values[~kept.mask].any()
+
+
+@pytest.mark.parametrize("scale, center", [("reference", False), ("reference", True), ("none", False)])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_critic_that_begins_as_the_reward_model_predicts_what_is_learned_from(
+    reward_model, policy, scale, center, members
+):
+    torch.nn.init.normal_(reward_model.score.weight, std=0.5)
+    reward_model.config.update({"score_shift": 0.5, "score_std": 4.0, "score_mean": 1.0})
+    given = reward_model if members == 1 else RewardEnsemble([reward_model] * 2)
+    scoring = Scoring(scale=scale, center=center, reward_model_weight=2.0)
+    critic = critic_in_units(critic_from_reward_model, policy, given, scoring)
+    packed = pack([[5, 6, 7], [8, 9, 10, 11, 12]], 0)
+    values = critic(packed, packed.ends, None)
+    assert_close(values, Scorer(given, scoring).raw([packed], [[]] * 2, [""] * 2, {}))  # of whole answers: their scores
+    raw = reward_model(input_ids=tensor([[5, 6, 7]])).logits[0, 0]
+    scaled = (raw + 0.5 - float(center)) / 4 if scale == "reference" else (raw + 0.5) / 4 ** (members - 1)
+    assert_close(values[0], 2 * scaled, atol=1e-5, rtol=1e-5)

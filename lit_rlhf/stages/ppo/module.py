@@ -36,7 +36,7 @@ from lit_rlhf.stages.ppo.probe import probe
 from lit_rlhf.stages.ppo.progress import Progress, headline, means_over
 from lit_rlhf.stages.ppo.ptx import PretrainingText, held_out_text_loss, pretraining_text
 from lit_rlhf.stages.ppo.rollout import ORDER, PROBE, ROLLOUT, VALIDATION, Rollout
-from lit_rlhf.stages.ppo.scoring import Scorer, Scoring
+from lit_rlhf.stages.ppo.scoring import Scorer, Scoring, critic_in_units
 from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training.all_processes import gather_all, gather_step
@@ -137,7 +137,8 @@ class PPOModule(LearnsFromRollouts):
         check(policy, reward_model, advantage, answers_per_prompt, self.sampling)
         self.policy, self.tokenizer = learning(policy), tokenizer
         self.reference = Reference(policy, reference)
-        self.critic = critic(policy, reward_model) if getattr(advantage, "needs_critic", True) else None
+        needed = getattr(advantage, "needs_critic", True)
+        self.critic = critic_in_units(critic, policy, reward_model, scoring) if needed else None
         self.scorer, self.gold_judge, self.sample_prompts = Scorer(reward_model, scoring), gold_judge, sample_prompts
         self.advantage, self.loss, self.kl, self.action = advantage, loss, kl, action
         self.optimizer, self.schedule, self.answers_per_prompt = optimizer, schedule, answers_per_prompt

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, scale_of
-from lit_rlhf.models.heads import scores_of
+from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_mean, score_std, scores_of
 from lit_rlhf.models.policy import freeze
+from lit_rlhf.models.reward_head import RewardEnsemble
 from lit_rlhf.stages.callables import first_failing, name_of, resolve
 from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages, shown
@@ -120,6 +121,21 @@ class Scorer(nn.Module):
         if settings.clip is not None:
             scores = scores.clamp(-settings.clip, settings.clip)
         return scores - settings.missing_eos_penalty * (~finished).float() - settings.length_penalty * lengths
+
+
+def critic_in_units(
+    make: CriticFactory, policy: PreTrainedModel, reward_model: AnyRewardModel | None, scoring: Scoring
+) -> Any:
+    """The critic; one that begins as the reward model predicts what that one's scores become by ``scoring``.
+
+    Of a running scale nothing is known yet: as if there were none."""
+    critic = make(policy, reward_model)
+    if isinstance(critic, Critic) and reward_model is not None and scoring.reward_model_weight > 0:
+        reference = scoring.scale == "reference"
+        mean = score_mean(reward_model) / score_std(reward_model) if reference and scoring.center else 0.0
+        # The members of an ensemble are scaled whatever the settings say.
+        critic.in_units(scoring.reward_model_weight, reference or isinstance(reward_model, RewardEnsemble), mean)
+    return critic
 
 
 def call(
