@@ -362,3 +362,15 @@ def test_what_is_no_file_is_named(tmp_path):
         load_records(tmp_path / "u.jsonl", parse_text)
     with pytest.raises(UserError, match="no such file"):
         load_records("x" * 5000 + ".jsonl", parse_text)
+
+
+def test_a_greeting_of_the_assistants_answers_nothing():
+    greeting, rest = {"role": "assistant", "content": "Hi!"}, [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="nothing stands before a turn of the assistant; give it the weight 0"):
+        parse_demonstration({"messages": [greeting, *rest]})
+    system = {"role": "system", "content": "Be."}
+    with pytest.raises(ValueError, match="only a system message stands before a turn of the assistant"):
+        parse_demonstration({"messages": [system, greeting, *rest]})
+    assert len(parse_demonstration({"messages": [{**greeting, "weight": 0}, *rest]}).messages) == 3

@@ -29,6 +29,7 @@ def parse_demonstration(row: dict[str, Any]) -> Demonstration:
     _check_weights([*prompt, *answer])
     if not any(map(is_learned, answer)):
         raise ValueError("every turn of the assistant has weight 0; nothing is left to learn")
+    _check_asked([*prompt, *answer])
     asked: set[str] = getattr(row, "asked", set())
     asked.add(WEIGHT)
     return Demonstration([*prompt, *answer], len(prompt), tools_of(row))
@@ -41,6 +42,17 @@ def _check_weights(messages: Messages) -> None:
             raise ValueError(f"a message has the weight {short(weight)}; 0 (not learned) or 1 was expected")
         if weight == 1 and role != "assistant":
             raise ValueError(f"a message of the {role} has the weight 1; only the assistant's turns can be learned")
+
+
+def _check_asked(messages: Messages) -> None:
+    """Whether somebody speaks before the assistant's first turn that is learned."""
+    first = next(i for i, message in enumerate(messages) if is_learned(message))
+    before = {message["role"] for message in messages[:first]}
+    if not before & {"user", "tool"}:
+        nothing = "only a system message" if before & {"system", "developer"} else "nothing"
+        raise ValueError(
+            f"{nothing} stands before a turn of the assistant; give it the weight 0 (it is read, and not learned)"
+        )
 
 
 def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:
