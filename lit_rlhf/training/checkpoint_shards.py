@@ -21,17 +21,47 @@ REST = "rest.pt"  # all but the tensors of weights and optimizers
 
 def write_shards(checkpoint: dict[str, Any], path: Path) -> None:
     """Write what all processes have of a checkpoint as the folder ``path``, under another name first."""
-    temporary, first = path.with_name(f"{path.name}.part"), dist.get_rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        path.parent.mkdir(exist_ok=True)
+    part = _begun(checkpoint, path)
+    dcp.save(tensors_of(checkpoint), checkpoint_id=part)
+    if dist.get_rank() == 0:
+        put_in_place(part, path)
     dist.barrier()
-    optimizers = [{"param_groups": state["param_groups"]} for state in checkpoint.get("optimizer_states", ())]
-    dcp.save(tensors_of(checkpoint), checkpoint_id=temporary)
-    if first:
-        torch.save({**checkpoint, "state_dict": {}, "optimizer_states": optimizers}, temporary / REST)
-        put_in_place(temporary, path)
+
+
+class ShardsToCome:
+    """The same, written from copies in a thread of each process, while training goes on.
+
+    Args:
+        checkpoint: what is copied, as it is now.
+        path: the folder.
+        group: of all processes, by gloo, for these threads alone.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any], path: Path, group: Any) -> None:
+        self._part, self._path = _begun(checkpoint, path), path
+        self._written = dcp.async_save(tensors_of(checkpoint), checkpoint_id=self._part, process_group=group)
+
+    def there(self) -> bool:
+        """Whether the parts of all processes are written, or one of them could not be."""
+        return self._written.done()
+
+    def place(self) -> None:
+        """Let the folder have its name, when it is written. Raises what kept a process from writing its part."""
+        self._written.result()
+        if dist.get_rank() == 0:
+            put_in_place(self._part, self._path)
+
+
+def _begun(checkpoint: dict[str, Any], path: Path) -> Path:
+    """The folder, under another name, with all but the tensors."""
+    part = path.with_name(f"{path.name}.part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        optimizers = [{"param_groups": state["param_groups"]} for state in checkpoint.get("optimizer_states", ())]
+        torch.save({**checkpoint, "state_dict": {}, "optimizer_states": optimizers}, part / REST)
     dist.barrier()
+    return part
 
 
 def read_shards(path: Path, into: Mapping[str, Tensor] | None = None, optimizers: bool = True) -> dict[str, Any]:

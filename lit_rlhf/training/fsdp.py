@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,7 +24,7 @@ from lit_rlhf.models.micro_batches import trunks
 from lit_rlhf.models.policy import layers, packs
 from lit_rlhf.models.quantization import is_quantized
 from lit_rlhf.models.reward_head import RewardTransformer
-from lit_rlhf.training.checkpoint_shards import read_shards, tensors_of, write_shards
+from lit_rlhf.training.checkpoint_shards import ShardsToCome, read_shards, tensors_of, write_shards
 
 PRECISIONS = {"32-true": None, "bf16-true": None, "bf16-mixed": torch.bfloat16}  # of gathered weights; None: their own
 
@@ -37,11 +38,14 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         layer_classes: names of the classes of decoder layers; None: as transformers marks them.
+        save_async: checkpoints are copied in memory, and written while training goes on.
     """
 
-    def __init__(self, layer_classes: Sequence[str] | None = None) -> None:
+    def __init__(self, layer_classes: Sequence[str] | None = None, save_async: bool = False) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
-        self.layer_classes = layer_classes
+        self.layer_classes, self.save_async = layer_classes, save_async
+        self._to_come: ShardsToCome | None = None
+        self._writers: Any = None  # the process group of the threads that write
 
     def check(self, precision: str, compile: bool) -> None:
         """Raise ``UserError`` for settings of a trainer that do not go together with sharding."""
@@ -112,11 +116,28 @@ class FSDP2(ModelParallelStrategy):
         return Strategy.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        write_shards(checkpoint, Path(filepath))
+        if not self.save_async:
+            return write_shards(checkpoint, Path(filepath))
+        self.saved(wait=True)
+        self._writers = self._writers or dist.new_group(backend="gloo")
+        self._to_come = ShardsToCome(checkpoint, Path(filepath), self._writers)
+
+    def saved(self, wait: bool) -> bool:
+        """Whether the checkpoint that was saved last has its name on disk; ``wait`` until it has.
+
+        All processes ask, the first one names it. Raises what kept one of them from writing."""
+        if self._to_come is None or not (wait or self._to_come.there()):
+            return self._to_come is None
+        written, self._to_come = self._to_come, None
+        written.place()
+        return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Weights are read into their places; those of an optimizer where this strategy has one."""
         path = Path(checkpoint_path)
+        if self.save_async:
+            self.saved(wait=True)
+            dist.barrier()
         if not path.is_dir():
             return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         assert self.lightning_module is not None

@@ -104,8 +104,9 @@ class LastCheckpoint(Callback):
 
     Always after a whole step and the validation behind it, so that what is resumed is what an uninterrupted run had
     there. The file is written under another name, and gets its own when what the step has logged is on disk, too:
-    whenever the process is killed, there is a checkpoint with all the rows of ``metrics.csv`` up to it. To be placed
-    behind the callbacks whose state it saves.
+    whenever the process is killed, there is a checkpoint with all the rows of ``metrics.csv`` up to it. One that is
+    written while training goes on (``FSDP2.save_async``) gets its name between two later steps. To be placed behind the
+    callbacks whose state it saves.
 
     ``rescue`` makes another stage folder, into which the last whole step and what was logged are saved where ``folder``
     was deleted or renamed; ``rescued`` is that folder."""
@@ -186,6 +187,7 @@ class LastCheckpoint(Callback):
         stop = trainer.strategy.reduce_boolean_decision(self._signal is not None or self._gone(), all=False)
         # Between the micro-batches of one optimizer step nothing is saved: the gathered gradients would be lost.
         if not loop._should_accumulate() and (stop or batches % self.every_n_batches == 0):
+            self._keep(trainer)  # what is still being written
             self._stopped = batches if stop else 0
             self._due = True
             if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
@@ -196,7 +198,8 @@ class LastCheckpoint(Callback):
             self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._keep(trainer)  # not sooner: Lightning logs a step, and a validation after it, when the step has ended
+        # Not sooner: Lightning logs a step, and a validation after it, when the step has ended.
+        self._keep(trainer, wait=self._stopped > 0)
         self._raise_if_stopped()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,12 +254,14 @@ class LastCheckpoint(Callback):
             trainer.save_checkpoint(self.path.with_suffix(".tmp"))
         self._due, self._unkept = False, True
 
-    def _keep(self, trainer: Trainer) -> None:
-        """Let the checkpoint that was saved take the place of the one before."""
+    def _keep(self, trainer: Trainer, wait: bool = True) -> None:
+        """Let the checkpoint that was saved take the place of the one before; without ``wait``, if it is written."""
         if not self._unkept:
             return
-        self._unkept = False
-        with disk(self.path):
+        with disk(self.path), said_when_slow(f"writing {self.path}"):
+            if isinstance(trainer.strategy, FSDP2) and not trainer.strategy.saved(wait):
+                return
+            self._unkept = False
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsFile):
                     logger.write()

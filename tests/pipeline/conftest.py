@@ -31,7 +31,7 @@ def warm(tmp_path_factory):
     def run(arguments, cwd, env):
         return several(arguments, cwd, [env])[0]
 
-    run.several = several
+    run.several, run.pid = several, server.pid
     yield run
     server.stdin.close()
     server.wait(timeout=60)

@@ -2,12 +2,15 @@
 
 import copy
 import shutil
+import threading
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +21,8 @@ from lit_rlhf.processes import is_main_process
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
+from lit_rlhf.training import FSDP2
+from lit_rlhf.training.checkpoint_shards import read_shards
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 pytestmark = pytest.mark.slow
@@ -221,3 +226,52 @@ def test_in_bfloat16_gradients_are_summed_in_float32(stages, fit, in_processes, 
     one, (two, _) = start(1), in_processes(2, lambda: start(2, **SHARDED))
     for mine, theirs in zip(one, two, strict=True):
         close(mine, theirs, 1e-2)
+
+
+class KilledWhileWriting(Callback):
+    """Keeps the third checkpoint from being written to its end; what SIGKILL leaves of the step after it is copied."""
+
+    def __init__(self, folder):
+        self.folder, self.free = folder, threading.Event()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 2:
+            trainer.strategy.saved(wait=True)  # the second
+            write = FileSystemWriter.write_data
+            FileSystemWriter.write_data = lambda *given: self.free.wait() and write(*given)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 3:
+            if is_main_process():
+                assert (self.folder / "last.tmp.part").is_dir()
+                shutil.copytree(self.folder, self.folder.parent / "killed")
+            dist.barrier()
+            self.free.set()
+            raise Stop
+
+
+def assert_whole(folder, step):
+    assert read_shards(folder)["global_step"] == step
+
+
+def test_a_checkpoint_written_beside_training_is_whole_or_not_there(stages, fit, in_processes, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+    def start(folder, callbacks=(), resume=False, beside=True):
+        module, data = stages["pretrain"]()
+        data.batch_size //= 2
+        strategy = FSDP2(save_async=beside)
+        try:
+            fit(module, data, folder, callbacks, resume, every=1, max_steps=6, strategy=strategy, devices=2)
+        except Stop:
+            return None
+        return [full(p.detach()) for p in module.parameters()]
+
+    whole = in_processes(2, lambda: start("whole", beside=False))
+    in_processes(2, lambda: start("run", [KilledWhileWriting(tmp_path / "run")]))
+    assert_whole(tmp_path / "killed/last.ckpt", step=2)  # the third step's is not whole
+    resumed = in_processes(2, lambda: start("killed", resume=True))
+    assert_whole(tmp_path / "killed/last.ckpt", step=6)
+    assert not [*tmp_path.glob("killed/*.part"), *tmp_path.glob("killed/*.tmp")]
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
