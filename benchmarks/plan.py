@@ -4,7 +4,8 @@
 
 Each stage runs for a few steps at its real shapes, in a process of its own; its peak is the most that the process had
 in RAM (``memory`` in ``done.json``). The plan is made first, with the same settings, when there is nothing but the
-checkpoint. Writes ``benchmarks/results/plan.json``."""
+checkpoint. SFT runs in two processes, too, by DDP and FSDP2; of them the one with more memory counts. Writes
+``benchmarks/results/plan.json``."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from sharded import peaks
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 STAGES = ("sft", "preference", "reward", "ppo", "dpo")
@@ -54,6 +57,22 @@ def compared(folder: Path, *settings: str) -> list[dict[str, Any]]:
     return rows
 
 
+def of_two(folder: Path, *settings: str) -> list[dict[str, Any]]:
+    """Rows of SFT in two processes, the one with more memory, by DDP and FSDP2."""
+    rows = []
+    for trainer in ("ddp", "fsdp"):
+        here = folder / trainer
+        here.mkdir()
+        several = [*settings, f"trainer={trainer}", "trainer.devices=2", "trainer.accelerator=cpu"]
+        lit_rlhf(here, "stage=plan", *several)
+        needs = json.loads((here / "runs" / "plan" / "plan.json").read_text())["stages"]
+        planned = next(need["host"] for need in needs if need["stage"] == "sft") / 2**20
+        measured = 1024 * max(peaks([*FEW_STEPS, "stage=sft", *several], 2, here))
+        rows.append({"stage": f"sft, {trainer}, each of two", "planned_mib": planned, "measured_mib": measured})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown."""
     lines = ["| stage | planned | measured | planned / measured |", "|---" * 4 + "|"]
@@ -71,11 +90,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the runs go; a temporary folder by default")
     parser.add_argument("overrides", nargs="*", help="further settings")
     arguments = parser.parse_args()
-    settings = [f"model.path={arguments.checkpoint}", f"threads={arguments.threads}", *arguments.overrides]
+    settings = [
+        f"model.path={Path(arguments.checkpoint).absolute()}",
+        f"threads={arguments.threads}",
+        *arguments.overrides,
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = compared(folder, *settings)
+        rows = [*compared(folder, *settings), *of_two(folder, *settings)]
     print(table(rows))
     import torch
 

@@ -47,31 +47,35 @@ def make_inputs(checkpoint: Path, folder: Path) -> dict[str, Path]:
     return {"checkpoint": checkpoint, "reward": reward, "records": records}
 
 
-def measure(case: str, processes: int, inputs: dict[str, Path], folder: Path, more: Sequence[str]) -> list[float]:
-    """GiB of each process, without the interpreter's own."""
-    name, total = BATCH[case]
-    settings = [setting.format(**inputs) for setting in CASES[case]] + [f"{name}={total // processes}"]
-    if processes > 1:
-        settings += ["trainer=fsdp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
-    settings += more
-    runs = folder / "runs"
-    shutil.rmtree(runs, ignore_errors=True)
-    command = [sys.executable, "-m", "lit_rlhf", *COMMON, *settings, "run=measured", f"paths.runs={runs}"]
+def peaks(settings: Sequence[str], processes: int, cwd: Path) -> list[float]:
+    """The most GiB (``ru_maxrss``) of each process of a command."""
+    command = [sys.executable, "-m", "lit_rlhf", *settings]
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     several = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
     begun = [
-        subprocess.Popen(command, env={**env, **(own if processes > 1 else {})}, stdout=subprocess.DEVNULL)
+        subprocess.Popen(command, cwd=cwd, env={**env, **(own if processes > 1 else {})}, stdout=subprocess.DEVNULL)
         for own in several
     ]
     ended = [os.wait4(process.pid, 0) for process in begun]
     if any(status for _, status, _ in ended):
-        sys.exit(f"{case}: the run failed")
+        sys.exit(f"{' '.join(command)}: the run failed")
+    return [usage.ru_maxrss / 2**20 for _, _, usage in ended]
+
+
+def measure(case: str, processes: int, inputs: dict[str, Path], folder: Path, more: Sequence[str]) -> list[float]:
+    """GiB of each process, without the interpreter's own."""
+    name, total = BATCH[case]
+    settings = [setting.format(**inputs) for setting in CASES[case]] + [f"{name}={total // processes}"]
+    if processes > 1:
+        settings += ["trainer=fsdp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
+    runs = folder / "runs"
+    shutil.rmtree(runs, ignore_errors=True)
+    found = peaks([*COMMON, *settings, *more, "run=measured", f"paths.runs={runs.absolute()}"], processes, folder)
     done = json.loads((runs / "measured" / case.lower() / "done.json").read_text())
-    own = done["memory"]["before_mib"] / 2**10
-    return [usage.ru_maxrss / 2**20 - own for _, _, usage in ended]
+    return [size - done["memory"]["before_mib"] / 2**10 for size in found]
 
 
 def main() -> None:

@@ -327,7 +327,7 @@ def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
         check_quantization("4bit", lora, "ppo.critic")
     else:
         # A frozen model may be in half precision; small steps of one that learns would be rounded away.
-        if hasattr(model, "intended_dtype") and not (lora and lora.wanted):
+        if hasattr(model, "intended_dtype"):
             intend_dtype(model, intended_dtype(policy))
         else:
             cast_to_intended(model).to(intended_dtype(policy))

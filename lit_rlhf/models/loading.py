@@ -112,9 +112,23 @@ def cast_to_intended(model: Any) -> Any:
     return model
 
 
+@contextmanager
+def as_sharded(model: Any) -> Iterator[None]:
+    """Within it weights that are cast when they are sharded have that precision already, and no values: what is put
+    beside them is made as precise."""
+    stored = {p: p.data for p in model.parameters()} if hasattr(model, "intended_dtype") else {}
+    for parameter, data in stored.items():
+        parameter.data = data.new_empty((), dtype=model.intended_dtype).expand_as(data)
+    try:
+        yield
+    finally:
+        for parameter, data in stored.items():
+            parameter.data = data
+
+
 def copied(model: Any) -> Any:
     """A copy of ``model``; of one that is about to be sharded it shares the numbers, which are taken apart then."""
-    lent = model.parameters() if hasattr(model, "intended_dtype") else ()
+    lent = [p for p in model.parameters() if hasattr(model, "intended_dtype") and not p.is_meta]
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in lent})
 
 
@@ -246,13 +260,16 @@ def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[P
 
     With ``meta`` as torch's default device the model has no values, and none are read."""
     settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    wanted, as_stored = getattr(torch, dtype), _as_stored.get() and "quantization_config" not in settings
     try:
         if torch.empty(0).is_meta:
             config = AutoConfig.from_pretrained(str(path), **{k: v for k, v in settings.items() if k == "num_labels"})
             nothing: dict[str, Any] = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
-            return kind.from_config(config, dtype=getattr(torch, dtype)), nothing
-        wanted = getattr(torch, dtype)
-        form = format_of(path) if _as_stored.get() and "quantization_config" not in settings else None
+            model = kind.from_config(config, dtype=wanted)
+            if as_stored:
+                intend_dtype(model, wanted)
+            return model, nothing
+        form = format_of(path) if as_stored else None
         if form is None or form.others:
             model, found = kind.from_pretrained(str(path), dtype=wanted, **settings)
         else:

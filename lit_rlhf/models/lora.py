@@ -20,7 +20,7 @@ from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
 from lit_rlhf.models.finite import not_finite
-from lit_rlhf.models.loading import cast_to_intended, checkpoint_format
+from lit_rlhf.models.loading import as_sharded, cast_to_intended, checkpoint_format
 from lit_rlhf.models.quantization import Model, is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, check_regular_files, is_adapter
 
@@ -59,6 +59,12 @@ class LoRA:
         """Whether there are to be adapters."""
         return self.r > 0 or self.path is not None
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the values of a model's weights go into what its adapters are at first."""
+        values = self.use_dora or self.modules_to_save or self.trainable_token_indices or self.target_parameters
+        return bool(values or self.path is not None or self.init_lora_weights == "orthogonal")
+
 
 def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     """Put adapters into ``model``; only they, what trains with them, and a scalar head stay trainable.
@@ -67,7 +73,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     names match nothing in the model, or the adapter in ``lora.path`` is for another one."""
     if lora is None or not lora.wanted:
         return model
-    cast_to_intended(model)
+    if lora.reads_weights:
+        cast_to_intended(model)
     if lora.path is not None:
         own = [f.name for f in dataclasses.fields(lora) if f.name != "path" and getattr(lora, f.name) != f.default]
         if own:
@@ -83,7 +90,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     known = {f.name: f for f in dataclasses.fields(LoraConfig)}
     if unknown := [name for name in settings.keys() - known if settings[name] not in (None, False)]:
         raise UserError(f"lora.{unknown[0]}: this version of peft has no such setting; it has {', '.join(known)}")
-    _inject(model, LoraConfig(**{n: v for n, v in settings.items() if v is not None and n in known}))
+    with as_sharded(model):
+        _inject(model, LoraConfig(**{n: v for n, v in settings.items() if v is not None and n in known}))
     return train_adapters(model)
 
 

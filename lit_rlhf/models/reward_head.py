@@ -26,10 +26,10 @@ from lit_rlhf.models.chunked import by_token
 from lit_rlhf.models.finite import check_finite
 from lit_rlhf.models.loading import (
     MODEL_TYPE,
-    cast_to_intended,
     check_files,
     check_tensors,
     checkpoint_format,
+    intended_dtype,
     keep_format,
 )
 from lit_rlhf.models.logits import check_logits, language_model
@@ -154,12 +154,12 @@ class RewardTransformer(nn.Module):
         """A language model with a fresh head in place of its own, which a likelihood head keeps for itself.
 
         Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
-        trunk: Any = cast_to_intended(policy).base_model
+        trunk: Any = policy.base_model
         embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
         if spec.kind == "likelihood":
             check_logits(language_model(trunk, tied_head(trunk) if own is None else own))
-        model = cls(trunk, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, policy.dtype))
+        model = cls(trunk, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, intended_dtype(policy)))
         keep_format(model, checkpoint_format(policy))
         return model
 

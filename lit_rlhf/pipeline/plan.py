@@ -128,23 +128,26 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     for callback in (*module.configure_callbacks(), *trainer.callbacks):
         callback.setup(trainer, module, "fit")
     trained = [p for p in module.parameters() if p.requires_grad and "optimizer" in settings]
-    count = processes_of(settings.trainer) if trained else 1  # those that sample hold all of their models each
+    count = processes_of(settings.trainer)
     kind = "fsdp2" if "fsdp2" in str(settings.trainer.get("strategy")).lower() else "ddp"
-    shards = count if kind == "fsdp2" else 1
+    shards = count if kind == "fsdp2" else 1  # those that sample hold all of their models each
     state = sum(p.numel() for p in trained) * _state_bytes(settings) if trained else 0
     weights, gradients = bytes_of([*module.parameters(), *module.buffers()]), bytes_of(trained)
     checkpoint = bytes_of(module.state_dict().values()) + state
+    stored = bytes_of(p for m in module.modules() if hasattr(m, "intended_dtype") for p in m.parameters())
+    loading = weights - stored + stored // shards  # what comes from files is cast part by part where it is sharded
     held = state // shards
     offloaded = held if on_gpu and trained and settings.optimizer.get("offload") else 0
     meter = Meter(module, precision, plan.device, shards)
-    meter.live += held - offloaded + (gradients if count > shards else 0)  # DDP's buckets
+    meter.adds = count == shards
+    meter.live += held - offloaded + (0 if meter.adds else gradients)  # DDP's buckets
     if hasattr(module, "engine"):
         module.engine = DryEngine(module.engine, meter)
     with meter:
         records = module.dry_run(meter, data)
     tensors = int((1 + MARGIN) * meter.peak)
     process = max(resident_bytes(), plan.process)
-    host = first = process + (weights + offloaded if on_gpu else max(tensors, weights))
+    host = first = process + (loading + offloaded if on_gpu else max(tensors, loading))
     sent = 2 * meter.steps * gradients
     if shards > 1:
         sent = meter.gathered + meter.whole + meter.passes * gradients
@@ -152,7 +155,7 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         first = max(host, process + kept + gradients)  # it gathers what is exported
     sent = int(sent * (count - 1) / count)
     speed = WITHIN_A_MACHINE if on_gpu and settings.trainer.get("num_nodes", 1) == 1 else BETWEEN_MACHINES
-    own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, weights
+    own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, loading
     most = tensors if on_gpu else 0, first, first + (devices_of(settings.trainer) - 1) * host
     need = Need(name, *own, *most, sent, f"{count} processes ({kind})", sent / speed / 1e9, speed, advice="")
     if need.node > plan.host or (on_gpu and 0 < plan.gpu < tensors):

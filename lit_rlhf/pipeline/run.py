@@ -181,8 +181,8 @@ def make_module(
     """The module of a stage, with its models; ``without_values``: on ``meta``, for a dry run."""
     strategy = settings.trainer.get("strategy")
     sharded = strategy == "fsdp2" or isinstance(strategy, DictConfig)
-    values = loading_as_stored() if sharded else nullcontext()
-    with torch.device("meta") if without_values else values:
+    values = torch.device("meta") if without_values else nullcontext()
+    with values, loading_as_stored() if sharded else nullcontext():
         models = load_models(name, settings, data.tokenizer)
     make = instantiate(settings.module, **models, _partial_=True, _convert_="all")
     module: StageModule = make(**data.for_module())  # not through Hydra, which makes dictionaries of records

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -45,6 +46,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.activations = self.cache = self.whole = 0
         self.shards, self.steps, self.passes, self.gathered, self.times = shards, 1, 0.0, 0.0, 1.0
+        self.adds = True  # whether gradients are added where they are kept
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         # What an operation makes of which shapes: torch takes longer to say so than all the rest does, for every layer.
@@ -81,7 +83,7 @@ class Meter(TorchDispatchMode):
             parameter.grad = torch.zeros_like(parameter)
             self._keep_part(parameter)
         before = self.live
-        with adds_to_gradients(module):
+        with adds_to_gradients(module) if self.adds else nullcontext():
             value = loss()
         self.activations = max(self.activations, self.live - before)
         value.backward()
@@ -89,7 +91,8 @@ class Meter(TorchDispatchMode):
 
     def _shard(self, model: nn.Module, half: torch.dtype | None) -> None:
         """Count this process's part of ``model``, and what it gathers of it: at most the layer at work, the next one as
-        it arrives and as it is laid out, and of each model that is trained what is not in layers."""
+        it arrives and as it is laid out, and of each model that is trained what is not in layers, once more where that
+        is larger, as it arrives or its gradients leave."""
         self.live += bytes_of([*model.parameters(), *model.buffers()]) // self.shards
         models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         layer = rest = 0
@@ -99,7 +102,7 @@ class Meter(TorchDispatchMode):
             trunk.register_forward_pre_hook(partial(self._gather, size, trained))
             layer, rest = max([layer, *parts]), rest + (size - sum(parts)) * trained
             intend_dtype(root, root.dtype)  # from which follows how much it is given at a time
-        self.live += 3 * layer + rest
+        self.live += max(3 * layer, rest) + rest
         model.to(half)
         self._known.update(x.untyped_storage() for x in (*model.parameters(), *model.buffers()))
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):

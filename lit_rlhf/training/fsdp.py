@@ -64,7 +64,8 @@ class FSDP2(ModelParallelStrategy):
         give_back_freed_memory()
         module = self.precision_plugin.convert_module(module)
         settings: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "reshard_after_forward": True}
-        if gathered := PRECISIONS[str(self.precision_plugin.precision)]:
+        precision = str(self.precision_plugin.precision)
+        if gathered := PRECISIONS[precision]:
             settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
         for root in _roots(module):
             if isinstance(root, FSDPModule):
@@ -72,7 +73,7 @@ class FSDP2(ModelParallelStrategy):
             if isinstance(root, PreTrainedModel) and root.can_generate():
                 check_logits(root)
             dtypes = (getattr(part, "intended_dtype", None) for part in root.modules())
-            dtype = next(filter(None, dtypes), None)
+            dtype = None if precision == "bf16-true" else next(filter(None, dtypes), None)
             for trunk in trunks(root):
                 packs(trunk)  # how it is computed is asked while its weights are whole
                 for layer in self._layers(trunk):

@@ -547,10 +547,9 @@ def test_what_is_to_be_sharded_stays_as_it_is_stored(policy, tokenizer, tmp_path
     tokenizer.save_pretrained(tmp_path)
     with loading_as_stored():
         lent = load_policy(tmp_path, tokenizer)
-        adapted = load_policy(tmp_path, tokenizer, lora=LoRA(r=2))
     plain = load_policy(tmp_path, tokenizer)
     assert (lent.dtype, intended_dtype(lent)) == (torch.bfloat16, torch.float32)
-    assert adapted.dtype == plain.dtype == torch.float32
+    assert plain.dtype == torch.float32
     assert [p.data_ptr() for p in copied(lent).parameters()] == [p.data_ptr() for p in lent.parameters()]
     assert copied(plain).lm_head.weight.data_ptr() != plain.lm_head.weight.data_ptr()
     reference = Reference(lent, ReferenceUpdate()).start
@@ -560,3 +559,30 @@ def test_what_is_to_be_sharded_stays_as_it_is_stored(policy, tokenizer, tmp_path
     assert cast_to_intended(lent).dtype == intended_dtype(lent) == torch.float32 and not hasattr(lent, "intended_dtype")
     for name, weight in cast_to_intended(reference).state_dict().items():
         assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lora", [LoRA(r=2), LoRA(r=2, init_lora_weights="gaussian"), LoRA(r=2, use_dora=True)])
+def test_adapters_of_what_is_to_be_sharded_are_as_precise_as_others(policy, tokenizer, tmp_path, lora):
+    policy.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def load():
+        torch.manual_seed(0)
+        return load_policy(tmp_path, tokenizer, lora=lora)
+
+    plain = load()
+    with loading_as_stored():
+        lent = load()
+    critic = critic_from_policy(lent, lora=lora)
+    assert critic.trunk.dtype == lent.dtype == (torch.float32 if lora.use_dora else torch.bfloat16)
+    for name, weight in cast_to_intended(lent).state_dict().items():
+        assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_head_of_our_own_on_what_is_to_be_sharded(policy, tokenizer, tmp_path):
+    policy.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with loading_as_stored():
+        model = load_reward_model(tmp_path, tokenizer, new_head=True, head=RewardHead("mlp"))
+    assert (model.trunk.dtype, model.trunk.intended_dtype) == (torch.bfloat16, torch.float32)
+    assert {p.dtype for p in model.score.parameters()} == {torch.float32}

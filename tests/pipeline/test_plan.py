@@ -143,7 +143,11 @@ def test_several_processes_are_planned(planned, monkeypatch):
     assert part.sent == pytest.approx(7 / 8 * (2 * whole.weights / 2 + whole.gradients), rel=0.001)
     assert (whole.gb_per_s, part.gb_per_s) == (450, 50) and part.seconds == part.sent / 50e9
     assert whole.node > 4 * (whole.host - 2**20) and 0 < ddp["sft"].sent < whole.sent  # adapters alone
-    assert ddp["preference"].sent == fsdp["preference"].sent == 0
+    # From files each process takes its part alone; what is made from a config it has as a whole at first.
+    assert fsdp["sft"].loading == pytest.approx(ddp["sft"].loading / 8, rel=0.01)
+    for need, count in ((ddp["preference"], 4), (fsdp["preference"], 8)):  # which share out the prompts
+        assert need.sent == 0 and need.processes.startswith(f"{count} processes")
+        assert need.loading == need.weights and need.node > 4 * (need.host - 2**20)
 
 
 def test_what_does_not_fit_is_said_with_what_would_make_it_smaller(planned, capsys, monkeypatch):

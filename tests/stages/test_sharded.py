@@ -14,12 +14,13 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from lit_rlhf.models import LoRA, RewardHead, add_lora, chunked, critic_on_policy
+from lit_rlhf.models import LoRA, RewardHead, add_lora, chunked, critic_on_policy, load_policy, save_model
 from lit_rlhf.models.gathering import full
+from lit_rlhf.models.loading import loading_as_stored
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.processes import is_main_process
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages import PPOModule, WorldPretrainDataModule
+from lit_rlhf.stages import PPOModule, SFTModule, WorldPretrainDataModule, WorldSFTDataModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
 from lit_rlhf.training import FSDP2
 from lit_rlhf.training.checkpoint_shards import read_shards
@@ -128,6 +129,25 @@ def test_a_sharded_stage_is_the_same(stage, budget, stages, trained, monkeypatch
     one, two = trained(stages[stage], halved, budget, stop=2, **settings)
     assert one[1]
     for mine, theirs in zip([*one[0], *one[1:]], [*two[0], *two[1:]], strict=True):
+        close(mine, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("lora", [LoRA(), LoRA(r=2)], ids=["all weights", "adapters"])
+def test_what_is_stored_in_bfloat16_is_sharded_in_float32(lora, policy, tokenizer, optimizer, world, trained, tmp_path):
+    save_model(policy.to(torch.bfloat16), tokenizer, tmp_path / "start")
+
+    def make(size=8):
+        torch.manual_seed(0)
+        start = load_policy(tmp_path / "start", tokenizer, lora=lora)
+        data = WorldSFTDataModule(world, tokenizer, demonstrations=40, batch_size=size)
+        return SFTModule(start, tokenizer, optimizer=optimizer), data
+
+    def halved():
+        with loading_as_stored():
+            return make(4)
+
+    one, two = trained(make, halved, {"max_steps": 6}, stop=2)
+    for mine, theirs in zip([*one[0], one[1]], [*two[0], two[1]], strict=True):
         close(mine, theirs, 1e-4)
 
 
@@ -275,3 +295,16 @@ def test_a_checkpoint_written_beside_training_is_whole_or_not_there(stages, fit,
     assert not [*tmp_path.glob("killed/*.part"), *tmp_path.glob("killed/*.tmp")]
     for one, other in zip(whole, resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_in_bfloat16_alone_no_weight_is_float32(policy, tokenizer, optimizer, world, fit, in_processes, tmp_path):
+    save_model(policy.to(torch.bfloat16), tokenizer, tmp_path / "start")
+
+    def start():
+        with loading_as_stored():
+            module = SFTModule(load_policy(tmp_path / "start", tokenizer), tokenizer, optimizer=optimizer)
+        data = WorldSFTDataModule(world, tokenizer, demonstrations=16, batch_size=8)
+        fit(module, data, max_steps=1, strategy="fsdp2", precision="bf16-true")
+        return {p.dtype for p in module.parameters()}
+
+    assert in_processes(1, start) == [{torch.bfloat16}]
