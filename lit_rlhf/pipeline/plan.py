@@ -148,12 +148,11 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     tensors = int((1 + MARGIN) * meter.peak)
     process = max(resident_bytes(), plan.process)
     host = first = process + (loading + offloaded if on_gpu else max(tensors, loading))
-    sent = 2 * meter.steps * gradients
+    gathered = meter.gathered + meter.whole + meter.passes * gradients
     if shards > 1:
-        sent = meter.gathered + meter.whole + meter.passes * gradients
         kept = offloaded if on_gpu else weights // shards + held
         first = max(host, process + kept + gradients)  # it gathers what is exported
-    sent = int(sent * (count - 1) / count)
+    sent = int((gathered if shards > 1 else 2 * meter.steps * gradients) * (count - 1) / count)
     speed = WITHIN_A_MACHINE if on_gpu and settings.trainer.get("num_nodes", 1) == 1 else BETWEEN_MACHINES
     own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, loading
     most = tensors if on_gpu else 0, first, first + (devices_of(settings.trainer) - 1) * host

@@ -40,13 +40,12 @@ class Meter(TorchDispatchMode):
 
     What an iteration sends: ``steps`` times gradients are summed where models are whole; where they are sharded,
     ``gathered`` bytes of weights (``whole`` for a rollout) and gradients of ``passes`` backward passes. What is
-    metered is done ``times`` in an iteration."""
+    metered is done ``times`` in an iteration. ``adds``: gradients are added where they are kept."""
 
     def __init__(self, model: nn.Module, precision: str = "32-true", device: str = "cpu", shards: int = 1) -> None:
         super().__init__()
         self.live = self.peak = self.activations = self.cache = self.whole = 0
-        self.shards, self.steps, self.passes, self.gathered, self.times = shards, 1, 0.0, 0.0, 1.0
-        self.adds = True  # whether gradients are added where they are kept
+        self.shards, self.steps, self.passes, self.gathered, self.times, self.adds = shards, 1, 0.0, 0.0, 1.0, True
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._parts: weakref.WeakSet[Any] = weakref.WeakSet()
         # What an operation makes of which shapes: torch takes longer to say so than all the rest does, for every layer.

@@ -142,13 +142,12 @@ class PPOModule(LearnsFromRollouts):
         self.scorer, self.gold_judge, self.sample_prompts = Scorer(reward_model, scoring), gold_judge, sample_prompts
         self.advantage, self.loss, self.kl, self.action = advantage, loss, kl, action
         self.optimizer, self.schedule, self.answers_per_prompt = optimizer, schedule, answers_per_prompt
-        self.critic_lr, self.critic_head_lr = critic_lr, critic_head_lr
+        self.critic_lr, self.critic_head_lr, self.max_grad_norm = critic_lr, critic_head_lr, max_grad_norm
         self.critic_warmup = critic_warmup if self.critic is not None else 0
         self.value_clip_range, self.value_coef, self.whiten_advantages = value_clip_range, value_coef, whiten
         self.ptx = pretraining_text(ptx, policy, tokenizer) if ptx_coef > 0 else None
-        self.ptx_coef, self.ptx_ratio, self.probe_rollouts = ptx_coef, ptx_ratio, probe_rollouts
-        self.ppo_epochs, self.minibatch_size, self.max_grad_norm = ppo_epochs, minibatch_size, max_grad_norm
-        self.micro_batch_size, self.packing = micro_batch_size, packing
+        self.ptx_coef, self.ptx_ratio, self.probe_rollouts, self.packing = ptx_coef, ptx_ratio, probe_rollouts, packing
+        self.ppo_epochs, self.minibatch_size, self.micro_batch_size = ppo_epochs, minibatch_size, micro_batch_size
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.progress, self.held_out = Progress(), HeldOut(val_samples)
         self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(self)
