@@ -25,6 +25,8 @@ import torch
 from kills import result
 from safetensors.torch import save
 
+from lit_rlhf.finished import CARD
+
 SETTINGS = ["debug=fast", "logger=csv", "threads=1", "callbacks.progress_bar=false", "model=pico"]
 SETTINGS += ["ppo.keep.best=true", "ppo.trainer.val_check_interval=2", "sft.lora.r=2"]
 AFTER = {"pretrain": "sft", "sft": "preference", "preference": "reward", "reward": "ppo", "ppo": "evaluate"}
@@ -87,9 +89,11 @@ class Trial(NamedTuple):
 
 
 def trials(run: Path) -> Iterator[Trial]:
-    """All of a finished run's files, damages, and the commands that read them."""
+    """All of a finished run's files but models' cards, which are people's; damages, and the commands that read them."""
     read = ["model", "adapter", "config.yaml", "done.json", "trained_prompts.txt"]
     for file in sorted(file for file in run.rglob("*") if file.is_file() and not file.name.startswith(".")):
+        if file.name == CARD:
+            continue
         name = str(file.relative_to(run))
         stage, inside = name.split("/")[0], name.split("/")[1:]
         for damage in DAMAGES:
