@@ -1,4 +1,6 @@
-"""Sweeps by Optuna: trials that learn from those before them."""
+"""Sweeps by Optuna: trials that learn from those before them.
+
+Hydra imports this with every command, so what takes long is imported where it is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +18,6 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.apps.sweep_reader import Job
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.files import make_folder, written_anew
 
@@ -95,6 +96,8 @@ class OptunaSweeper(Sweeper):
     def _run(self, study: Study, fixed: list[str], trials: dict[int, dict[str, Any]]) -> list[JobReturn]:
         """Run trials whose numbers follow each other, and tell the study how they ended."""
         from optuna.trial import TrialState
+
+        from lit_rlhf.apps.sweep_reader import Job
 
         jobs = []
         for number, params in trials.items():

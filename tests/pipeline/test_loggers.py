@@ -50,7 +50,7 @@ def history(records, name):
 
 def test_an_interrupted_stage_is_one_run_of_wandb_with_all_steps(lit_rlhf, runs, tmp_path):
     settings = [
-        *SFT, "run=wb", "logger=wandb", "logger.wandb.tags=[a]", "sft.trainer.max_epochs=6", "sft.checkpoint_every=1",
+        *SFT, "run=wb", "logger=wandb", "logger.wandb.tags=[a]", "sft.trainer.max_epochs=3", "sft.checkpoint_every=1",
         "sft.trainer.log_every_n_steps=1",
     ]  # fmt: skip
     folder = runs / "wb" / "sft"

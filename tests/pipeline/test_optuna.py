@@ -64,7 +64,7 @@ def test_a_study_of_twelve_trials_that_is_killed(lit_rlhf, finished_run, tmp_pat
         "-m", "stage=sft", "from_run=quickstart", "run=swept", "hydra/sweeper=optuna", "hydra.sweep.dir=s",
         "hydra.sweeper.n_trials=12", "hydra.sweeper.direction=minimize", "sft.optimizer.lr=choice(1e-9,1e-3,3e-3,1e30)",
         "callbacks=pruning", "callbacks.pruning.monitor=val/sft/loss", "hydra.sweeper.pruner.n_startup_trials=2",
-        "sft.trainer.val_check_interval=1",
+        "sft.trainer.val_check_interval=1", "sft.samples_every=1000", "sft.data.limit=48",
     ]  # fmt: skip
     process = subprocess.Popen(lit_rlhf.command(*settings), cwd=tmp_path, env=lit_rlhf.env, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
