@@ -42,6 +42,8 @@ class WandbRun(WandbLogger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log what belongs to a step; the first time after an interruption, all steps before it."""
         if self._earlier and step is not None:
+            if "samples" in metrics:  # of the step whose figures follow, with which it is logged: it is in the file
+                return
             self._log_again(step, metrics)
         super().log_metrics(metrics, step)
 
@@ -50,7 +52,7 @@ class WandbRun(WandbLogger):
         samples = read_jsonl(self._folder / "samples.jsonl", Stepped)
         tables = {at: [*rows] for at, rows in groupby(samples, lambda row: row["step"])}
         rows = {at: row for at, row in read_metrics(self._folder / "metrics.csv").items() if at <= step}
-        for at in sorted({*rows, *(at for at in tables if at <= step)}):
+        for at in sorted({*rows, *(at for at in tables if at <= step + 1)}):
             row = {name: value for name, value in rows.get(at, {}).items() if at < step or name not in metrics}
             if row:
                 super().log_metrics(row, at)
