@@ -27,6 +27,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_json(folder / "summary.json", Summary)
 
 
+def numbers(node: Any, prefix: str = "") -> dict[str, float]:
+    """Address -> value of all numbers."""
+    if isinstance(node, dict):
+        return {k: v for key, value in node.items() for k, v in numbers(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: node} if isinstance(node, int | float) and not isinstance(node, bool) else {}
+
+
 @dataclass(frozen=True)
 class Run:
     """A run as read from its folder; what is not there is left out."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.apps.run_reader import read_summary
+from lit_rlhf.apps.run_reader import numbers, read_summary
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import Checked, read_json
 
@@ -63,10 +63,3 @@ def varied(jobs: list[Job]) -> list[str]:
     """The settings in which the jobs differ."""
     names = dict.fromkeys(name for job in jobs for name in job.settings)
     return [n for n in names if len({job.settings.get(n) for job in jobs}) > 1]
-
-
-def numbers(node: Any, prefix: str = "") -> dict[str, float]:
-    """Address -> value of all numbers."""
-    if isinstance(node, dict):
-        return {k: v for key, value in node.items() for k, v in numbers(value, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: node} if isinstance(node, int | float) and not isinstance(node, bool) else {}

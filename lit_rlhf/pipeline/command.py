@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.errors import STOPPED, Interrupted, Pruned, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
 from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason, stopped_line
+from lit_rlhf.pipeline.optuna_sweeper import TRIAL
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
 from lit_rlhf.pipeline.settings import (
@@ -372,6 +373,5 @@ def _output_dir() -> Path:
 
 def _overrides() -> list[str]:
     """What was asked for, without what the command adds to every one, and a sweeper to tell a job its number."""
-    added = tuple(f"callbacks.pruning.{name}=" for name in ("storage", "study_name", "trial"))
     asked = HydraConfig.get().overrides.task
-    return [override for override in asked if override not in outside_groups() and not override.startswith(added)]
+    return [o for o in asked if o not in outside_groups() and o.partition("=")[0] not in TRIAL]

@@ -8,11 +8,11 @@ from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
-from lit_rlhf.apps.sweep_reader import numbers
+from lit_rlhf.apps.run_reader import numbers
 from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.processes import is_main_process
@@ -48,8 +48,8 @@ def log_report(cfg: DictConfig, report: Path, summary: dict[str, Any]) -> None:
 
 
 def _is_wandb(settings: DictConfig) -> bool:
-    make = instantiate(settings, _partial_=True).func
-    return isclass(make) and issubclass(make, WandbLogger)
+    kind = get_object(settings._target_)
+    return isclass(kind) and issubclass(kind, WandbLogger)
 
 
 def _log_settings(logger: Logger, settings: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from omegaconf import DictConfig
 
 import lit_rlhf
-from lit_rlhf.apps.sweep_reader import numbers
+from lit_rlhf.apps.run_reader import numbers
 from lit_rlhf.files import write_text
 from lit_rlhf.finished import CARD
 from lit_rlhf.pipeline.run_folder import input_paths
@@ -19,9 +19,10 @@ from lit_rlhf.stages.stage import all_stages
 
 def write_cards(cfg: DictConfig, folder: StageFolder, figures: dict[str, Any]) -> None:
     """Write a card into each folder of weights that a stage has exported: lineage, data, figures, licence."""
-    for place in (folder.path / name for name in ("model", "adapter")):
-        if place.is_dir():
-            write_text(place / CARD, card_of(cfg, folder, figures))
+    if places := [place for name in ("model", "adapter") if (place := folder.path / name).is_dir()]:
+        card = card_of(cfg, folder, figures)
+        for place in places:
+            write_text(place / CARD, card)
 
 
 def card_of(cfg: DictConfig, folder: StageFolder, figures: dict[str, Any]) -> str:

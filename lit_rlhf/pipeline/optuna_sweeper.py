@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
+# How a job is told which trial it is, where it reports to a pruner.
+TRIAL = tuple(f"callbacks.pruning.{name}" for name in ("storage", "study_name", "trial"))
 FOLDER = "folder"  # attribute of a trial: the sweep that runs it; others may share the storage
 
 
@@ -68,8 +70,8 @@ class OptunaSweeper(Sweeper):
         stopped = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(FOLDER) == str(folder)]
         asked = {t.number: t.params for t in stopped if not t.state.is_finished()}
         returns: list[JobReturn] = []
-        while asked or len(study.get_trials(deepcopy=False)) < self.n_trials:
-            while len(asked) < self.n_jobs and len(study.get_trials(deepcopy=False)) < self.n_trials:
+        while asked or self._lacks_trials(study):
+            while len(asked) < self.n_jobs and self._lacks_trials(study):
                 trial = study.ask(space)
                 trial.set_user_attr(FOLDER, str(folder))
                 asked[trial.number] = trial.params
@@ -78,6 +80,9 @@ class OptunaSweeper(Sweeper):
             returns += self._run(study, fixed, {number: asked.pop(number) for number in batch})
         report(study, folder)
         return returns
+
+    def _lacks_trials(self, study: Study) -> bool:
+        return len(study.get_trials(deepcopy=False)) < self.n_trials
 
     def _study(self) -> Study:
         """The study, anew or as it was left."""
@@ -103,8 +108,8 @@ class OptunaSweeper(Sweeper):
         for number, params in trials.items():
             job = [*fixed, *(f"{name}={value}" for name, value in params.items())]
             if "pruning" in self.config.callbacks:
-                told = {"storage": f"'{self.storage}'", "study_name": self.study_name, "trial": number}
-                job += [f"callbacks.pruning.{name}={value}" for name, value in told.items()]
+                told = f"'{self.storage}'", self.study_name, number
+                job += [f"{address}={value}" for address, value in zip(TRIAL, told)]
             jobs.append(job)
         self.validate_batch_is_legal(jobs)
         returns: list[JobReturn] = [*self.launcher.launch(jobs, initial_job_idx=min(trials))]

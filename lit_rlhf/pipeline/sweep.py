@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lit_rlhf.apps.sweep_reader import Job, load_jobs, numbers, varied
+from lit_rlhf.apps.run_reader import numbers
+from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder, write_json, written_anew
 from lit_rlhf.pipeline.failures import sweep_begins

@@ -19,6 +19,7 @@ from lit_rlhf.models.policy import predicting_positions, response_positions
 from lit_rlhf.stages.examples import ExampleDataModule
 from lit_rlhf.stages.prompts import Judge
 from lit_rlhf.stages.supervised import SupervisedModule
+from lit_rlhf.stages.world import WithoutRecordSettings
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Messages, Ranking, parse_ranking, shown, text_of
@@ -209,23 +210,16 @@ class RankingDataModule(ExampleDataModule):
 
 
 @dataclass(eq=False, repr=False)
-class WorldRankingDataModule(RankingDataModule):
+class WorldRankingDataModule(WithoutRecordSettings, RankingDataModule):
     """Rankings of the built-in world's prompts, split as the world splits them, with its gold judge."""
 
     world: World
     _: KW_ONLY
     batch_size: Annotated[int, Field(ge=1)] = 24
 
-    # Settings for other people's records.
     max_length: ClassVar[int] = 1024
     on_long: ClassVar[str] = "cut"
-    held_out: ClassVar[float] = 0.1
     fold: ClassVar[int] = 0
-    special_tokens: ClassVar[SpecialTokens] = "plain"
-    on_bad_record: ClassVar[str] = "fail"
-    fields: ClassVar[None] = None
-    weights: ClassVar[None] = None
-    cache: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

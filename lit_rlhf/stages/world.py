@@ -18,16 +18,22 @@ class WorldFirst:
 
 
 @dataclass(eq=False, repr=False, init=False)
-class WithoutFiles:
-    """The first base of a data module of the world: it has none of the settings of files."""
+class WithoutRecordSettings:
+    """The first base of a data module of the world: it has none of the settings for other people's records."""
 
-    path: ClassVar[str] = "world"
     held_out: ClassVar[float] = 0.1
     special_tokens: ClassVar[str] = "plain"
     on_bad_record: ClassVar[str] = "fail"
     fields: ClassVar[None] = None
     weights: ClassVar[None] = None
     cache: ClassVar[None] = None
+
+
+@dataclass(eq=False, repr=False, init=False)
+class WithoutFiles(WithoutRecordSettings):
+    """The same, of a data module that reads no file at all."""
+
+    path: ClassVar[str] = "world"
 
 
 @dataclass(eq=False, repr=False, init=False, kw_only=True)
