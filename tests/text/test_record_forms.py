@@ -140,6 +140,8 @@ def test_kto_rows_are_thumbs():
         parse_feedback({**row, "label": "good"})
     with pytest.raises(ValueError, match=r"one answer with a rating or a label is feedback .* reward.data.feedback="):
         parse_ranking({**row, "label": True})
+    with pytest.raises(ValueError, match=r"reward.data.feedback= .*, DPO none"):  # HelpSteer's
+        parse_ranking({"prompt": "q", "response": "a", "helpfulness": 3})
 
 
 def test_helpsteer_is_rated_by_its_helpfulness(tmp_path):
@@ -159,6 +161,8 @@ def test_preference_strength_ranks_two_responses(strength, ranks):
     assert parse_ranking(row).margins is None
     first, second = parse_ranking(row, score_margin=0.5).margins
     assert abs(first - second) == 0.5 * abs(strength) and (first > second) == (ranks == [1, 2])
+    third = {"context": [user("q")], "response1": "x", "response2": "y", "overall_preference": strength}
+    assert parse_ranking(third) == parse_ranking(row)
 
 
 def test_ultrafeedback_binarized():

@@ -34,9 +34,12 @@ def parse_prompt(row: dict[str, Any]) -> Messages:
 
 
 def parse_prompt_apart(row: dict[str, Any]) -> Messages:
-    """:func:`parse_prompt` of a record whose answers stand in other fields: ``prompt`` or ``instruction``."""
+    """:func:`parse_prompt` of a record whose answers stand in other fields: ``prompt``, ``instruction``, or a list of
+    messages as ``context``."""
     if "instruction" in row:
         return with_system(row, instruction_of(row))
+    if "prompt" not in row and isinstance(dict.get(row, "context"), list):
+        return with_system(row, _prompt(row["context"], "context"))
     return with_system(row, _prompt(require(row, "prompt"), "prompt"))
 
 

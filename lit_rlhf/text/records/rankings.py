@@ -21,6 +21,9 @@ from lit_rlhf.text.records.prompts import parse_prompt, parse_prompt_apart
 
 PER_ANSWER = ("models", "temperatures", "finished")  # lists with an entry for each response
 LINEAGE = ("model", "round", "sampling", "kind", *PER_ANSWER)
+# HelpSteer's preferences, of the second and the third edition: two responses, and a number below 0 for the first
+_TWO = (("response_1", "response_2", "preference_strength"), ("response1", "response2", "overall_preference"))
+_RATED = {"rating", "label", "helpfulness"}  # fields of feedback
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
 
     ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf). Also
     UltraFeedback's ``completions``, and HelpSteer's ``response_1``, ``response_2`` and ``preference_strength`` (below
-    0: the first is better). An empty response is an answer that says nothing, which models do; it may be ranked.
+    0: the first is better), or ``context``, ``response1``, ``response2``, ``overall_preference``. An empty response is an answer that says nothing, which models do; it may be ranked.
 
     ``tools`` go to the chat template. ``margin``: a pair's field of that name is read, too. ``score_margin``: what the
     scores of two answers are to differ by for each point between them in ``score_chosen`` and ``score_rejected``,
@@ -57,10 +60,10 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
         ranks = [1, 1] if responses[0] == responses[1] else [1, 2]
         if score_margin and "score_chosen" in row:
             points = [number(require(row, name), name) for name in ("score_chosen", "score_rejected")]
-    elif "response_1" in row or "response_2" in row:
+    elif two := next((names for names in _TWO if names[0] in row or names[1] in row), None):
         prompt = parse_prompt_apart(row)
-        responses = [_answer(require(row, name), name, prompt) for name in ("response_1", "response_2")]
-        strength = number(require(row, "preference_strength"), "preference_strength")
+        responses = [_answer(require(row, name), name, prompt) for name in two[:2]]
+        strength = number(require(row, two[2]), two[2])
         points = [max(-strength, 0.0), max(strength, 0.0)] if responses[0] != responses[1] else [0.0, 0.0]
         ranks = ranks_of(points)
     else:
@@ -84,10 +87,10 @@ def ranks_of(points: Sequence[float]) -> list[int]:
 
 
 def _responses(row: dict[str, Any]) -> list[str]:
-    if "responses" not in row and {"response", "completion"} & row.keys() and {"rating", "label"} & row.keys():
+    if "responses" not in row and {"response", "completion"} & row.keys() and _RATED & row.keys():
         raise ValueError(
-            "one answer with a rating or a label is feedback and not a ranking; give such a file as "
-            "reward.data.feedback= (with reward.data.path=null where there are no rankings)"
+            "one answer with a rating or a label is feedback and not a ranking; a reward model takes such a file as "
+            "reward.data.feedback= (with reward.data.path=null where there are no rankings), DPO none"
         )
     responses = require(row, "responses")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
