@@ -19,7 +19,7 @@ Note = Callable[[str], None]  # says a line
 
 OTHER, QUESTION, ANSWER = "(other)", "(question)", "(answer)"  # written to see what a template does with it
 AS_PARTS = re.compile(r"""['"]text['"]: ?['"]\(\w+\)""")  # of these a list of parts, where a text was wanted
-CALL = {"name": "call", "arguments": {}}
+CALL: dict[str, Any] = {"name": "some_function", "arguments": {}}
 OTHERS = frozenset({"system", "developer", "user", "tool"})  # roles besides the assistant's
 FORMS = (frozenset[str](), OTHERS | {"assistant"}, OTHERS, frozenset({"assistant"}))  # roles with content in parts
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
@@ -48,6 +48,7 @@ class Template:
         self._run = re.compile(f"(?:{self._added.pattern})+")
         self._tail = re.compile(rf"(?:{self._added.pattern}|\s)+\Z")
         self._in_parts: frozenset[str] = frozenset()  # the roles whose content it wants as a list of parts
+        self._calls_as_text = False  # it wants the arguments of a call as JSON, not as an object
         self._opening = ""  # of an assistant's turn that it writes at the end of whatever it is given
         self._after: str | None = None  # what it writes after an answer
         self._names = Names(tokenizer, ())
@@ -161,7 +162,9 @@ class Template:
         return "".join(map(content_of, messages))
 
     def _as_wanted(self, message: Message) -> Message:
-        """Content as a text, or as a list of parts."""
+        """Content as a text, or as a list of parts; arguments of calls as an object, or as JSON."""
+        if self._calls_as_text and message.get("tool_calls"):
+            message = {**message, "tool_calls": [_with_json(call) for call in message["tool_calls"]]}
         content, in_parts = message.get("content"), message["role"] in self._in_parts
         if isinstance(content, str) and in_parts:
             return {**message, "content": [{"type": "text", "text": content}]}
@@ -267,7 +270,11 @@ class Template:
 
     def _choose_forms(self, asked: Message, answer: Message) -> None:
         """Other roles are written as the user, or, where the template shows them in the other form alone, in that."""
-        call = {**answer, "tool_calls": [{"type": "function", "id": "123456789", "function": CALL}]}
+        call = {**answer, "content": "", "tool_calls": [{"type": "function", "id": "123456789", "function": CALL}]}
+        for self._calls_as_text in (False, True, False):
+            if CALL["name"] in self._write_if_it_can([asked, self._as_wanted(call)]):
+                break
+        call = self._as_wanted(call)
         for roles, before, behind in ((["system", "developer"], [], [asked]), (["tool"], [asked, call], [])):
             usual = self._in_parts
             for self._in_parts in (usual, usual ^ {*roles}, usual):
@@ -335,6 +342,12 @@ def content_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+
+
+def _with_json(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    written = {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
+    return {**call, "function": written} if "function" in call else written
 
 
 def _in_common(one: Sequence[str], two: Sequence[str]) -> int:

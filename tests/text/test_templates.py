@@ -126,6 +126,35 @@ def test_no_text_of_a_person_becomes_control(template):
         assert forged in tokenizer.decode(tokens)
 
 
+CALLED = {
+    "messages": [
+        {"role": "user", "content": "3 * 8?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "c12345678", "type": "function", "function": {
+            "name": "multiply", "arguments": {"first": 3, "second": 8}}}]},
+        {"role": "tool", "tool_call_id": "c12345678", "name": "multiply", "content": "24"},
+        {"role": "assistant", "content": "It is 24."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "multiply", "description": "a product", "parameters": {
+        "type": "object", "properties": {"first": {"type": "integer"}, "second": {"type": "integer"}}}}}],
+}  # fmt: skip
+
+
+@needs_trl
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_a_call_is_learned_with_its_arguments_or_refused(template):
+    tokenizer = tokenizer_of(template)
+    try:
+        [examples] = encode_dialogues(tokenizer, [CALLED["messages"]], [1], [CALLED["tools"]])
+    except UserError as error:
+        assert "leaves out 'tool_calls[0]'" in str(error)
+        # DeepSeek R1's writes a call only where there is no content, and then asks for the content.
+        assert "tool_calls" not in tokenizer.chat_template or template.stem.startswith("deepseek_r1")
+        return
+    call, answer = [tokenizer.decode(learned) for _, learned in learned_spans(examples)]
+    assert all(word in call for word in ("multiply", "first", "3", "second", "8")) and "24" not in call
+    assert "It is 24." in answer and "8" not in answer
+
+
 @needs_trl
 def test_there_are_many():
     assert len(TEMPLATES) >= 70

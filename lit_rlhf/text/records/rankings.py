@@ -46,7 +46,8 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
 
     ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf). Also
     UltraFeedback's ``completions``, and HelpSteer's ``response_1``, ``response_2`` and ``preference_strength`` (below
-    0: the first is better), or ``context``, ``response1``, ``response2``, ``overall_preference``. An empty response is an answer that says nothing, which models do; it may be ranked.
+    0: the first is better), or ``context``, ``response1``, ``response2`` and ``overall_preference``. An empty response
+    is an answer that says nothing, which models do; it may be ranked.
 
     ``tools`` go to the chat template. ``margin``: a pair's field of that name is read, too. ``score_margin``: what the
     scores of two answers are to differ by for each point between them in ``score_chosen`` and ``score_rejected``,
