@@ -345,7 +345,8 @@ def about(cfg: DictConfig) -> dict[str, Any]:
 
 
 def limit_threads(cfg: DictConfig) -> None:
-    """Share this machine's cores between the processes of a stage, and the jobs of a sweep that run at a time."""
+    """Share this machine's cores, at most ``OMP_NUM_THREADS`` to each, between the processes of a stage, and the jobs of
+    a sweep that run at a time."""
     import torch
 
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or (
@@ -353,7 +354,9 @@ def limit_threads(cfg: DictConfig) -> None:
     )
     jobs = HydraConfig.get().launcher.get("n_jobs", 1) if HydraConfig.get().mode == RunMode.MULTIRUN else 1  # joblib's
     jobs = jobs if jobs > 0 else cores()
-    torch.set_num_threads(cfg.threads or max(1, cores() // (processes * jobs)))
+    share = max(1, cores() // (processes * jobs))
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(cfg.threads or (min(share, int(most)) if most.isdigit() and int(most) else share))
 
 
 def cores() -> int:

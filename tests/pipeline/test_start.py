@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 # Each takes its time to import, and a stage that does not use it shall not wait for it. (Lightning's torchmetrics
 # imports matplotlib and a part of scipy where they are installed.)
@@ -31,6 +35,26 @@ def python(code, lit_rlhf):
 def test_the_command_answers_before_torch_is_imported(lit_rlhf):
     code = "import sys, lit_rlhf.pipeline; print('imported:', *sys.modules)"
     assert not imported(python(code, lit_rlhf)) & {"torch", "transformers", "lightning", "numpy", *UNUSED}
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "variable", "taken"),
+    [(None, 1, "", 8), (None, 2, "", 4), (None, 1, "3", 3), (None, 4, "3", 2), (None, 1, "4,2", 8), (5, 1, "3", 5)],
+)
+def test_threads_are_those_of_the_setting_or_at_most_of_the_environment(
+    threads, processes, variable, taken, monkeypatch
+):
+    from lit_rlhf.pipeline import command
+
+    monkeypatch.setattr(command, "cores", lambda: 8)
+    monkeypatch.setattr(command.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.RUN))
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    trainer = {"devices": processes, "accelerator": "cpu"}
+    command.limit_threads(OmegaConf.create({"threads": threads, "trainer": trainer}))
+    assert set_to == [taken]
 
 
 @pytest.mark.parametrize("mistake", ["sft.optimizer.lrr=1", "stage=nothing", "rounds=0"])
