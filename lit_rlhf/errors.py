@@ -82,6 +82,11 @@ def say_once(line: str) -> None:
     say(line)
 
 
+def say_hub(path: str) -> None:
+    """Say, before minutes of attempts, that a path is nothing here and is therefore asked of the Hub."""
+    say_once(f"{path}: no such file or folder here; asking the Hugging Face Hub for it")
+
+
 def first_line(error: Exception) -> str:
     """First line of another library's error, for a message of one line; its name where it says nothing."""
     said = str(error).strip()

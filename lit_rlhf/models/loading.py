@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
-from lit_rlhf.errors import UserError, say
+from lit_rlhf.errors import UserError, say, say_hub
 from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.finite import check_finite
 from lit_rlhf.text.model_folder import check_regular_files, model_settings
@@ -187,6 +187,8 @@ def load_config(path: str | Path) -> PretrainedConfig:
         model_settings(folder, "generation_config.json")  # transformers goes on in silence without a broken one
         if model_settings(folder).get("model_type") == MODEL_TYPE:
             raise UserError(f"{path}: a reward model with a head of its own, where a language model was expected")
+    else:
+        say_hub(str(path))
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(path))
     except Exception as error:  # whatever transformers raises of a config.json that is none

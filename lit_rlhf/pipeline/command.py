@@ -345,7 +345,7 @@ def about(cfg: DictConfig) -> dict[str, Any]:
 
 
 def limit_threads(cfg: DictConfig) -> None:
-    """Share this machine's cores, at most ``OMP_NUM_THREADS`` to each, between the processes of a stage, and the jobs of
+    """Share this machine's cores, at most ``OMP_NUM_THREADS`` each, between the processes of a stage, and the jobs of
     a sweep that run at a time."""
     import torch
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_rlhf.errors import UserError, first_line, say
+from lit_rlhf.errors import UserError, first_line, say, say_hub
 from lit_rlhf.text.model_folder import base_of_adapter, check_regular_files, is_adapter, model_settings
 
 TokenizerTrainer = Callable[[Iterable[str]], PreTrainedTokenizerBase]
@@ -90,6 +90,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         path = base_of_adapter(path)
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder, where a tokenizer was expected")
+    if not Path(path).exists():
+        say_hub(path)
     check_regular_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.models import (
     LoRA,
     RewardHead,
@@ -586,3 +586,12 @@ def test_a_head_of_our_own_on_what_is_to_be_sharded(policy, tokenizer, tmp_path)
         model = load_reward_model(tmp_path, tokenizer, new_head=True, head=RewardHead("mlp"))
     assert (model.trunk.dtype, model.trunk.intended_dtype) == (torch.bfloat16, torch.float32)
     assert {p.dtype for p in model.score.parameters()} == {torch.float32}
+
+
+def test_what_is_no_folder_is_said_before_the_hub_is_asked(capsys):
+    for load in (load_policy, load_tokenizer):
+        say_once.cache_clear()
+        with pytest.raises(UserError):
+            load("nobody/no-such-model")
+        said = "nobody/no-such-model: no such file or folder here; asking the Hugging Face Hub for it"
+        assert capsys.readouterr().out.count(said) == 1

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlencode
 from pydantic import ConfigDict
 from typing_extensions import TypedDict  # pydantic cannot check that of Python 3.11
 
-from lit_rlhf.errors import UserError, first_line
+from lit_rlhf.errors import UserError, first_line, say_hub
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # as pyarrow calls them
@@ -207,6 +207,8 @@ def hub_rows(path: str) -> Any:
     """A data set of the Hub, as ``datasets`` keeps it on disk."""
     from datasets import load_dataset  # imported here: it takes longer than everything else together
 
+    if not Path(path.partition("?")[0]).exists():
+        say_hub(path)
     settings = _hub_query(path) or {}
     columns, streaming = settings.pop("columns", ""), settings.pop("streaming", "") == "True"
     try:
