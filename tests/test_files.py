@@ -17,8 +17,9 @@ from lit_rlhf.finished import check_unchanged, read_done, write_done
 from lit_rlhf.pipeline.run_folder import read_settings
 from lit_rlhf.pipeline.trained_prompts import read_trained_prompts
 from lit_rlhf.stages.preference.progress_file import ProgressFile
-from lit_rlhf.training.checkpoint_files import read_checkpoint, write_checkpoint
+from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.metrics_file import append_rows, read_metrics
+from lit_rlhf.training.torch_file import write_whole
 
 SETTINGS = {"sft": {"seed": 1}, "world": {"seed": 0}, "split": {"seed": 0}, "origin": {"recipe": "scratch"}}
 RECORD = {"stage": "sft", "figures": {"val_loss": float("nan")}, "seconds": 1.5, "inputs": {}}
@@ -53,7 +54,7 @@ FILES = {  # name -> (writes a whole one, reads it)
         lambda folder: RecordFile(folder / "labels-0.jsonl").read(),
     ),
     "last.ckpt": (
-        lambda folder: write_checkpoint({"state_dict": {"w": torch.ones(999)}}, folder / "last.ckpt"),
+        lambda folder: write_whole({"state_dict": {"w": torch.ones(999)}}, folder / "last.ckpt"),
         lambda folder: read_checkpoint(folder / "last.ckpt"),
     ),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,7 @@ from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.files import check_regular, damaged
 from lit_rlhf.models.checkpoint import put_in_place
 from lit_rlhf.training.checkpoint_shards import REST, read_shards
-
-
-def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """``torch.save``, under another name first: whole or not at all. Raises ``OSError`` where it cannot be written."""
-    path, temporary = Path(path), Path(f"{path}.part")
-    path.parent.mkdir(exist_ok=True)
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except RuntimeError as error:  # torch ends the file all the same, which fails in its own way
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    finally:
-        temporary.unlink(missing_ok=True)
+from lit_rlhf.training.torch_file import check_sums, write_whole
 
 
 def read_checkpoint(path: str | Path, weights_only: bool | None = True) -> dict[str, Any]:
@@ -41,16 +25,15 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = True) -> dict[
         return read_shards(path)
     try:
         check_regular(path)
-        with zipfile.ZipFile(path) as file:  # which keeps a checksum of each tensor; torch does not look at them
-            wrong = file.testzip()
+        check_sums(path)
         # Elsewhere a file that is mapped cannot be replaced by the next checkpoint.
-        found = None if wrong else torch.load(path, "cpu", weights_only=weights_only, mmap=os.name == "posix")
+        found = torch.load(path, "cpu", weights_only=weights_only, mmap=os.name == "posix")
     except UserError:
         raise
     except Exception as error:  # zipfile and pickle have many kinds
         raise damaged(path, first_line(error)) from None
     if not isinstance(found, dict) or "state_dict" not in found:
-        raise damaged(path, f"{wrong} was changed" if wrong else "no checkpoint of a training")
+        raise damaged(path, "no checkpoint of a training")
     return found
 
 
@@ -66,7 +49,7 @@ class CheckpointFiles(TorchCheckpointIO):
     """Lightning's own puts a whole file together in memory, and reads one whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_checkpoint(checkpoint, path)
+        write_whole(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(path, weights_only)

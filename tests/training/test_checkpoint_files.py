@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_rlhf.training import make_trainer
-from lit_rlhf.training.checkpoint_files import CheckpointFiles, read_checkpoint, write_checkpoint
+from lit_rlhf.training.checkpoint_files import CheckpointFiles, read_checkpoint
 from lit_rlhf.training.memory import Peak
+from lit_rlhf.training.torch_file import write_whole
 
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux measures a peak anew")
@@ -20,7 +21,7 @@ def checkpoint(mib):
 
 
 def test_what_was_written_is_read(tmp_path):
-    write_checkpoint(checkpoint(1), tmp_path / "folder" / "last.ckpt")
+    write_whole(checkpoint(1), tmp_path / "folder" / "last.ckpt")
     found = read_checkpoint(tmp_path / "folder" / "last.ckpt")
     assert found["epoch"] == 3 and torch.equal(found["state_dict"]["w"], checkpoint(1)["state_dict"]["w"])
     plain = torch.load(tmp_path / "folder" / "last.ckpt", weights_only=True)
@@ -29,10 +30,10 @@ def test_what_was_written_is_read(tmp_path):
 
 
 def test_what_was_read_can_be_changed_while_the_file_is_replaced(tmp_path):
-    write_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+    write_whole(checkpoint(1), tmp_path / "last.ckpt")
     found = read_checkpoint(tmp_path / "last.ckpt")
     found["state_dict"]["w"] += 1
-    write_checkpoint(found, tmp_path / "last.ckpt")
+    write_whole(found, tmp_path / "last.ckpt")
     again = read_checkpoint(tmp_path / "last.ckpt")
     assert torch.equal(again["state_dict"]["w"], checkpoint(1)["state_dict"]["w"] + 1)
 
@@ -40,9 +41,9 @@ def test_what_was_read_can_be_changed_while_the_file_is_replaced(tmp_path):
 @linux
 def test_neither_writing_nor_reading_takes_a_second_copy(tmp_path):
     large = checkpoint(128)
-    write_checkpoint(checkpoint(1), tmp_path / "first.ckpt")  # what is imported and prepared then
+    write_whole(checkpoint(1), tmp_path / "first.ckpt")  # what is imported and prepared then
     writing = Peak()
-    write_checkpoint(large, tmp_path / "last.ckpt")
+    write_whole(large, tmp_path / "last.ckpt")
     before, peak = writing.measure()
     assert peak - before < 16 * MIB
     reading = Peak()
@@ -53,12 +54,12 @@ def test_neither_writing_nor_reading_takes_a_second_copy(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_the_file_before(tmp_path):
-    write_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+    write_whole(checkpoint(1), tmp_path / "last.ckpt")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, limits[1]))
     try:
         with pytest.raises(OSError):
-            write_checkpoint(checkpoint(8), tmp_path / "last.ckpt")
+            write_whole(checkpoint(8), tmp_path / "last.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["w"].numel() == MIB // 4
