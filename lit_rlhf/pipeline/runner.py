@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
+from lit_rlhf.apps.report.screen import print_screen
 from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_json
@@ -45,8 +46,10 @@ def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
     summary = write_summary(run)
     report = write_report(run)
+    if "evaluate" in names and run == Path(cfg.paths.runs) / cfg.run:  # jobs of a sweep have their own place
+        print_screen(run)
+    print(f"report: {report}", flush=True)
     log_report(cfg, report, summary)
-    print(f"report: {report}")
     return summary
 
 
