@@ -31,7 +31,7 @@ def test_answers_figures_and_commands_of_a_run_stand_on_one_screen(run, lit_rlhf
     text = printed(run)
     tables, _, _ = text.partition("what to try next")
     assert text.count("\n") < 60 and max(map(len, tables.splitlines())) <= 100
-    assert re.search(r"held-out prompt +Base +SFT +PPO", text) and re.search(r"Gold grade +\S+ +\S+ +\S+\n", text)
+    assert re.search(r"held-out prompt +Base +SFT +PPO", text) and re.search(r"Gold grade +\S+ +\S+ +\S+ *\n", text)
     commands = re.findall(r"lit-rlhf (.*?)  # ", text)
     assert len(commands) == 3
     for command in commands:  # each is accepted as it stands
