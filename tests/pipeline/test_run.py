@@ -84,7 +84,7 @@ def test_same_command_again_skips_what_is_finished(lit_rlhf, run_copy):
 def test_changed_settings_are_named_and_nothing_is_lost(lit_rlhf, run_copy):
     done = lit_rlhf("ppo.module.kl_coef=0.5", check=False)
     assert done.returncode == 2
-    assert "ppo.module.kl_coef was 0.2, now 0.5" in done.stderr
+    assert "ppo.module.kl_coef was 0.08, now 0.5" in done.stderr
     assert "from_run=quickstart" in done.stderr and "overwrite=true" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (run_copy / "ppo" / "done.json").is_file()

@@ -95,6 +95,12 @@ def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str, scored
     if win.ours in aligned() and best:
         picked = f"{best.ours_name} {theirs} samples, picked by the reward model"
         notes.append(f"{picked}: {percent(best.mean)} ({interval(best)}).")
+    prompted = wins.get(("sft", "prompted"))
+    if prompted and prompted.mean < 0.5 and judge == "gold":
+        notes.append(
+            f"The base model behind a transcript of questions and answers wins {percent(1 - prompted.mean)} against "
+            "SFT: many of the world's demonstrations are faulty on purpose, more than of its corpus; SFT learns that."
+        )
     if proxy:
         trained = " that PPO was trained to raise" if win.ours == "ppo" and scored_by in ("", proxy) else ""
         notes.append(f"There is no gold judge here: the {proxy}'s score is a proxy{trained}.")

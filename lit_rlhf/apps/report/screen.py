@@ -46,14 +46,13 @@ def _screen(run: Run, ours: str, theirs: str) -> Iterator[RenderableType]:
     yield _measures(run, models)
     if headline := comparison.headline(run):
         yield Text.assemble(headline.before, (headline.number, "bold"), headline.after)
-    if "prompted" in run.figures["evaluate"]["models"] and theirs == "sft":
-        yield from _prompted(run)
+        yield Text(headline.note, "dim")
     yield ""
     yield Text("what to try next", "bold")
 
 
 def _answers(run: Run, models: list[str], ours: str, theirs: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=1)
     table.add_column("held-out prompt", style="dim", ratio=3)
     for name in models:
         table.add_column(model_name(name), ratio=4)
@@ -70,11 +69,10 @@ def _answers(run: Run, models: list[str], ours: str, theirs: str) -> Table:
 
 
 def _answer(text: str, badges: list[tuple[str, str]]) -> Text:
-    mark, label = next(((kind, label) for kind, label in badges if kind), ("", ""))
-    return Text.assemble(
-        _cut(text) or "(nothing)",
-        (f" {label}".replace(" ", "\N{NO-BREAK SPACE}") if label else "", MARKS.get(mark, "")),
-    )
+    """The text behind a mark: right, wrong, or in between, where a judge knows."""
+    kind, label = next(((kind, label) for kind, label in badges if kind), ("", ""))
+    mark = label[:1] if label[:1] in "✓✗" else "~"
+    return Text.assemble((f"{mark} " if kind else "", MARKS.get(kind, "")), _cut(text) or "(nothing)")
 
 
 def _cut(text: str) -> str:
@@ -99,16 +97,6 @@ def _measures(run: Run, models: list[str]) -> Table:
             cells = (f"{wins[name].mean:.0%}" if name in wins else "" for name in models)
             table.add_row(f"Wins against {model_name(versus)}", *cells)
     return table
-
-
-def _prompted(run: Run) -> Iterator[Text]:
-    rate = run.figures["evaluate"].get("win_rate", {}).get("sft_vs_prompted")
-    if rate and rate["mean"] < 0.5 and comparison.has_gold(run):
-        yield Text(
-            f"The base model behind a transcript of questions and answers wins {1 - rate['mean']:.0%} against SFT, "
-            "whose demonstrations are faulty on purpose: it learns their faults, too.",
-            "dim",
-        )
 
 
 def next_commands(folder: Path, ours: str, theirs: str) -> list[str]:
