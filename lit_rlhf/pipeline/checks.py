@@ -68,15 +68,18 @@ def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
             takes = ", ".join([*parameters, *further])
             raise UserError(f"{address}.{key}: {node['_target_']} has no such setting; it takes {takes}")
         if key in hints and not _holds_objects(value):
-            where = origin(cfg, f"{below}.{key}")
-            if where == "model.config" and value is None:
+            place = f"{below}.{key}"
+            if value is None and origin(cfg, place) == "model.config":
                 stage = address.partition(".")[0]
                 init = "checkpoint" if all_stages()[stage].replaced_by_checkpoint else "upstream"
                 raise UserError(
                     f"{stage}/init=scratch makes a model from model.config, and model=hf has none; set "
                     f"{stage}/init={init} to go on from the checkpoint"
                 )
-            check_value(hints[key], value, where)
+            try:
+                check_value(hints[key], value, place)
+            except UserError:  # said once more, with the address at which it is set, which takes its time to find
+                check_value(hints[key], value, origin(cfg, place))
     if is_dataclass(target) and target.__dataclass_params__.frozen and not node.get("_partial_"):
         _check_together(target, node, address)
 

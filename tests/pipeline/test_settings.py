@@ -52,11 +52,13 @@ def options():
 @pytest.mark.parametrize("option", list(options()))
 def test_every_option_composes_and_passes_the_check(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = compose_settings([option])
+    stage = option.partition("/")[0]
+    options = [option, *([f"stage={stage}"] if stage in all_stages() else [])]  # others do not see it
+    cfg = compose_settings(options)
     OmegaConf.set_struct(cfg, True)
     given = [f for f in FILL if _is_open(cfg, f.split("=")[0])]
     given += ["model.path=folder"] if option == "pretrain/init=checkpoint" else []
-    check(compose_settings([option, *given]) if given else cfg)
+    check(compose_settings([*options, *given]) if given else cfg)
 
 
 def _is_open(cfg, address):
