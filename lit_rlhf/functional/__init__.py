@@ -41,6 +41,7 @@ from lit_rlhf.functional.kl import (
     kl_estimate as kl_estimate,
     sequence_kl as sequence_kl,
 )
+from lit_rlhf.functional.length_control import length_controlled_win_rate as length_controlled_win_rate
 from lit_rlhf.functional.lm import lm_loss as lm_loss, token_entropy as token_entropy, token_logprobs as token_logprobs
 from lit_rlhf.functional.masking import (
     last_position as last_position,

@@ -24,6 +24,23 @@ class WinRate(NamedTuple):
     prompts: int
 
 
+def comparisons(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | None = None) -> Tensor:
+    """(P, A, B): 1 where our answer is better than theirs, 0.5 for a tie, NaN where one has no grade.
+
+    Arguments as in :func:`pairwise_wins`.
+
+    >>> comparisons(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, math.nan]]))
+    tensor([[[1.0000,    nan],
+             [0.5000,    nan]]], dtype=torch.float64)
+    """
+    difference = ours[:, :, None] - theirs[:, None, :]
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    if texts is not None:
+        same = [[[a == b for b in row_b] for a in row_a] for row_a, row_b in zip(*texts, strict=True)]
+        wins = wins.masked_fill(torch.tensor(same, device=wins.device).view(wins.shape), 0.5)
+    return wins.masked_fill(difference.isnan(), math.nan)
+
+
 def pairwise_wins(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | None = None) -> Tensor:
     """Win rate (P,) per prompt: each of our A answers against each of their B, a tie half.
 
@@ -36,13 +53,7 @@ def pairwise_wins(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | Non
     >>> pairwise_wins(*grades).item(), pairwise_wins(*grades, texts=([["Yes."]], [["Yes."]])).item()
     (1.0, 0.5)
     """
-    difference = ours[:, :, None] - theirs[:, None, :]
-    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
-    if texts is not None:
-        same = [[[a == b for b in row_b] for a in row_a] for row_a, row_b in zip(*texts, strict=True)]
-        wins = wins.masked_fill(torch.tensor(same, device=wins.device).view(wins.shape), 0.5)
-    graded = ~difference.isnan()
-    return wins.masked_fill(~graded, 0.0).sum((1, 2)) / graded.sum((1, 2))
+    return comparisons(ours, theirs, texts).nanmean((1, 2))
 
 
 def win_rate(

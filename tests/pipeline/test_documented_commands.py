@@ -86,8 +86,11 @@ class Place:
         self.provide(arguments)
         begun = time.monotonic()
         small, self.count = in_small(arguments), self.count + 1
-        if "preference/annotator=llm_judge" in arguments:
-            small.append(f"preference.annotator.url={self.judge}")
+        small += [
+            f"{stage}.annotator.url={self.judge}"
+            for stage in ("preference", "evaluate")
+            if f"{stage}/annotator=llm_judge" in arguments
+        ]
         if "stage=label" in arguments or "chat.ui=web" in arguments:
             said = self.serve(small)
         else:

@@ -246,8 +246,11 @@ def test_no_answer_ends_the_judges_turn(server, judge):
 
 
 def test_a_judge_that_goes_by_the_place_ties(server, judge):
-    server.reply = lambda first, second, count: "A"
-    assert judge()(PROMPTS, ANSWERS) == [[1, 1, 1], [1, 1], [1, 1, 1, 1]]
+    server.reply = lambda first, second, count: "A" if "e" in (first, second) else longer(first, second, count)
+    asked = judge()
+    assert asked(PROMPTS, ANSWERS)[1] == [1, 1]
+    assert asked.figures()["judge_by_place"] == 0.1  # one of ten pairs
+    assert len(server.asked) == sum(map(asked.questions, map(len, ANSWERS))) == 20
 
 
 def test_ranks_follow_from_wins():
@@ -287,7 +290,7 @@ def test_nonsense_is_asked_again_and_then_a_tie(server, judge):
     asked = judge()
     assert asked(PROMPTS, ANSWERS) == [BY_LENGTH[0], [1, 1], BY_LENGTH[2]]
     assert Counter(server.asked)["dd", "e"] == 3  # retries=2
-    assert asked.figures() == {"judge_verdicts": 20, "judge_nonsense": 2}
+    assert asked.figures() == {"judge_verdicts": 20, "judge_nonsense": 2, "judge_by_place": 0.0}
     about = [body for _, _, body in server.bodies if "Answer A:\ndd\n" in body["messages"][1]["content"]]
     temperatures = [body["temperature"] for body in about]
     assert temperatures[0] == 0 and all(t > 0 for t in temperatures[1:])  # a cold model would say the same again

@@ -1,20 +1,25 @@
 """Evaluation with random models: who answers what does not matter, how it is counted does."""
 
+import json
 import math
+import re
+from itertools import combinations
 
 import pytest
 import torch
+from judge_server import JudgeServer, completion
 from lightning import Trainer
 from torch.testing import assert_close
 from torchmetrics.text import Perplexity
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import win_rate
+from lit_rlhf.functional import length_controlled_win_rate, win_rate
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import EvaluateDataModule, EvaluateModule, WorldEvaluateDataModule
 from lit_rlhf.stages.evaluate.answers import Answers, estimates, measures
 from lit_rlhf.stages.evaluate.text import text_figures, text_nats
+from lit_rlhf.stages.preference import LLMJudge
 from lit_rlhf.text import train_bpe
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import write_jsonl
@@ -104,6 +109,35 @@ def test_an_annotator_decides_where_there_is_one(data, models, reward_model):
     lengths = {n: torch.tensor([[-len(t) for t in row] for row in module.answers[n].texts]) for n in ("mine", "sft")}
     assert figures["win_rate"]["mine_vs_sft"]["mean"] == win_rate(lengths["mine"], lengths["sft"]).mean
     assert figures["models"]["sft"]["gold"] is not None  # the gold judge is still heard
+
+
+def test_a_language_model_judges_in_both_orders_and_length_is_taken_out(data, models, capsys):
+    """The judge prefers the longer answer, and the first of two that are equally long."""
+
+    def longer(request):
+        asked = json.loads(request.body)["messages"][1]["content"]
+        first, second = re.search(r"Answer A:\n(.*)\n\nAnswer B:\n(.*)\n\n", asked, re.DOTALL).groups()
+        return 200, completion("A" if len(first) >= len(second) else "B"), {}
+
+    server, said = JudgeServer(longer), []
+    judge = LLMJudge(server.url, "stub", special_tokens="rendered")
+    settings = {"best_of": 0, "prompted_base": False, "annotator": judge}
+    data.note = said.append
+    del models["base"]
+    module = evaluated(data, models, **settings)
+    server.close()
+    assert any("up to 12 questions per prompt, about 4 answers" in line for line in said)
+    figures = module.figures()
+    texts = [module.answers[name].texts for name in ("mine", "sft")]
+    lengths = [torch.tensor([[len(text) for text in row] for row in side], dtype=torch.float64) for side in texts]
+    rate = figures["win_rate"]["mine_vs_sft"]
+    pairs = [pair for row in zip(*(module.answers[name].texts for name in models)) for pair in
+             combinations(dict.fromkeys(text for side in row for text in side), 2)]  # fmt: skip
+    assert figures["judge"] == "llm_judge:stub" and figures["judge_verdicts"] >= len(pairs)
+    assert figures["judge_by_place"] == pytest.approx(sum(len(a) == len(b) for a, b in pairs) / len(pairs))
+    assert rate["mean"] == win_rate(*lengths, texts).mean
+    fair = length_controlled_win_rate(*lengths, texts)
+    assert rate["length_controlled"] == {"mean": fair.mean, "low": fair.low, "high": fair.high}
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])

@@ -147,6 +147,14 @@ def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
         yield from [Card(label, value, note) for label, value, note in templates if value and note is not None][:1]
 
 
+class Cell(NamedTuple):
+    """A measure of a model, with its 95% interval where that is known."""
+
+    value: Any
+    low: float | None = None
+    high: float | None = None
+
+
 class Win(NamedTuple):
     """A win rate of one model's answers against another's."""
 
@@ -159,6 +167,7 @@ class Win(NamedTuple):
     high: float
     n: int
     prompts: int
+    fair: Cell | None = None  # at equal lengths
 
 
 def interval(win: Win) -> str:
@@ -183,7 +192,9 @@ def win_rates(run: Run) -> list[Win]:
 def _win(name: str, rate: dict[str, Any], best_of: Any) -> Win:
     ours, _, theirs = name.partition("_vs_")
     names = model_name(ours, best_of), model_name(theirs, best_of)
-    return Win(ours, theirs, *names, *(rate[key] for key in ("mean", "low", "high", "n", "prompts")))
+    fair = rate.get("length_controlled")
+    controlled = Cell(fair["mean"], fair["low"], fair["high"]) if fair else None
+    return Win(ours, theirs, *names, *(rate[key] for key in ("mean", "low", "high", "n", "prompts")), controlled)
 
 
 class Ladder(NamedTuple):
@@ -210,14 +221,6 @@ def ladder(run: Run) -> Ladder | None:
     strongest = sorted(found["models"].items(), key=lambda item: -item[1]["elo"])
     models = [(key, model_name(key, best_of), rated) for key, rated in strongest]
     return Ladder(models, low, high, marks, model_name(found["anchor"]), found["prompts"])
-
-
-class Cell(NamedTuple):
-    """A measure of a model, with its 95% interval where that is known."""
-
-    value: Any
-    low: float | None = None
-    high: float | None = None
 
 
 class Changes(NamedTuple):

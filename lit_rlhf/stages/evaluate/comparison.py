@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lit_rlhf.functional import Estimate, elo, ratings, tournament, win_rate
+from lit_rlhf.functional import Estimate, elo, length_controlled_win_rate, ratings, tournament, win_rate
 from lit_rlhf.stages.evaluate.answers import Answers, JudgeName, estimates, measures, worth
 
 PROMPTED = "prompted"  # the base model behind a transcript
@@ -56,7 +56,9 @@ class Comparison(NamedTuple):
 
     def _rate(self, worths: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Any]:
         texts = self.contestants[ours].texts, self.contestants[theirs].texts
-        return win_rate(worths[ours], worths[theirs], texts)._asdict()
+        fair = length_controlled_win_rate(worths[ours], worths[theirs], texts)
+        controlled = {"mean": fair.mean, "low": fair.low, "high": fair.high}
+        return {**win_rate(worths[ours], worths[theirs], texts)._asdict(), "length_controlled": controlled}
 
     def _ratings(self, worths: dict[str, Tensor], anchor_rating: float) -> dict[str, Any]:
         """Bradley-Terry ratings on Elo's scale of all contestants, each having met each on every prompt."""

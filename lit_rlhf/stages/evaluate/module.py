@@ -138,6 +138,12 @@ class EvaluateModule(LightningModule):
                 for name, vocabulary in vocabularies.items()
                 if vocabulary == vocabularies["sft"] and self.tokenizers[name].chat_template == template
             }
+        if hasattr(self.annotator, "questions"):
+            answers = self.samples * len(self.answers) + (self.best_of > 0)
+            self.note(
+                f"{name_of(self.annotator)} is asked up to {self.annotator.questions(answers):,} questions per prompt, "
+                f"about {answers} answers; evaluate.module.samples=1, best_of=0 and prompted_base=false make them fewer"
+            )
         if PROMPTED in self.answers:
             # Without examples: how far it comes by knowing whose turn it is.
             self.transcript = replace(transcript_for(self.tokenizers["base"]), examples=())
@@ -292,7 +298,8 @@ class EvaluateModule(LightningModule):
             "reward_model": None if self.reward_model is None else "reward model (proxy)",
         }
         found = self.comparison().figures(self.anchor_rating, self.best_of)
-        return {"judge": names[self.decides], "prompts": len(self.prompts), **found}
+        of_judging = self.annotator.figures() if hasattr(self.annotator, "figures") else {}
+        return {"judge": names[self.decides], "prompts": len(self.prompts), **of_judging, **found}
 
     def export(self, folder: Path) -> None:
         """Write ``samples.jsonl``: every prompt with each model's greedy answer and its first samples.

@@ -102,8 +102,8 @@ class LLMJudge:
     ) -> None:
         if not url.startswith(("http://", "https://")) or CREDENTIALS.search(url):
             raise UserError(
-                "preference.annotator.url: http://... or https://... was expected, without a password or key, which "
-                "preference.annotator.api_key_env names"
+                "annotator.url: http://... or https://... was expected, without a password or key, which "
+                "annotator.api_key_env names"
             )
         self.url, self.model, self.instruction = url.rstrip("/"), model, instruction or INSTRUCTION
         self.api_key_env, self.concurrency, self.timeout = variable(api_key_env), concurrency, timeout
@@ -112,6 +112,7 @@ class LLMJudge:
         self.progress = ProgressFile(progress_file)
         known = self.progress.results.items()
         self.verdicts: dict[str, Verdict] = {key: said for key, said in known if said != "?"}  # nonsense is asked again
+        self._compared: dict[str, bool] = {}  # pairs, and whether both orders preferred the same place
 
     def __call__(
         self,
@@ -131,14 +132,23 @@ class LLMJudge:
         return [self._ranks(*each) for each in asked]
 
     def figures(self) -> dict[str, float]:
-        """Figures of the judging: verdicts asked for, how many were none, and how often the order decided."""
-        said = list(self.verdicts.values())
-        return {"judge_verdicts": len(said), "judge_nonsense": said.count("?")}
+        """Figures of the judging: verdicts asked for, how many were none, and the share of pairs in which both orders
+        preferred the same place."""
+        said, by_place = list(self.verdicts.values()), list(self._compared.values())
+        figures = {"judge_verdicts": len(said), "judge_nonsense": said.count("?")}
+        return figures | ({"judge_by_place": sum(by_place) / len(by_place)} if by_place else {})
+
+    @staticmethod
+    def questions(answers: int) -> int:
+        """The most that it is asked about so many answers to a prompt."""
+        return answers * (answers - 1)
 
     def better(self, prompt: Messages, first: str, second: str, tools: Tools = None) -> float:
         """1 where the first answer wins, 0 where the second does, 0.5 for a tie or where the order decided."""
-        verdict = self.verdicts[self._key(Question(prompt, first, second, tools))]
+        key = self._key(Question(prompt, first, second, tools))
+        verdict = self.verdicts[key]
         swapped = self.verdicts[self._key(Question(prompt, second, first, tools))]
+        self._compared[key] = verdict == swapped and verdict in ("A", "B")
         if (verdict, swapped) == ("A", "B"):
             return 1.0
         return 0.0 if (verdict, swapped) == ("B", "A") else 0.5
@@ -233,14 +243,14 @@ class LLMJudge:
             hints[code] = f"it points to {self._scrubbed(response.headers['Location'])}, where nothing was sent"
         hint = hints.get(code, "the prompt may be longer than the judge's context")
         return UserError(
-            f"preference.annotator: {self.url} refused the question (HTTP {code}: {' '.join(said.split())}) on "
+            f"annotator: {self.url} refused the question (HTTP {code}: {' '.join(said.split())}) on "
             f"{place(question.prompt)}; {hint}"
         )
 
     def _down(self, error: Exception, question: Question) -> UserError:
         kept = f"{len(self.verdicts)} verdicts are kept" + (f" in {self.progress.path}" if self.progress.path else "")
         return UserError(
-            f"preference.annotator: {self.url} did not answer ({' '.join(str(error).split())}) in {self.retries + 1} "
+            f"annotator: {self.url} did not answer ({' '.join(str(error).split())}) in {self.retries + 1} "
             f"attempts, the last on {place(question.prompt)}. {kept}; run the same command when the server is there "
             "again, and it goes on"
         )
@@ -250,10 +260,10 @@ class LLMJudge:
         without = [q for q in questions if self.verdicts[self._key(q)] == "?"]
         if len(without) > len(questions) / 2:
             raise UserError(
-                f"preference.annotator: {self.model} gave no verdict on {len(without)} of {len(questions)} questions, "
+                f"annotator: {self.model} gave no verdict on {len(without)} of {len(questions)} questions, "
                 f"the first on {place(without[0].prompt)}; A, B or tie was expected. Its replies are in "
                 f"{self.progress.path or 'its progress_file'}; take another model, another "
-                "preference.annotator.instruction, or more max_tokens for one that thinks aloud"
+                "annotator.instruction, or more max_tokens for one that thinks aloud"
             )
 
     def _messages(self, question: Question) -> Messages:
