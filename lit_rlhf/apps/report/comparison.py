@@ -255,6 +255,34 @@ def _cell(figures: dict[str, Any], key: str) -> Cell:
     return Cell(figures.get(key), interval.get("low"), interval.get("high"))
 
 
+class Benchmarks(NamedTuple):
+    """Tasks that each model was asked by itself."""
+
+    models: list[tuple[str, str]]  # key, name
+    rows: list[tuple[str, str, list[str]]]  # task, metric, each model's value with its standard error
+
+
+def benchmarks(run: Run) -> Benchmarks | None:
+    """What ``evaluate.benchmark`` found; None where there was none."""
+    models = run.figures.get("evaluate", {}).get("models") or {}
+    asked = {name: figures["benchmark"] for name, figures in models.items() if figures.get("benchmark")}
+    if not asked:
+        return None
+    tasks = [*dict.fromkeys(task for found in asked.values() for task in found)]
+    rows = []
+    for task in tasks:
+        known = [found.get(task, {}) for found in asked.values()]
+        for metric in dict.fromkeys(key for each in known for key in each):
+            if not (metric == "n" or metric.endswith("_stderr")):
+                rows.append((task, metric, [_with_error(each, metric) for each in known]))
+    return Benchmarks([(name, model_name(name)) for name in asked], rows)
+
+
+def _with_error(found: dict[str, float], metric: str) -> str:
+    error = found.get(f"{metric}_stderr")
+    return number(found.get(metric)) + (f" ± {number(error)}" if error is not None else "")
+
+
 def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:
     """(kind, [(model, its name, share fully right)]), the kinds that our model does best first.
 

@@ -40,6 +40,7 @@ def page_of(run: Run) -> str:
         wins=comparison.win_rates(run),
         ladder=comparison.ladder(run),
         changes=comparison.changes(run),
+        benchmarks=comparison.benchmarks(run),
         kinds=comparison.by_kind(run),
         rounds=comparison.rounds(run),
         pair_groups=calibration.groups(run),

@@ -25,6 +25,7 @@ from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
 from lit_rlhf.stages.callables import Annotator, name_of, with_tools
 from lit_rlhf.stages.evaluate.answers import Answers, JudgeName
 from lit_rlhf.stages.evaluate.comparison import PROMPTED, Comparison
+from lit_rlhf.stages.evaluate.harness import Benchmark
 from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
 from lit_rlhf.stages.records import FitContext
@@ -70,6 +71,7 @@ class EvaluateModule(LightningModule):
         share_prompts: read a prompt once for all its answers, where attention can be told so.
         sampling: how answers are drawn.
         engine: what draws them; None: :class:`FastEngine`.
+        benchmark: tasks that each model is asked by itself; None: none.
         documents: text that no model was trained on, for the perplexity; none: it is not measured.
         special_tokens: what their names mean in the prompts; see :class:`lit_rlhf.stages.prompts.PromptDataModule`.
         note: says what a person should know, each line once.
@@ -93,6 +95,7 @@ class EvaluateModule(LightningModule):
         share_prompts: bool = True,
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
+        benchmark: Benchmark | None = None,
         documents: Sequence[str] = (),
         special_tokens: SpecialTokens = "plain",
         note: Note = say_once,
@@ -107,7 +110,7 @@ class EvaluateModule(LightningModule):
         self.documents, self.special_tokens, self.note = documents, special_tokens, note
         self.samples, self.best_of, self.seed = samples, best_of, seed
         self.anchor_rating, self.text_row_length, self.share_prompts = anchor_rating, text_row_length, share_prompts
-        self.sampling, self.engine = sampling, engine or FastEngine()
+        self.sampling, self.engine, self.benchmark = sampling, engine or FastEngine(), benchmark
         names = list(policies)
         if prompted_base and "base" in names:
             names.insert(names.index("base") + 1, PROMPTED)
@@ -117,6 +120,7 @@ class EvaluateModule(LightningModule):
         self.best = Answers()  # of these the one that the reward model likes best
         self.prompts: list[dict[str, Any]] = []
         self.texts: dict[str, dict[str, Any]] = {}  # of each model on held-out text
+        self.benchmarked: dict[str, dict[str, dict[str, float]]] = {}  # model -> task -> metrics
         self._knows_tokens: set[str] = set()  # models whose tokens are those of the prompts
         self._talks_like_sft: set[str] = set()  # and with SFT's tokens and turns: both know how likely an answer is
 
@@ -124,6 +128,8 @@ class EvaluateModule(LightningModule):
         return [FitContext(self.sampling.max_new_tokens)]
 
     def on_test_start(self) -> None:
+        if self.benchmark is not None and self._trainer is not None and self._trainer.world_size > 1:
+            raise UserError("evaluate.benchmark: tasks are asked in one process; set evaluate.trainer.devices=1")
         there = {"gold": self.gold_judge is not None, "reward_model": self.reward_model, "annotator": self.annotator}
         if self.judge is not None and not there[self.judge]:
             known = ", ".join(name for name, here in there.items() if here) or "nobody"
@@ -284,6 +290,9 @@ class EvaluateModule(LightningModule):
             read, length = partial(distributed_map, self.trainer), self.text_row_length
             for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: text"):
                 self.texts[name] = text_figures(policy, self.tokenizers[name], self.documents, length, read)
+        if self.benchmark is not None:
+            for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: benchmark"):
+                self.benchmarked[name] = self.benchmark(policy, self.tokenizers[name])
         self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self.comparison().win_rates().items()})
 
     def comparison(self) -> Comparison:
@@ -299,6 +308,8 @@ class EvaluateModule(LightningModule):
         }
         found = self.comparison().figures(self.anchor_rating, self.best_of)
         of_judging = self.annotator.figures() if hasattr(self.annotator, "figures") else {}
+        for name, tasks in self.benchmarked.items():
+            found["models"][name]["benchmark"] = tasks
         return {"judge": names[self.decides], "prompts": len(self.prompts), **of_judging, **found}
 
     def export(self, folder: Path) -> None:

@@ -68,6 +68,8 @@ def model_answers(text, worth, gold):
 
 def write_evaluation(run, gold=True, text="The rof is brown.", names=("base", "sft", "ppo")):
     models = {name: model_figures(gold) for name in names}
+    for name in names[1:]:
+        models[name]["benchmark"] = {"colours": {"acc": 0.25, "acc_stderr": 0.0456, "n": 90.0}}
     rates = {f"{b}_vs_{a}": {"mean": 0.7412, **RATE} for a, b in combinations(names, 2)}
     rates[f"{names[-1]}_vs_sft"]["length_controlled"] = {"mean": 0.6123, "low": 0.55, "high": 0.67}
     best = {"n": 8, "gold": None, "correct": None, "right": None}
@@ -171,6 +173,7 @@ def test_a_whole_run(tmp_path):
     assert {"pipeline", "results", "ppo", "stages", "kinds", "answers", "learning", "data", "numbers"} <= page.ids
     assert "The judge prefers PPO's answers to SFT's in 74.1% of comparisons (95% interval 71.0–77.2%)" in page.text
     assert "Best of 8 vs SFT 65.4%" in page.text
+    assert "colours acc 0.250 ± 0.0456 0.250 ± 0.0456" in page.text
     assert "PPO vs SFT 61.2% (55.0% – 67.0%)." in page.text  # at equal lengths
     assert "Seed 17" in page.text and "6 min 7 s in all" in page.text  # six stages of 61.2 s
     assert "KL to SFT nats per answer 2.19 2.19 2.19" in page.text
