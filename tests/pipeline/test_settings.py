@@ -27,7 +27,8 @@ FILL = [  # what a user must give
     "pretrain.data.path=a.txt", "sft.data.path=a.jsonl", "preference.data.path=a.jsonl", "ppo.data.path=a.jsonl",
     "evaluate.data.path=a.jsonl", "tokenizer.path=folder", "model.path=folder", "reward.data.path=a.jsonl",
     "dpo.data.path=a.jsonl", "preference.annotator.model=m", "preference.annotator.function=os.getcwd",
-    "classify.data.path=a.jsonl", "few_shot.data.path=a.jsonl",
+    "classify.data.path=a.jsonl", "few_shot.data.path=a.jsonl", "evaluate.annotator.model=m",
+    "evaluate.benchmark.tasks=[a]",
 ]  # fmt: skip
 
 

@@ -224,18 +224,18 @@ def test_perplexity_is_that_of_torchmetrics(policy, tokenizer, world):
 
 
 def test_bits_per_byte_leave_separators_out_on_both_sides(policy, tokenizer):
+    """As nanochat's ``evaluate_bpb``: nats of tokens that have bytes over ln 2 times these; special ones have none."""
+    special = tokenizer.all_special_ids
+    sizes = [0 if i in special else len(tokenizer.decode([i]).encode()) for i in range(len(tokenizer))]
     documents = [f"Line {i}." for i in range(7)]  # of few tokens each: their separators weigh
     ids = [tokenizer(text)["input_ids"] for text in documents]
-    nats, sequence = 0.0, [tokenizer.eos_token_id]
-    for document in ids:
-        start = len(sequence)
-        sequence += [*document, tokenizer.eos_token_id]
-        with torch.no_grad():
-            logprobs = policy(torch.tensor([sequence])).logits[0].double().log_softmax(-1)
-        nats -= sum(logprobs[start + i - 1, token].item() for i, token in enumerate(document))
+    sequence = [tokenizer.eos_token_id, *(token for document in ids for token in [*document, tokenizer.eos_token_id])]
+    with torch.no_grad():
+        logprobs = policy(torch.tensor([sequence])).logits[0].double().log_softmax(-1)
+    nats = -sum(logprobs[i - 1, token].item() for i, token in enumerate(sequence) if i and sizes[token])
     figures = text_figures(policy, tokenizer, documents, 120)  # all in one row
     assert len(sequence) < 120 and figures["tokens"] == len(sequence) - 1
-    expected = nats / math.log(2) / sum(len(text.encode()) for text in documents)
+    expected = nats / (math.log(2) * sum(sizes[token] for token in sequence))
     assert figures["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
