@@ -229,6 +229,7 @@ class Changes(NamedTuple):
     models: list[tuple[str, str]]  # key, name
     rows: list[tuple[str, str, list[Cell], Cell | None]]  # name, unit, value of each model, change
     change: str  # from which model to which
+    compared: tuple[str, str]  # their keys
 
 
 def changes(run: Run) -> Changes:
@@ -247,7 +248,7 @@ def changes(run: Run) -> Changes:
             ends = (paired["low"], paired["high"]) if paired else (None, None)
             rows.append((name, unit, cells, None if before is None or after is None else Cell(after - before, *ends)))
     names = [(key, model_name(key, best.get("n"))) for key in models]
-    return Changes(names, rows, f"{model_name(theirs)} → {model_name(ours)}")
+    return Changes(names, rows, f"{model_name(theirs)} → {model_name(ours)}", (ours, theirs))
 
 
 def _cell(figures: dict[str, Any], key: str) -> Cell:
