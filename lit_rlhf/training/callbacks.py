@@ -155,9 +155,10 @@ def _steps_done(trainer: Trainer) -> int:
 
 
 class StageProgressBar(TQDMProgressBar):
-    """Lightning's bar with the stage's name in front. Plain text: it works in notebooks, logs and CI alike.
+    """Lightning's bar with the stage's name in front. Plain text: it works in terminals and notebooks alike.
 
-    It shows the first step, every ``refresh_rate``-th, the last, and where steps are slow each of them."""
+    It shows the first step, every ``refresh_rate``-th, the last, and where steps are slow each of them. In a file, as
+    of a scheduler or of CI, it is a line for every tenth of the way."""
 
     def __init__(self, stage: str, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
@@ -165,8 +166,10 @@ class StageProgressBar(TQDMProgressBar):
         self._shown = 0.0  # when a bar was last brought up to date
 
     def _bar(self, description: str, leave: bool = True, position: int = 0) -> Tqdm:
-        return _Named(
-            desc=description, leave=leave, position=2 * self.process_position + position, disable=self.is_disabled,
+        kind, hidden = (_Lines, not leave) if _in_a_file() else (_Named, False)
+        return kind(
+            desc=description, leave=leave, position=2 * self.process_position + position,
+            disable=self.is_disabled or hidden,
             dynamic_ncols=True, file=sys.stdout, smoothing=0, bar_format=self.BAR_FORMAT,
         )  # fmt: skip
 
@@ -222,9 +225,31 @@ class _Named(Tqdm):
         super().set_description(None if desc is None else desc.partition(" DataLoader ")[0], refresh)
 
 
+class _Lines(_Named):
+    """A bar in a file: a line for each tenth of the way, or where nobody knows how long it is, for each minute."""
+
+    _said: int | float = 0
+
+    def display(self, *_: Any, **__: Any) -> None:
+        reached = 10 * self.n // self.total if self.total else self.format_dict["elapsed"] // 60
+        if reached > self._said:
+            print(str(self).rstrip(), file=self.fp, flush=True)
+        self._said = reached
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
+
+
+def _in_a_file() -> bool:
+    return not sys.stdout.isatty() and not hasattr(sys.stdout, "pub_thread")  # a notebook's has that
+
+
 def inner_bar(trainer: Trainer | None, steps: Sequence[Item], description: str) -> Iterable[Item]:
     """``steps`` with a bar of their own, which goes when they are done, where the stage has one."""
-    quiet = trainer is None or trainer.progress_bar_callback is None or not trainer.is_global_zero
+    shown = trainer is not None and trainer.progress_bar_callback is not None and trainer.is_global_zero
+    quiet = not shown or _in_a_file()
     return tqdm(steps, desc=description, leave=False, file=sys.stdout, disable=quiet or len(steps) < 2)
 
 

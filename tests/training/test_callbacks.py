@@ -515,7 +515,23 @@ def test_text_samples_are_written_and_shown(tmp_path, capsys):
     assert "step 4: Why 0? → because 4\n" in out and "step 8: Why 1? → because 8\n" in out and "Why 2?" not in out
 
 
-def test_the_progress_bar_names_the_stage(capsys):
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr("lit_rlhf.training.callbacks._in_a_file", lambda: False)
+
+
+def test_a_bar_in_a_file_is_a_line_for_every_tenth(capsys):
+    bar = StageProgressBar("sft", 1)
+    trainer = make_trainer("cpu", max_epochs=2, logger=False, callbacks=[bar])
+    trainer.fit(Noisy())
+    shown = "".join(capsys.readouterr())
+    lines = [line for line in shown.splitlines() if line.startswith("sft")]
+    assert "\r" not in shown and len(lines) == 20 and not any("validation" in line for line in lines)
+    assert lines[0].startswith("sft:  15%") and " 2/13 [" in lines[0] and ", loss=" in lines[0]
+    assert lines[-1].startswith("sft, epoch 2: 100%")
+
+
+def test_the_progress_bar_names_the_stage(capsys, terminal):
     module = Noisy()
     module.log = lambda name, value, **settings: LightningModule.log(
         module, f"sft/{name}", value, prog_bar=True, **settings
@@ -525,7 +541,7 @@ def test_the_progress_bar_names_the_stage(capsys):
     assert "sft: 100%" in shown and ", loss=" in shown and "sft/loss" not in shown
 
 
-def test_progress_bar_counts_from_the_first_step_to_the_last_that_will_be(capsys):
+def test_progress_bar_counts_from_the_first_step_to_the_last_that_will_be(capsys, terminal):
     bar = StageProgressBar("sft", 100)
     trainer = make_trainer("cpu", max_steps=15, max_epochs=9, logger=False, callbacks=[bar])
     trainer.fit(Noisy())
