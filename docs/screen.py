@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lit_rlhf.apps.report.screen import print_screen
 
-console = Console(record=True, width=112, file=io.StringIO())
+console = Console(record=True, width=118, file=io.StringIO())
 print_screen(Path(sys.argv[1]), console)
 picture = console.export_svg(title="lit-rlhf", font_aspect_ratio=0.6)
 picture = re.sub(r"@font-face \{.*?\n    \}\n", "", picture, flags=re.DOTALL)  # of another server
