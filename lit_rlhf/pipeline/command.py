@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,9 @@ def main() -> None:
     """Run the command; whatever is raised ends it with one line, a user's mistake with exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported, which is later
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with a traceback
+    for stream in (sys.stdout, sys.stderr):  # texts have letters that a console of Windows may lack
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         register_resolvers()
         sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux alone
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM now; where the system does not say, the most that it has been."""
+    """Memory of this process that is in RAM now."""
     return _status("VmRSS")
 
 
@@ -21,7 +20,7 @@ def machine_bytes() -> int:
     """Memory that processes may take: the machine's, or less where a control group (a container) allows less."""
     limit = Path("/sys/fs/cgroup/memory.max")
     allowed = limit.read_text().strip() if limit.is_file() else "max"
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = psutil.virtual_memory().total
     return min(machine, int(allowed)) if allowed.isdigit() else machine
 
 
@@ -57,8 +56,14 @@ class Peak:
 
 
 def _status(name: str) -> int:
-    if not STATUS.is_file():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    if STATUS.is_file():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+        return int(line.split()[1]) * 1024
+    held = psutil.Process().memory_info()
+    if name == "VmRSS":
+        return int(held.rss)
+    if sys.platform == "win32":
+        return int(held.peak_wset)
+    import resource  # of POSIX alone
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -28,3 +28,11 @@ def test_a_peak_that_the_system_counts_some_pages_short_is_not_below_the_beginni
     monkeypatch.setattr(memory, "_status", lambda name: says("VmRSS") // 2 if name == "VmHWM" else says(name))
     begun, most = peak.measure()
     assert begun == most
+
+
+def test_systems_without_files_on_processes_say_it_otherwise(monkeypatch, tmp_path):
+    there = resident_bytes(), Peak().measure()
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    assert abs(resident_bytes() - there[0]) < 2**23  # counted more roughly
+    assert Peak().measure()[1] >= there[1][0] - 2**23
+    assert memory.machine_bytes() > resident_bytes()
