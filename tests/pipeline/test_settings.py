@@ -28,7 +28,7 @@ FILL = [  # what a user must give
     "evaluate.data.path=a.jsonl", "tokenizer.path=folder", "model.path=folder", "reward.data.path=a.jsonl",
     "dpo.data.path=a.jsonl", "preference.annotator.model=m", "preference.annotator.function=os.getcwd",
     "classify.data.path=a.jsonl", "few_shot.data.path=a.jsonl", "evaluate.annotator.model=m",
-    "evaluate.benchmark.tasks=[a]",
+    "evaluate.benchmark.tasks=[a]", "reward_bench.data.path=a.jsonl",
 ]  # fmt: skip
 
 

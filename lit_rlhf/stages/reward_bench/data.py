@@ -1,0 +1,85 @@
+"""Questions with a chosen and one or more rejected answers, by subset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import Field
+
+from lit_rlhf.stages.records import RecordDataModule
+from lit_rlhf.text.records import Ranking, parse_ranking
+from lit_rlhf.training.batches import BatchLoader, dealing, in_order
+
+BESIDE = ("id", "chosen_model", "rejected_model", "models", "num_correct", "num_incorrect", "total_completions")
+
+
+class Question(NamedTuple):
+    """A question of a benchmark; answers of rank 1 are the right ones."""
+
+    ranking: Ranking
+    subset: str  # "all" where a record names none
+
+
+def parse_question(row: dict[str, Any]) -> Question:
+    """``prompt``, ``chosen``, ``rejected`` and ``subset``; lists of answers, too, as in RewardBench 2."""
+    subset = str(row.get("subset") or "all")
+    for name in BESIDE:  # known, and not needed
+        row.get(name)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    several = isinstance(chosen, list) and isinstance(rejected, list)
+    if several and all(isinstance(text, str) for text in (*chosen, *rejected)):
+        ranks = [1] * len(chosen) + [2] * len(rejected)
+        row = {"prompt": row["prompt"], "responses": [*chosen, *rejected], "ranks": ranks}
+    ranking = parse_ranking(row)
+    if len(set(ranking.ranks)) == 1:
+        raise ValueError("none of its answers is the better one; a chosen and another, rejected one were expected")
+    return Question(ranking, subset)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class RewardBenchDataModule(RecordDataModule):
+    """All questions of files; none is trained on.
+
+    Args:
+        path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them: ``prompt``, ``chosen``,
+            ``rejected``, ``subset``.
+        tokenizer: of the reward model.
+        batch_size: questions per batch.
+        limit: at most so many questions, to try things out; None: all.
+        on_bad_record: "fail" names the first bad record, "skip" counts them.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)] = 32
+
+    held_out: ClassVar[float] = 1.0
+    split_seed: ClassVar[int] = 0
+    seed: ClassVar[int] = 0
+    cache: ClassVar[None] = None
+    parse_record = staticmethod(parse_question)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.questions: Sequence[Question] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.questions:
+            self.questions = self.load(self.path, parse_question)[: self.limit]
+
+    def sizes(self) -> dict[str, int]:
+        return {"questions": len(self.questions)}
+
+    def for_module(self) -> dict[str, Any]:
+        return {**super().for_module(), "note": self.note}
+
+    def transfer_batch_to_device(self, batch: list[Question], *_: Any) -> list[Question]:
+        """Questions are text."""
+        return batch
+
+    def test_dataloader(self) -> BatchLoader[list[Question]]:
+        collate = lambda mine, _: [self.questions[i] for i in mine]  # noqa: E731
+        return BatchLoader(
+            in_order(len(self.questions)), self.batch_size, collate, keep_rest=True, **dealing(self.trainer)
+        )

@@ -1,0 +1,67 @@
+"""RewardBench's files, by a reward model whose scores are known."""
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lit_rlhf.errors import UserError
+from lit_rlhf.models.heads import score_answers
+from lit_rlhf.stages import RewardBenchDataModule, RewardBenchModule
+from lit_rlhf.stages.reward_bench.data import Question
+from lit_rlhf.stages.reward_bench.module import Scored
+from lit_rlhf.text.records import Ranking, write_jsonl
+
+ROWS = [
+    {"id": i, "prompt": f"What is {i}?", "chosen": f"It is {i}.", "chosen_model": "a", "rejected": f"No {i} here.",
+     "rejected_model": "b", "subset": ("chat", "safety")[i % 2]}
+    for i in range(6)
+]  # fmt: skip
+TWO = {"prompt": "Which?", "chosen": ["This one."], "rejected": ["None.", "Who knows?", "All."], "subset": "chat"}
+
+
+def scored(reward_model, data, **settings):
+    data.setup()
+    module = RewardBenchModule(reward_model, **data.for_module(), **settings)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    return module
+
+
+def test_accuracy_by_subset_is_that_of_the_scores(reward_model, tokenizer, tmp_path, capsys):
+    write_jsonl(tmp_path / "bench.jsonl", [*ROWS, TWO])
+    data = RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer, batch_size=4)
+    module = scored(reward_model, data)
+    assert not data.notes  # fields of RewardBench that are not needed are known
+    figures, right = module.figures(), {"chat": [], "safety": []}
+    for row in [*ROWS, TWO]:
+        answers = [text for side in ("chosen", "rejected") for text in (row[side] if row is TWO else [row[side]])]
+        prompts = [[{"role": "user", "content": row["prompt"]}]] * len(answers)
+        scores = score_answers(reward_model, tokenizer, prompts, answers)
+        right[row["subset"]].append(float(scores.argmax() == 0))
+    for name, values in right.items():
+        assert figures["subsets"][name]["accuracy"] == sum(values) / len(values)
+        assert figures["subsets"][name]["n"] == len(values)
+    assert figures["accuracy"] == sum(map(sum, right.values())) / 7 and figures["questions"] == 7
+    assert figures["subset_mean"] == pytest.approx((sum(right["chat"]) / 4 + sum(right["safety"]) / 3) / 2)
+    assert "reward_bench: safety: " in capsys.readouterr().out
+    other = scored(reward_model, data, seed=1)  # another order of the answers, the same scores
+    for before, after in zip(module.scored, other.scored):
+        assert after.scores == pytest.approx(before.scores, abs=1e-5)
+
+
+def test_ties_count_half_and_long_answers_are_told(reward_model, tokenizer, tmp_path):
+    ranking = Ranking([], ["a", "b", "c"], [1, 2, 2])
+    of = lambda *scores: Scored(Question(ranking, ""), list(scores), 0).right  # noqa: E731
+    assert (of(1.0, 0.0, 0.5), of(1.0, 1.0, 0.0), of(0.0, 1.0, 1.0)) == (1.0, 0.5, 0.0)
+    write_jsonl(tmp_path / "bench.jsonl", [{**ROWS[0], "rejected": "word " * 500}])
+    torch.nn.init.zeros_(next(m for m in reward_model.modules() if getattr(m, "out_features", 0) == 1).weight)
+    data = RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer)
+    figures = scored(reward_model, data).figures()
+    assert (figures["tied"], figures["accuracy"], figures["cut"]) == (1, 0.5, 1)
+    assert "1 answers do not fit into the context" in data.notes[0]
+
+
+def test_a_question_without_a_better_answer_is_a_bad_record(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "bench.jsonl", [ROWS[0], {**ROWS[1], "rejected": ROWS[1]["chosen"]}])
+    with pytest.raises(UserError, match=r"bench.jsonl:2: none of its answers is the better one"):
+        RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer).setup()
