@@ -31,6 +31,9 @@ ELSEWHERE = {  # what a command needs that is not here
     "trainer=ddp": "several processes: test_ddp.py",
     "trainer=fsdp": "several processes: test_sharded.py",
     "trainer.requeue=true": "Slurm: test_signals.py",
+    "evaluate.benchmark.tasks=[arc_easy]": "a download",
+    "evaluate.benchmark.include_path=my_tasks": "task files: test_harness.py",
+    "reward_bench.data.path=rewardbench.jsonl": "a benchmark: test_reward_bench.py",
 }
 BUDGET = re.compile(r"(.*\.(?:max_steps|limit_train_batches|val_check_interval))=\d+")
 SIZES = ["pretrain.trainer.max_steps=2", "ppo.trainer.limit_train_batches=1"]  # of studies, which have their own
