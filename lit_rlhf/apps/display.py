@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lit_rlhf.stages.stage import GRADES, all_stages
 
 COLOURED = ("base", "prompted", "sft", "ppo", "dpo", "best_of_n")  # models with a colour of their own
-LABELS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8"))
+LABELS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MEASURES, FIGURES, DATA = LABELS["measures"], LABELS["figures"], LABELS["data"]
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, but tab and line feed
