@@ -105,7 +105,7 @@ def next_commands(folder: Path, ours: str, theirs: str) -> list[str]:
     commands = {
         f"stage=chat run={folder.name} chat.model={ours} chat.against={theirs}": "talk to both, blind",
         f"-m stage=ppo from_run={folder.name} ppo.module.kl_coef=0.05,0.1,0.2": "a sweep: how far from SFT",
-        f"experiment=ladder from_run={folder.name}": "REINFORCE, RLOO, GRPO, PPO, DPO compared",
+        f"experiment=ladder from_run={folder.name}": "REINFORCE, RLOO, GRPO, PPO, DPO",
     }
     lines = {" ".join(["lit-rlhf", command, *place]): what for command, what in commands.items()}
     width = max(map(len, lines))
