@@ -1,6 +1,7 @@
 """The whole quickstart against an older version of this package, the one before its speed was worked on.
 
     python benchmarks/quickstart.py [--before 4b16d82] [--threads 1 2] [--seeds 1 2 3]
+    python benchmarks/quickstart.py --alone --threads 2 --seeds 11 12 13       # a table of this version's runs
 
 Both commands run with the installed libraries, each from its own files (``git archive``), one working at a time: after
 two seconds the one is stopped (SIGSTOP) and the other goes on (SIGCONT), and whichever has ended a stage waits for the
@@ -186,6 +187,44 @@ def run(case: Case, threads: int, seed: int) -> tuple[dict[str, dict[str, Lap]],
         return {n: c.laps() for n, c in commands.items()}, {n: c.curves() for n, c in commands.items()}
 
 
+# Columns of the table of seeds: what each is called, and its address in summary.json
+OUTCOMES = {
+    "seconds": ("seconds", "total"),
+    "gold, SFT": ("evaluate", "models", "sft", "gold"),
+    "gold, PPO": ("evaluate", "models", "ppo", "gold"),
+    "correct, SFT": ("evaluate", "models", "sft", "correct"),
+    "correct, PPO": ("evaluate", "models", "ppo", "correct"),
+    "KL, nats": ("evaluate", "models", "ppo", "kl"),
+    "PPO wins against SFT": ("evaluate", "win_rate", "ppo_vs_sft", "mean"),
+    "best of 8 wins": ("evaluate", "best_of_n", "win_rate", "best_of_n_vs_sft", "mean"),
+}
+
+
+def alone(settings: Sequence[str], seeds: Sequence[int], out: Path) -> str:
+    """A table of what this version's quickstart reaches with each seed; ``quickstart_seeds.json`` has it, too."""
+    found: dict[str, dict[str, float]] = {}
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "HEAD"
+            unpack("HEAD", place)
+            command = [sys.executable, "-m", "lit_rlhf", *settings, f"seed={seed}", "callbacks.progress_bar=false"]
+            environment = {**os.environ, "PYTHONPATH": str(place)}
+            subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL)
+            reached = json.loads((place / "runs/quickstart/summary.json").read_text())
+        found[str(seed)] = {name: float(reduce(getitem, address, reached)) for name, address in OUTCOMES.items()}
+        (out / "quickstart_seeds.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return seeds_table(found)
+
+
+def seeds_table(found: dict[str, dict[str, float]]) -> str:
+    """Rows of seeds, and of their mean, as Markdown."""
+    mean = {name: sum(row[name] for row in found.values()) / len(found) for name in OUTCOMES}
+    rows = [["seed", *OUTCOMES], ["---"] * (1 + len(OUTCOMES))]
+    for seed, values in {**found, "mean": mean}.items():
+        rows.append([seed, *(f"{v:.0f}" if v > 10 else f"{v:.3f}" for v in values.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def compare(runs: Sequence[dict[str, dict[str, Lap]]]) -> dict[str, tuple[Laps, list[Check]]]:
     """Laps, one a seed, and checks, of each stage and of the whole."""
     sides = {name: {side: [found[side][name] for found in runs] for side in runs[0]} for name in (*STAGES, WHOLE)}
@@ -228,8 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--before", default=BEFORE, help="the older version, as git knows it")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="a run of both versions with each")
+    parser.add_argument("--alone", action="store_true", help="a table of this version's seeds, without an older one")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SETTING", help="further settings, with --alone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and the plots")
     given = parser.parse_args(arguments)
+    if given.alone:
+        return print(alone(["logger=csv", f"threads={given.threads[0]}", *given.set], given.seeds, given.out))
     quiet()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an end at which the files go, too
     names = {stage: f"quickstart's {stage}" for stage in STAGES} | {WHOLE: WHOLE}

@@ -125,3 +125,13 @@ def test_a_command_that_fails_says_what_it_said(tmp_path):
     with pytest.raises(RuntimeError, match="ended with 1: no disk"):
         quickstart.in_turns([command], 5)
     command.stop()
+
+
+def test_seeds_are_rows_of_a_table_and_so_is_their_mean():
+    found = {seed: dict.fromkeys(quickstart.OUTCOMES, value) for seed, value in (("3", 0.25), ("4", 0.75))}
+    found["3"]["seconds"], found["4"]["seconds"] = 200.0, 301.0
+    head, line, *rows = quickstart.seeds_table(found).splitlines()
+    assert head.startswith("| seed | seconds | ") and head.count("|") == line.count("|") == 2 + len(quickstart.OUTCOMES)
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| 3", "200", "0.250"], ["| 4", "301", "0.750"], ["| mean", "250", "0.500"]
+    ]  # fmt: skip
