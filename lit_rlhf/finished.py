@@ -27,6 +27,7 @@ class Done(Checked):
     inputs: dict[str, str] = Field(default_factory=dict)  # path, seen from the run -> digest, of what it was made from
     files: dict[str, str] = Field(default_factory=dict)  # the same of what it ended with, seen from its own folder
     memory: dict[str, float] = Field(default_factory=dict)
+    cost: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     data: dict[str, Any] = Field(default_factory=dict)
 

@@ -49,6 +49,7 @@ class Run:
     settings: dict[str, str]
     samples: dict[str, list[dict[str, Any]]]
     health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)  # of the finished stages, with their memory
     rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
     checkpoint: str = ""  # name of that which took the place of pretraining; "": there was none
 
@@ -110,6 +111,7 @@ def load_run(path: Path) -> Run:
         settings={stage: read_text(folders[stage] / "config.yaml") or "" for stage in settings},
         samples={stage: read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
         health=read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").exists() else None,
+        cost={stage: {**record["cost"], **record["memory"]} for stage, record in done.items()},
         rounds={f.name: known for f in round_folders(path) if (known := read_summary(f))},
         checkpoint=next((Path(origin["checkpoint"]).name for origin in origins if origin.get("checkpoint")), ""),
     )

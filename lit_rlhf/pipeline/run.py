@@ -81,7 +81,7 @@ def _begun(folder: StageFolder) -> bool:
 
 
 def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any]:
-    begun, memory = time.perf_counter(), Peak()
+    begun, cpu_begun, memory = time.perf_counter(), time.process_time(), Peak()
     settings = OmegaConf.create(folder.written_here())
     seed_everything(settings.seed, verbose=False)
     os.environ.pop("PL_GLOBAL_SEED")  # from which several processes would begin anew when the models have been made
@@ -126,9 +126,11 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         log_figures(loggers, figures, trainer.global_step)
         write_cards(cfg, folder, figures)
         write_trained_prompts(name, folder.path, data)
-        seconds = time.perf_counter() - begun + earlier_seconds(callbacks)
+        earlier, earlier_cpu = earlier_seconds(callbacks)
+        seconds, cpu_seconds = time.perf_counter() - begun + earlier, time.process_time() - cpu_begun + earlier_cpu
+        cost = {"cpu_seconds": cpu_seconds, "parameters": sum(p.numel() for p in module.parameters())}
         # Beside the figures, which are the same whenever a stage is done again.
-        notes |= {"memory": memory.mib(), "versions": versions(), "data": data_notes(data)}
+        notes |= {"memory": memory.mib(), "versions": versions(), "data": data_notes(data), "cost": cost}
         folder.finish({"figures": figures, "seconds": seconds, **notes})
         if lost:
             raise lost
@@ -386,9 +388,10 @@ def finding_of(callbacks: list[Any]) -> dict[str, str]:
     return {"first_steps": found[0]} if found else {}
 
 
-def earlier_seconds(callbacks: list[Any]) -> float:
-    """Seconds that interrupted starts of this stage had already worked."""
-    return sum(c.earlier_seconds for c in callbacks if isinstance(c, LastCheckpoint))
+def earlier_seconds(callbacks: list[Any]) -> tuple[float, float]:
+    """Seconds, and seconds of processors, that interrupted starts of this stage had already worked."""
+    last = [c for c in callbacks if isinstance(c, LastCheckpoint)]
+    return sum(c.earlier_seconds for c in last), sum(c.earlier_cpu_seconds for c in last)
 
 
 def data_notes(data: StageData) -> dict[str, int]:

@@ -129,15 +129,17 @@ class LastCheckpoint(Callback):
         self._handlers: dict[int, Any] = {}
         self._resumed = False
         self._ended_early = False  # before the trainer's limits, as `should_stop` asks
-        self.earlier_seconds = 0.0  # of starts that were interrupted
-        self._begun = time.perf_counter()
+        self.earlier_seconds = self.earlier_cpu_seconds = 0.0  # of starts that were interrupted
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self.earlier_seconds + time.perf_counter() - self._begun
-        return {"seconds": seconds, "ended_early": self._ended_early}
+        cpu_seconds = self.earlier_cpu_seconds + time.process_time() - self._cpu_begun
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "ended_early": self._ended_early}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.earlier_seconds, self._ended_early = state_dict["seconds"], state_dict.get("ended_early", False)
+        self.earlier_cpu_seconds = state_dict.get("cpu_seconds", 0.0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the loops' progress as Lightning can resume it: its own, of an epoch's last step, it counts wrongly."""

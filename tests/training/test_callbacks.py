@@ -326,13 +326,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
 def test_the_seconds_of_earlier_starts_are_kept(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 100))
     monkeypatch.setattr("lit_rlhf.training.resuming.time.perf_counter", lambda: float(next(clock)))
+    processor = iter(range(0, 1000, 10))
+    monkeypatch.setattr("lit_rlhf.training.resuming.time.process_time", lambda: float(next(processor)))
     one = LastCheckpoint(tmp_path)  # begun at 0
     state = one.state_dict()
-    assert state == {"seconds": 100.0, "ended_early": False}
+    assert state == {"seconds": 100.0, "cpu_seconds": 10.0, "ended_early": False}
     two = LastCheckpoint(tmp_path)  # begun at 200
     two.load_state_dict(state)
     assert two.earlier_seconds == 100.0
-    assert two.state_dict()["seconds"] == 200.0
+    assert two.earlier_cpu_seconds == 10.0
+    assert two.state_dict() == {"seconds": 200.0, "cpu_seconds": 20.0, "ended_early": False}
 
 
 def test_random_state_restores_all_three_generators(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_rlhf.apps.display import DATA, FIGURES, figure, fill_template, number
+from lit_rlhf.apps.display import DATA, FIGURES, duration, figure, fill_template, number
 from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
 
@@ -46,6 +48,32 @@ def stage_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, int | float | str):
             found.append((name, figure(value, unit) + ("" if unit in ("", "%", GRADES) else f" {unit}")))
     return found
+
+
+def cost(run: Run) -> str:
+    """What the run took, and what the package is made of, in a line; stages that older versions ran are left out."""
+    of_cpus = sum(known.get("cpu_seconds", 0.0) for known in run.cost.values())
+    tokens = run.figures.get("pretrain", {}).get("tokens")
+    parameters = max((known.get("parameters", 0) for known in run.cost.values()), default=0)
+    peak = max((known.get("peak_mib", 0.0) for known in run.cost.values()), default=0.0)
+    found = [
+        f"{duration(run.total_seconds)} of wall time" if run.seconds else "",
+        f"{duration(of_cpus)} of processor time" if of_cpus else "",
+        f"{number(tokens)} tokens of pretraining" if tokens else "",
+        f"{number(int(parameters))} parameters in the largest stage, all its models together" if parameters else "",
+        f"at most {number(round(peak))} MiB" if peak else "",
+    ]
+    return ", ".join(filter(None, found))
+
+
+def package_size() -> str:
+    """Lines of Python of this package, and the packages that it asks for."""
+    lines = sum(file.read_bytes().count(b"\n") for file in Path(__file__).parents[2].rglob("*.py"))
+    try:
+        needed = [line for line in requires("lit-rlhf") or [] if "extra ==" not in line]
+    except PackageNotFoundError:  # run from a checkout
+        needed = []
+    return f"{number(lines)} lines of Python" + (f", {len(needed)} dependencies" if needed else "")
 
 
 class Data(NamedTuple):

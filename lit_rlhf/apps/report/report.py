@@ -37,6 +37,8 @@ def page_of(run: Run) -> str:
         headline=comparison.headline(run),
         cards=comparison.cards(run),
         pipeline=overview.pipeline(run),
+        cost=overview.cost(run),
+        package=overview.package_size(),
         wins=comparison.win_rates(run),
         ladder=comparison.ladder(run),
         changes=comparison.changes(run),

@@ -31,6 +31,7 @@ def write_rows(path, rows):
 
 def write_stage(run, stage, figures, metrics="", data=None, seconds=61.2):
     done = {"stage": stage, "figures": figures, "seconds": seconds, "versions": {"torch": "2.9.1"}, "data": data or {}}
+    done |= {"cost": {"cpu_seconds": 100.0, "parameters": 1234567}, "memory": {"peak_mib": 812.4}}
     write_json(run / stage / "done.json", done)
     (run / stage / "config.yaml").write_text("optimizer:\n  lr: 0.0003\n", encoding="utf-8")
     if metrics:
@@ -173,6 +174,10 @@ def test_a_whole_run(tmp_path):
     assert {"pipeline", "results", "ppo", "stages", "kinds", "answers", "learning", "data", "numbers"} <= page.ids
     assert "The judge prefers PPO's answers to SFT's in 74.1% of comparisons (95% interval 71.0–77.2%)" in page.text
     assert "Best of 8 vs SFT 65.4%" in page.text
+    cost = (
+        r"Cost: \S.* of wall time, \S.* of processor time, .*1,234,567 parameters in .*, at most 812 MiB\. lit_rlhf: "
+    )
+    assert re.search(cost + r"\d\d,\d{3} lines of Python", page.text)
     assert "colours acc 0.250 ± 0.0456 0.250 ± 0.0456" in page.text
     assert "PPO vs SFT 61.2% (55.0% – 67.0%)." in page.text  # at equal lengths
     assert "Seed 17" in page.text and "6 min 7 s in all" in page.text  # six stages of 61.2 s
