@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from lit_rlhf.pipeline.recipe import fitted_settings
 from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
-from lit_rlhf.pipeline.settings import check_settings, hydra_settings, opened, sweep_jobs
+from lit_rlhf.pipeline.settings import check_settings, compose_settings, hydra_settings, opened, sweep_jobs
 from lit_rlhf.stages.stage import all_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,16 @@ def test_options_stand_before_overrides_where_hydra_wants_it():
 def test_python_blocks_are_python(page):
     for source in blocks("python", page.read_text(encoding="utf-8")):
         ast.parse(textwrap.dedent(source))
+
+
+def test_settings_of_the_migration_page_exist():
+    cfg = compose_settings(["evaluate/data=jsonl"])
+    page = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"`((?:ppo|evaluate|chat)\.[\w.]+)", page))
+    assert len(addresses) > 25
+    for address in addresses:
+        above, _, name = address.rpartition(".")
+        assert name in OmegaConf.select(cfg, above), address
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
