@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,15 +22,15 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
 from lit_rlhf.errors import UserError, first_line
-from lit_rlhf.pipeline.failures import parent_gone, reason
+from lit_rlhf.pipeline.failures import MISTAKE, fail, parent_gone, reason
 from lit_rlhf.processes import is_main_process, this_process
+from lit_rlhf.training.all_processes import patient_group
 
 Value = TypeVar("Value")
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as start_others() sets them
 TO_START = timedelta(minutes=10)  # within which all processes must be there
-UNTIL_ALL_ARE_THERE = timedelta(days=30)  # a stage that one process runs by itself may take long
-SECONDS_TO_END = 30.0
+SECONDS_TO_HEAR, SECONDS_TO_END = 20.0, 30.0
 NOTE = ".process-{}"  # in the run's folder, by rank: why a process ended, for the first one to say
 GONE = re.compile("gloo|NCCL|[Cc]onnection (?:closed|reset)")  # how a process learns that another one has ended
 
@@ -68,7 +68,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     processes = Processes()
     lost = threading.Event()
     try:
-        with _watched(others, lost):
+        with _watched(cfg, others, lost):
             processes = _joined(devices * nodes)
             yield processes
             for other in others:
@@ -76,7 +76,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     except (Exception, SystemExit) as error:
         told = processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error))
         if told or lost.is_set():
-            raise UserError(f"{_who_has_gone(cfg, others)}. Run the same command again to go on") from error
+            raise UserError(_who_has_gone(cfg, others)) from error
         if isinstance(error, SystemExit):
             raise
         if not is_main_process() and Path(cfg.paths.run_dir).is_dir():
@@ -91,17 +91,20 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
 
 
 @contextmanager
-def _watched(others: list[subprocess.Popen[bytes]], lost: threading.Event) -> Iterator[None]:
+def _watched(cfg: DictConfig, others: list[subprocess.Popen[bytes]], lost: threading.Event) -> Iterator[None]:
     """Have a signal end this process, and set ``lost``, where one that it has started, or that has started it, is gone,
-    and it does not hear of that: who samples by himself talks to nobody for long."""
+    and it does not hear of that: who samples by himself talks to nobody for long. Who waits for another inside of
+    torch does not hear the signal either, and ends at once."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(1):
             if any(other.poll() for other in others) or (this_process().local_rank > 0 and parent_gone()):
-                if not ended.wait(SECONDS_TO_END):
+                if not ended.wait(SECONDS_TO_HEAR):
                     lost.set()
                     os.kill(os.getpid(), signal.SIGTERM)
+                if not ended.wait(SECONDS_TO_END):
+                    _end_at_once(_who_has_gone(cfg, others), others)
                 return
 
     threading.Thread(target=watch, daemon=True).start()
@@ -111,11 +114,25 @@ def _watched(others: list[subprocess.Popen[bytes]], lost: threading.Event) -> It
         ended.set()
 
 
+def _end_at_once(said: str, others: list[subprocess.Popen[bytes]]) -> NoReturn:
+    """End this process from a thread of it, and those that it has started."""
+    for other in others:
+        other.kill()
+    with suppress(SystemExit):
+        fail(said)
+    sys.stdout.flush()
+    os._exit(MISTAKE)
+
+
 def _notes(cfg: DictConfig) -> list[Path]:
     return sorted(Path(cfg.paths.run_dir).glob(NOTE.format("*")))
 
 
 def _who_has_gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str:
+    return f"{_gone(cfg, others)}. Run the same command again to go on"
+
+
+def _gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str:
     for note in _notes(cfg):
         return f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}"
     until = time.monotonic() + 2
@@ -195,7 +212,7 @@ def _joined(wanted: int) -> Processes:
             f"process {rank} of {size} waited {TO_START} for the others in vain, or lost them: {first_line(error)}. "
             "See whether all are started, and reach the first one's MASTER_ADDR and MASTER_PORT"
         ) from error
-    return Processes(dist.new_group(backend="gloo", timeout=UNTIL_ALL_ARE_THERE))
+    return Processes(patient_group())
 
 
 def _end(others: list[subprocess.Popen[bytes]]) -> None:

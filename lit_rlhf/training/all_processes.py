@@ -12,18 +12,27 @@ import torch.distributed as dist
 from lightning import Trainer
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lit_rlhf.training.batches import BatchLoader
 
 Item, Found = TypeVar("Item"), TypeVar("Found")
 
 PATIENCE = timedelta(days=30)  # a judge behind a URL may take long; a process that ends is noticed all the same
+TO_CONNECT = timedelta(minutes=10)  # one that has ended before is not
+
+
+def patient_group() -> Any:
+    """A group of all processes, of which one may do something alone for long; by gloo, also beside NCCL."""
+    group = dist.new_group(backend="gloo", timeout=TO_CONNECT)
+    _set_pg_timeout(PATIENCE, group)
+    return group
 
 
 @cache
 def _group(world: Any) -> Any:
-    """Of the processes in ``world``; by gloo, also where tensors travel by NCCL."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    """Of the processes in ``world``."""
+    return patient_group()
 
 
 def gather_all(trainer: Trainer, found: Found) -> list[Found]:

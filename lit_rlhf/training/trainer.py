@@ -85,7 +85,13 @@ def make_trainer(
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # and nobody has asked for another
         trainer.strategy.checkpoint_io = CheckpointFiles()
+    trainer._signal_connector.register_signal_handlers = _no_handlers
     return trainer
+
+
+def _no_handlers() -> None:
+    """In place of Lightning's: on SIGTERM it has this process broadcast in the middle of whatever all of them do, and
+    those that are apart by a step wait for each other until a time limit. ``LastCheckpoint`` handles signals."""
 
 
 # Arguments of Lightning's that are passed on; the others are set here, or belong to whoever runs a stage.

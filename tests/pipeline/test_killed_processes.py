@@ -1,6 +1,6 @@
-"""One of two processes is killed in the middle of a stage: the other one ends, too, and the next start goes on.
+"""One of two processes is killed in the middle of each stage: the other one ends, too, and the next start goes on.
 
-SFT, whose processes the command starts itself, is in test_launchers.py."""
+What a process says that has started the others is in test_process_group.py."""
 
 import os
 import signal
@@ -12,40 +12,52 @@ import pytest
 from launchers import on_one_node
 
 pytestmark = pytest.mark.slow
-STAGES = {
-    "preference": (["trainer=ddp", "preference.data.batch_size=2"], "progress.jsonl"),
-    "ppo": (["trainer=fsdp", "trainer.strategy.save_async=true", "ppo.data.batch_size=4"], "checkpoints/last.ckpt"),
-}
+BEGUN = {  # in the order in which they run: what is there when a stage is in its middle
+    "pretrain": "checkpoints/last.ckpt", "classify": "checkpoints/last.ckpt", "sft": "checkpoints/last.ckpt",
+    "preference": "progress.jsonl", "reward": "checkpoints/last.ckpt", "ppo": "checkpoints/last.ckpt",
+    "dpo": "checkpoints/last.ckpt", "evaluate": "config.yaml",
+}  # fmt: skip
+SMALL = [
+    "trainer=fsdp", "trainer.strategy.save_async=true", "trainer.accelerator=cpu", "trainer.devices=2", "model=pico",
+    "preference.data.batch_size=2", "ppo.data.batch_size=4", "evaluate.data.batch_size=2",
+    *(f"{stage}.sampling.max_new_tokens=6" for stage in ("preference", "ppo", "dpo.module", "evaluate")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_process_ends_both_with_one_line_and_the_next_start_goes_on(
-    stage, warm, lit_rlhf, finished_run, tmp_path
-):
-    settings, begun = STAGES[stage]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart").symlink_to(finished_run / "runs" / "quickstart")
-    asked = [f"stage={stage}", "from_run=quickstart", "run=killed", "trainer.accelerator=cpu", *settings]
-    _, _, _, *command = lit_rlhf.command(*asked)
-    done = []
+@pytest.fixture
+def start(warm, lit_rlhf, tmp_path):
+    """start() -> (thread that ends with both processes of the chain, what they have ended with)."""
+    _, _, _, *command = lit_rlhf.command(f"stage=[{','.join(BEGUN)}]", "run=killed", *SMALL)
 
-    def start():
-        done[:] = warm.several(command, tmp_path, [{**lit_rlhf.env, **env} for _, env in on_one_node()])
+    def begin():
+        done = []
+        envs = [{**lit_rlhf.env, **env} for _, env in on_one_node()]
+        running = threading.Thread(target=lambda: done.extend(warm.several(command, tmp_path, envs)))
+        running.start()
+        return running, done
 
-    running = threading.Thread(target=start)
-    running.start()
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "runs/killed" / stage / begun).exists():
-        assert running.is_alive() and time.monotonic() < deadline, done
-        time.sleep(0.01)
-    _, second = subprocess.check_output(["pgrep", "-P", str(warm.pid)], text=True).split()
-    os.kill(int(second), signal.SIGKILL)
-    running.join(60)
-    assert not running.is_alive()
-    first, killed = done
-    assert killed.returncode == -signal.SIGKILL and first.returncode == 2
-    [line] = [line for line in first.stderr.splitlines() if line.startswith("lit-rlhf:")]
-    assert line.startswith("lit-rlhf: another process was killed or lost") and "Run the same command again" in line
-    start()
+    return begin
+
+
+@pytest.mark.timeout(1200)
+def test_a_killed_process_ends_both_with_one_line_and_the_next_start_goes_on(start, warm, tmp_path):
+    goes_on = ""
+    for stage, file in BEGUN.items():
+        running, done = start()
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "runs/killed" / stage / file).exists():
+            assert running.is_alive() and time.monotonic() < deadline, (stage, done)
+            time.sleep(0.01)
+        _, second = subprocess.check_output(["pgrep", "-P", str(warm.pid)], text=True).split()
+        os.kill(int(second), signal.SIGKILL)
+        running.join(60)
+        assert not running.is_alive(), stage
+        first, killed = done
+        assert killed.returncode == -signal.SIGKILL and first.returncode == 2, stage
+        [line] = [line for line in first.stderr.splitlines() if line.startswith("lit-rlhf:")]
+        assert line.startswith("lit-rlhf: another process was killed or lost") and "Run the same command again" in line
+        assert first.stderr.count("\n") == 1 and goes_on in first.stdout, first
+        goes_on = f"\n{stage}: goes on from" if file.endswith(".ckpt") else ""  # a journal in silence
+    running, done = start()
+    running.join(200)
     assert [each.returncode for each in done] == [0, 0], done
-    assert stage == "preference" or "ppo: goes on from" in done[0].stdout  # a journal is gone on with in silence

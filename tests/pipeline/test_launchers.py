@@ -2,11 +2,8 @@
 torchrun on two nodes and by srun on one, a whole one is, in test_whole_chains.py."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from launchers import by_hand, by_srun, free_port, torchrun
@@ -74,27 +71,6 @@ def test_a_chain_in_one_start(way, start, chains, own, same_weights):
     summary = json.loads((chains / "runs" / name / "summary.json").read_text())
     assert summary["sft"] == own["sft"] and summary["preference"] == own["preference"]
     assert same_weights(chains / "runs" / name / "sft", chains / "runs" / "own" / "sft")
-
-
-def test_a_process_that_is_killed_ends_all_with_one_line_and_the_next_start_goes_on(start, chains):
-    settings = [*CHAIN, *ON_ONE_NODE, "run=killed", "stage=sft", "sft.trainer.max_epochs=40"]
-    main = start([([], {})], *settings)[-1]
-    deadline = time.monotonic() + 300
-    while not (chains / "runs/killed/sft/checkpoints/last.ckpt").is_file():
-        assert main.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(int(subprocess.check_output(["pgrep", "-P", str(main.pid)], text=True).split()[0]), signal.SIGKILL)
-    begun = time.monotonic()
-    _, said = main.communicate(timeout=60)
-    assert main.returncode not in (0, None) and time.monotonic() - begun < 60
-    assert said == (
-        "lit-rlhf: process 1 was ended by signal 9 (the kernel does that where memory runs out). Run the same command "
-        "again to go on\n"
-    )
-    again = start([([], {})], *settings)[-1]
-    out, said = again.communicate(timeout=300)
-    assert again.returncode == 0, said
-    assert "sft: goes on from" in out
 
 
 def test_what_one_process_alone_has_against_it_is_said_by_the_first(start, chains):

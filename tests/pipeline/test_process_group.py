@@ -1,6 +1,7 @@
 """Processes of one command: how they find each other, and what is said when one of them cannot go on."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 from filelock import FileLock
 from omegaconf import OmegaConf
 
@@ -60,21 +62,47 @@ def test_a_port_in_use_is_named(rank, listening):
         process_group._joined(2)
 
 
-def test_a_process_that_is_killed_while_the_first_one_samples_by_itself_ends_that(tmp_path, monkeypatch):
-    """The first one talks to nobody then, so nothing tells it."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(process_group, "start_others", lambda *_: [other])
-    monkeypatch.setattr(process_group, "SECONDS_TO_END", 0.2)
+KILLED = r"process 1 was ended by signal 9 (the kernel does that where memory runs out). Run the same command again"
+
+
+@pytest.fixture
+def with_other(tmp_path, monkeypatch):
+    """with_other() -> (with together(), as the first process of two; the other one, which it has started)."""
+
+    def begin():
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        monkeypatch.setattr(process_group, "start_others", lambda *_: [other])
+        return process_group.together(OmegaConf.create({"paths": {"run_dir": str(tmp_path)}}), []), other
+
+    monkeypatch.setattr(process_group, "SECONDS_TO_HEAR", 0.2)
+    monkeypatch.setattr(process_group, "SECONDS_TO_END", 1.0)
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as outside of training
-    cfg = OmegaConf.create({"paths": {"run_dir": str(tmp_path)}})
-    said = r"process 1 was ended by signal 9 \(the kernel does that where memory runs out\)\. Run the same command"
-    try:
-        with pytest.raises(UserError, match=said), process_group.together(cfg, []):
-            other.kill()
-            time.sleep(30)
-            raise AssertionError("it goes on")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    yield begin
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_process_that_is_killed_while_the_first_one_samples_by_itself_ends_that(with_other):
+    """The first one talks to nobody then, so nothing tells it."""
+    together, other = with_other()
+    with pytest.raises(UserError, match=re.escape(KILLED)), together:
+        other.kill()
+        time.sleep(30)
+        raise AssertionError("it goes on")
+
+
+def test_a_process_that_is_killed_ends_one_that_no_signal_gets_through_to(with_other, tmp_path):
+    """Inside of torch, which waits for another process: to make a group with it, say."""
+    if not (first := os.fork()):
+        try:
+            together, other = with_other()
+            sys.stderr = (tmp_path / "said").open("w")
+            with together:
+                other.kill()
+                dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30)).wait(["never there"])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 2
+    assert KILLED in (tmp_path / "said").read_text()
 
 
 @pytest.fixture

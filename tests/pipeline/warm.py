@@ -13,6 +13,7 @@ import full_disk
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 import lit_rlhf.pipeline.rounds  # noqa: F401
+from lit_rlhf.pipeline import failures
 from lit_rlhf.stages import *  # noqa: F403  every stage, which is else imported when it is run
 
 
@@ -25,6 +26,7 @@ def become(asked: dict) -> None:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0)  # noqa: SIM115  this process's own has been read from
+    failures.PARENT = os.getppid()
     sys.argv = ["lit_rlhf", *asked["arguments"]]
     if asked.get("disk"):
         full_disk.install(asked["disk"])

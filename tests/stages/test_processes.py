@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import sys
 from contextlib import suppress
 from functools import partial
 
@@ -174,6 +175,31 @@ def test_training_goes_on_with_another_number_of_processes(before, after, stages
     train(before, [StopsAt(8)])  # of six steps an epoch
     for each in train(after, resume=True):
         assert_close(each, whole, rtol=1e-6, atol=1e-8)
+
+
+class EndsOne(Callback):
+    """A signal ends one of the processes while the others wait for it."""
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == trainer.global_rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_outside_of_training_ends_its_process_at_once(stages, fit, in_processes):
+    """Lightning's own handler would have all processes broadcast, whatever they are in the middle of."""
+
+    def validate():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as the command does
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # else they wait for each other for half an hour
+        module, data = stages["sft"]()
+        data.read_at_once = 300  # several batches
+        trainer = make_trainer("cpu", 2, strategy="ddp", callbacks=[EndsOne()], logger=False, enable_progress_bar=False)
+        with pytest.raises((SystemExit, RuntimeError)) as found:
+            trainer.validate(module, datamodule=data, verbose=False)
+        return found.type
+
+    assert in_processes(2, validate) == [RuntimeError, SystemExit]
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo"])

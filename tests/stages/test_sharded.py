@@ -1,6 +1,7 @@
 """FSDP2 in two processes on a CPU: what they learn together, stopped and gone on with, is what one process learns."""
 
 import copy
+import errno
 import shutil
 import threading
 from functools import partial
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, RewardHead, add_lora, chunked, critic_on_policy, load_policy, save_model
 from lit_rlhf.models.gathering import full
 from lit_rlhf.models.loading import loading_as_stored
@@ -295,6 +297,32 @@ def test_a_checkpoint_written_beside_training_is_whole_or_not_there(stages, fit,
     assert not [*tmp_path.glob("killed/*.part"), *tmp_path.glob("killed/*.tmp")]
     for one, other in zip(whole, resumed, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_disk_that_is_full_for_one_process_is_said_by_both(stages, fit, in_processes, tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+    class Fills(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.strategy.saved(wait=True)  # the second
+                if not is_main_process():
+                    monkeypatch.setattr(FileSystemWriter, "write_data", refuses)
+
+    def refuses(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def start():
+        module, data = stages["pretrain"]()
+        data.batch_size //= 2
+        strategy = FSDP2(save_async=True)
+        with pytest.raises(UserError) as found:
+            fit(module, data, "run", [Fills()], every=1, max_steps=6, strategy=strategy, devices=2)
+        return str(found.value)
+
+    for said in in_processes(2, start):
+        assert said.startswith(f"{tmp_path}/run/last.ckpt: cannot be written (No space left on device); make room for")
+    assert_whole(tmp_path / "run/last.ckpt", step=2)
 
 
 def test_in_bfloat16_alone_no_weight_is_float32(policy, tokenizer, optimizer, world, fit, in_processes, tmp_path):
