@@ -80,6 +80,9 @@ def reason(error: BaseException) -> str:
     """An exception as one line."""
     if mistake := users_mistake(error):
         return one_line(mistake)
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        said = f" ({shortened(error, 200)})" if str(error) else ""
+        return f"memory ran out{said}; stage=plan says what a stage takes, and docs/memory.md what needs less"
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, OSError):
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.pipeline.failures import MISTAKE, fail, parent_gone, reason
@@ -32,6 +32,7 @@ OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as 
 TO_START = timedelta(minutes=10)  # within which all processes must be there
 SECONDS_TO_HEAR, SECONDS_TO_END = 20.0, 30.0
 NOTE = ".process-{}"  # in the run's folder, by rank: why a process ended, for the first one to say
+MAY_DIFFER = {"paths", "threads", "hydra"}  # settings of a node's own
 GONE = re.compile("gloo|NCCL|[Cc]onnection (?:closed|reset)")  # how a process learns that another one has ended
 
 
@@ -53,6 +54,23 @@ class Processes:
         if self.group is not None:
             dist.barrier(group=self.group)
 
+    def check_alike(self, cfg: DictConfig) -> None:
+        """Raise ``UserError``, in all processes, where one has other settings than the first: they would wait for each
+        other for ever."""
+        if self.group is None:
+            return
+        own = dict(_leaves({key: node for key, node in OmegaConf.to_container(cfg).items() if key not in MAY_DIFFER}))
+        everyones: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyones, own, group=self.group)
+        first = everyones[0]
+        for rank, other in enumerate(everyones):
+            for key in [*first, *other]:
+                if (found := other.get(key)) != (wanted := first.get(key)):
+                    raise UserError(
+                        f"{key}={found} in process {rank}, and {key}={wanted} in the first; start all processes of a "
+                        "run by the same command"
+                    )
+
 
 @contextmanager
 def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
@@ -70,6 +88,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     try:
         with _watched(cfg, others, lost):
             processes = _joined(devices * nodes)
+            processes.check_alike(cfg)
             yield processes
             for other in others:
                 other.wait()
@@ -112,6 +131,15 @@ def _watched(cfg: DictConfig, others: list[subprocess.Popen[bytes]], lost: threa
         yield
     finally:
         ended.set()
+
+
+def _leaves(node: Any, address: str = "") -> Iterator[tuple[str, Any]]:
+    """(address, value) of all settings."""
+    if not isinstance(node, dict):
+        yield address, node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{address}.{key}" if address else str(key))
 
 
 def _end_at_once(said: str, others: list[subprocess.Popen[bytes]]) -> NoReturn:

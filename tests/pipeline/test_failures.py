@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from lit_rlhf.errors import UserError
@@ -33,6 +34,13 @@ def test_what_nobody_expected_is_one_line_and_its_traceback_is_kept(lit_rlhf, tm
     assert said in done.stderr and "runs/quickstart/error.log" in done.stderr
     assert "in on_train_batch_start" in (tmp_path / "runs/quickstart/error.log").read_text()
     assert "in on_train_batch_start" in lit_rlhf(*command, check=False, env={DEBUG: "1"}).stderr
+
+
+@pytest.mark.parametrize("allocate", [lambda: bytearray(2**62), lambda: torch.empty(2**50)], ids=["python", "torch"])
+def test_memory_that_runs_out_is_called_so(allocate):
+    with pytest.raises((MemoryError, RuntimeError)) as found:
+        allocate()
+    assert reason(found.value).startswith("memory ran out") and "stage=plan" in reason(found.value)
 
 
 @pytest.mark.parametrize(

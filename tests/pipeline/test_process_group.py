@@ -62,6 +62,28 @@ def test_a_port_in_use_is_named(rank, listening):
         process_group._joined(2)
 
 
+def test_settings_that_differ_between_processes_are_refused_by_all(rank, monkeypatch, tmp_path):
+    monkeypatch.setattr(process_group, "TO_START", timedelta(seconds=60))
+    port = process_group._free_port()
+
+    def start(number, batch_size):
+        rank(number, port)
+        sft = {"trainer": {"devices": 2}, "data": {"batch_size": batch_size}}
+        cfg = OmegaConf.create({"sft": sft, "paths": {"run_dir": str(tmp_path), "cache": f"/of/node{number}"}})
+        said = r"sft\.data\.batch_size=4 in process 1, and sft\.data\.batch_size=16 in the first; start all processes"
+        with pytest.raises(UserError, match=said), process_group.together(cfg, ["sft"]):
+            raise AssertionError("they go on")
+
+    if not (second := os.fork()):
+        try:
+            start(1, 4)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    start(0, 16)
+    assert os.waitpid(second, 0)[1] == 0
+
+
 KILLED = r"process 1 was ended by signal 9 (the kernel does that where memory runs out). Run the same command again"
 
 
