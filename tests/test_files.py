@@ -16,7 +16,7 @@ from lit_rlhf.files import FORMAT, read_jsonl, read_yaml, write_yaml
 from lit_rlhf.finished import check_unchanged, read_done, write_done
 from lit_rlhf.pipeline.run_folder import read_settings
 from lit_rlhf.pipeline.trained_prompts import read_trained_prompts
-from lit_rlhf.stages.preference.progress_file import ProgressFile
+from lit_rlhf.stages.progress_file import ProgressFile
 from lit_rlhf.training.checkpoint_files import read_checkpoint
 from lit_rlhf.training.metrics_file import append_rows, read_metrics
 from lit_rlhf.training.torch_file import write_whole

@@ -84,8 +84,8 @@ def win_rate(
 def tournament(worths: Sequence[Tensor], texts: Sequence[Texts] | None = None) -> Tensor:
     """(P, M, M): the share of prompt p's comparisons that model i wins against model j, a tie half; 0 on the diagonal.
 
-    ``worths`` are the M models' grades, (P, answers of that model) each, and ``texts`` their answers, of which equal
-    ones tie.
+    ``worths`` are the M models' grades, (P, answers of that model) each, NaN where there is none, and ``texts`` their
+    answers, of which equal ones tie.
 
     >>> tournament([torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 1.0]])])
     tensor([[[0.0000, 0.6250],
@@ -97,7 +97,7 @@ def tournament(worths: Sequence[Tensor], texts: Sequence[Texts] | None = None) -
         return pairwise_wins(worths[i], worths[j], None if texts is None else (texts[i], texts[j]))
 
     wins = torch.stack([torch.stack([met(i, j) for j in models], -1) for i in models], -2)
-    return wins * (1 - torch.eye(len(worths), dtype=wins.dtype))  # nobody meets itself
+    return wins.nan_to_num(0.0) * (1 - torch.eye(len(worths), dtype=wins.dtype))  # nobody meets itself
 
 
 def bradley_terry(wins: Tensor, prior: float = 0.5) -> Tensor:

@@ -1,5 +1,12 @@
 """Neural networks: loading, heads, log-probs, the reference, model folders."""
 
+from lit_rlhf.models.answer_scorers import (
+    AnswerScorer as AnswerScorer,
+    Classifier as Classifier,
+    ScorerEnsemble as ScorerEnsemble,
+    TextRewardModel as TextRewardModel,
+    load_scorer as load_scorer,
+)
 from lit_rlhf.models.checkpoint import save_model as save_model
 from lit_rlhf.models.heads import (
     critic_from_policy as critic_from_policy,

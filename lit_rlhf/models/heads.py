@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.models.adapters import effective_weight, merged
+from lit_rlhf.models.classifier_loading import load_classifier
 from lit_rlhf.models.finite import finite
 from lit_rlhf.models.gathering import gathers
 from lit_rlhf.models.loading import (
@@ -27,7 +28,6 @@ from lit_rlhf.models.loading import (
     intend_dtype,
     intended_dtype,
     keep_format,
-    load_classifier,
     load_config,
     load_language_model,
     match_tokenizer,
@@ -70,7 +70,7 @@ def load_reward_model(
     """Load a reward model, with adapters where ``lora`` asks for them; from a list of paths, an ensemble.
 
     It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. Errors
-    are those of :func:`load_classifier` and :func:`match_tokenizer`.
+    are those of :func:`lit_rlhf.models.classifier_loading.load_classifier` and :func:`match_tokenizer`.
 
     With ``new_head`` a language model will do, too: its trunk gets the ``head`` (linear, at the last token), fresh.
     Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing. A folder may hold the
@@ -294,13 +294,12 @@ def head_parameters(model: PreTrainedModel | RewardTransformer | Critic) -> list
     return [p for name, p in head.named_parameters() if not name.startswith("lm_head.")]
 
 
-CriticFactory = Callable[[PreTrainedModel, AnyRewardModel | None], Critic]
+CriticFactory = Callable[[PreTrainedModel, Any], Critic]
 
 
-def critic_from_reward_model(
-    policy: PreTrainedModel, reward_model: AnyRewardModel | None, lora: LoRA | None = None
-) -> Critic:
-    """A critic that begins as the reward model (InstructGPT, appendix C.4), of an ensemble as its first member.
+def critic_from_reward_model(policy: PreTrainedModel, reward_model: Any, lora: LoRA | None = None) -> Critic:
+    """A critic that begins as the reward model (InstructGPT, appendix C.4), of an ensemble as its first member; where
+    that reads text and not the policy's tokens, as the policy, and a line says so.
 
     ``lora`` gives it adapters."""
     if reward_model is None:
@@ -308,14 +307,15 @@ def critic_from_reward_model(
             "ppo/critic=reward_model needs a reward model, and there is none; take ppo/critic=policy or "
             "ppo/critic=shared"
         )
+    if not isinstance(reward_model, AnyRewardModel):
+        say("the critic begins as the policy, for the reward model reads text and not the policy's tokens")
+        return critic_from_policy(policy, lora=lora)
     reward_model = reward_model.members[0] if isinstance(reward_model, RewardEnsemble) else reward_model
     critic = _trainable(copied(reward_model), policy, lora)
     return Critic(critic.base_model, critic.score, reward_model)
 
 
-def critic_from_policy(
-    policy: PreTrainedModel, reward_model: PreTrainedModel | None = None, lora: LoRA | None = None
-) -> Critic:
+def critic_from_policy(policy: PreTrainedModel, reward_model: Any = None, lora: LoRA | None = None) -> Critic:
     """A critic that begins as the policy, with a head that values everything 0."""
     trunk = _trainable(copied(merged(policy, quantized=True)), policy, lora)
     return Critic(trunk.base_model, _zero_head(policy))
@@ -335,7 +335,7 @@ def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
     return add_lora(model, lora)
 
 
-def critic_on_policy(policy: PreTrainedModel, reward_model: PreTrainedModel | None = None) -> Critic:
+def critic_on_policy(policy: PreTrainedModel, reward_model: Any = None) -> Critic:
     """A value head on the policy's own trunk: no second model, and both losses shape the one there is."""
     return Critic(None, _zero_head(policy))
 

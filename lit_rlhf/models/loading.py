@@ -17,20 +17,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
 from lit_rlhf.errors import UserError, say, say_hub
@@ -141,45 +129,18 @@ def load_language_model(
     another kind of model, or where a tensor is missing, unexpected, of another shape than config.json gives it, or
     holds NaN or infinity."""
     config = load_config(path)
-    if config.architectures and _is_classifier(config):
+    if config.architectures and is_classifier(config):
         raise UserError(
-            f"{path}: {_classifier(config)}, where a language model was expected (it has no head that writes text); "
-            "give the model that it was made from"
+            f"{path}: {classifier_name(config)}, where a language model was expected (it has no head that writes "
+            "text); give the model that it was made from"
         )
-    model, loading = _read(AutoModelForCausalLM, path, dtype, **settings)
-    return _checked(model, path, loading, export_dtype)
+    model, loading = read_pretrained(AutoModelForCausalLM, path, dtype, **settings)
+    return checked(model, path, loading, export_dtype)
 
 
-def load_classifier(
-    path: str | Path, dtype: Dtype, new_head: bool, export_dtype: Dtype | None = None, **settings: Any
-) -> tuple[PreTrainedModel, bool]:
-    """(A reward model, which is a sequence classifier with one label, whether its head is new and random).
-
-    Errors are those of :func:`load_language_model`. With ``new_head`` a language model will do: its own head is
-    dropped."""
-    config = load_config(path)
-    if config.architectures and _is_classifier(config) and config.num_labels != 1:
-        raise UserError(f"{path}: {_classifier(config)}, where a reward model was expected, which has one label")
-    no_head = UserError(
-        f"{path}: a language model, where a reward model was expected (it has no scalar head); train one from it with "
-        "stage=reward"
-    )
-    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        raise no_head
-    model, loading = _read(AutoModelForSequenceClassification, path, dtype, num_labels=1, **settings)
-    fresh = {name for name in loading["missing_keys"] if name.startswith("score.")}
-    if fresh and not new_head:
-        raise no_head
-    loading["missing_keys"] -= fresh
-    if loading["unexpected_keys"]:
-        loading["unexpected_keys"] -= _language_head(config)
-    return _checked(model, path, loading, export_dtype), bool(fresh)
-
-
-def load_config(path: str | Path) -> PretrainedConfig:
-    """The config of a decoder-only model in a folder or on the Hub.
-
-    Raises ``UserError`` where there is none, where weights are not (all) in safetensors, and for other kinds."""
+def read_config(path: str | Path) -> PretrainedConfig:
+    """The config of a model in a folder or on the Hub. Raises ``UserError`` where there is none, or where weights are
+    not (all) in safetensors."""
     folder = Path(path)
     # "name" and "owner/name" may be on the Hub; what exists here, or looks like a path, is not.
     if folder.exists() or folder.is_absolute() or str(path).startswith(".") or len(folder.parts) > 2:
@@ -193,6 +154,12 @@ def load_config(path: str | Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(path))
     except Exception as error:  # whatever transformers raises of a config.json that is none
         raise _unloadable(path, error) from error
+    return config
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The config of a decoder-only model: that of :func:`read_config`, which raises ``UserError`` for other kinds."""
+    config = read_config(path)
     if config.is_encoder_decoder:
         raise UserError(f"{path}: an encoder-decoder ({_name(config)}), where a decoder-only model was expected")
     kind = config.model_type
@@ -257,7 +224,9 @@ def _how(folder: Path) -> str:
     return ""
 
 
-def _read(kind: Any, path: str | Path, dtype: Dtype, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def read_pretrained(
+    kind: Any, path: str | Path, dtype: Dtype, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """``kind.from_pretrained``, which refuses nothing here: (model, what transformers says of its tensors).
 
     With ``meta`` as torch's default device the model has no values, and none are read."""
@@ -290,9 +259,10 @@ def _unloadable(path: str | Path, error: Exception) -> UserError:
     )
 
 
-def _checked(
+def checked(
     model: PreTrainedModel, path: str | Path, loading: dict[str, Any], export_dtype: Dtype | None
 ) -> PreTrainedModel:
+    """A model that was read: with all of its file's tensors, finite ones, and its format noted."""
     unexpected = {name for name in loading["unexpected_keys"] if not CONSTANTS.search(name)}
     check_tensors(path, loading["missing_keys"], unexpected, loading["mismatched_keys"])
     check_finite(model, path)
@@ -410,22 +380,15 @@ def listed(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _is_classifier(config: PretrainedConfig) -> bool:
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved as a sequence classifier."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def _classifier(config: PretrainedConfig) -> str:
+def classifier_name(config: PretrainedConfig) -> str:
+    """What a classifier is called in messages."""
     return "a reward model" if config.num_labels == 1 else f"a classifier of {config.num_labels} labels"
 
 
 def _name(config: PretrainedConfig) -> str:
     return (config.architectures or [config.model_type])[0]
-
-
-def _language_head(config: PretrainedConfig) -> set[str]:
-    """Names of the tensors of a language model that its trunk lacks, as files spell them (GPT-NeoX: embed_out)."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    trunk = f"{model.base_model_prefix}."
-    names = {name: weight for name, weight in model.state_dict().items() if not name.startswith(trunk)}
-    return {*names, *revert_weight_conversion(model, names)}

@@ -255,9 +255,10 @@ def _apart(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> 
     return hidden.index_select(0, copy)
 
 
-def shares_prompts(module: nn.Module) -> bool:
-    """Whether all models of ``module`` can read a prompt once for several answers; where not, a line says so."""
-    trunks = {m.base_model for m in module.modules() if isinstance(m, PreTrainedModel)}
+def shares_prompts(*modules: nn.Module | None) -> bool:
+    """Whether all models of ``modules`` can read a prompt once for several answers; where not, a line says so."""
+    parts = (part for module in modules if module is not None for part in module.modules())
+    trunks = {part.base_model for part in parts if isinstance(part, PreTrainedModel)}
     cannot = sorted({type(trunk).__name__ for trunk in trunks if not packs(trunk)})
     if cannot:
         why = "cannot be told which tokens see which" if fast_kernels() else "is computed with trainer.kernels=plain"

@@ -45,7 +45,7 @@ def check_no_credentials(node: Any, address: str = "") -> None:
     if isinstance(node, str) and CREDENTIALS.search(node):
         raise UserError(
             f"{address}: an address with a password or key in it, which would be written to the run's files; leave it "
-            "out of the address, and give it in the environment (preference.annotator.api_key_env names the variable)"
+            "out of the address, and give it in the environment (api_key_env names the variable)"
         )
 
 

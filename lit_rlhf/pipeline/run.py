@@ -8,6 +8,7 @@ import platform
 import time
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import lightning
 import torch
 import transformers
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
@@ -199,7 +200,9 @@ def make_module(
 def load_models(name: str, settings: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The models that a stage names, by the names that its module has for them."""
     models: dict[str, Any] = {
-        key: instantiate(settings[key], tokenizer=tokenizer, _convert_="all") if _there(settings[key]) else None
+        key: instantiate(settings[key], **_given(settings[key], tokenizer), _convert_="all")
+        if _there(settings[key])
+        else None
         for key in all_stages()[name].model_settings
         if key != "policies"
     }
@@ -210,6 +213,11 @@ def load_models(name: str, settings: DictConfig, tokenizer: PreTrainedTokenizerB
     if "policies" in settings:
         models["policies"] = {key: instantiate(node, _convert_="all") for key, node in _policies(settings).items()}
     return models
+
+
+def _given(node: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """The data's tokenizer, for what takes one: a scorer behind a URL has nothing to do with tokens."""
+    return {"tokenizer": tokenizer} if "tokenizer" in signature(get_object(node._target_)).parameters else {}
 
 
 def _policies(settings: DictConfig) -> dict[str, DictConfig]:

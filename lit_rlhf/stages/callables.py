@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.text.records import Messages
+from lit_rlhf.text.records import Messages, shown
 from lit_rlhf.text.template import Note, Tools
 
+Result = TypeVar("Result")
 Ranks = list[list[int]]  # of the answers to each prompt, 1 = best
 
 
@@ -67,3 +70,18 @@ def resolve(function: Any, address: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{address}: {function!r} is a {type(found).__name__}, not a function")
     return found
+
+
+def place(prompt: Messages) -> str:
+    """A prompt as errors name it."""
+    return f"the prompt {shown(prompt)[:80]!r}"
+
+
+def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The coroutine's result, in a notebook too, where a loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

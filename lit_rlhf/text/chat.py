@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.text.records import Messages, is_learned
+from lit_rlhf.text.records import Messages, is_learned, text_of
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
 from lit_rlhf.text.template import Note, Template, Tools, content_of
 from lit_rlhf.text.template_tokens import Written
@@ -104,6 +105,11 @@ class Transcript:
         given = [f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}" for name, text in texts.items()]
         return "".join([*given, _template("transcript")])
 
+    def text(self, messages: Messages) -> str:
+        """A dialogue as it is written, with the calls of tools as JSON."""
+        plain = [{"role": m["role"], "content": text_of(m)} for m in messages]
+        return str(render_jinja_template(conversations=[plain], chat_template=self.template)[0][0])
+
     def prompting(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy of ``tokenizer`` that writes dialogues like this."""
         prompting = copy.deepcopy(tokenizer)
@@ -156,6 +162,19 @@ def encode_prompts(
     written = _each(zip(prompts, tools or [None] * len(prompts)), template.prompt, refuse)
     tokens = iter(template.tokens.prompts([w for w in written if w is not None]))
     return [[] if w is None else next(tokens) for w in written]
+
+
+def encode_whole(
+    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Messages], tools: Sequence[Tools] | None = None
+) -> list[list[int]]:
+    """Tokens of each dialogue as its template writes it, to its end: ``apply_chat_template``, but that names of special
+    tokens in what was said are characters.
+
+    What a template leaves out of it, a thought say, is left out."""
+    if not dialogues:
+        return []
+    template = Template(tokenizer)
+    return template.tokens.prompts([*map(template.dialogue, dialogues, tools or [None] * len(dialogues))])
 
 
 def encode_responses(

@@ -72,6 +72,11 @@ class Template:
         (shielded, tools), mark = self._shielded([*messages], tools)
         return Written(self._prompt(shielded, tools), mark=mark)
 
+    def dialogue(self, messages: Sequence[Message], tools: Tools = None) -> Written:
+        """All of the dialogue, with what the template writes behind it."""
+        (shielded, tools), mark = self._shielded([*messages], tools)
+        return Written(self._write(shielded, tools), mark=mark)
+
     def turn(self, messages: Sequence[Message], answer: Message, tools: Tools = None) -> Written:
         """The dialogue up to where the assistant answers, and the answer up to the end of its turn."""
         return self._turn(messages, answer, tools)[0]

@@ -85,6 +85,32 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Padding must be no token that ends or begins a text, else that is never learned and pooling finds the wrong token:
     see :func:`spare_token`. An adapter without a tokenizer has its base's. Raises ``UserError`` for a chat
     template that drops what is said."""
+    tokenizer, path = _read(path)
+    if tokenizer.eos_token is None:
+        raise UserError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one in tokenizer_config.json")
+    rows, used = _of_model(base_of_adapter(path) if is_adapter(path) else path)
+    used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in used | _of_template(tokenizer):
+        tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})
+    check_template(tokenizer, path)
+    return tokenizer
+
+
+def load_reader(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model that writes nothing, as it was saved, with a padding token where it has none.
+
+    Errors are those of :func:`load_tokenizer`; it may know no end of a text."""
+    tokenizer, path = _read(path)
+    if tokenizer.pad_token is None:
+        rows, used = _of_model(path)
+        used |= {i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
+        tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})
+    check_template(tokenizer, path)
+    return tokenizer
+
+
+def _read(path: str | Path) -> tuple[PreTrainedTokenizerBase, str]:
+    """A tokenizer as it was saved, without lengths to cut or fill to, and the folder or name that it is from."""
     path = str(path)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = base_of_adapter(path)
@@ -101,15 +127,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"{path}: no tokenizer could be loaded from there ({first_line(error)}). Give a folder that holds one "
             "(tokenizer.json, or vocab.json and merges.txt), or a Hub name where there is a network."
         ) from error
-    if tokenizer.eos_token is None:
-        raise UserError(f"{path}: the tokenizer has no end-of-text token (eos_token); set one in tokenizer_config.json")
-    rows, used = _of_model(base_of_adapter(path) if is_adapter(path) else path)
-    used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    if tokenizer.pad_token is None or tokenizer.pad_token_id in used | _of_template(tokenizer):
-        tokenizer.add_special_tokens({"pad_token": spare_token(tokenizer, used, rows)})
     _drop_lengths(tokenizer, path)
-    check_template(tokenizer, path)
-    return tokenizer
+    return tokenizer, path
 
 
 def _drop_lengths(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -198,6 +217,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> No
                 f"{tokenizer.name_or_path or 'this run'}, has {given[token]}: they are no pair. Take models of one "
                 "vocabulary"
             )
+
+
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same numbers to the same tokens; some that were added to one do not matter."""
+    first, second = one.get_vocab(), other.get_vocab()
+    added = {t.content for tokenizer in (one, other) for t in tokenizer.added_tokens_decoder.values()}
+    return all(first.get(token) == second.get(token) or token in added for token in first.keys() | second.keys())
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

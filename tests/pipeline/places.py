@@ -63,6 +63,7 @@ def furnish(folder: Path, finished: Path, root: Path) -> None:
         (folder / name).write_text(TEXT)
     for name in MODELS:
         (folder / name).symlink_to(finished / "sft" / "model")
+    classifier(folder / "my-classifier", finished / "sft" / "model")
     for name in "abc":
         (folder / name).symlink_to(finished)
     (folder / "pairwise-export.json").write_text(json.dumps(judged(TASKS)))
@@ -73,6 +74,18 @@ def furnish(folder: Path, finished: Path, root: Path) -> None:
     own = folder / "my_conf" / "preference" / "annotator" / "mine.yaml"
     own.parent.mkdir(parents=True)
     shutil.copy(root / "conf" / "preference" / "annotator" / "world.yaml", own)
+
+
+def classifier(folder, like):
+    """A classifier of two labels, with the tokenizer of a model."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(like)
+    tokenizer.chat_template = None
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256}
+    sizes |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GPT2ForSequenceClassification(GPT2Config(num_labels=2, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def judged(tasks):

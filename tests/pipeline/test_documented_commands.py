@@ -70,9 +70,17 @@ def in_small(arguments):
 
 @pytest.fixture
 def place(lit_rlhf, finished_run, tmp_path):
-    judge = JudgeServer(lambda request: (200, completion("A"), {}))
+    judge = JudgeServer(lambda request: (200, said_by_servers(request), {}))
     yield Place(lit_rlhf, finished_run / "runs" / "quickstart", tmp_path / "here", judge.url)
     judge.close()
+
+
+def said_by_servers(request):
+    """A verdict, a rating, or a score for each answer, as it was asked."""
+    asked = json.loads(request.body)
+    if "responses" in asked:
+        return json.dumps({"scores": [float(len(text)) for text in asked["responses"]]}).encode()
+    return completion("7" if "Your rating" in asked["messages"][-1]["content"] else "A")
 
 
 class Place:
@@ -94,6 +102,10 @@ class Place:
             for stage in ("preference", "evaluate")
             if f"{stage}/annotator=llm_judge" in arguments
         ]
+        for stage in ("ppo", "evaluate"):
+            if f"{stage}/reward_model=llm_judge" in arguments:
+                small.append(f"{stage}.reward_model.url={self.judge}")
+        small = [re.sub(r"http://127.0.0.1:8001(?=/score)", self.judge, word) for word in small]
         if "stage=label" in arguments or "chat.ui=web" in arguments:
             said = self.serve(small)
         else:

@@ -29,6 +29,8 @@ FILL = [  # what a user must give
     "dpo.data.path=a.jsonl", "preference.annotator.model=m", "preference.annotator.function=os.getcwd",
     "classify.data.path=a.jsonl", "few_shot.data.path=a.jsonl", "evaluate.annotator.model=m",
     "evaluate.benchmark.tasks=[a]", "reward_bench.data.path=a.jsonl",
+    "ppo.reward_model.model=m", "evaluate.reward_model.model=m", "ppo.reward_model.url=http://x/s",
+    "evaluate.reward_model.url=http://x/s", "preference.annotator.reward_model.url=http://x/s",
 ]  # fmt: skip
 
 
@@ -64,9 +66,7 @@ def test_every_option_composes_and_passes_the_check(option, tmp_path, monkeypatc
 
 def _is_open(cfg, address):
     above, _, key = address.rpartition(".")
-    node = cfg
-    for part in above.split("."):
-        node = node[part]
+    node = OmegaConf.select(cfg, above)
     return node is not None and OmegaConf.is_missing(node, key)
 
 

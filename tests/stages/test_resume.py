@@ -15,7 +15,7 @@ from lit_rlhf.pipeline.run import execute, exported_weights, finding_of, make_ca
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule, PreferenceModule, WorldPreferenceDataModule, WorldPretrainDataModule
 from lit_rlhf.stages.ppo import KLPenalty, KLPenaltyLoss, MonteCarlo, ReferenceUpdate, Scoring
-from lit_rlhf.stages.preference.progress_file import ProgressFile
+from lit_rlhf.stages.progress_file import ProgressFile
 from lit_rlhf.text.world import SimulatedLabeler
 from lit_rlhf.training import MetricsFile, make_trainer, read_metrics
 

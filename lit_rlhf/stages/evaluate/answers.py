@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,9 @@ class Answers:
     """Answers of one model to P prompts, n samples each."""
 
     texts: list[list[str]] = field(default_factory=list)  # (P, n)
-    scores: list[list[float]] = field(default_factory=list)  # (P, n), by the reward model, in SFT standard deviations
+    scores: list[list[float]] = field(
+        default_factory=list
+    )  # (P, n), by the reward model, in SFT standard deviations where it knows them; NaN: it says nothing
     grades: list[list[dict[str, Any]]] = field(default_factory=list)  # (P, n), by the gold judge
     ranks: list[list[int]] = field(default_factory=list)  # (P, n), by the annotator, among all answers, 1 = best
     entropy: list[list[float]] = field(default_factory=list)  # (P, n), nats, summed over an answer's tokens
@@ -66,8 +69,8 @@ def measures(answers: Answers) -> dict[str, Measured]:
     if answers.entropy:
         found["entropy"] = _sums(answers.entropy, answers.tokens)  # nats per token
     for key, rows in (("score", answers.scores), ("kl", answers.kl)):
-        if rows:
-            found[key] = _mean(rows)
+        if any(known := [[x for x in row if not math.isnan(x)] for row in rows]):
+            found[key] = _mean(known)
     for n in (1, 2):  # the mean over prompts of each prompt's distinct-n
         counts = [distinct_ngrams(row, n) for row in words]
         shares = [[distinct / total] if total else [] for distinct, total in counts]

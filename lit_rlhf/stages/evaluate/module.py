@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.functional import masked_sum, sequence_kl
-from lit_rlhf.models.heads import scores_of
+from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import context_length, freeze, shares_prompts
 from lit_rlhf.models.responses import response_logprobs, stacked
 from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
+from lit_rlhf.stages.answer_scores import RewardModel, frozen, record_of, scores_by, title_of
 from lit_rlhf.stages.callables import Annotator, name_of, with_tools
 from lit_rlhf.stages.evaluate.answers import Answers, JudgeName
 from lit_rlhf.stages.evaluate.comparison import PROMPTED, Comparison
 from lit_rlhf.stages.evaluate.harness import Benchmark
 from lit_rlhf.stages.evaluate.text import text_figures
-from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
+from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens, repeated
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack, runs
@@ -58,7 +60,8 @@ class EvaluateModule(LightningModule):
 
     Args:
         policies: name -> (model, tokenizer), from weakest to strongest; "sft" is what others are compared with.
-        reward_model: grades where no gold judge does, and picks the best of n; None: not done.
+        reward_model: grades where no gold judge does, and picks the best of n; one that reads the prompts' tokens, or
+            what scores answers by their texts; None: not done.
         tokenizer: of the prompts' tokens, which the reward model reads; None: that of "sft", else of the first model.
         gold_judge: grades the answers, and knows the right ones; None: there is none.
         annotator: ranks the answers of all models to a prompt together; None: nobody does.
@@ -81,7 +84,7 @@ class EvaluateModule(LightningModule):
     def __init__(
         self,
         policies: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-        reward_model: PreTrainedModel | None = None,
+        reward_model: RewardModel | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         gold_judge: Judge | None = None,
@@ -104,7 +107,7 @@ class EvaluateModule(LightningModule):
         super().__init__()
         self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in policies.items()})
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in policies.items()}
-        self.reward_model = None if reward_model is None else freeze(reward_model)
+        self.reward_model = frozen(reward_model)
         self.tokenizer = tokenizer or self.tokenizers.get("sft") or next(iter(self.tokenizers.values()))
         self.gold_judge, self.annotator, self.judge = gold_judge, annotator, judge
         self.documents, self.special_tokens, self.note = documents, special_tokens, note
@@ -214,8 +217,8 @@ class EvaluateModule(LightningModule):
         # Each model is prompted by its own template: a base model only sees the text and goes on with it.
         tools, kind = [record.get("tools") for record in batch.records], self.special_tokens
         prompts = encode_prompts(tokenizer, batch.messages, tools, special_tokens=kind, note=self.note)
-        repeated = [tokens for tokens in last_tokens(name, prompts, room, self.note) for _ in range(n)]
-        answers = sample(self.engine, policy, tokenizer, repeated, sampling, seeded(self.seed, *place))
+        asked = [tokens for tokens in last_tokens(name, prompts, room, self.note) for _ in range(n)]
+        answers = sample(self.engine, policy, tokenizer, asked, sampling, seeded(self.seed, *place))
         texts, finished = answers.texts(tokenizer), answers.finished.tolist()
         if name == PROMPTED:  # it goes on with the user's next turn where an assistant ends
             cut = [self.transcript.answer(text) for text in texts]
@@ -230,20 +233,23 @@ class EvaluateModule(LightningModule):
             grades = [self.gold_judge.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]
             into.grades += _grouped([grade_figures(g) for g in grades], n)
         if self.reward_model is not None:
-            into.scores += _grouped(self._scores(name, batch, answers, texts, n).tolist(), n)
+            into.scores += _grouped(self._scores(name, repeated(batch, n), answers, texts, finished).tolist(), n)
         if name != "sft" and name in self._talks_like_sft and sampling.temperature > 0:
-            into.kl += _grouped(self._kl(repeated, answers).tolist(), n)
+            into.kl += _grouped(self._kl(asked, answers).tolist(), n)
 
-    def _scores(self, name: str, batch: PromptBatch, answers: Responses, texts: list[str], n: int) -> Tensor:
-        """Scores (B,) of the answers behind the prompts as the reward model knows them."""
-        responses = answers.token_lists()
-        if name not in self._knows_tokens:  # in tokens that it does not know, or cut
-            asked = [m for m in batch.messages for _ in range(n)]
-            tools = [record.get("tools") for record in batch.records for _ in range(n)]
-            responses = encode_responses(self.tokenizer, asked, texts, tools, note=self.note)
-        prompts = [tokens for tokens in batch.tokens for _ in range(n)]
-        packed = self._packed(prompts, responses, self.reward_model.config.pad_token_id, self.reward_model)
-        return scores_of(self.reward_model, packed, scale=True)
+    def _scores(
+        self, name: str, asked: PromptBatch, answers: Responses, texts: list[str], finished: list[bool]
+    ) -> Tensor:
+        """Scores (B,) of an answer to each prompt, behind it as the reward model knows it; NaN: it says nothing."""
+        packed: Iterable[Packed] = ()
+        if isinstance(self.reward_model, AnyRewardModel):
+            responses = answers.token_lists()
+            if name not in self._knows_tokens:  # in tokens that it does not know, or cut
+                tools = [record.get("tools") for record in asked.records]
+                responses = encode_responses(self.tokenizer, asked.messages, texts, tools, note=self.note)
+            packed = self._packed(asked.tokens, responses, self.reward_model.config.pad_token_id, self.reward_model)
+        record = record_of(asked, finished)
+        return scores_by(self.reward_model, packed, asked.messages, texts, record, scale=True)
 
     def _kl(self, prompts: list[list[int]], answers: Responses) -> Tensor:
         sft, pad_id = self.policies["sft"], self.tokenizers["sft"].pad_token_id
@@ -266,7 +272,7 @@ class EvaluateModule(LightningModule):
         """The best of n for the last ``count`` prompts."""
         for i in range(len(self.candidates.texts) - count, len(self.candidates.texts)):
             scores = self.candidates.scores[i]
-            best = max(range(len(scores)), key=scores.__getitem__)
+            best = max(range(len(scores)), key=lambda j: -math.inf if math.isnan(scores[j]) else scores[j])
             self.best.texts.append([self.candidates.texts[i][best]])
             self.best.scores.append([scores[best]])
             if self.candidates.grades:
@@ -304,7 +310,7 @@ class EvaluateModule(LightningModule):
         names = {
             "annotator": name_of(self.annotator),
             "gold": "gold",
-            "reward_model": None if self.reward_model is None else "reward model (proxy)",
+            "reward_model": None if self.reward_model is None else f"{title_of(self.reward_model)} (proxy)",
         }
         found = self.comparison().figures(self.anchor_rating, self.best_of)
         of_judging = self.annotator.figures() if hasattr(self.annotator, "figures") else {}
@@ -324,14 +330,14 @@ class EvaluateModule(LightningModule):
                 row["models"][name] = {
                     "greedy": greedy.texts[i][0],
                     "samples": answers.texts[i],
-                    "scores": answers.scores[i] if answers.scores else None,
+                    "scores": _told(answers.scores[i]) if answers.scores else None,
                     "grades": answers.grades[i] if answers.grades else None,
                     "ranks": answers.ranks[i] if answers.ranks else None,
                     "greedy_grade": greedy.grades[i][0] if greedy.grades else None,
                 }
             if self.candidates.texts:
                 gold = [grade["gold"] for grade in self.candidates.grades[i]] if self.candidates.grades else None
-                row["candidates"] = {"scores": self.candidates.scores[i], "gold": gold}
+                row["candidates"] = {"scores": _told(self.candidates.scores[i]), "gold": gold}
             rows.append(row)
         write_jsonl(folder / "samples.jsonl", rows)
 
@@ -339,6 +345,11 @@ class EvaluateModule(LightningModule):
 def grade_figures(grade: Grade) -> dict[str, float]:
     """A grade as plain numbers."""
     return {key: float(getattr(grade, key)) for key in ("gold", "correct", "polite", "right")}
+
+
+def _told(scores: Sequence[float]) -> list[float | None]:
+    """Scores as JSON has them, None where nothing was said."""
+    return [None if math.isnan(score) else score for score in scores]
 
 
 def _grouped(items: Sequence[Any], n: int) -> list[list[Any]]:

@@ -8,18 +8,20 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.rollouts import Sampling
+from lit_rlhf.stages.answer_scores import RewardModel
 
 
 def check(
     policy: PreTrainedModel,
-    reward_model: PreTrainedModel | None,
+    reward_model: RewardModel | None,
     advantage: Callable[..., Any],
     answers_per_prompt: int,
     sampling: Sampling,
 ) -> None:
     """Raise ``UserError`` where PPO could not learn from what these settings make."""
-    if reward_model is not None:
+    if isinstance(reward_model, AnyRewardModel):  # others read text
         ours, theirs = (len(m.get_input_embeddings().weight) for m in (policy, reward_model))
         if ours != theirs:
             raise UserError(

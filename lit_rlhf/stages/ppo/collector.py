@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,12 @@ from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.responses import Responding, scatter, stacked
 from lit_rlhf.rollouts import Engine, Responses, Sampling, sample
+from lit_rlhf.stages.answer_scores import record_of
 from lit_rlhf.stages.ppo.advantage import AdvantageEstimator
 from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_entropy, logprob_and_kl
 from lit_rlhf.stages.ppo.rollout import Rollout
-from lit_rlhf.stages.ppo.scoring import OWN, Scorer
+from lit_rlhf.stages.ppo.scoring import Scorer
 from lit_rlhf.stages.prompts import Judge, PromptBatch, repeated
 from lit_rlhf.text.packing import Packed
 
@@ -171,7 +172,8 @@ class Collector:
         sequences = [prompt + response for prompt, response in zip(prompts.tokens, written)]
         masks = [[False] * len(p) + [True] * len(r) for p, r in zip(prompts.tokens, written)]
         batches, texts = self.batching.batches(sequences, masks, self.tokens_per_pass), responses.texts(self.tokenizer)
-        raw_scores = self.scorer.raw(batches, prompts.messages, texts, _record(prompts, responses))
+        record = record_of(prompts, responses.finished.tolist())
+        raw_scores = self.scorer.raw(batches, prompts.messages, texts, record)
         return Answered(prompts, responses, sequences, masks, batches, texts, raw_scores)
 
     def grades(self, answered: Answered) -> dict[str, Tensor] | None:
@@ -266,7 +268,7 @@ class Collector:
         if self.critic is not None:
             found["value"] = masked_mean(rollout.values, rollout.mask)
             found["explained_variance"] = explained_variance(rollout.values, rollout.returns, rollout.mask)
-        if self.scorer.scoring.functions:  # which may say nothing
+        if self.scorer.may_say_nothing:
             found["unscored"] = 1 - scored.float().mean()
         found["advantage_std"] = advantage_std
         return found if experience.gold is None else {**found, "gold": experience.gold.mean()}
@@ -275,10 +277,3 @@ class Collector:
 def _mean_of(values: Tensor, counted: Tensor) -> Tensor:
     """Of the ``values`` (N,) that are ``counted`` (N,); NaN without any."""
     return masked_sum(values, counted) / counted.sum().to(values)
-
-
-def _record(prompts: PromptBatch, responses: Responses) -> dict[str, list[Any]]:
-    """What reward functions get to know besides prompts and responses, a list each."""
-    names = dict.fromkeys(name for record in prompts.records for name in record if name not in OWN)
-    columns = {name: [record.get(name) for record in prompts.records] for name in names}
-    return {**columns, "kind": prompts.kinds, "finished": responses.finished.tolist()}

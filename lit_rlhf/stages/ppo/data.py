@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lit_rlhf.stages.ppo.scoring import OWN
+from lit_rlhf.stages.answer_scores import OWN
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, SamplePrompt, WorldPromptDataModule, spread
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.records import Messages

@@ -25,6 +25,7 @@ from lit_rlhf.models.policy import shares_prompts
 from lit_rlhf.models.reference import Reference, ReferenceUpdate
 from lit_rlhf.models.text_rows import text_loss
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, draw_seeds, sample
+from lit_rlhf.stages.answer_scores import RewardModel
 from lit_rlhf.stages.ppo.advantage import GAE, AdvantageEstimator
 from lit_rlhf.stages.ppo.checks import check
 from lit_rlhf.stages.ppo.collector import Collector, Statistics
@@ -51,7 +52,8 @@ class PPOModule(LearnsFromRollouts):
 
     Args:
         policy: what is trained; starts as the SFT model.
-        reward_model: a sequence classifier with one label, frozen, of the policy's vocabulary; None: functions alone.
+        reward_model: frozen; one that reads the policy's tokens, or what scores answers by their texts
+            (:class:`lit_rlhf.models.answer_scorers.AnswerScorer`); None: functions alone.
         tokenizer: of the policy.
         gold_judge: grades rollouts and held-out answers, to be watched alone; None: there is none.
         critic: makes the critic from policy and reward model; not asked where ``advantage`` needs none.
@@ -95,7 +97,7 @@ class PPOModule(LearnsFromRollouts):
     def __init__(
         self,
         policy: PreTrainedModel,
-        reward_model: PreTrainedModel | None,
+        reward_model: RewardModel | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
         gold_judge: Judge | None = None,
@@ -150,7 +152,8 @@ class PPOModule(LearnsFromRollouts):
         self.ppo_epochs, self.minibatch_size, self.micro_batch_size = ppo_epochs, minibatch_size, micro_batch_size
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))  # an int could not adapt
         self.progress, self.held_out = Progress(), HeldOut(val_samples)
-        self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(self)
+        readers = self.policy, self.reference, self.critic, self.scorer.token_reader
+        self.share_prompts = share_prompts and answers_per_prompt > 1 and shares_prompts(*readers)
         self.eval()  # see train(): models made from a config come in training mode
 
     def configure_callbacks(self) -> list[Callback]:

@@ -1,4 +1,4 @@
-"""Scores of answers: the reward model, functions of your own, and how the sum is shaped."""
+"""The score of an answer in PPO: the reward model, functions of your own, and how the sum is shaped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, scale_of
-from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_mean, score_std, scores_of
-from lit_rlhf.models.policy import freeze
+from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_mean, score_std
 from lit_rlhf.models.reward_head import RewardEnsemble
-from lit_rlhf.stages.callables import first_failing, name_of, resolve
+from lit_rlhf.stages.answer_scores import RewardModel, asked, frozen, knows_scale, scores_by, title_of
+from lit_rlhf.stages.callables import name_of, resolve
 from lit_rlhf.text.packing import Packed
-from lit_rlhf.text.records import Messages, shown
-
-RewardFunction = Callable[..., Sequence[float | None]]
-OWN = ("prompts", "responses", "finished")  # arguments of a function that no field of a record can stand for
+from lit_rlhf.text.records import Messages
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,11 @@ class Scoring:
 class Scorer(nn.Module):
     """Scores answers. The running mean and deviation are buffers, so a resumed run goes on with its own."""
 
-    def __init__(self, reward_model: PreTrainedModel | None, scoring: Scoring) -> None:
+    def __init__(self, reward_model: RewardModel | None, scoring: Scoring) -> None:
         super().__init__()
         if (reward_model is None or scoring.reward_model_weight == 0) and not scoring.functions:
             raise UserError("nothing scores the answers: give a reward model, or functions as ppo.scoring.functions")
-        self.reward_model = None if reward_model is None else freeze(reward_model)
+        self.reward_model = frozen(reward_model)
         self.scoring = scoring
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
@@ -76,7 +73,17 @@ class Scorer(nn.Module):
     def name(self) -> str:
         """The name of what scores: "reward model", "reward function brevity", or all of them."""
         functions = [f"reward function {name_of(f)}" for f in self.scoring.functions]
-        return " and ".join([*(["reward model"] if self._asks_model else []), *functions])
+        return " and ".join([*([title_of(self.reward_model)] if self._asks_model else []), *functions])
+
+    @property
+    def token_reader(self) -> AnyRewardModel | None:
+        """The reward model, where it reads the policy's tokens."""
+        return self.reward_model if isinstance(self.reward_model, AnyRewardModel) else None
+
+    @property
+    def may_say_nothing(self) -> bool:
+        """Whether an answer may be left without a score."""
+        return bool(self.scoring.functions) or self.token_reader is None
 
     @property
     def unit(self) -> str:
@@ -84,7 +91,8 @@ class Scorer(nn.Module):
         if self.scoring.scale == "running":
             return "std of all scores"
         alone = self._asks_model and not self.scoring.functions and self.scoring.reward_model_weight == 1
-        return "SFT std" if alone and self.scoring.scale == "reference" else "reward units"
+        scaled = alone and self.scoring.scale == "reference" and knows_scale(self.reward_model)
+        return "SFT std" if scaled else "reward units"
 
     def raw(
         self, packed: Sequence[Packed], prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
@@ -97,10 +105,11 @@ class Scorer(nn.Module):
         scored = torch.zeros_like(said, dtype=torch.bool)
         if self._asks_model:
             scale = settings.scale == "reference"
-            logits = scores_of(self.reward_model, packed, scale=scale, center=scale and settings.center)
-            said, scored = said + settings.reward_model_weight * logits, ~scored
+            answers = packed, prompts, responses, record
+            found = scores_by(self.reward_model, *answers, scale=scale, center=scale and settings.center).to(said)
+            said, scored = said + settings.reward_model_weight * found.nan_to_num(), ~found.isnan()
         for function, weight in zip(settings.functions, settings.weights or ()):
-            scores = call(function, prompts, responses, record)
+            scores = asked(function, prompts, responses, record)
             said = said + weight * said.new_tensor([0.0 if score is None else score for score in scores])
             scored |= scored.new_tensor([score is not None for score in scores])
         return said.masked_fill(~scored, math.nan)
@@ -124,52 +133,15 @@ class Scorer(nn.Module):
 
 
 def critic_in_units(
-    make: CriticFactory, policy: PreTrainedModel, reward_model: AnyRewardModel | None, scoring: Scoring
+    make: CriticFactory, policy: PreTrainedModel, reward_model: RewardModel | None, scoring: Scoring
 ) -> Any:
     """The critic; one that begins as the reward model predicts what that one's scores become by ``scoring``.
 
     Of a running scale nothing is known yet: as if there were none."""
     critic = make(policy, reward_model)
-    if isinstance(critic, Critic) and reward_model is not None and scoring.reward_model_weight > 0:
+    if isinstance(critic, Critic) and isinstance(reward_model, AnyRewardModel) and scoring.reward_model_weight > 0:
         reference = scoring.scale == "reference"
         mean = score_mean(reward_model) / score_std(reward_model) if reference and scoring.center else 0.0
         # The members of an ensemble are scaled whatever the settings say.
         critic.in_units(scoring.reward_model_weight, reference or isinstance(reward_model, RewardEnsemble), mean)
     return critic
-
-
-def call(
-    function: RewardFunction, prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
-) -> list[float | None]:
-    """The scores of a reward function, None where it says nothing.
-
-    Raises ``UserError`` where it fails: on which prompt, on which answer."""
-    name, columns = name_of(function), [prompts, responses, *record.values()]
-
-    def ask(prompts: list[Messages], responses: list[str], *others: list[Any]) -> list[float | None]:
-        scores = function(prompts, responses, **dict(zip(record, others)))
-        return [None if score is None else float(score) for score in scores]
-
-    try:
-        scores = ask(*columns)
-    except Exception as error:
-        i = first_failing(ask, columns) or 0
-        raise UserError(
-            f"reward function {name} raised {type(error).__name__}: {error}, on {_place(prompts, responses, i)}"
-        ) from error
-    if len(scores) != len(responses):
-        raise UserError(
-            f"reward function {name} returned {len(scores)} scores for {len(responses)} answers; one each was "
-            "expected, a number or None"
-        )
-    for i, score in enumerate(scores):
-        if score is not None and not math.isfinite(score):
-            raise UserError(
-                f"reward function {name} returned {score}, not a finite number, for {_place(prompts, responses, i)}; "
-                "where it has nothing to say, None"
-            )
-    return scores
-
-
-def _place(prompts: list[Messages], responses: list[str], i: int) -> str:
-    return f"the prompt {shown(prompts[i])[:80]!r} and the answer {responses[i][:80]!r} ({i + 1} of {len(responses)})"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models.heads import load_reward_model, score_answers
-from lit_rlhf.models.policy import freeze
-from lit_rlhf.stages.callables import Annotator, Ranks, first_failing, name_of, resolve
-from lit_rlhf.text.records import Messages, ranks_of, shown
+from lit_rlhf.models.answer_scorers import AnswerScorer, Layout, TextRewardModel, load_scorer
+from lit_rlhf.models.reward_head import RewardTransformer
+from lit_rlhf.stages.answer_scores import asked
+from lit_rlhf.stages.callables import Annotator, Ranks, first_failing, name_of, place, resolve, run_async
+from lit_rlhf.text.records import Messages, ranks_of
 from lit_rlhf.text.template import Tools
-from lit_rlhf.text.tokenizer import load_tokenizer
-
-Result = TypeVar("Result")
 
 
 def annotate(
@@ -54,37 +51,39 @@ def check_ranks(ranks: Any, who: str, prompts: Sequence[Messages], responses: Se
     return checked
 
 
-def place(prompt: Messages) -> str:
-    """A prompt as errors name it."""
-    return f"the prompt {shown(prompt)[:80]!r}"
-
-
 class RewardModelAnnotator(nn.Module):
-    """Ranks answers by the scores of a reward model, whose template is given the tools, too.
+    """Ranks answers by the scores of a reward model, or of whatever else scores them; it is given the tools, too.
 
     Args:
-        reward_model: a model with a scalar head.
-        tokenizer: of that model, with its chat template.
-        batch_size: answers per forward pass.
+        reward_model: what scores answers by their texts, or, with its tokenizer, a reward model that was trained here.
+        tokenizer: of that one, with its chat template.
+        batch_size: its answers per forward pass.
     """
 
     takes_tools = True
 
     def __init__(
         self,
-        reward_model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        reward_model: AnswerScorer | PreTrainedModel | RewardTransformer,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 256,
     ) -> None:
         super().__init__()
-        self.reward_model, self.tokenizer, self.batch_size = freeze(reward_model), tokenizer, batch_size
-        self.name = "reward_model"
+        known = tokenizer is not None
+        self.reward_model = TextRewardModel(reward_model, tokenizer, batch_size) if known else reward_model
+        self.name = "reward_model" if isinstance(self.reward_model, nn.Module) else name_of(reward_model)
 
     @classmethod
-    def load(cls, path: str | Path, batch_size: Annotated[int, Field(ge=1)] = 256) -> RewardModelAnnotator:
-        """Load an annotator from the folder of a reward model."""
-        tokenizer = load_tokenizer(path)
-        return cls(load_reward_model(path, tokenizer), tokenizer, batch_size)
+    def load(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        batch_size: Annotated[int, Field(ge=1)] = 256,
+        label: int | str | None = None,
+        layout: Layout | None = None,
+    ) -> RewardModelAnnotator:
+        """Load an annotator from the folder of a reward model, or of several, as
+        :func:`lit_rlhf.models.answer_scorers.load_scorer` does."""
+        return cls(load_scorer(path, label=label, layout=layout, batch_size=batch_size))
 
     @torch.no_grad()
     def forward(
@@ -106,11 +105,17 @@ class RewardModelAnnotator(nn.Module):
         responses: Sequence[Sequence[str]],
         tools: Sequence[Tools] | None = None,
     ) -> Tensor:
-        """Scores (N,) of all answers, prompt by prompt."""
+        """Scores (N,) of all answers, prompt by prompt; raises ``UserError`` where one is left without."""
         messages = [p for p, answers in zip(prompts, responses) for _ in answers]
-        each = None if tools is None else [t for t, answers in zip(tools, responses) for _ in answers]
+        record = {} if tools is None else {"tools": [t for t, answers in zip(tools, responses) for _ in answers]}
         texts = [text for answers in responses for text in answers]
-        return score_answers(self.reward_model, self.tokenizer, messages, texts, self.batch_size, each)
+        scores = asked(self.reward_model, messages, texts, record)
+        if None in scores:
+            raise UserError(
+                f"annotator {self.name} has no score for an answer to {place(messages[scores.index(None)])}, which is "
+                "to be ranked; take one that scores each answer"
+            )
+        return torch.tensor(scores)
 
 
 class CallableAnnotator:
@@ -182,13 +187,3 @@ class CallableAnnotator:
         others = f" or one of the {len(prompts) - 1} after it" if len(prompts) > 1 else ""
         said = f"{type(error).__name__}: {error}"
         return UserError(f"annotator {self.name} raised {said}, on {place(prompts[0])}{others}")
-
-
-def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """The coroutine's result, in a notebook too, where a loop is running already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import os
-import random
 import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import httpx
-from pydantic import AfterValidator, Field
 
-from lit_rlhf.errors import CREDENTIALS, UserError, scrubbed
-from lit_rlhf.stages.callables import Ranks
-from lit_rlhf.stages.preference.annotators import place, run_async
-from lit_rlhf.stages.preference.progress_file import ProgressFile
+from lit_rlhf.errors import UserError
+from lit_rlhf.stages.callables import Ranks, place
+from lit_rlhf.stages.endpoint import (
+    API_KEY,
+    Backoff,
+    Count,
+    Endpoint,
+    KeyVariable,
+    Retries,
+    Seconds,
+    completion_text,
+    harmless,
+)
+from lit_rlhf.stages.progress_file import ProgressFile
 from lit_rlhf.text.records import Messages, ranks_of, text_of
-from lit_rlhf.text.special_tokens import SpecialTokens, check
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Tools
 
 Verdict = Literal["A", "B", "tie", "?"]  # ?: the reply said none of them, however often it was asked
@@ -32,22 +38,7 @@ length, order and tone alone do not make it better. Reply with one word: A, B, o
 
 TOOLS = "functions that the assistant may call: "
 
-# What templates of many families have as control tokens: which of them the model behind a URL has, nobody says.
-CONTROL = re.compile(
-    r"<[|\uff5c][^<>\s]{1,60}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_\w+>|<</?SYS>>|"
-    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK|BOS|EOS)\]"
-)
-
-API_KEY = "OPENAI_API_KEY"
-
 ASKED = Path(__file__).with_name("judge_question.txt").read_text(encoding="utf-8").rstrip("\n")
-
-
-def variable(name: str) -> str:
-    """The name of an environment variable that may hold a key; ``UserError`` where it looks like the key itself."""
-    if name != API_KEY and (name not in os.environ or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name)):
-        raise UserError(f"the name of an environment variable that is set was expected, in capitals as {API_KEY} is")
-    return name
 
 
 class Question(NamedTuple):
@@ -91,23 +82,18 @@ class LLMJudge:
         model: str,
         *,
         instruction: str | None = None,
-        api_key_env: Annotated[str, AfterValidator(variable)] = API_KEY,
-        concurrency: Annotated[int, Field(ge=1)] = 8,
-        timeout: Annotated[float, Field(gt=0)] = 60.0,
-        retries: Annotated[int, Field(ge=0)] = 5,
-        backoff: Annotated[float, Field(ge=0)] = 1.0,
-        max_tokens: Annotated[int, Field(ge=1)] = 16,
+        api_key_env: KeyVariable = API_KEY,
+        concurrency: Count = 8,
+        timeout: Seconds = 60.0,
+        retries: Retries = 5,
+        backoff: Backoff = 1.0,
+        max_tokens: Count = 16,
         special_tokens: SpecialTokens = "plain",
         progress_file: str | Path | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")) or CREDENTIALS.search(url):
-            raise UserError(
-                "annotator.url: http://... or https://... was expected, without a password or key, which "
-                "annotator.api_key_env names"
-            )
-        self.url, self.model, self.instruction = url.rstrip("/"), model, instruction or INSTRUCTION
-        self.api_key_env, self.concurrency, self.timeout = variable(api_key_env), concurrency, timeout
-        self.retries, self.backoff, self.max_tokens = retries, backoff, max_tokens
+        asking = {"concurrency": concurrency, "timeout": timeout, "retries": retries, "backoff": backoff}
+        self.server = Endpoint("annotator", url, self._kept, api_key_env=api_key_env, **asking)
+        self.model, self.instruction, self.max_tokens = model, instruction or INSTRUCTION, max_tokens
         self.name, self.special_tokens = f"llm_judge:{model}", special_tokens
         self.progress = ProgressFile(progress_file)
         known = self.progress.results.items()
@@ -127,7 +113,7 @@ class LLMJudge:
             for pair in combinations(dict.fromkeys(answers), 2)  # equal answers are not compared
             for order in (pair, pair[::-1])
         ]
-        run_async(self._ask_all(questions))
+        self.server.ask_all({self._key(q): q for q in questions if self._key(q) not in self.verdicts}, self._ask)
         self._check_sense(questions)
         return [self._ranks(*each) for each in asked]
 
@@ -161,99 +147,21 @@ class LLMJudge:
             wins[second] += 1 - won
         return ranks_of([wins[text] for text in answers])
 
-    async def _ask_all(self, questions: Sequence[Question]) -> None:
-        still_open = {self._key(q): q for q in questions if self._key(q) not in self.verdicts}
-        turns = asyncio.Semaphore(self.concurrency)
-        failed: list[Exception] = []
+    async def _ask(self, key: str, question: Question, client: httpx.AsyncClient) -> None:
+        """Keep the verdict; "?" where no reply had one."""
 
-        async def ask(key: str, question: Question, client: httpx.AsyncClient) -> None:
-            async with turns:
-                if failed:  # nothing new is asked; what is on its way is waited for and kept
-                    return
-                try:
-                    self.verdicts[key], reply = await self._verdict(question, client)
-                    self.progress.add(key, self.verdicts[key], self._scrubbed(reply)[-200:])
-                except UserError as error:
-                    failed.append(error)
+        def body(again: bool) -> dict[str, Any]:
+            # A cold model that gave no verdict would give the same reply again.
+            settings = {"temperature": 0.7 if again else 0.0, "max_tokens": self.max_tokens}
+            return {"model": self.model, "messages": self._messages(question), **settings}
 
-        headers = {"Authorization": key if " " in key else f"Bearer {key}"} if (key := self._api_key) else {}
-        limits = httpx.Limits(max_connections=self.concurrency)
-        async with httpx.AsyncClient(timeout=self.timeout, headers=headers, limits=limits) as client:
-            await asyncio.gather(*(ask(key, question, client) for key, question in still_open.items()))
-        if failed:
-            raise failed[0]
+        about = place(question.prompt)
+        said, reply = await self.server.reply(client, "/chat/completions", body, completion_text, verdict_of, about)
+        self.verdicts[key] = said or "?"
+        self.progress.add(key, self.verdicts[key], self.server.scrubbed(reply or "")[-200:])
 
-    @property
-    def _api_key(self) -> str:
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise UserError(f"{self.api_key_env}: the key holds characters that no header can; set it again")
-        return key
-
-    def _scrubbed(self, text: str) -> str:
-        """What a server said, without the key, which some servers repeat."""
-        return scrubbed(text, self._api_key, self._api_key.rpartition(" ")[2])
-
-    async def _verdict(self, question: Question, client: httpx.AsyncClient) -> tuple[Verdict, str]:
-        """The verdict and the reply in which it stands; "?" where no reply had one."""
-        reply = ""
-        for attempt in range(self.retries + 1):
-            try:
-                # A cold model that gave no verdict would give the same reply again.
-                reply = await self._request(client, question, temperature=0.0 if not reply else 0.7)
-            except _Passing as error:
-                if attempt == self.retries:
-                    raise self._down(error, question) from None
-                await asyncio.sleep(error.wait or self._pause(attempt))
-                continue
-            if (verdict := verdict_of(reply)) is not None:
-                return verdict, reply
-        return "?", reply
-
-    def _pause(self, attempt: int) -> float:
-        """Seconds; not the same for all, so that they do not come back together."""
-        return min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
-
-    async def _request(self, client: httpx.AsyncClient, question: Question, temperature: float) -> str:
-        """The model's reply. Raises ``_Passing`` for what may be over soon, ``UserError`` for what will not."""
-        body = {"model": self.model, "messages": self._messages(question)}
-        body |= {"temperature": temperature, "max_tokens": self.max_tokens}
-        try:
-            response = await client.post(f"{self.url}/chat/completions", json=body)
-        except httpx.HTTPError as error:  # no connection, time out, half a reply
-            raise _Passing(self._scrubbed(f"{type(error).__name__}: {error}")) from None
-        if not response.is_success:
-            raise self._refused(response, question)
-        try:
-            return str(response.json()["choices"][0]["message"]["content"] or "")
-        except (ValueError, LookupError, TypeError) as error:  # no JSON, other JSON
-            raise _Passing(f"{type(error).__name__}: {error}") from None
-
-    def _refused(self, response: httpx.Response, question: Question) -> Exception:
-        said, code = self._scrubbed(response.text)[:300], response.status_code
-        if code in (408, 409, 425, 429) or code >= 500:
-            wait = response.headers.get("Retry-After", "")
-            return _Passing(f"HTTP {code} {said}", min(float(wait), 60.0) if wait.isdecimal() else None)
-        hints = {
-            401: f"set the key: export {self.api_key_env}=...",
-            403: f"set the key: export {self.api_key_env}=...",
-            404: "the URL ends with the API's version, http://127.0.0.1:8000/v1 say, and model= is a name it knows",
-        }
-        if response.has_redirect_location:
-            hints[code] = f"it points to {self._scrubbed(response.headers['Location'])}, where nothing was sent"
-        hint = hints.get(code, "the prompt may be longer than the judge's context")
-        return UserError(
-            f"annotator: {self.url} refused the question (HTTP {code}: {' '.join(said.split())}) on "
-            f"{place(question.prompt)}; {hint}"
-        )
-
-    def _down(self, error: Exception, question: Question) -> UserError:
-        kept = f"{len(self.verdicts)} verdicts are kept" + (f" in {self.progress.path}" if self.progress.path else "")
-        return UserError(
-            f"annotator: {self.url} did not answer ({' '.join(str(error).split())}) in {self.retries + 1} "
-            f"attempts, the last on {place(question.prompt)}. {kept}; run the same command when the server is there "
-            "again, and it goes on"
-        )
+    def _kept(self) -> str:
+        return f"{len(self.verdicts)} verdicts are kept" + (f" in {self.progress.path}" if self.progress.path else "")
 
     def _check_sense(self, questions: Sequence[Question]) -> None:
         """A reply here and there may be no verdict, and counts as a tie; a judge that never gives one is none."""
@@ -270,27 +178,13 @@ class LLMJudge:
         dialogue = "\n\n".join(f"{m['role']}: {text_of(m)}" for m in question.prompt)
         if question.tools:
             dialogue = f"{TOOLS}{json.dumps(question.tools, ensure_ascii=False)}\n\n{dialogue}"
-        parts = (self._harmless(text) for text in (dialogue, question.first, question.second))
+        parts = (harmless(text, self.special_tokens) for text in (dialogue, question.first, question.second))
         asked = ASKED.format(**dict(zip(("dialogue", "first", "second"), parts)))
         return [{"role": "system", "content": self.instruction}, {"role": "user", "content": asked}]
-
-    def _harmless(self, text: str) -> str:
-        """Without what the judge's own template might mean by its control tokens."""
-        if self.special_tokens == "refuse":
-            check(CONTROL, text)
-        return text if self.special_tokens == "rendered" else CONTROL.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
     def _key(self, question: Question) -> str:
         asked = json.dumps([self.model, self._messages(question)])
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
-
-
-class _Passing(Exception):
-    """Something that may be over soon; ``wait``: seconds that the server asks for."""
-
-    def __init__(self, message: str, wait: float | None = None) -> None:
-        super().__init__(message)
-        self.wait = wait
 
 
 def verdict_of(reply: str) -> Verdict | None:

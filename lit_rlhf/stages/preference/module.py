@@ -23,7 +23,7 @@ from lit_rlhf.stages.callables import Annotator, with_tools
 from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
-from lit_rlhf.stages.preference.progress_file import ProgressFile
+from lit_rlhf.stages.progress_file import ProgressFile
 from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import Transcript, encode_prompts, is_base

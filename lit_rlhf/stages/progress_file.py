@@ -21,18 +21,18 @@ class ProgressFile:
     Args:
         path: the file; None keeps the results in memory only.
         kind: of key and result, as types have it: ``tuple[int, list[str]]``.
+        by_all: every process has a file of its own, and writes it.
     """
 
-    def __init__(self, path: str | Path | None, kind: Any = tuple[Any, Any]) -> None:
+    def __init__(self, path: str | Path | None, kind: Any = tuple[Any, Any], by_all: bool = False) -> None:
         self.path = None if path is None else Path(path)
+        self._writes = by_all or is_main_process()
         self.results: dict[Any, Any] = {}
         data = None if self.path is None else read_bytes(self.path)
         if self.path is None or data is None:
             return
         *lines, half = data.split(b"\n")
-        if (
-            half and is_main_process()
-        ):  # the line that was being written when the process was killed; it is written anew
+        if half and self._writes:  # the line that was being written when the process was killed; it is written anew
             os.truncate(self.path, len(data) - len(half))
         expected = TypeAdapter(kind)
         for number, line in enumerate(lines, 1):
@@ -55,12 +55,12 @@ class ProgressFile:
 
     def remove(self) -> None:
         """Delete the file; what it held stays in memory."""
-        if self.path is not None and is_main_process():
+        if self.path is not None and self._writes:
             with disk(self.path):
                 self.path.unlink(missing_ok=True)
 
     def _append(self, text: str) -> None:
-        if self.path is not None and is_main_process():
+        if self.path is not None and self._writes:
             with disk(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
