@@ -30,6 +30,7 @@ CURES = {
     "trained_prompts.txt": "put it back, or do the stage again with overwrite=true",
     "split.json": "put it back: without it prompts that were held out may be trained on",
     "summary.json": "delete it: stage=report writes it anew",
+    "run_id": "put it back, or delete it: W&B then has what follows as a run of its own",
     "job.json": "delete it: the sweep's table is then made without the job",
 }
 

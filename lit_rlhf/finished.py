@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import Field
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.files import FORMAT, Checked, damaged, read_json, write_json
 
 FILE = "done.json"
 CARD = "README.md"  # of a model
+PARTS = ("model", "adapter", "trained_prompts.txt")  # what other stages read
 WHILE_RUNNING = {"checkpoints", "wandb", "profile", FILE}  # what nobody needs when the stage is finished
 
 
@@ -65,6 +66,9 @@ def changes(folder: Path) -> dict[str, str]:
 def check_unchanged(path: Path) -> None:
     """Raise ``UserError`` where a file or folder of a finished stage is not as the stage left it; others may be so."""
     path = path.resolve()
+    of_a_stage = path.name in PARTS and (path.parent / "config.yaml").is_file()
+    if of_a_stage and path.exists() and not (path.parent / FILE).exists():
+        say_once(f"{path}: its stage has not ended ({FILE} is not there), so nobody knows whether it is whole")
     for name, how in changes(path.parent).items():
         if Path(name).parts[0] == path.name:
             raise UserError(

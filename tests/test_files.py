@@ -167,6 +167,23 @@ def test_a_damaged_job_of_a_sweep_is_a_failed_one(tmp_path, text):
     assert not job.done and "job.json" in job.error and job.objective[0] == "objective"
 
 
+def test_an_objective_of_zero_is_a_number(tmp_path):
+    (tmp_path / "job.json").write_text('{"status": "done", "overrides": [], "objective": "ppo.kl", "value": 0.0}')
+    assert Job(tmp_path).objective == ("ppo.kl", 0.0)
+
+
+def test_what_a_stage_that_has_not_ended_left_is_named(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    check_unchanged(tmp_path / "model")  # of nobody's stage
+    assert capsys.readouterr().out == ""
+    write_yaml(tmp_path / "config.yaml", SETTINGS)
+    check_unchanged(tmp_path / "model")
+    assert f"{tmp_path / 'model'}: its stage has not ended (done.json is not there)" in capsys.readouterr().out
+    write_done(tmp_path, RECORD, [])
+    check_unchanged(tmp_path / "model")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("file", ["model-00002.safetensors", "adapter/adapter_model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
 def test_what_a_finished_stage_left_is_compared(tmp_path, file, how):

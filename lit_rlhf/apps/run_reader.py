@@ -93,9 +93,11 @@ def load_run(path: Path) -> Run:
     seconds = {stage: record["seconds"] for stage, record in done.items() if record.get("seconds") is not None}
     if round_folders(path):  # of all rounds together
         seconds = {stage: value for stage, value in summary.get("seconds", {}).items() if stage in done}
-    for folder in folders.values():
+    for stage, folder in folders.items():
+        if stage not in done and folder.is_dir():
+            say(f"report: {folder}: not finished (done.json is not there), so its figures are left out")
         for name, how in changes(folder).items():
-            if (folder / name).parent == folder:
+            if not name.startswith(("model/", "adapter/")):  # who loads these says so
                 say(f"report: {folder / name}: {how} since the stage ended")
     settings = {stage: known for stage, f in folders.items() if (known := read_yaml(f / "config.yaml"))}
     origins = [known.get("origin") or {} for known in settings.values()]

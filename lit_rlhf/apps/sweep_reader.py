@@ -50,7 +50,8 @@ class Job:
     @property
     def objective(self) -> tuple[str, float]:
         """(address, value); NaN for a failed job."""
-        return self.record.get("objective", "objective"), float(self.record.get("value") or math.nan)
+        value = self.record.get("value")
+        return self.record.get("objective", "objective"), math.nan if value is None else float(value)
 
 
 def load_jobs(sweep: Path) -> list[Job]:

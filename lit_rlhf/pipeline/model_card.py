@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 import lit_rlhf
 from lit_rlhf.apps.run_reader import numbers
+from lit_rlhf.errors import first_line, say
 from lit_rlhf.files import write_text
 from lit_rlhf.finished import CARD
 from lit_rlhf.pipeline.run_folder import input_paths
@@ -62,7 +63,11 @@ def _licence(base: str | None) -> str | None:
     file = Path(base or "") / CARD
     if not base or not file.is_file():
         return None
-    licence: str | None = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    try:
+        licence: str | None = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    except Exception as error:  # YAML's and the Hub's kinds; the model that was trained is none the worse
+        say(f"{file}: no card that can be read ({first_line(error)}); the licence is left out of the new one")
+        return None
     return licence
 
 

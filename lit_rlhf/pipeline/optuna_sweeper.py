@@ -18,8 +18,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import UserError, say
-from lit_rlhf.files import make_folder, written_anew
+from lit_rlhf.errors import UserError, first_line, say
+from lit_rlhf.files import make_folder, write_text, written_anew
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # How a job is told which trial it is, where it reports to a pruner.
 TRIAL = tuple(f"callbacks.pruning.{name}" for name in ("storage", "study_name", "trial"))
+FIXED = "fixed"  # attribute of a study: the settings that its trials share
 FOLDER = "folder"  # attribute of a trial: the sweep that runs it; others may share the storage
 
 
@@ -63,10 +64,31 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run the trials that the study lacks."""
+        from optuna.exceptions import OptunaError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        from lit_rlhf.pipeline.stage_folder import held
+
+        if self.n_trials < 1 or self.direction not in ("maximize", "minimize"):
+            raise UserError(
+                f"hydra.sweeper: n_trials={self.n_trials} direction={self.direction}; at least one trial, and maximize "
+                "or minimize, were expected"
+            )
         folder = make_folder(Path(self.config.hydra.sweep.dir))
-        OmegaConf.save(self.config, folder / "multirun.yaml")
         fixed, space = search_space([*(f"{name}={values}" for name, values in self.params.items()), *arguments])
-        study = self._study()
+        with held(folder / ".study.lock", folder, "hydra.sweep.dir="):
+            write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
+            try:
+                return self._sweep(folder, fixed, space)
+            except (OptunaError, SQLAlchemyError, ImportError) as error:
+                raise UserError(
+                    f"hydra.sweeper.storage={self.storage}: the study cannot be read or written ({first_line(error)}); "
+                    "put it back, make room for it, or begin another one with another hydra.sweep.dir="
+                ) from error
+
+    def _sweep(self, folder: Path, fixed: list[str], space: dict[str, BaseDistribution]) -> list[JobReturn]:
+        study = self._study(folder)
+        check_study(study, self.direction, fixed, space)
         stopped = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(FOLDER) == str(folder)]
         asked = {t.number: t.params for t in stopped if not t.state.is_finished()}
         returns: list[JobReturn] = []
@@ -82,10 +104,11 @@ class OptunaSweeper(Sweeper):
         return returns
 
     def _lacks_trials(self, study: Study) -> bool:
-        return len(study.get_trials(deepcopy=False)) < self.n_trials
+        begun = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() or FOLDER in t.user_attrs]
+        return len(begun) < self.n_trials  # a start that was killed as it asked for one has left it to nobody
 
-    def _study(self) -> Study:
-        """The study, anew or as it was left."""
+    def _study(self, folder: Path) -> Study:
+        """The study, anew or as it was left; raises ``UserError`` where it is not there any more."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -95,6 +118,11 @@ class OptunaSweeper(Sweeper):
         )  # fmt: skip
         if there := len(study.trials):
             say(f"study {self.study_name}: {there} of {self.n_trials} trials are in {self.storage}; it goes on")
+        elif job := next(folder.glob("*/job.json"), None):
+            raise UserError(
+                f"{job.parent} is a job of a sweep that study {self.study_name} in {self.storage} knows nothing of; "
+                "put the study back, or begin another one with another hydra.sweep.dir="
+            )
         study.sampler = self.sampler(seed=self.seed + there)  # the same numbers would ask for the same trials again
         return study
 
@@ -124,12 +152,39 @@ class OptunaSweeper(Sweeper):
         return returns
 
 
+def check_study(study: Study, direction: str, fixed: list[str], space: dict[str, BaseDistribution]) -> None:
+    """Raise ``UserError`` where a study was begun with another direction, or other values to choose from; say so of
+    settings that all trials have."""
+    from optuna.distributions import check_distribution_compatibility
+
+    another = "begin another one with another hydra.sweep.dir="
+    if (before := study.direction.name.lower()) != direction:
+        raise UserError(f"hydra.sweeper.direction={direction}: the study that goes on has {before}; {another}")
+    for trial in study.get_trials(deepcopy=False):
+        for name in space.keys() & trial.distributions.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], space[name])
+            except ValueError:
+                was = trial.distributions[name]
+                raise UserError(f"{name}={space[name]}: the study that goes on has {was}; {another}") from None
+    known = study.user_attrs.get(FIXED, fixed)
+    if {*known} != {*fixed}:
+        say(f"study {study.study_name}: its trials so far had {' '.join(known)}; those to come are compared with them")
+    study.set_user_attr(FIXED, fixed)
+
+
 def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
     """(the overrides that all trials have, address -> what it is drawn from).
 
     Later ones replace those before them. Raises ``UserError`` where nothing is to be searched."""
     parsed = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(overrides)}
-    space = {name: distribution(o) for name, o in parsed.items() if o.is_sweep_override()}
+    space = {}
+    for name, override in parsed.items():
+        if override.is_sweep_override():
+            try:
+                space[name] = distribution(override)
+            except ValueError as error:
+                raise UserError(f"{override.input_line}: no value can be drawn ({first_line(error)})") from None
     if not space:
         raise UserError(
             "hydra/sweeper=optuna: nothing is to be searched; give a setting several values, as in "

@@ -31,6 +31,31 @@ REACHING = tuple(f"annotator.{name}" for name in ("url", "api_key_env", "concurr
 PER_PROCESS = ("data.batch_size", "module.minibatch_size")  # of a stage that trains: what counts is the size of a step
 
 
+@contextmanager
+def held(file: Path, place: Path, another: str) -> Iterator[None]:
+    """Hold the lock ``file`` of what is written into ``place``. Raises ``UserError`` where another process does, with
+    the setting by which ``another`` place is chosen; a crash frees it."""
+    holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        file.write_text(holder, encoding="utf-8")
+    except Timeout:
+        other = file.read_text(encoding="utf-8", errors="replace") or "another process"
+        raise UserError(
+            f"{place} is being written by {other}; wait for that to end, stop it, or choose another {another}"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # some network file systems
+        say(f"{file} cannot be locked ({error}); see to it that no other command writes {place}")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of a disk that has come to be read-only
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
 class StageFolder:
     """``runs/<run>/<stage>/``; done again (``overwrite=true``), ``<stage>.new`` beside it until that is whole."""
 
@@ -151,27 +176,9 @@ class StageFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock of the stage. Raises ``UserError`` where another process does; a crash frees it."""
-        file = self.run / f".{self.stage}.lock"
-        holder = f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        lock = FileLock(file)
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            file.write_text(holder, encoding="utf-8")
-        except Timeout:
-            other = file.read_text(encoding="utf-8", errors="replace") or "another process"
-            raise UserError(
-                f"{self.place} is being written by {other}; wait for that to end, stop it, or choose another run="
-            ) from None
-        except (OSError, NotImplementedError) as error:  # some network file systems
-            say(f"{self.stage}: {file} cannot be locked ({error}); see to it that no other command writes this stage")
-        try:
+        """Hold the lock of the stage; see :func:`held`."""
+        with held(self.run / f".{self.stage}.lock", self.place, "run="):
             yield
-        finally:
-            with suppress(OSError):  # of a disk that has come to be read-only
-                file.unlink(missing_ok=True)
-            lock.release()
 
     def begin(self) -> None:
         """Make the folder and write down the settings; what an interrupted start with others had reached is removed."""

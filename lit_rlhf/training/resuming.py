@@ -159,7 +159,8 @@ class LastCheckpoint(Callback):
     def _written(self, trainer: Trainer) -> dict[str, int]:
         """File -> rows that the steps so far have written into it, or are about to."""
         rows = {name: logged_rows(file) for name, file in self._files(trainer).items() if file.exists()}
-        return {**rows, **{log.path.name: log.rows for log in trainer.loggers if isinstance(log, MetricsFile)}}
+        logs = (log for log in trainer.loggers if isinstance(log, MetricsFile) and log.rows)
+        return {**rows, **{log.path.name: log.rows for log in logs}}
 
     def _files(self, trainer: Trainer) -> dict[str, Path]:
         """Name -> file, of those to which steps add rows."""
@@ -171,8 +172,12 @@ class LastCheckpoint(Callback):
         """Say which rows, of steps before the checkpoint, are not there any more."""
         self._resumed = True
         for name, file in self._files(trainer).items():
-            rows = checkpoint.get("rows", {}).get(name, 0)
-            if trainer.is_global_zero and (found := logged_rows(file)) < rows:
+            rows = checkpoint.get("rows", {}).get(name)
+            if rows is None or not trainer.is_global_zero:
+                continue
+            if not file.exists():
+                say(f"{file}: it is not there any more, which had {rows} rows before the checkpoint; training goes on")
+            elif (found := logged_rows(file)) < rows:
                 say(f"{file}: {rows - found} of {rows} rows before the checkpoint are not there; training goes on")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

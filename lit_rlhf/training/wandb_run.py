@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_rlhf.files import make_folder, read_jsonl, read_text, write_text
+from lit_rlhf.files import damaged, make_folder, read_jsonl, read_text, write_text
 from lit_rlhf.training.metrics_file import Stepped, read_metrics
 
 
@@ -31,6 +32,8 @@ class WandbRun(WandbLogger):
         self._folder = Path(save_dir)
         file = self._folder / "wandb" / "run_id"
         run_id = (read_text(file) or "").strip() or None
+        if run_id and not re.fullmatch(r"[\w-]+", run_id):
+            raise damaged(file, f"{run_id[:40]!r} is no id of a run")
         self._earlier = [*file.parent.glob(f"offline-run-*-{run_id}")] if run_id and mode == "offline" else []
         if run_id is None:
             run_id = token_hex(4)

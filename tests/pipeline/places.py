@@ -66,7 +66,8 @@ def furnish(folder: Path, finished: Path, root: Path) -> None:
     classifier(folder / "my-classifier", finished / "sft" / "model")
     for name in "abc":
         (folder / name).symlink_to(finished)
-    (folder / "pairwise-export.json").write_text(json.dumps(judged(TASKS)))
+    for name in ("pairwise-export.json", "export.json"):
+        (folder / name).write_text(json.dumps(judged(TASKS)))
     (folder / "my_rewards.py").write_text(
         "def right_sum(prompts, responses, finished, expected, **_):\n"
         "    return [float(said == wanted) for said, wanted in zip(responses, expected)]\n"

@@ -58,10 +58,13 @@ def in_small(arguments):
     if "-m" in arguments or (settings is not None and settings.mode == RunMode.MULTIRUN):
         swept = {**(settings.sweeper.params if settings is not None and settings.sweeper.params else {}), **given}
         lists = {
-            key: value.split(",") for key, value in swept.items() if "," in str(value) and str(value)[0] not in "[{"
+            key: value.split(",")
+            for key, value in swept.items()
+            if "," in str(value) and str(value)[0] not in "[{" and "(" not in str(value)
         }
         for number, (key, values) in enumerate(lists.items()):
             more.append(f"{key}={','.join(values[: 1 if number else 2])}")
+    more += ["hydra.sweeper.n_trials=2"] * ("optuna" in " ".join(arguments))
     more += [size for size in SIZES if study and size.partition("=")[0] not in swept]
     last = max((i for i, word in enumerate(arguments) if "=" in word), default=-1) + 1
     return [*arguments[:last], "debug=fast", "logger=csv", "callbacks.progress_bar=false", "threads=1", *more,

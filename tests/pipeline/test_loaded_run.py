@@ -1,6 +1,7 @@
 """A run's folder in a notebook."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,13 @@ def test_a_notebook_shows_figures_and_the_report(finished_run):
     run = package.load(finished_run / "runs/quickstart")
     assert "<table>" in run._repr_html_() and "quickstart" in repr(run)
     assert "<iframe" in run.show(300).data and "height: 300px" in run.show(300).data
+
+
+def test_rankings_that_were_deleted_are_named(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run / "runs/quickstart", tmp_path / "copy")
+    (tmp_path / "copy/data/rankings-0.jsonl").unlink()
+    assert package.load(tmp_path / "copy").rankings().empty
+    assert "data/rankings-0.jsonl: gone since the stage ended" in capsys.readouterr().out
 
 
 def test_what_is_not_there_is_named(finished_run, tmp_path):

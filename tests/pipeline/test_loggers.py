@@ -12,7 +12,8 @@ import time
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from lit_rlhf.training import read_metrics
+from lit_rlhf.errors import UserError
+from lit_rlhf.training import WandbRun, read_metrics
 
 SFT = ["stage=sft", "from_run=quickstart", "debug=fast", "callbacks.progress_bar=false", "threads=1"]
 EARLY = ["callbacks=[early_stopping,lr_monitor]", "sft.trainer.val_check_interval=2"]
@@ -98,6 +99,15 @@ def test_several_loggers_and_callbacks_at_once(lit_rlhf, runs):
     assert any(value for row in rows for name, value in row.items() if name.startswith("lr-"))
     assert int(rows[-1]["step"]) == 8  # three validations that were no better by 9, and one to be better than
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("text", [b"*\n", b"../..", b"a b", b"\xff\xfe"])
+def test_a_damaged_id_of_a_run_is_named_and_no_folder_removed(tmp_path, text):
+    (tmp_path / "wandb/offline-run-1-abcd").mkdir(parents=True)
+    (tmp_path / "wandb/run_id").write_bytes(text)
+    with pytest.raises(UserError, match=r"run_id(:1)?: damaged .*delete it: W&B then has"):
+        WandbRun(str(tmp_path), "run/sft", "sft", "offline")
+    assert (tmp_path / "wandb/offline-run-1-abcd").is_dir()
 
 
 @pytest.mark.parametrize(

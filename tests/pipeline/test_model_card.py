@@ -2,7 +2,10 @@
 
 import shutil
 
+import pytest
 from huggingface_hub import ModelCard
+
+from lit_rlhf.pipeline.model_card import _licence
 
 
 def test_a_card_tells_what_a_model_is_made_of(finished_run):
@@ -15,6 +18,13 @@ def test_a_card_tells_what_a_model_is_made_of(finished_run):
     ):
         assert said in card.text
     assert "win_rate.mean" in card.text and str(finished_run) not in card.text
+
+
+@pytest.mark.parametrize("text", [b"---\nlicense: caf\xe9\n---\n", b"---\nlicense: [a\n---\n", b"---\n- a\n---\n"])
+def test_a_damaged_card_of_a_base_ends_no_stage(tmp_path, capsys, text):
+    (tmp_path / "README.md").write_bytes(text)
+    assert _licence(str(tmp_path)) is None
+    assert "README.md: no card that can be read" in capsys.readouterr().out
 
 
 def test_the_licence_and_the_name_of_a_base_are_kept_and_no_path_of_this_machine(lit_rlhf, finished_run, tmp_path):

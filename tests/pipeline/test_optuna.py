@@ -1,19 +1,24 @@
 """Sweeps by Optuna: what is searched, and a study that is killed, goes on, fails in part and ends trials early."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.optuna_sweeper import distribution, search_space
+from lit_rlhf.pipeline.optuna_sweeper import OptunaSweeper, distribution, search_space
+from lit_rlhf.pipeline.stage_folder import held
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,90 @@ def test_pruning_outside_of_a_study_is_refused(lit_rlhf):
     assert (
         done.returncode == 2 and "callbacks=pruning: it ends trials of a sweep by hydra/sweeper=optuna" in done.stderr
     )
+
+
+class Launcher:
+    """Stands in for Hydra's: each job ends at once, and writes what a job writes; one is killed."""
+
+    def __init__(self, folder, killed):
+        self.folder, self.killed, self.begun = folder, killed, []
+
+    def launch(self, jobs, initial_job_idx):
+        for number, job in enumerate(jobs, initial_job_idx):
+            if number == self.killed:
+                raise KeyboardInterrupt
+            self.begun.append(number)
+            (self.folder / str(number)).mkdir()
+            (self.folder / str(number) / "job.json").write_text(json.dumps({"status": "done", "overrides": job}))
+            cfg = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(self.folder / str(number))}}})
+            yield SimpleNamespace(return_value=float(number), hydra_cfg=cfg)
+
+
+SEARCH = ["stage=sft", "x=interval(0,1)", "y=choice(a,b)"]
+
+
+@pytest.fixture
+def search(tmp_path):
+    """Run a study, or go on with it; returns the trials that were run."""
+
+    def run(arguments=SEARCH, n_trials=3, direction="maximize", killed=None, storage=None):
+        folder = tmp_path / "s"
+        storage = storage or f"sqlite:///{folder}/study.db"
+        sampler = optuna.samplers.RandomSampler
+        sweeper = OptunaSweeper(direction, n_trials, 1, "study", storage, 1, sampler, None, None)
+        sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}, "callbacks": {}})
+        sweeper.launcher, sweeper.validate_batch_is_legal = Launcher(folder, killed), lambda jobs: None
+        with suppress(KeyboardInterrupt):
+            sweeper.sweep(arguments)
+        return sweeper.launcher.begun
+
+    return run
+
+
+def test_a_study_goes_on_with_what_it_was_begun_with(search, capsys):
+    assert search(killed=1) == [0] and search() == [1, 2]
+    for asked, said in (
+        ({"direction": "minimize"}, "direction=minimize: the study that goes on has maximize"),
+        ({"arguments": ["x=interval(0,1)", "y=choice(a,b,c)"]}, "y=Categorical.*: the study that goes on has"),
+        ({"arguments": ["x=interval(1,0)"]}, r"x=interval\(1,0\): no value can be drawn"),
+        ({"arguments": ["x=tag(log,interval(0,1))"]}, "no value can be drawn"),
+        ({"n_trials": 0}, "at least one trial"),
+    ):
+        with pytest.raises(UserError, match=said):
+            search(**{"n_trials": 4, **asked})
+    assert search(["stage=ppo", *SEARCH[1:]], 4) == [3]  # those that were refused have left no trial
+    assert "its trials so far had stage=sft; those to come are compared with them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "storage=.*study.db: the study cannot be read"),
+        (lambda file: file.write_bytes(b"[1]\n"), "storage=.*study.db: the study cannot be read"),
+        (lambda file: (file.unlink(), file.mkdir()), "storage=.*study.db: the study cannot be read"),
+        (lambda file: file.write_bytes(b""), "s/0 is a job of a sweep that study study .* knows nothing of"),
+        (lambda file: file.unlink(), "s/0 is a job of a sweep that study study .* knows nothing of"),
+    ],
+)
+def test_a_damaged_study_is_named(search, tmp_path, damage, said):
+    search(n_trials=1)
+    damage(tmp_path / "s" / "study.db")
+    with pytest.raises(UserError, match=said):
+        search()
+
+
+def test_a_storage_that_is_none_is_named(search):
+    for storage in ("nope", "sqlite:////nonexistent/study.db"):
+        with pytest.raises(UserError, match=f"hydra.sweeper.storage={storage}: the study cannot be read"):
+            search(storage=storage)
+
+
+def test_one_command_runs_a_study_and_the_other_says_who(search, tmp_path):
+    search(n_trials=1)
+    said = rf"s is being written by process {os.getpid()} .*another hydra\.sweep\.dir="
+    with held(tmp_path / "s/.study.lock", tmp_path / "s", ""), pytest.raises(UserError, match=said):
+        search()
+    assert search() == [1, 2]
 
 
 @pytest.mark.slow

@@ -604,3 +604,6 @@ def test_rows_that_are_missing_before_the_checkpoint_are_counted(tmp_path, capsy
     capsys.readouterr()
     fit(tmp_path)
     assert f"{tmp_path / 'metrics.csv'}: 3 of 4 rows before the checkpoint are not there" in capsys.readouterr().out
+    (tmp_path / "metrics.csv").unlink()
+    fit(tmp_path)
+    assert f"{tmp_path / 'metrics.csv'}: it is not there any more, which had" in capsys.readouterr().out

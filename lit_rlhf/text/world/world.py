@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal, TypeVar
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.text.world.answers import Answers
 from lit_rlhf.text.world.corpus import Corpus
 from lit_rlhf.text.world.facts import Facts
@@ -118,7 +119,7 @@ class World:
         text = conversation_text(messages)
         if text not in self.questions:
             shown = text if len(text) <= 120 else text[:117] + "..."
-            raise ValueError(
+            raise UserError(
                 f"The built-in world (seed {self.seed}) does not know the prompt {shown!r}, so it cannot grade its "
                 "answers: give a prompt of this world, or judge with a reward model or a person instead."
             )

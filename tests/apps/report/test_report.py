@@ -273,10 +273,11 @@ def test_ppo_and_dpo_of_one_run(tmp_path):
     assert page.text.count("not in this run") == 0
 
 
-def test_an_unfinished_stage_is_shown_as_such(tmp_path):
+def test_an_unfinished_stage_is_shown_as_such(tmp_path, capsys):
     write_sft(tmp_path)
     (tmp_path / "sft/done.json").unlink()
     assert "not finished" in report(tmp_path).text
+    assert f"{tmp_path / 'sft'}: not finished (done.json is not there)" in capsys.readouterr().out
 
 
 def test_a_checkpoint_stands_in_the_place_of_pretraining(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.text.world import World
 
 WORLD = World(0)
@@ -214,7 +215,7 @@ def test_answers_that_follow_a_pattern_alone_do_not_pay():
 
 
 def test_unknown_prompts_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"does not know the prompt .*reward model") as error:
+    with pytest.raises(UserError, match=r"does not know the prompt .*reward model") as error:
         WORLD.grade("Who wrote Hamlet?", "Shakespeare.")
     assert "\n" not in str(error.value)
 
