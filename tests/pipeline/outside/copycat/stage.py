@@ -20,7 +20,8 @@ class LinesDataModule(FileDataModule):
         self.path, self.tokenizer = path, tokenizer
 
     def setup(self, stage: str | None = None) -> None:
-        self.lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+        lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+        self.lines = [line for line in lines if line.strip()]
         self.tokens = [torch.tensor(self.tokenizer(line)["input_ids"]) for line in self.lines]
 
     def sizes(self) -> dict[str, int]:
