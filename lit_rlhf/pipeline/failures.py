@@ -32,12 +32,23 @@ def parent_gone() -> bool:
 
 def fail(said: Any, code: int = MISTAKE) -> NoReturn:
     """One line for the user, no traceback; of several processes the first one says it, or where that has been killed,
-    which had started the others, the second."""
-    if is_main_process() or (this_process().rank == 1 and parent_gone()):
-        print(f"lit-rlhf: {one_line(said)}", file=sys.stderr, flush=True)
-    else:
+    which had started the others, the second. Before they have met, the first one of each node says it."""
+    here, who = this_process(), ""
+    if not is_main_process() and not (here.rank == 1 and parent_gone()):
         time.sleep(3)  # a launcher ends the first process when it sees another one end
+        if _met or here.local_rank > 0:
+            sys.exit(code)
+        who = f"process {here.rank} of {here.world_size}: "
+    print(f"lit-rlhf: {who}{one_line(said)}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+_met: list[bool] = []  # whether this process has met the others, so that the first one gets to know why it ends
+
+
+def others_met() -> None:
+    """Leave it to the first process to say why this one ends."""
+    _met.append(True)
 
 
 def fail_for(error: BaseException, run: Path | None = None) -> NoReturn:

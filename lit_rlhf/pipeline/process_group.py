@@ -22,7 +22,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, first_line
-from lit_rlhf.pipeline.failures import MISTAKE, fail, parent_gone, reason
+from lit_rlhf.pipeline.failures import MISTAKE, fail, others_met, parent_gone, reason
 from lit_rlhf.processes import is_main_process, this_process
 from lit_rlhf.training.all_processes import patient_group
 
@@ -88,6 +88,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     try:
         with _watched(cfg, others, lost):
             processes = _joined(devices * nodes)
+            others_met()
             processes.check_alike(cfg)
             yield processes
             for other in others:
