@@ -112,7 +112,7 @@ def make_models(
     activation: str = "gelu_new",
     context: int = 512,
 ) -> tuple[Path, Path]:
-    """Folders of a policy and of a reward model with the same trunk, as anybody's checkpoints: each side loads them.
+    """Folders of a policy and of a reward model with the same backbone, as anybody's checkpoints: each side loads them.
 
     ``end_chance`` is the policy's chance of ending at any token, which is 1 in its vocabulary for a Llama, whatever is
     said; ``activation`` is GPT-2's own."""

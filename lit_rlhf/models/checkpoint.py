@@ -137,11 +137,11 @@ def _as_stored(model: PreTrainedModel, form: CheckpointFormat) -> dict[str, Tens
 
 
 def _names_in_files(model: PreTrainedModel, name: str, weight: Tensor) -> set[str]:
-    """What checkpoints may call a tensor of ``model``: with and without the prefix of the trunk, of ours or theirs."""
-    trunk: Any = model.base_model
+    """What checkpoints may call a tensor of ``model``: with and without the backbone's prefix, of ours or theirs."""
+    backbone: Any = model.base_model
     own = name.removeprefix(f"{model.base_model_prefix}.")
-    written = revert_weight_conversion(trunk, {own: weight.to("meta")})  # as transformers writes it
-    return {name, own, *written, *(f"{trunk.base_model_prefix}.{n}" for n in written)}
+    written = revert_weight_conversion(backbone, {own: weight.to("meta")})  # as transformers writes it
+    return {name, own, *written, *(f"{backbone.base_model_prefix}.{n}" for n in written)}
 
 
 def rounded_back(model: torch.nn.Module, stored: dict[str, Tensor], form: CheckpointFormat) -> float:
@@ -169,7 +169,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 def _name_dtype(file: Path, dtype: str) -> None:
     settings = json.loads(file.read_text(encoding="utf-8"))
-    for node in (settings, *settings.values()):  # a reward model with a head of its own has the config of its trunk
+    for node in (settings, *settings.values()):  # a reward model with a head of its own has the config of its backbone
         if isinstance(node, dict) and "dtype" in node:
             node["dtype"] = dtype
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -97,9 +97,9 @@ def _with_bias(model: PreTrainedModel, path: str | Path, loading: dict[str, Any]
 
 
 def _language_head(config: PretrainedConfig) -> set[str]:
-    """Names of the tensors of a language model that its trunk lacks, as files spell them (GPT-NeoX: embed_out)."""
+    """Names of the tensors of a language model that its backbone lacks, as files spell them (GPT-NeoX: embed_out)."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    trunk = f"{model.base_model_prefix}."
-    names = {name: weight for name, weight in model.state_dict().items() if not name.startswith(trunk)}
+    backbone = f"{model.base_model_prefix}."
+    names = {name: weight for name, weight in model.state_dict().items() if not name.startswith(backbone)}
     return {*names, *revert_weight_conversion(model, names)}

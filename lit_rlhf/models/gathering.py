@@ -67,7 +67,10 @@ def sharded_parts(module: nn.Module) -> list[FSDPModule]:
 
 def sharded_root(model: Any) -> Any | None:
     """The root of a sharded model; None where its weights are whole anyway."""
-    for part in (model, getattr(model, "base_model", None)):  # a language model around a trunk may be made for one use
+    for part in (
+        model,
+        getattr(model, "base_model", None),
+    ):  # a language model around a backbone may be made for one use
         if isinstance(part, nn.Module) and part in _roots:
             return _roots[part]()
     return None

@@ -72,7 +72,7 @@ def load_reward_model(
     It computes in ``dtype``; its export is written in ``export_dtype``, or in the checkpoint's own precision. Errors
     are those of :func:`lit_rlhf.models.classifier_loading.load_classifier` and :func:`match_tokenizer`.
 
-    With ``new_head`` a language model will do, too: its trunk gets the ``head`` (linear, at the last token), fresh.
+    With ``new_head`` a language model will do, too: its backbone gets the ``head`` (linear, at the last token), fresh.
     Without it, a folder that holds no head raises ``UserError``: its scores would mean nothing. A folder may hold the
     adapter of a reward model. ``quantization``: see :func:`load_policy`; one that is not trained needs no adapters."""
     if not isinstance(path, str | Path):
@@ -183,11 +183,11 @@ def kept_language_model(model: PreTrainedModel | RewardTransformer) -> PreTraine
     """The language model in a reward model, whose weights it shares.
 
     Raises ``UserError`` where none was kept: the output embedding is neither the input's nor a likelihood head's."""
-    trunk: Any = model.base_model
+    backbone: Any = model.base_model
     head = getattr(model.score, "lm_head", None)
     if head is None and not getattr(model.config, "tie_word_embeddings", False):
-        raise UserError(f"{type(trunk).__name__}: its output embedding is not its input embedding")
-    return language_model(trunk, tied_head(trunk) if head is None else head)
+        raise UserError(f"{type(backbone).__name__}: its output embedding is not its input embedding")
+    return language_model(backbone, tied_head(backbone) if head is None else head)
 
 
 @torch.no_grad()
@@ -227,28 +227,28 @@ def score_mean(model: AnyRewardModel) -> float:
 
 
 def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequence[str]) -> PreTrainedModel:
-    """``policy``'s trunk (adapters merged) and ``head``, bias-free, as one of Hugging Face's sequence classifiers.
+    """``policy``'s backbone (adapters merged) and ``head``, bias-free, as one of Hugging Face's sequence classifiers.
 
     It reads the head at the last token that is not padding. ``labels`` name the head's outputs."""
-    trunk = merged(policy)
-    config = copy.deepcopy(trunk.config)
+    backbone = merged(policy)
+    config = copy.deepcopy(backbone.config)
     config.num_labels = head.out_features
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification" if head.out_features > 1 else None
     make: Any = AutoModelForSequenceClassification.from_config
-    model: PreTrainedModel = make(config, dtype=trunk.dtype)
-    model.base_model.load_state_dict(trunk.base_model.state_dict())
+    model: PreTrainedModel = make(config, dtype=backbone.dtype)
+    model.base_model.load_state_dict(backbone.base_model.state_dict())
     model.get_submodule("score").load_state_dict(head.state_dict())
     keep_format(model, checkpoint_format(policy))
     return model
 
 
 class Critic(nn.Module):
-    """The value of the state before each next token: a head on a trunk of its own, or a linear one on the policy's.
+    """The value of the state before each next token: a head on a backbone of its own, or a linear one on the policy's.
 
     Args:
-        trunk: its own; None: it reads the policy's states.
+        backbone: its own; None: it reads the policy's states.
         head: on the last hidden states.
         begins_as: the reward model that it is a copy of, whose scores :meth:`in_units` turns into values.
     """
@@ -257,12 +257,12 @@ class Critic(nn.Module):
 
     def __init__(
         self,
-        trunk: PreTrainedModel | None,
+        backbone: PreTrainedModel | None,
         head: nn.Linear | ScoreHead,
         begins_as: PreTrainedModel | RewardTransformer | None = None,
     ) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, head
+        self.backbone, self.head = backbone, head
         self.scale_of_scores = None if begins_as is None else (score_shift(begins_as), score_std(begins_as))
 
     def in_units(self, weight: float, scaled: bool, mean: float) -> None:
@@ -277,11 +277,11 @@ class Critic(nn.Module):
     def forward(self, packed: Packed, at: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Values (M,) at the tokens ``at`` (M,), flat indices.
 
-        The policy's states there, (M, D), serve a shared trunk; another needs none."""
-        if isinstance(self.head, ScoreHead) and self.trunk is not None:  # which may look at all tokens of a sequence
-            said: Tensor = self.head.values(packed_hidden(self.trunk, packed), packed, self.trunk)[at]
+        The policy's states there, (M, D), serve a shared backbone; another needs none."""
+        if isinstance(self.head, ScoreHead) and self.backbone is not None:  # which may look at all tokens of a sequence
+            said: Tensor = self.head.values(packed_hidden(self.backbone, packed), packed, self.backbone)[at]
         else:
-            hidden = policy_hidden if self.trunk is None else packed_hidden(self.trunk, packed, at=at)
+            hidden = policy_hidden if self.backbone is None else packed_hidden(self.backbone, packed, at=at)
             said = self.head(hidden).squeeze(-1)
         return self.factor * said.float() + self.shift
 
@@ -289,7 +289,7 @@ class Critic(nn.Module):
 
 
 def head_parameters(model: PreTrainedModel | RewardTransformer | Critic) -> list[nn.Parameter]:
-    """The head of a reward model or critic, without a language-modelling head that came with the trunk."""
+    """The head of a reward model or critic, without a language-modelling head that came with the backbone."""
     head: Any = model.head if isinstance(model, Critic) else model.score
     return [p for name, p in head.named_parameters() if not name.startswith("lm_head.")]
 
@@ -317,8 +317,8 @@ def critic_from_reward_model(policy: PreTrainedModel, reward_model: Any, lora: L
 
 def critic_from_policy(policy: PreTrainedModel, reward_model: Any = None, lora: LoRA | None = None) -> Critic:
     """A critic that begins as the policy, with a head that values everything 0."""
-    trunk = _trainable(copied(merged(policy, quantized=True)), policy, lora)
-    return Critic(trunk.base_model, _zero_head(policy))
+    backbone = _trainable(copied(merged(policy, quantized=True)), policy, lora)
+    return Critic(backbone.base_model, _zero_head(policy))
 
 
 def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
@@ -336,7 +336,7 @@ def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
 
 
 def critic_on_policy(policy: PreTrainedModel, reward_model: Any = None) -> Critic:
-    """A value head on the policy's own trunk: no second model, and both losses shape the one there is."""
+    """A value head on the policy's own backbone: no second model, and both losses shape the one there is."""
     return Critic(None, _zero_head(policy))
 
 

@@ -34,53 +34,53 @@ def next_token_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def check_logits(model: PreTrainedModel) -> None:
     """Raise ``UserError`` for a model that cannot read a text, or looks ahead, or whose logits cannot be had apart from
-    its trunk."""
+    its backbone."""
     if model.base_model is model:
         raise UserError(f"{type(model).__name__} names no part without the head; choose another family")
     if fault := difference(model, "its own forward pass", lambda model: (read(model), read(model))):
         raise UserError(f"{type(model).__name__}: it cannot read a text with these settings: {fault}")
     if fault := difference(model, "another text behind it", _alike_before_others):
         raise UserError(f"{type(model).__name__}: no language model to sample from, for its tokens look ahead: {fault}")
-    if fault := difference(model, "logits apart from its trunk", _apart_and_whole):
+    if fault := difference(model, "logits apart from its backbone", _apart_and_whole):
         raise UserError(
             f"{type(model).__name__}: a family that cannot be used here, for its logits cannot be computed from its "
             f"last hidden states: {fault}"
         )
 
 
-_shells: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()  # language models without a trunk
+_shells: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()  # language models without a backbone
 
 
-def language_model(trunk: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
-    """The language model of ``trunk``'s family around it, with the output embedding ``head``: what a reward model kept.
+def language_model(backbone: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
+    """The language model of ``backbone``'s family around it, with the output embedding ``head`` that was kept.
 
     It shares their weights. Raises ``UserError`` where the family's own has more weights than these two."""
-    if trunk not in _shells:
-        _shells[trunk] = _shell(trunk)
-    model = copy.copy(_shells[trunk])
-    model._modules = {**model._modules, model.base_model_prefix: trunk}
+    if backbone not in _shells:
+        _shells[backbone] = _shell(backbone)
+    model = copy.copy(_shells[backbone])
+    model._modules = {**model._modules, model.base_model_prefix: backbone}
     own = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     model._modules = {name: head if module is own else module for name, module in model._modules.items()}
     if (own.bias is None) != (head.bias is None):
         raise UserError(f"{type(model).__name__}: its logits cannot be had from a reward model, which lacks their bias")
-    model.training = trunk.training
+    model.training = backbone.training
     return model
 
 
-def _shell(trunk: PreTrainedModel) -> PreTrainedModel:
-    """The language model of ``trunk``'s config, its trunk and its output embedding without numbers."""
+def _shell(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The language model of ``backbone``'s config, its backbone and its output embedding without numbers."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(trunk.config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(backbone.config)  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise UserError(f"{type(trunk).__name__}: no family with a language model ({error})") from None
-    model.config = trunk.config  # and no copy: whoever changes how it attends, changes it for both
+        raise UserError(f"{type(backbone).__name__}: no family with a language model ({error})") from None
+    model.config = backbone.config  # and no copy: whoever changes how it attends, changes it for both
     more: dict[str, Tensor] = {}
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for name, module in model.named_children():
         if module is not head and name != model.base_model_prefix:
             more |= {f"{name}.{of}": weight for of, weight in module.state_dict().items()}
-    if more or type(model.base_model) is not type(trunk) or not any(m is head for m in model.children()):
+    if more or type(model.base_model) is not type(backbone) or not any(m is head for m in model.children()):
         raise UserError(
             f"{type(model).__name__}: its logits cannot be had from a reward model, which lacks "
             f"{', '.join(more) or 'a part of it'}"
@@ -101,7 +101,7 @@ def _apart_and_whole(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The forward pass of a shallow copy of ``model``, which shares its weights, and whose trunk gives ``hidden``."""
+    """The forward pass of a shallow copy of ``model``, which shares its weights; its backbone gives ``hidden``."""
     kind, name = plain_class(model), model.base_model_prefix
     twin = kind.__new__(kind)
     twin.__dict__.update(model.__dict__)
@@ -111,19 +111,19 @@ def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 class _Given(nn.Module):
-    """In the place of a trunk: gives the hidden states that it was made with."""
+    """In the place of a backbone: gives the hidden states that it was made with."""
 
-    def __init__(self, trunk: nn.Module, hidden: Tensor) -> None:
+    def __init__(self, backbone: nn.Module, hidden: Tensor) -> None:
         super().__init__()
-        self.__dict__["trunk"] = trunk  # no child: its weights are not this module's
+        self.__dict__["backbone"] = backbone  # no child: its weights are not this module's
         self.hidden = hidden
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.trunk, name)  # factors that a model reads from its trunk
+        return getattr(self.backbone, name)  # factors that a model reads from its backbone
 
     @property
     def decoder(self) -> nn.Module:
-        """Some models call their trunk's decoder."""
+        """Some models call their backbone's decoder."""
         return self
 
     def forward(self, *inputs: Any, **settings: Any) -> _States:
@@ -132,7 +132,7 @@ class _Given(nn.Module):
 
 @dataclass
 class _States(ModelOutput):
-    """What a trunk gives, of any family: all but the hidden states is None."""
+    """What a backbone gives, of any family: all but the hidden states is None."""
 
     last_hidden_state: Tensor | None = None
 

@@ -19,9 +19,9 @@ LOOKING = 2**28  # bytes of one layer, where there is no backward pass
 _kept_gib: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 
-def limit_kept(trunk: PreTrainedModel, gib: float) -> None:
-    """Let forward passes of ``trunk`` keep so many GiB for their backward pass, logits apart."""
-    _kept_gib[trunk] = gib
+def limit_kept(backbone: PreTrainedModel, gib: float) -> None:
+    """Let forward passes of ``backbone`` keep so many GiB for their backward pass, logits apart."""
+    _kept_gib[backbone] = gib
 
 
 def tokens_at_once(module: nn.Module, learning: bool) -> int:
@@ -30,7 +30,7 @@ def tokens_at_once(module: nn.Module, learning: bool) -> int:
     without gradients.
 
     What a token takes is estimated by what enters and leaves the matrices."""
-    models = list(trunks(module))
+    models = list(backbones(module))
     if learning:
         trained = [m for m in models if any(p.requires_grad for p in m.parameters())]
         room = min((_kept_gib.get(m, LEARNING) for m in trained), default=LEARNING)
@@ -39,19 +39,19 @@ def tokens_at_once(module: nn.Module, learning: bool) -> int:
     return max(1, LOOKING // max([1, *sizes]))
 
 
-def trunks(module: nn.Module) -> Iterator[PreTrainedModel]:
+def backbones(module: nn.Module) -> Iterator[PreTrainedModel]:
     """The models inside ``module``, each without its head."""
     return (m for m in module.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)
 
 
-def _bytes_of_token(trunk: PreTrainedModel) -> int:
-    experts = getattr(trunk.config, "num_experts_per_tok", None) or 1  # those of a layer lie in one tensor
+def _bytes_of_token(backbone: PreTrainedModel) -> int:
+    experts = getattr(backbone.config, "num_experts_per_tok", None) or 1  # those of a layer lie in one tensor
     numbers = 0
-    for part in trunk.modules():
+    for part in backbone.modules():
         if isinstance(part, nn.Linear):
             numbers += part.in_features + part.out_features
         elif isinstance(part, Conv1D):
             numbers += sum(part.weight.shape)
         else:
             numbers += sum(experts * sum(p.shape[1:]) for p in part.parameters(recurse=False) if p.dim() == 3)
-    return numbers * intended_dtype(trunk).itemsize
+    return numbers * intended_dtype(backbone).itemsize

@@ -151,103 +151,105 @@ def packed_hidden(
 
     ``embeddings`` (T, D) stand in for the tokens' own. ``at``, flat indices (M,) of the tokens whose states are wanted,
     in any order and as often as one likes: those (M, D) alone."""
-    # The trunk is called, not the model with output_hidden_states=True: that breaks pickling and computes all logits.
-    trunk: Any = model.base_model
+    # Not the model is called, with output_hidden_states=True: that breaks pickling and computes all logits.
+    backbone: Any = model.base_model
     source, name = (batch.tokens, "input_ids") if embeddings is None else (embeddings, "inputs_embeds")
-    if packs(trunk):
-        return _in_one_row(trunk, batch, name, source, at)
-    hidden = _each_block(trunk, batch, name, source) if batch.parts is None else _apart(trunk, batch, name, source)
+    if packs(backbone):
+        return _in_one_row(backbone, batch, name, source, at)
+    hidden = (
+        _each_block(backbone, batch, name, source) if batch.parts is None else _apart(backbone, batch, name, source)
+    )
     return hidden if at is None else hidden.index_select(0, at)
 
 
-def packs(trunk: Any) -> bool:
+def packs(backbone: Any) -> bool:
     """Whether packed sequences can be read in one row, with attention of our own; then several may share a prompt."""
     # A kind of attention that is not asked of this one was chosen by someone: no line about it.
     return (
         fast_kernels()
-        and sees_before_it(trunk)
-        and agrees(trunk, "all texts in one row", _one_row_and_alone, "texts are read block by block (slower)")
+        and sees_before_it(backbone)
+        and agrees(backbone, "all texts in one row", _one_row_and_alone, "texts are read block by block (slower)")
     )
 
 
-def _one_row_and_alone(trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def _one_row_and_alone(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Hidden states of every other token of some texts: in one row, and each text read by itself."""
-    packed, cells, alone = _read_alone(trunk)
-    kind = trunk.config._attn_implementation
+    packed, cells, alone = _read_alone(backbone)
+    kind = backbone.config._attn_implementation
     try:
-        return _in_one_row(trunk, packed, "input_ids", packed.tokens, cells[::2]), alone[::2]
+        return _in_one_row(backbone, packed, "input_ids", packed.tokens, cells[::2]), alone[::2]
     finally:
-        trunk.set_attn_implementation(kind)
+        backbone.set_attn_implementation(kind)
 
 
-def _padded_and_alone(trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def _padded_and_alone(backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Of every token: as rows of one block, with padding behind the shorter ones, and each text read by itself."""
-    packed, cells, alone = _read_alone(trunk, padded=True)
+    packed, cells, alone = _read_alone(backbone, padded=True)
     [rows] = packed.by_block(packed.tokens)
-    return _states(trunk, "input_ids", rows).flatten(0, 1)[cells], alone
+    return _states(backbone, "input_ids", rows).flatten(0, 1)[cells], alone
 
 
-def _read_alone(trunk: PreTrainedModel, padded: bool = False) -> tuple[Packed, Tensor, Tensor]:
+def _read_alone(backbone: PreTrainedModel, padded: bool = False) -> tuple[Packed, Tensor, Tensor]:
     """Two texts of two lengths, packed; where their tokens are (M,); the hidden states (M, D) of each by itself."""
-    one, other = texts(trunk)
-    packed = pack([one.tolist(), other[:SHORTER].tolist()], 0, padded=padded).to(trunk.device)
+    one, other = texts(backbone)
+    packed = pack([one.tolist(), other[:SHORTER].tolist()], 0, padded=padded).to(backbone.device)
     first_and_count = zip(packed.starts.tolist(), packed.lengths.tolist())
-    cells = [torch.arange(first, first + count, device=trunk.device) for first, count in first_and_count]
-    alone, begun = read(trunk)
+    cells = [torch.arange(first, first + count, device=backbone.device) for first, count in first_and_count]
+    alone, begun = read(backbone)
     return packed, torch.cat(cells), torch.cat([alone, begun[:SHORTER]])
 
 
-def _states(trunk: PreTrainedModel, name: str, rows: Tensor) -> Tensor:
+def _states(backbone: PreTrainedModel, name: str, rows: Tensor) -> Tensor:
     """Last hidden states (R, W, D) by the model's own forward pass of whole rows."""
-    hidden: Tensor = trunk(**{name: rows}, use_cache=False).last_hidden_state
+    hidden: Tensor = backbone(**{name: rows}, use_cache=False).last_hidden_state
     return hidden
 
 
-def _in_one_row(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor, at: Tensor | None) -> Tensor:
-    use_block_attention(trunk)
+def _in_one_row(backbone: PreTrainedModel, batch: Packed, name: str, source: Tensor, at: Tensor | None) -> Tensor:
+    use_block_attention(backbone)
     size, positions = len(batch.tokens), batch.positions
     layout = Layout(batch.blocks, batch.visible, batch.by_block(positions))
-    if more := rows_to_add(trunk, size):  # they see nothing, nobody sees them, and nobody reads them
+    if more := rows_to_add(backbone, size):  # they see nothing, nobody sees them, and nobody reads them
         source, positions = F.pad(source, (0, 0) * (source.dim() - 1) + (0, more)), F.pad(positions, (0, more))
     nothing = batch.tokens.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is not looked at: the blocks say it all
-    output = trunk(
+    output = backbone(
         **{name: source[None]}, position_ids=positions[None], attention_mask=nothing, use_cache=False, layout=layout
     )
     hidden: Tensor = output.last_hidden_state.squeeze(0)  # [0] would copy the gradient
     return hidden[:size] if at is None else hidden.index_select(0, at)
 
 
-def layers(trunk: PreTrainedModel) -> list[nn.Module]:
+def layers(backbone: PreTrainedModel) -> list[nn.Module]:
     """The blocks of a Transformer, as transformers marks them."""
-    return [m for m in trunk.modules() if hasattr(type(m), "gradient_checkpointing")]
+    return [m for m in backbone.modules() if hasattr(type(m), "gradient_checkpointing")]
 
 
-def _each_block(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
+def _each_block(backbone: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
     """The same in a pass for each block: whatever a model looks back with, padding stands behind what is read."""
     blocks = batch.by_block(source)
-    if sharded_root(trunk) is not None:  # each pass is made by all processes, whose blocks are others
+    if sharded_root(backbone) is not None:  # each pass is made by all processes, whose blocks are others
         raise UserError(
-            f"trainer.strategy=fsdp2: {type(trunk).__name__} cannot read sequences in one row, as sharded models must "
-            "(with trainer.kernels=fast); take trainer=ddp"
+            f"trainer.strategy=fsdp2: {type(backbone).__name__} cannot read sequences in one row, as sharded models "
+            "must (with trainer.kernels=fast); take trainer=ddp"
         )
     instead = "rows of one length are read together (slower)"
-    if agrees(trunk, "texts with padding behind them", _padded_and_alone, instead):
-        return torch.cat([_states(trunk, name, rows).flatten(0, 1) for rows in blocks])
+    if agrees(backbone, "texts with padding behind them", _padded_and_alone, instead):
+        return torch.cat([_states(backbone, name, rows).flatten(0, 1) for rows in blocks])
     read, cells, ends = [], [], dict(zip(batch.starts.tolist(), batch.ends.tolist()))
     for rows, here in zip(blocks, batch.by_block(torch.arange(len(source), device=source.device))):
         lengths = torch.tensor([ends[begin] + 1 - begin for begin in here[:, 0].tolist()], device=here.device)
         for length in torch.unique(lengths).tolist():
-            read.append(_states(trunk, name, rows[lengths == length, :length]).flatten(0, 1))
+            read.append(_states(backbone, name, rows[lengths == length, :length]).flatten(0, 1))
             cells.append(here[lengths == length, :length].flatten())
     states = torch.cat(read)
     return states.new_zeros(len(source), states.shape[1]).index_copy(0, torch.cat(cells), states)
 
 
-def _apart(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
+def _apart(backbone: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> Tensor:
     """The same of sequences that share prompts, for a model that has to read each of them whole."""
     places, _ = response_positions(batch, batch.lengths)
     where = pack([row[:n] for row, n in zip(places.tolist(), batch.lengths.tolist())], 0).to(source.device)
-    hidden = _each_block(trunk, where, name, source[where.tokens])
+    hidden = _each_block(backbone, where, name, source[where.tokens])
     cells, real = response_positions(where, where.lengths)
     # A prompt was read as often as it is answered: one of these readings is taken.
     copy = torch.zeros(len(source), dtype=torch.int64, device=source.device)
@@ -258,8 +260,8 @@ def _apart(trunk: PreTrainedModel, batch: Packed, name: str, source: Tensor) -> 
 def shares_prompts(*modules: nn.Module | None) -> bool:
     """Whether all models of ``modules`` can read a prompt once for several answers; where not, a line says so."""
     parts = (part for module in modules if module is not None for part in module.modules())
-    trunks = {part.base_model for part in parts if isinstance(part, PreTrainedModel)}
-    cannot = sorted({type(trunk).__name__ for trunk in trunks if not packs(trunk)})
+    backbones = {part.base_model for part in parts if isinstance(part, PreTrainedModel)}
+    cannot = sorted({type(backbone).__name__ for backbone in backbones if not packs(backbone)})
     if cannot:
         why = "cannot be told which tokens see which" if fast_kernels() else "is computed with trainer.kernels=plain"
         say_once(f"share_prompts is off: {', '.join(cannot)} {why}")

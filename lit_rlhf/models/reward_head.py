@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,10 +90,10 @@ class ScoreHead(nn.Module):
         if spec.pooling == "token":
             self.token = nn.Parameter(0.02 * torch.randn(width))
 
-    def scores(self, hidden: Tensor, batch: Packed, added: Tensor | None, trunk: PreTrainedModel) -> Tensor:
+    def scores(self, hidden: Tensor, batch: Packed, added: Tensor | None, backbone: PreTrainedModel) -> Tensor:
         """Scores (N,) of packed sequences.
 
-        ``hidden`` (T, D), of the ``trunk``; ``added`` (N, D), the states at the added tokens."""
+        ``hidden`` (T, D), of the ``backbone``; ``added`` (N, D), the states at the added tokens."""
         if self.spec.pooling == "token":
             pooled = added
         elif self.spec.pooling == "last":
@@ -103,9 +104,9 @@ class ScoreHead(nn.Module):
         scores: Tensor = self.read(pooled).squeeze(-1)
         if self.spec.kind != "likelihood":
             return scores
-        return scores + self._likelihoods(hidden, batch, trunk)[1].sum(-1)
+        return scores + self._likelihoods(hidden, batch, backbone)[1].sum(-1)
 
-    def values(self, hidden: Tensor, batch: Packed, trunk: PreTrainedModel) -> Tensor:
+    def values(self, hidden: Tensor, batch: Packed, backbone: PreTrainedModel) -> Tensor:
         """What each token (T,) would score were it the last one: a critic that begins as the reward model.
 
         An added token is read by none of them: such a head is asked about states that it has not been trained on."""
@@ -119,7 +120,7 @@ class ScoreHead(nn.Module):
         values: Tensor = self.read(states).squeeze(-1)
         if self.spec.kind != "likelihood":
             return values
-        flat, likelihoods = self._likelihoods(hidden, batch, trunk)
+        flat, likelihoods = self._likelihoods(hidden, batch, backbone)
         mask = response_positions(batch)[1]
         return values.float().index_add(0, flat, likelihoods.cumsum(-1)[mask])
 
@@ -127,12 +128,12 @@ class ScoreHead(nn.Module):
         """(positions, mask) of the tokens over which the mean is taken, as in :func:`response_positions`."""
         return response_positions(batch, batch.lengths if self.spec.pooling == "mean" else None)
 
-    def _likelihoods(self, hidden: Tensor, batch: Packed, trunk: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    def _likelihoods(self, hidden: Tensor, batch: Packed, backbone: PreTrainedModel) -> tuple[Tensor, Tensor]:
         """(positions, gated log-likelihoods): (M,) flat indices of the answers' tokens, and (N, T), 0 after an end."""
         positions, mask = response_positions(batch)
         flat = positions[mask]
         before = hidden[predicting_positions(batch)[0][mask]]
-        model = language_model(trunk, tied_head(trunk) if self.lm_head is None else self.lm_head)
+        model = language_model(backbone, tied_head(backbone) if self.lm_head is None else self.lm_head)
         below_best = by_token(model, _below_best, before, batch.tokens[flat])
         gated = torch.sigmoid(self.gate(before).squeeze(1).float()) * below_best
         return flat, gated.new_zeros(mask.shape).masked_scatter(mask, gated)
@@ -143,23 +144,23 @@ class RewardTransformer(nn.Module):
 
     Where others need it, it looks like one of Hugging Face's: ``config``, ``base_model``, ``save_pretrained``."""
 
-    base_model_prefix = "trunk"
+    base_model_prefix = "backbone"
 
-    def __init__(self, trunk: PreTrainedModel, score: ScoreHead) -> None:
+    def __init__(self, backbone: PreTrainedModel, score: ScoreHead) -> None:
         super().__init__()
-        self.trunk, self.score = trunk, score
+        self.backbone, self.score = backbone, score
 
     @classmethod
     def from_policy(cls, policy: PreTrainedModel, spec: RewardHead) -> RewardTransformer:
         """A language model with a fresh head in place of its own, which a likelihood head keeps for itself.
 
         Raises ``UserError`` where a likelihood head cannot have the model's own logits."""
-        trunk: Any = policy.base_model
-        embedding, lm_head = trunk.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
+        backbone: Any = policy.base_model
+        embedding, lm_head = backbone.get_input_embeddings(), policy.get_output_embeddings()  # type: ignore[no-untyped-call]
         own = lm_head if spec.kind == "likelihood" and lm_head.weight is not embedding.weight else None
         if spec.kind == "likelihood":
-            check_logits(language_model(trunk, tied_head(trunk) if own is None else own))
-        model = cls(trunk, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, intended_dtype(policy)))
+            check_logits(language_model(backbone, tied_head(backbone) if own is None else own))
+        model = cls(backbone, ScoreHead(spec, embedding.embedding_dim, own).to(policy.device, intended_dtype(policy)))
         keep_format(model, checkpoint_format(policy))
         return model
 
@@ -170,14 +171,17 @@ class RewardTransformer(nn.Module):
         check_files(folder)
         settings = model_settings(folder)
         weights = load_file(folder / "model.safetensors") if not torch.empty(0).is_meta else {}
-        trunk = AutoModel.from_config(AutoConfig.for_model(**settings["trunk"]))  # type: ignore[no-untyped-call]
+        if "trunk" in settings:  # as it was called once
+            settings["backbone"] = settings.pop("trunk")
+            weights = {re.sub(r"^trunk\.", "backbone.", name): tensor for name, tensor in weights.items()}
+        backbone = AutoModel.from_config(AutoConfig.for_model(**settings["backbone"]))  # type: ignore[no-untyped-call]
         spec = RewardHead(**settings["head"])
         own = weights.get("score.lm_head.weight")
         lm_head = None if own is None else nn.Linear(own.shape[1], own.shape[0], bias="score.lm_head.bias" in weights)
-        rows, width = trunk.get_input_embeddings().weight.shape
-        if not weights and spec.kind == "likelihood" and not trunk.config.tie_word_embeddings:
+        rows, width = backbone.get_input_embeddings().weight.shape
+        if not weights and spec.kind == "likelihood" and not backbone.config.tie_word_embeddings:
             lm_head = nn.Linear(width, rows, bias=False)
-        model = cls(trunk, ScoreHead(spec, width, lm_head))
+        model = cls(backbone, ScoreHead(spec, width, lm_head))
         if not weights:  # on ``meta``, without values
             return model.to(dtype)
         of = model.state_dict()
@@ -191,14 +195,14 @@ class RewardTransformer(nn.Module):
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write config.json, which names the head, and model.safetensors, of the weights or of ``state_dict``."""
         note = f"{self.score.spec.kind} head, pooling {self.score.spec.pooling}: lit_rlhf.models.load_reward_model"
-        trunk = self.config.to_dict()
+        backbone = self.config.to_dict()
         settings = {
             "model_type": MODEL_TYPE,
             "architectures": [type(self).__name__],
             "loads_with": note,
             "head": {"kind": self.score.spec.kind, "pooling": self.score.spec.pooling},
-            **{name: trunk.pop(name) for name in sorted(SCALE & trunk.keys())},
-            "trunk": trunk,
+            **{name: backbone.pop(name) for name in sorted(SCALE & backbone.keys())},
+            "backbone": backbone,
         }
         folder = Path(folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
@@ -207,38 +211,38 @@ class RewardTransformer(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The trunk's, which holds ``score_shift`` too."""
-        return self.trunk.config
+        """The backbone's, which holds ``score_shift`` too."""
+        return self.backbone.config
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The trunk."""
-        return self.trunk
+        """The backbone."""
+        return self.backbone
 
     def get_input_embeddings(self) -> nn.Module:
-        """The input embeddings of the trunk."""
-        return self.trunk.get_input_embeddings()
+        """The input embeddings of the backbone."""
+        return self.backbone.get_input_embeddings()
 
     def scores_and_hidden(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Scores (N,) and last hidden states (T, D) of packed sequences."""
         if self.score.spec.pooling == "token":
             hidden, added = self._with_added_token(batch)
         else:
-            hidden, added = packed_hidden(self.trunk, batch), None
-        return self.score.scores(hidden, batch, added, self.trunk), hidden
+            hidden, added = packed_hidden(self.backbone, batch), None
+        return self.score.scores(hidden, batch, added, self.backbone), hidden
 
     def _with_added_token(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Hidden states (T, D) of the tokens, and (N, D) of a token added behind each sequence.
 
         Sequences that fill the whole context lose their first token to it."""
-        cells, room = batch.tokens.numel(), context_length(self.trunk)
+        cells, room = batch.tokens.numel(), context_length(self.backbone)
         places, _ = response_positions(batch, batch.lengths)
         rows = [[*row[max(0, n + 1 - room) : n], cells] for row, n in zip(places.tolist(), batch.lengths.tolist())]
         wider = pack(rows, -1).to(batch.tokens.device)  # of the tokens' places; -1: padding
         places = wider.tokens
         embeddings = self.get_input_embeddings()(batch.tokens)
         table = torch.cat([embeddings, self.score.token.to(embeddings.dtype)[None]])
-        output = packed_hidden(self.trunk, wider, table[places.clamp(min=0)])
+        output = packed_hidden(self.backbone, wider, table[places.clamp(min=0)])
         old = (places >= 0) & (places < cells)
         # Read from one copy of a shared prompt: written from all, each would get the whole gradient.
         copy_of = torch.full((cells,), -1, device=places.device).index_put_((places[old],), old.nonzero().squeeze(1))
@@ -299,9 +303,9 @@ def check_head(found: RewardHead, wanted: RewardHead, path: str | Path) -> None:
         )
 
 
-def tied_head(trunk: PreTrainedModel) -> nn.Linear:
+def tied_head(backbone: PreTrainedModel) -> nn.Linear:
     """The output embedding, (..., D) -> (..., V), that is the input's."""
-    embedding = effective_weight(trunk.get_input_embeddings())
+    embedding = effective_weight(backbone.get_input_embeddings())
     head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta")
     del head.weight  # with adapters the new one is no parameter
     head.weight = embedding

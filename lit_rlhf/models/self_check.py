@@ -104,7 +104,7 @@ def texts(model: PreTrainedModel) -> Tensor:
 
 
 def read(model: Any) -> Tensor:
-    """Outputs of the model's own forward pass on :func:`texts`: logits (2, LENGTH, V), or hidden states of a trunk.
+    """Outputs of the model's own forward pass on :func:`texts`: logits (2, LENGTH, V), or hidden states of a backbone.
 
     Several forms are compared with one such pass, as long as the weights stay as they are."""
     if sharded_root(model) is not None:  # weights that are gathered anew lie in the same place as those before them

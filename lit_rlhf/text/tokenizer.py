@@ -170,7 +170,9 @@ def _of_model(path: str) -> tuple[int | None, set[int]]:
         generation = GenerationConfig.from_pretrained(path).to_dict()
     except (OSError, ValueError, TypeError):  # the last of values of other types: whoever loads the model says so
         generation = {}
-    config = config.get("trunk") or config.get("text_config") or config  # a reward model of ours; one that also sees
+    config = (
+        config.get("backbone") or config.get("trunk") or config.get("text_config") or config
+    )  # a reward model of ours; one that also sees
     ids = [node.get(name) for node in (config, generation) for name in ("eos_token_id", "bos_token_id")]
     used = {i for each in ids for i in (each if isinstance(each, list) else [each]) if i is not None}
     return config.get("vocab_size"), used

@@ -95,10 +95,10 @@ class Meter(TorchDispatchMode):
         self.live += bytes_of([*model.parameters(), *model.buffers()]) // self.shards
         models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
         layer = rest = 0
-        for trunk, root in {m.base_model: m for m in reversed(models)}.items():  # the outermost with this trunk
-            size, *parts = (bytes_of(x.parameters()) // self.widening for x in (root, *layers(trunk)))
+        for backbone, root in {m.base_model: m for m in reversed(models)}.items():  # the outermost with this backbone
+            size, *parts = (bytes_of(x.parameters()) // self.widening for x in (root, *layers(backbone)))
             trained = any(p.requires_grad for p in root.parameters())
-            trunk.register_forward_pre_hook(partial(self._gather, size, trained))
+            backbone.register_forward_pre_hook(partial(self._gather, size, trained))
             layer, rest = max([layer, *parts]), rest + (size - sum(parts)) * trained
             intend_dtype(root, root.dtype)  # from which follows how much it is given at a time
         self.live += max(3 * layer, rest) + rest

@@ -20,7 +20,7 @@ from lit_rlhf.models.gathering import end_root, make_root
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.kernels.allocator import give_back_freed_memory
 from lit_rlhf.models.logits import check_logits
-from lit_rlhf.models.micro_batches import trunks
+from lit_rlhf.models.micro_batches import backbones
 from lit_rlhf.models.policy import layers, packs
 from lit_rlhf.models.quantization import is_quantized
 from lit_rlhf.models.reward_head import RewardTransformer
@@ -74,26 +74,26 @@ class FSDP2(ModelParallelStrategy):
                 check_logits(root)
             dtypes = (getattr(part, "intended_dtype", None) for part in root.modules())
             dtype = None if precision == "bf16-true" else next(filter(None, dtypes), None)
-            for trunk in trunks(root):
-                packs(trunk)  # how it is computed is asked while its weights are whole
-                for layer in self._layers(trunk):
+            for backbone in backbones(root):
+                packs(backbone)  # how it is computed is asked while its weights are whole
+                for layer in self._layers(backbone):
                     fully_shard(_cast(layer, dtype), **settings)
             fully_shard(_cast(root, dtype), **settings)
             make_root(root)
 
-    def _layers(self, trunk: PreTrainedModel) -> list[nn.Module]:
-        if is_quantized(trunk):
+    def _layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
+        if is_quantized(backbone):
             raise UserError("trainer.strategy=fsdp2 shards no weights of 4 bits; leave quantization at null")
         named = self.layer_classes
-        found = layers(trunk) if named is None else [m for m in trunk.modules() if type(m).__name__ in named]
+        found = layers(backbone) if named is None else [m for m in backbone.modules() if type(m).__name__ in named]
         if not found:
-            lists = (part for part in trunk.modules() if isinstance(part, nn.ModuleList))
+            lists = (part for part in backbone.modules() if isinstance(part, nn.ModuleList))
             repeated = sorted({type(layer).__name__ for part in lists for layer in part})
             given = "transformers marks none" if named is None else f"none is a {' or '.join(named)}"
             raise UserError(
-                f"trainer.strategy=fsdp2: {type(trunk).__name__} has no decoder layers that could be sharded: {given}. "
-                f"Give the names of their classes as trainer.strategy.layer_classes=[...] with trainer=fsdp; what it "
-                f"repeats is {', '.join(repeated) or 'nothing'}"
+                f"trainer.strategy=fsdp2: {type(backbone).__name__} has no decoder layers that could be sharded: "
+                f"{given}. Give the names of their classes as trainer.strategy.layer_classes=[...] with trainer=fsdp; "
+                f"what it repeats is {', '.join(repeated) or 'nothing'}"
             )
         return found
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed._composable import checkpoint
 
 from lit_rlhf.models.kernels import Kernels, use_block_attention, use_fast_layers, use_kernels
-from lit_rlhf.models.micro_batches import LEARNING, limit_kept, trunks
+from lit_rlhf.models.micro_batches import LEARNING, backbones, limit_kept
 from lit_rlhf.models.policy import layers
 from lit_rlhf.training.parts import fit_memory
 
@@ -53,13 +53,13 @@ class ModelSettings(Callback):
         use_kernels(self.kernels)
         if self.kernels == "fast":
             use_fast_layers(module, on_cpu)
-        for trunk in trunks(module):
-            limit_kept(trunk, self.kept_gib)
+        for backbone in backbones(module):
+            limit_kept(backbone, self.kept_gib)
             if on_cpu and self.kernels == "fast":
-                use_block_attention(trunk)
-            if not any(p.requires_grad for p in trunk.parameters()):
+                use_block_attention(backbone)
+            if not any(p.requires_grad for p in backbone.parameters()):
                 continue
-            for layer in layers(trunk):  # Lightning sets up anew for each of validate, fit and test
+            for layer in layers(backbone):  # Lightning sets up anew for each of validate, fit and test
                 # transformers' own asks whether a layer is in training mode, which those of PPO never are.
                 if self.activation_checkpointing and checkpoint.state(layer) is None:
                     checkpoint(layer)

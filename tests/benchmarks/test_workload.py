@@ -53,11 +53,11 @@ def test_lengths_are_those_of_a_policy_that_ends_early():
     assert abs(sum(drawn[:500]) / sum(drawn[500:1000]) - 1) < chance(500)
 
 
-def test_reward_model_reads_the_policys_trunk(tmp_path):
+def test_reward_model_reads_the_policys_backbone(tmp_path):
     policy, reward_model = make_models(TINY, tmp_path)
     tokenizer = chat_tokenizer()
-    trunks = load_policy(policy, tokenizer).base_model, load_reward_model(reward_model, tokenizer).base_model
-    assert_close(trunks[0].h[0].mlp.c_fc.weight, trunks[1].h[0].mlp.c_fc.weight)
+    backbones = load_policy(policy, tokenizer).base_model, load_reward_model(reward_model, tokenizer).base_model
+    assert_close(backbones[0].h[0].mlp.c_fc.weight, backbones[1].h[0].mlp.c_fc.weight)
     assert len(tokenizer) == VOCABULARY
     assert all(8 <= len(p) <= 32 for p in prompts(50))
 

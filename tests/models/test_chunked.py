@@ -128,8 +128,8 @@ def test_a_second_backward_pass_makes_no_second_matrix_of_the_vocabularys_size(t
 def test_all_weights_between_states_and_logits_get_their_gradients(kind, settings):
     model = model_of(50, kind, **settings)
     hidden, tokens = asked(model)
-    trunk = {id(p) for p in model.base_model.parameters()} - {id(model.get_output_embeddings().weight)}
-    wanted = [hidden, *(p for p in model.parameters() if id(p) not in trunk)]
+    backbone = {id(p) for p in model.base_model.parameters()} - {id(model.get_output_embeddings().weight)}
+    wanted = [hidden, *(p for p in model.parameters() if id(p) not in backbone)]
     found = []
     for size in (10**9, 4 * 50 * 10):
         logprobs = by_token(model, token_logprobs, hidden, tokens, size=size)

@@ -446,8 +446,8 @@ def test_as_many_answers_at_a_time_as_fit_into_memory(policy, prompts, monkeypat
     monkeypatch.setattr(fast, "make_decoder", lambda model, rows, *rest: begun.append(rows) or real(model, rows, *rest))
     whole = by_both(policy, prompts, Sampling(20))[0]
     # Keys and values in float64, for prompts of 11 tokens and 20 new ones; float32 logits, and three as large.
-    trunk = ForwardPass.of(policy, 31)
-    row = 8 * 2 * len(trunk.layers) * trunk.kv_heads * trunk.head_size * 31 + 4 * 4 * policy.config.vocab_size
+    backbone = ForwardPass.of(policy, 31)
+    row = 8 * 2 * len(backbone.layers) * backbone.kv_heads * backbone.head_size * 31 + 4 * 4 * policy.config.vocab_size
     for result in by_both(policy, prompts, Sampling(20), cache_gib=5.5 * row / 2**30):
         close(result, whole, atol=exactness(policy))
     by_both(policy, prompts, Sampling(20), cache_gib=1e-9)
@@ -558,10 +558,10 @@ def test_an_answer_ends_before_a_stop_text(policy, tokenizer, prompts):
 def test_large_matrices_are_multiplied_as_small_ones_are(policy, prompts, monkeypatch):
     plain = by_both(policy, prompts, Sampling(8))
     monkeypatch.setattr(forward_pass, "LARGE", 1)
-    trunk = ForwardPass.of(policy, 40)
+    backbone = ForwardPass.of(policy, 40)
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
-    assert all(layer.qkv.packed and layer.down.packed for layer in trunk.layers)
+    assert all(layer.qkv.packed and layer.down.packed for layer in backbone.layers)
     packed = by_both(policy, prompts, Sampling(8))
     close(packed[0], plain[0], atol=1e-5)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -71,7 +71,7 @@ def test_a_frozen_reward_model_makes_a_critic_that_learns(policy, reward_model):
 def test_a_critic_that_begins_as_the_policy_values_everything_0(policy, tokenizer):
     batch, critic = packed(tokenizer), critic_from_policy(policy)
     assert not critic(batch, every(batch), None).any()
-    assert torch.equal(packed_hidden(critic.trunk, batch), packed_hidden(policy, batch))
+    assert torch.equal(packed_hidden(critic.backbone, batch), packed_hidden(policy, batch))
     assert not {id(p) for p in critic.parameters()} & {id(p) for p in policy.parameters()}
 
 
@@ -123,7 +123,7 @@ def test_shift_and_deviation_come_back(reward_model, tokenizer, tmp_path):
     assert_close(packed_scores(loaded, packed(tokenizer)), packed_scores(reward_model, packed(tokenizer)))
 
 
-def test_a_language_model_becomes_a_reward_model_with_its_trunk(policy, tokenizer, tmp_path):
+def test_a_language_model_becomes_a_reward_model_with_its_backbone(policy, tokenizer, tmp_path):
     policy.save_pretrained(tmp_path)
     loaded = load_reward_model(tmp_path, tokenizer, new_head=True)
     batch = packed(tokenizer)

@@ -88,7 +88,7 @@ def classifier(folder, labels):
     return AutoModelForSequenceClassification.from_config(config)
 
 
-# Whoever loads a model: a policy, with its tokenizer, as the trunk of a reward model; and a reward model
+# Whoever loads a model: a policy, with its tokenizer, as the backbone of a reward model; and a reward model
 POLICIES = {
     "load_policy": load_policy,
     "load_policy_and_tokenizer": load_policy_and_tokenizer,
@@ -375,8 +375,8 @@ def test_the_language_head_is_known_by_the_name_in_the_file(tokenizer, tmp_path)
     policy = policy_from_config({"model_type": "gpt_neox", **FAMILY}, tokenizer)
     save_model(policy, tokenizer, tmp_path / "model")
     assert "embed_out.weight" in load_file(tmp_path / "model" / "model.safetensors")
-    trunk = load_reward_model(tmp_path / "model", tokenizer, new_head=True).base_model.state_dict()
-    assert_close(trunk, dict(policy.base_model.state_dict()))
+    backbone = load_reward_model(tmp_path / "model", tokenizer, new_head=True).base_model.state_dict()
+    assert_close(backbone, dict(policy.base_model.state_dict()))
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere"])
@@ -554,7 +554,7 @@ def test_what_is_to_be_sharded_stays_as_it_is_stored(policy, tokenizer, tmp_path
     assert copied(plain).lm_head.weight.data_ptr() != plain.lm_head.weight.data_ptr()
     reference = Reference(lent, ReferenceUpdate()).start
     critic = critic_from_policy(lent)
-    assert intended_dtype(reference) == critic.trunk.intended_dtype == critic.head.weight.dtype == torch.float32
+    assert intended_dtype(reference) == critic.backbone.intended_dtype == critic.head.weight.dtype == torch.float32
     assert Reference(lent, ReferenceUpdate(dtype="float16")).start.dtype == torch.float16
     assert cast_to_intended(lent).dtype == intended_dtype(lent) == torch.float32 and not hasattr(lent, "intended_dtype")
     for name, weight in cast_to_intended(reference).state_dict().items():
@@ -574,7 +574,7 @@ def test_adapters_of_what_is_to_be_sharded_are_as_precise_as_others(policy, toke
     with loading_as_stored():
         lent = load()
     critic = critic_from_policy(lent, lora=lora)
-    assert critic.trunk.dtype == lent.dtype == (torch.float32 if lora.use_dora else torch.bfloat16)
+    assert critic.backbone.dtype == lent.dtype == (torch.float32 if lora.use_dora else torch.bfloat16)
     for name, weight in cast_to_intended(lent).state_dict().items():
         assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
 
@@ -584,7 +584,7 @@ def test_a_head_of_our_own_on_what_is_to_be_sharded(policy, tokenizer, tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with loading_as_stored():
         model = load_reward_model(tmp_path, tokenizer, new_head=True, head=RewardHead("mlp"))
-    assert (model.trunk.dtype, model.trunk.intended_dtype) == (torch.bfloat16, torch.float32)
+    assert (model.backbone.dtype, model.backbone.intended_dtype) == (torch.bfloat16, torch.float32)
     assert {p.dtype for p in model.score.parameters()} == {torch.float32}
 
 

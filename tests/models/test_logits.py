@@ -85,7 +85,7 @@ def test_gradients_reach_weights_and_states(model):
 def test_rows_are_added_to_whole_logits(model, monkeypatch):
     hidden = torch.randn(5, model.config.hidden_size, dtype=torch.float64)
     expected, seen = next_token_logits(model, hidden), []
-    monkeypatch.setattr("lit_rlhf.models.logits.rows_to_add", lambda trunk, count: seen.append(count) or 27)
+    monkeypatch.setattr("lit_rlhf.models.logits.rows_to_add", lambda backbone, count: seen.append(count) or 27)
     assert_close(next_token_logits(model, hidden), expected, rtol=0, atol=1e-12)
     assert seen == [5]
 

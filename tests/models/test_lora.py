@@ -194,7 +194,7 @@ def test_critics_beside_an_adapted_policy(adapted, tokenizer, tmp_path):
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     for lora in (None, LoRA(r=2)):
         critic = critic_from_policy(policy, lora=lora)
-        assert_close(packed_hidden(critic.trunk, rows), hidden, rtol=1e-4, atol=1e-4)
+        assert_close(packed_hidden(critic.backbone, rows), hidden, rtol=1e-4, atol=1e-4)
         assert bool(lora_layers(critic)) == (lora is not None)
         learned = {name for name, p in critic.named_parameters() if p.requires_grad}
         every = {name for name, _ in critic.named_parameters()}
@@ -245,8 +245,8 @@ def test_a_run_starts_from_an_adapter(saved, tokenizer, capsys):
     assert {n for n, p in on.named_parameters() if p.requires_grad} == {
         n for n, _ in on.named_parameters() if "lora_" in n
     }
-    trunk = load_reward_model(adapter, tokenizer, new_head=True)
-    assert_close(trunk.base_model.state_dict(), plain.base_model.state_dict())
+    backbone = load_reward_model(adapter, tokenizer, new_head=True)
+    assert_close(backbone.base_model.state_dict(), plain.base_model.state_dict())
 
 
 def test_a_base_is_found_from_the_adapters_folder_too(saved, tokenizer):

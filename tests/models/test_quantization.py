@@ -95,7 +95,7 @@ def test_critics_and_reward_models(policy, folder, tokenizer):
     critic = critic_from_policy(policy, lora=LoRA(r=2))
     assert is_quantized(critic) and len(lora_layers(critic)) == len(lora_layers(policy))
     packed = pack(TOKENS.tolist(), tokenizer.pad_token_id)
-    assert_close(packed_hidden(critic.trunk, packed), packed_hidden(policy, packed))
+    assert_close(packed_hidden(critic.backbone, packed), packed_hidden(policy, packed))
     model = load_reward_model(folder, tokenizer, new_head=True, lora=LoRA(r=2), quantization="4bit")
     assert is_quantized(model) and model.score.weight.requires_grad and not is_quantized(model.score)
     torch.nn.init.normal_(model.score.weight)

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -23,7 +24,7 @@ from lit_rlhf.models import (
 )
 from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores, score_shift, score_std
 from lit_rlhf.models.policy import predicting_positions, shares_prompts
-from lit_rlhf.models.reward_head import RewardEnsemble, start_head
+from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer, start_head
 from lit_rlhf.text import ensure_chat_template, pack
 from lit_rlhf.training import adamw
 from lit_rlhf.training.optim import decay_groups
@@ -183,6 +184,17 @@ def test_what_is_saved_loads_here_and_not_as_a_classifier(head, reward_model_wit
         load_reward_model(tmp_path / "model", tokenizer, new_head=True)
     again = load_reward_model(tmp_path / "model", tokenizer, new_head=True, head=head)
     assert_close(packed_scores(again.eval(), together), packed_scores(model, together))
+
+
+def test_a_model_of_an_older_version_is_read(policy, tmp_path):
+    model = RewardTransformer.from_policy(policy, RewardHead("likelihood"))
+    model.save_pretrained(tmp_path)
+    settings, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    settings["trunk"] = settings.pop("backbone")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    save_file({n.replace("backbone.", "trunk."): t for n, t in weights.items()}, tmp_path / "model.safetensors")
+    read = RewardTransformer.from_pretrained(tmp_path).state_dict()
+    assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("head", [h for h in NOT_PLAIN if h.pooling != "token"], ids=named)
@@ -352,7 +364,7 @@ def test_a_fresh_head_starts_at_zero_or_normal(kind, policy, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("head", [RewardHead(), RewardHead("mlp", "token"), RewardHead("likelihood")], ids=named)
-def test_the_head_has_a_rate_of_its_own_and_all_else_that_of_the_trunk(head, policy, tokenizer, tmp_path):
+def test_the_head_has_a_rate_of_its_own_and_all_else_that_of_the_backbone(head, policy, tokenizer, tmp_path):
     save_model(policy, tokenizer, tmp_path / "model")
     model = load_reward_model(tmp_path / "model", tokenizer, new_head=True, head=head)
     optimizer = adamw(decay_groups(model, head_parameters(model), 1e-2), lr=1e-4, weight_decay=0.1)

@@ -34,15 +34,15 @@ def passes(module):
 def test_models_of_one_config_are_asked_once(tokenizer, tmp_path):
     save_model(policy_from_config(CONFIG, tokenizer), tokenizer, tmp_path / "model")
     policy = load_policy(tmp_path / "model", tokenizer)
-    trunks = [
+    backbones = [
         load_policy(tmp_path / "model", tokenizer).base_model,
         load_reward_model(tmp_path / "model", tokenizer, new_head=True).base_model,
-        critic_from_policy(policy).trunk,
+        critic_from_policy(policy).backbone,
     ]
-    for trunk in trunks:
-        calls = passes(trunk)
-        assert packs(trunk) and not calls
-        packed_hidden(trunk, pack([[5, 6, 7]], 0))
+    for backbone in backbones:
+        calls = passes(backbone)
+        assert packs(backbone) and not calls
+        packed_hidden(backbone, pack([[5, 6, 7]], 0))
         assert len(calls) == 1
 
 
@@ -51,13 +51,13 @@ def test_the_plain_passes_serve_all_checks(tokenizer):
     config = policy_from_config({**CONFIG, "num_hidden_layers": 2}, tokenizer).config
     config.intermediate_size = 44  # one that nobody has asked about, as of a checkpoint
     policy = AutoModelForCausalLM.from_config(config).eval()
-    whole, trunk = passes(policy), passes(policy.base_model)
+    whole, backbone = passes(policy), passes(policy.base_model)
     check_logits(policy)
-    assert (len(whole), len(trunk)) == (1, 2)  # the model's own pass, and its trunk's
+    assert (len(whole), len(backbone)) == (1, 2)  # the model's own pass, and its backbone's
     assert packs(policy.base_model)
-    assert (len(whole), len(trunk)) == (1, 3)  # the packed one
+    assert (len(whole), len(backbone)) == (1, 3)  # the packed one
     generate(policy, [[5, 6]], Sampling(2), eos_id=-1, pad_id=1)
-    assert (len(whole), len(trunk)) == (1, 3)  # our own pass is none of the model's
+    assert (len(whole), len(backbone)) == (1, 3)  # our own pass is none of the model's
 
 
 def test_what_was_read_is_forgotten_when_weights_change(tokenizer):

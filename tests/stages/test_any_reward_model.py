@@ -305,7 +305,7 @@ def test_ppo_learns_from_a_reward_model_that_has_other_tokens(advantage, judge, 
     assert not any(name.startswith("scorer.reward_model") for name in module.state_dict())  # frozen: not in checkpoints
     if advantage == "ppo":
         started = critic_from_reward_model(policy, judge)
-        assert torch.equal(started.trunk.get_input_embeddings().weight, policy.get_input_embeddings().weight)
+        assert torch.equal(started.backbone.get_input_embeddings().weight, policy.get_input_embeddings().weight)
 
 
 def evaluated(world, tokenizer, models, scorer, **settings):

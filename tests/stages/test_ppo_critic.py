@@ -33,11 +33,11 @@ def test_a_critic_from_the_policy_begins_at_0(ppo, train):
     assert module.rollouts[1].values.any()
 
 
-def test_a_shared_critic_adds_no_trunk(policy, ppo, train):
+def test_a_shared_critic_adds_no_backbone(policy, ppo, train):
     module = train(ppo(critic=critic_on_policy), iterations=2)
     assert [name for name, _ in module.critic.named_parameters()] == ["head.weight"]
     assert not module.rollouts[0].values.any() and module.rollouts[1].values.any()
-    assert not any(name.startswith("critic.trunk") for name in module.state_dict())
+    assert not any(name.startswith("critic.backbone") for name in module.state_dict())
     groups = module.optimizers().param_groups
     held = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
     assert held[id(module.critic.head.weight)] == 1e-3  # critic_lr
@@ -66,10 +66,10 @@ def test_the_value_loss_by_plain_transformers(critic, value_clip_range, ppo, alo
     rollout, _ = module.collect(batch)
     with torch.no_grad():
         module.critic.head.weight.add_(0.02 * torch.randn_like(module.critic.head.weight))
-    trunk = module.policy.model if module.critic.trunk is None else module.critic.trunk
+    backbone = module.policy.model if module.critic.backbone is None else module.critic.backbone
     errors, clipped = [], 0
     for i, (sequence, n) in enumerate(zip(rollout.sequences, rollout.lengths.tolist())):
-        hidden = trunk(input_ids=tensor([sequence])).last_hidden_state[0, -n - 1 : -1]
+        hidden = backbone(input_ids=tensor([sequence])).last_hidden_state[0, -n - 1 : -1]
         values, old, target = hidden @ module.critic.head.weight[0], rollout.values[i, :n], rollout.returns[i, :n]
         error = (values - target) ** 2
         if value_clip_range is not None:

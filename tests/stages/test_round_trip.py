@@ -113,7 +113,7 @@ def test_dpo_gives_a_checkpoint_back(checkpoint, fit, tmp_path):
 
 @pytest.mark.parametrize("head", [RewardHead(), RewardHead("mlp"), RewardHead("likelihood")], ids=lambda h: h.kind)
 @pytest.mark.parametrize("model_config", ["llama", "qwen3"], indirect=True)
-def test_a_reward_model_has_the_trunk_of_its_checkpoint(checkpoint, fit, tmp_path, head):
+def test_a_reward_model_has_the_backbone_of_its_checkpoint(checkpoint, fit, tmp_path, head):
     tokenizer = load_tokenizer(checkpoint)
     write_jsonl(tmp_path / "p.jsonl", PAIRS)
     data = RewardDataModule(tmp_path / "p.jsonl", tokenizer, batch_size=8, held_out=0.2)
@@ -127,7 +127,7 @@ def test_a_reward_model_has_the_trunk_of_its_checkpoint(checkpoint, fit, tmp_pat
     for name, tensor in tensors(folder).items():
         assert tensor.dtype == torch.bfloat16
         if not name.startswith("score."):
-            assert torch.equal(before[name.rpartition("model.")[2].removeprefix("trunk.")], tensor), name
+            assert torch.equal(before[name.rpartition("model.")[2].removeprefix("backbone.")], tensor), name
     assert checkpoint_format(load_reward_model(folder, tokenizer)).dtype == torch.bfloat16
     if head.plain:
         plain = AutoModelForSequenceClassification.from_pretrained(folder)

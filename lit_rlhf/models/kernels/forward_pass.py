@@ -198,7 +198,7 @@ def _head(model: PreTrainedModel, dtype: torch.dtype) -> Product:
 
 
 def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
-    trunk: Any = model.base_model
+    backbone: Any = model.base_model
     config = model.config
     size = config.n_embd // config.n_head
 
@@ -224,14 +224,16 @@ def _gpt2(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPas
             product(block.mlp.c_fc),
             product(block.mlp.c_proj),
         )
-        for block in trunk.h
+        for block in backbone.h
     ]
     smooth = config.activation_function in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function, three names
-    activation = gelu_tanh if smooth else trunk.h[0].mlp.act
-    positions = _weight(trunk.wpe)[:length].to(dtype)
-    embedding = _weight(trunk.wte).to(dtype)
+    activation = gelu_tanh if smooth else backbone.h[0].mlp.act
+    positions = _weight(backbone.wpe)[:length].to(dtype)
+    embedding = _weight(backbone.wte).to(dtype)
     heads, epsilon = (config.n_head, config.n_head, size), config.layer_norm_epsilon
-    return ForwardPass(embedding, positions, layers, norm(trunk.ln_f), activation, heads, epsilon, _head(model, dtype))
+    return ForwardPass(
+        embedding, positions, layers, norm(backbone.ln_f), activation, heads, epsilon, _head(model, dtype)
+    )
 
 
 def _paired(x: Tensor, size: int) -> Tensor:
@@ -263,12 +265,12 @@ def _side_by_side(
 
 
 def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPass:
-    trunk: Any = model.base_model
+    backbone: Any = model.base_model
     config = model.config
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     layers = []
-    for block in trunk.layers:
+    for block in backbone.layers:
         attention, mlp = block.self_attn, block.mlp
         normed = hasattr(attention, "q_norm")
         heads = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -285,12 +287,12 @@ def _llama(model: PreTrainedModel, length: int, dtype: torch.dtype) -> ForwardPa
                 _side_by_side([mlp.down_proj], None, dtype),
             )
         )
-    inner, function = config.intermediate_size, trunk.layers[0].mlp.act_fn
-    norm = _weight(trunk.norm)
-    cos, sin = trunk.rotary_emb(norm.float(), torch.arange(length, device=norm.device)[None])
+    inner, function = config.intermediate_size, backbone.layers[0].mlp.act_fn
+    norm = _weight(backbone.norm)
+    cos, sin = backbone.rotary_emb(norm.float(), torch.arange(length, device=norm.device)[None])
     half, precise = size // 2, torch.complex128 if dtype == torch.float64 else torch.complex64
     return ForwardPass(
-        _weight(trunk.embed_tokens).to(dtype),
+        _weight(backbone.embed_tokens).to(dtype),
         torch.complex(cos[0, :, :half], sin[0, :, :half]).to(precise),
         layers,
         norm.to(dtype),

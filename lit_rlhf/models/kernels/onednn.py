@@ -33,13 +33,13 @@ def rows_up_to(multiple: int, count: int) -> int:
     return -count % multiple
 
 
-def rows_to_add(trunk: Any, count: int) -> int:
+def rows_to_add(backbone: Any, count: int) -> int:
     """How many rows to multiply besides ``count``, so that few numbers of rows occur, where products are oneDNN's: on a
     CPU, of 16-bit numbers and in wide models."""
-    if trunk.device.type not in ("cpu", "meta") or not fast_kernels():
+    if backbone.device.type not in ("cpu", "meta") or not fast_kernels():
         return 0
-    narrow = compute_dtype(trunk) in (torch.bfloat16, torch.float16)
-    wide = (getattr(trunk.config.get_text_config(), "hidden_size", None) or 0) >= WIDTH
+    narrow = compute_dtype(backbone) in (torch.bfloat16, torch.float16)
+    wide = (getattr(backbone.config.get_text_config(), "hidden_size", None) or 0) >= WIDTH
     return rows_up_to(ROWS, count) if narrow or wide else 0
 
 

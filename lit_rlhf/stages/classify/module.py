@@ -48,7 +48,7 @@ class ClassifyModule(SupervisedModule):
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
-        head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
+        head_lr: learning rate of the head, which starts fresh on a backbone that knows much; None: the backbone's.
         lm_coef: lambda, weight of the language-modelling loss on the inputs (nats per token); 0: none.
         task: what the figures call it.
     """

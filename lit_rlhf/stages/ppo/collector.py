@@ -126,7 +126,7 @@ class Collector:
         response is one. This process samples and reads those to ``prompts``, from a seed each, and works out the rest
         for all of them, as each process does."""
         # 1. Sample responses, and let the reward model, functions and judge read them.
-        # A critic on the policy's trunk needs no other pass: it values the states that the responses were drawn from.
+        # A critic on the policy's backbone needs no other pass: it values the states that responses were drawn from.
         states = self._critic_on_policy and not self._reads_policy
         answered = self.answer(self.policy, repeated(prompts, self.answers_per_prompt), seeds, states=states)
         # 2. Log-probs, divergence from the reference, values: (N, T).
@@ -231,7 +231,7 @@ class Collector:
 
     @property
     def _critic_on_policy(self) -> bool:
-        return self.critic is not None and self.critic.trunk is None
+        return self.critic is not None and self.critic.backbone is None
 
     @property
     def _reads_policy(self) -> bool:

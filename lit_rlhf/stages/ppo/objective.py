@@ -59,7 +59,7 @@ class Objective:
         watched: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
             policy_loss, value_loss, seen = read(partial(self.losses, part))
-            # One backward pass of the sum serves policy and critic, apart or on one trunk (and DDP).
+            # One backward pass of the sum serves policy and critic, apart or on one backbone (and DDP).
             loss = (policy_loss + self.value_coef * value_loss) * share * weight
             ratio = torch.maximum(seen.pop("ratio"), watched.get("ratio", loss.detach().new_zeros(())))
             for name, value in seen.items():

@@ -37,13 +37,13 @@ class RewardModule(RankingModule):
     K answers to a prompt take K forward passes, not K (K - 1): each is read once, and its score serves all its pairs.
 
     Args:
-        reward_model: a sequence classifier with one label, or one with another head; its trunk usually comes from the
-            SFT model.
+        reward_model: a sequence classifier with one label, or one with another head; its backbone usually comes from
+            the SFT model.
         tokenizer: with the chat template; saved beside the model.
         optimizer: receives parameter groups.
         schedule: receives the optimizer and the number of steps.
         max_grad_norm: gradients are clipped to this norm; None: they are not.
-        head_lr: learning rate of the head, which starts fresh on a trunk that knows much; None: that of the trunk.
+        head_lr: learning rate of the head, which starts fresh on a backbone that knows much; None: the backbone's.
         lm_coef: weight of an auxiliary language-modelling loss on the best-ranked answers (nats per token), which keeps
             what the model knows while the head learns what people like; 0: none. A model whose output embedding is not
             its input embedding, or whose family puts more between states and logits, goes without.

@@ -67,12 +67,12 @@ def test_what_is_narrow_stays_and_what_is_frozen_gets_no_gradient():
 
 
 def test_few_numbers_of_rows_occur(policy, monkeypatch):
-    trunk = policy.base_model.bfloat16()
-    filled = {count: count + rows_to_add(trunk, count) for count in (1, 32, 33, 512, 513, 1024, 1025, 1536, 5000)}
+    backbone = policy.base_model.bfloat16()
+    filled = {count: count + rows_to_add(backbone, count) for count in (1, 32, 33, 512, 513, 1024, 1025, 1536, 5000)}
     assert filled == {1: 32, 32: 32, 33: 64, 512: 512, 513: 576, 1024: 1024, 1025: 1152, 1536: 1536, 5000: 5120}
-    assert len({count + rows_to_add(trunk, count) for count in range(1, 4097)}) == 16 + 3 * 8
-    assert rows_to_add(trunk.float(), 33) == 0
+    assert len({count + rows_to_add(backbone, count) for count in range(1, 4097)}) == 16 + 3 * 8
+    assert rows_to_add(backbone.float(), 33) == 0
     monkeypatch.setattr(onednn, "WIDTH", 32)  # wide models multiply float32 by oneDNN, too
-    assert rows_to_add(trunk, 33) == 31
+    assert rows_to_add(backbone, 33) == 31
     use_kernels("plain")
-    assert rows_to_add(trunk, 33) == rows_to_add(trunk.bfloat16(), 33) == 0
+    assert rows_to_add(backbone, 33) == rows_to_add(backbone.bfloat16(), 33) == 0
