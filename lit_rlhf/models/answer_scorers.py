@@ -300,7 +300,8 @@ def _load_reader(
         model: Any = load_reward_model(path, tokenizer, dtype)
         scorer = TextRewardModel(model, tokenizer, batch_size)
     else:
-        scorer = Classifier(load_any_classifier(base_path(path), dtype), load_reader(path), label, layout, batch_size)
+        tokenizer = load_reader(path)
+        scorer = Classifier(load_any_classifier(base_path(path), dtype), tokenizer, label, layout, batch_size)
     if score_std is not None:
         scorer.model.config.score_std = score_std
     how = "by its own tokenizer and chat template" if ours else f"by its own tokenizer, {LAYOUTS[scorer.layout]}"
