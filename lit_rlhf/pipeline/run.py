@@ -99,12 +99,9 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
         module = make_module(name, settings, data)
     callbacks = make_callbacks(cfg, name, settings, folder)
     loggers = make_loggers(cfg, name, folder)
-    bar, here = bool(cfg.callbacks.progress_bar), {"default_root_dir": str(folder.path / "checkpoints")}
-    if "profiler" in cfg:
-        here["profiler"] = instantiate(cfg.profiler, dirpath=str(folder.path / PROFILE))
-    trainer = make_trainer(
-        name, settings.trainer, logger=loggers or False, callbacks=callbacks, enable_progress_bar=bar, **here
-    )
+    here = {"default_root_dir": str(folder.path / "checkpoints"), **make_profiler(cfg, folder)}
+    shown = {"logger": loggers or False, "enable_progress_bar": bool(cfg.callbacks.progress_bar)}
+    trainer = make_trainer(name, settings.trainer, callbacks=callbacks, **shown, **here)
     try:
         try:
             execute(settings, trainer, module, data, folder)
@@ -143,6 +140,11 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
     finally:
         close(loggers)
     return figures
+
+
+def make_profiler(cfg: DictConfig, folder: StageFolder) -> dict[str, Any]:
+    """``profiler`` for a trainer, which keeps what it finds in the stage's folder; nothing where none is asked for."""
+    return {"profiler": instantiate(cfg.profiler, dirpath=str(folder.path / PROFILE))} if "profiler" in cfg else {}
 
 
 def check_models(name: str, settings: DictConfig) -> None:

@@ -147,7 +147,7 @@ class Template:
 
     def _write(self, messages: list[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
         if self.special_tokens == "rendered":
-            return self._as_it_stands(messages)
+            return _as_it_stands(messages)
         try:
             written = str(self._render(messages, tools, tokenize=False, add_generation_prompt=generation_prompt))
         except Exception as error:  # a template is a program, and may raise anything
@@ -157,14 +157,6 @@ class Template:
 
     def _render(self, messages: list[Message], tools: Any, **settings: Any) -> Any:
         return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
-
-    def _as_it_stands(self, messages: list[Message]) -> str:
-        asked = [message for message in messages if message["role"] != "assistant"]
-        if [message["role"] for message in asked] != ["user"] or messages[0]["role"] != "user" or len(messages) > 2:
-            raise UserError(
-                f"special_tokens=rendered is for a prompt that is one text; this one has {len(messages)} messages"
-            )
-        return "".join(map(content_of, messages))
 
     def _as_wanted(self, message: Message) -> Message:
         """Content as a text, or as a list of parts; arguments of calls as an object, or as JSON."""
@@ -339,6 +331,15 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, end: str, after: str) -> None
             f"this tokenizer reads {end!r} behind a word as characters, so no answer would ever end; in "
             "tokenizer.json, set 'single_word' and 'normalized' of this added token to false"
         )
+
+
+def _as_it_stands(messages: list[Message]) -> str:
+    asked = [message for message in messages if message["role"] != "assistant"]
+    if [message["role"] for message in asked] != ["user"] or messages[0]["role"] != "user" or len(messages) > 2:
+        raise UserError(
+            f"special_tokens=rendered is for a prompt that is one text; this one has {len(messages)} messages"
+        )
+    return "".join(map(content_of, messages))
 
 
 def content_of(message: Message) -> str:

@@ -137,8 +137,7 @@ class PPOModule(LearnsFromRollouts):
         super().__init__()
         self.sampling, self.engine, self.seed = sampling, engine or FastEngine(), seed
         check(policy, reward_model, advantage, answers_per_prompt, self.sampling)
-        self.policy, self.tokenizer = learning(policy), tokenizer
-        self.reference = Reference(policy, reference)
+        self.policy, self.reference, self.tokenizer = learning(policy), Reference(policy, reference), tokenizer
         needed = getattr(advantage, "needs_critic", True)
         self.critic = critic_in_units(critic, policy, reward_model, scoring) if needed else None
         self.scorer, self.gold_judge, self.sample_prompts = Scorer(reward_model, scoring), gold_judge, sample_prompts
