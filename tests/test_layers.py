@@ -167,3 +167,14 @@ def test_an_import_that_points_up_is_found(module, source):
 )
 def test_an_import_that_points_down_is_not(module, source):
     assert not list(faults(source, ("lit_rlhf", *module.split("."))))
+
+
+def test_nothing_is_too_long_to_be_read():
+    """Files of at most 450 lines, classes of 300, functions of 60."""
+    most = {ast.ClassDef: 300, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 450, file
+        for node in ast.walk(ast.parse(text)):
+            if type(node) in most:
+                assert node.end_lineno - node.lineno < most[type(node)], (file, node.name)
