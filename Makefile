@@ -12,7 +12,7 @@ else
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help quickstart test install check wheel clean
+.PHONY: help quickstart test install check docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,11 +30,14 @@ check: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/dev ## the site of docs, into site/
+	$(BIN)/sphinx-build -W -q -c docs . site
+
 wheel: $(VENV)/dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation .
 
 clean: ## remove the environment and what was built; runs stay
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build site
 
 $(VENV)/user: EXTRAS =
 $(VENV)/dev: EXTRAS = [dev]

@@ -56,7 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: Annotated[int, Field(ge=264)] = 
 
 
 def train_characters(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """One token per character of ``texts``. A character that they do not hold cannot be written: it becomes <|unk|>."""
+    """One token per character of ``texts``. Any other becomes ``<|unk|>``."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
