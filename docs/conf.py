@@ -1,5 +1,6 @@
-"""The site of docs, by Sphinx: ``make docs`` writes it to site/. Its pages are the Markdown files that GitHub shows, the
-notebooks, and the docstrings."""
+"""The site of docs, by Sphinx: ``make docs`` writes it to site/.
+
+Its pages are the Markdown files that GitHub shows, the notebooks, and the docstrings."""
 
 import sys
 from importlib.metadata import version as version_of
