@@ -45,15 +45,17 @@ def scores_by(
     record: dict[str, list[Any]],
     scale: bool,
     center: bool = False,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Scores (N,) of answers, NaN where nothing is said; of those that read tokens, ``packed`` ends with them.
 
-    ``scale`` and ``center`` as in :func:`lit_rlhf.models.heads.scores_of`."""
+    ``scale`` and ``center`` as in :func:`lit_rlhf.models.heads.scores_of`; ``device``: where to put what is asked by
+    text."""
     if isinstance(reward_model, AnyRewardModel):
         return scores_of(reward_model, packed, scale=scale, center=center)
     mean, std = scale_of(reward_model) if scale or center else (0.0, 1.0)
     said = [math.nan if score is None else score for score in asked(reward_model, prompts, responses, record)]
-    scores = torch.tensor(said) - (mean if center else 0.0)
+    scores = torch.tensor(said, device=device) - (mean if center else 0.0)
     return scores / std if scale else scores
 
 

@@ -104,9 +104,9 @@ class Scorer(nn.Module):
         said = torch.zeros(len(responses), device=packed[0].tokens.device)
         scored = torch.zeros_like(said, dtype=torch.bool)
         if self._asks_model:
-            scale = settings.scale == "reference"
-            answers = packed, prompts, responses, record
-            found = scores_by(self.reward_model, *answers, scale=scale, center=scale and settings.center).to(said)
+            scale, answers = settings.scale == "reference", (packed, prompts, responses, record)
+            center = scale and settings.center
+            found = scores_by(self.reward_model, *answers, scale=scale, center=center, device=said.device)
             said, scored = said + settings.reward_model_weight * found.nan_to_num(), ~found.isnan()
         for function, weight in zip(settings.functions, settings.weights or ()):
             scores = asked(function, prompts, responses, record)
