@@ -44,7 +44,7 @@ def text_of(page: Path) -> str:
 def commands_by_block(text: str = README) -> list[list[list[str]]]:
     """The arguments of each `lit-rlhf ...` in a page's blocks of code, of those that have any."""
     fenced = r"^ *```bash\n(.*?)^ *```"
-    code = [a or b for a, b in re.findall(rf"{fenced}|((?:^ {{4}}.*\n)+)", text, re.DOTALL | re.MULTILINE)]
+    code = [a or b for a, b in re.findall(rf"{fenced}|((?:^ {{4}}[^\n]*\n)+)", text, re.DOTALL | re.MULTILINE)]
     lines = [[line.strip() for line in block.replace("\\\n", " ").splitlines()] for block in code]
     found = [[re.match(r"(?:until |srun )?lit-rlhf\b([^;]*)", line) for line in block] for block in lines]
     return [split for block in found if (split := [shlex.split(m[1], comments=True) for m in block if m])]

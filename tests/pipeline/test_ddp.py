@@ -15,6 +15,7 @@ def test_two_processes_equal_one(lit_rlhf, finished_run, tmp_path):
     """Stage by stage that is tests/stages/test_processes.py."""
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
     exact = ["trainer.precision=32-true", "ppo.module.ppo_epochs=2"]  # in bfloat16 each process rounds its own sums
+    exact += ["ppo.module.kl_coef=0.2"]
     one, two = ([f"ppo.data.batch_size={n}", f"ppo.module.minibatch_size={n // 2}"] for n in (16, 8))
     lit_rlhf("stage=[ppo,evaluate]", "run=one", "from_run=quickstart", *one, *exact)
     chain = ["stage=[ppo,evaluate]", "run=two", "from_run=quickstart", *two, *exact, "ppo.module.micro_batch_size=3"]

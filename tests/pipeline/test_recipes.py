@@ -161,8 +161,9 @@ def differences(node, default, address):
 def given_a_checkpoint(files):
     """The settings of all stages, whose data come from files or from the world."""
     kinds = {stage: "world" if not files else "text" if stage == "pretrain" else "jsonl" for stage in all_stages()}
-    data = [f"{stage}/data={kind}" for stage, kind in kinds.items()]
-    paths = [f"{stage}.data.path=a.jsonl" for stage in all_stages() if files]
+    there = {stage: (conf_dir() / stage / "data" / f"{kind}.yaml").is_file() for stage, kind in kinds.items()}
+    data = [f"{stage}/data={kind}" for stage, kind in kinds.items() if there[stage]]  # some read files alone
+    paths = [f"{stage}.data.path=a.jsonl" for stage in all_stages() if files or not there[stage]]
     cfg = compose_settings([*MODEL, "recipe=checkpoint", *data, *paths, "seed=0", "split.seed=0", "world.seed=0"])
     return {stage: OmegaConf.to_container(cfg[stage], resolve=True) for stage in all_stages()}
 

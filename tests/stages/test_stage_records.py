@@ -53,7 +53,11 @@ def test_a_record_names_what_its_settings_name(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_record_says_which_stage_each_model_comes_from(name):
-    files = [CONF / name / "default.yaml", *(CONF / name).glob("init/*.yaml")]
+    files = [
+        CONF / name / "default.yaml",
+        *(CONF / name).glob("init/*.yaml"),
+        *(CONF / name).glob("reward_model/*.yaml"),
+    ]
     text = "".join(line.partition(" #")[0] for file in files for line in file.read_text().splitlines(True))
     asked = set(re.findall(r"\$\{upstream:(\w+)", text))
     assert {stage for stage in STAGES[name].models.values() if stage is not None} == asked
