@@ -145,8 +145,7 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         module.engine = DryEngine(module.engine, meter)
     with meter:
         records = module.dry_run(meter, data)
-    tensors = int((1 + MARGIN) * meter.peak)
-    process = max(resident_bytes(), plan.process)
+    tensors, process = int((1 + MARGIN) * meter.peak), max(resident_bytes(), plan.process)
     host = first = process + (loading + offloaded if on_gpu else max(tensors, loading))
     gathered = meter.gathered + meter.whole + meter.passes * gradients
     if shards > 1:
