@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -14,7 +15,9 @@ from pydantic import AfterValidator, Field
 
 from lit_rlhf.errors import CREDENTIALS, UserError, scrubbed
 from lit_rlhf.stages.callables import run_async
+from lit_rlhf.text.records import Messages, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens, check
+from lit_rlhf.text.template import Tools
 
 Question, Reply, Found = TypeVar("Question"), TypeVar("Reply"), TypeVar("Found")
 
@@ -190,6 +193,24 @@ class _Passing(Exception):
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
         self.wait = wait
+
+
+def question_to(model: str, messages: Messages, max_tokens: int, again: bool) -> dict[str, Any]:
+    """The body of a chat completion. A cold model whose reply said nothing would give the same again."""
+    return {"model": model, "messages": messages, "temperature": 0.7 if again else 0.0, "max_tokens": max_tokens}
+
+
+def dialogue_text(prompt: Messages, tools: Tools = None) -> str:
+    """A dialogue as a model that judges reads it, behind what the assistant may call."""
+    dialogue = "\n\n".join(f"{m['role']}: {text_of(m)}" for m in prompt)
+    given = f"functions that the assistant may call: {json.dumps(tools, ensure_ascii=False)}\n\n" if tools else ""
+    return given + dialogue
+
+
+def last_line(reply: str) -> str:
+    """The last line of a reply, where a model that thinks aloud says what it comes to; "" of an empty one."""
+    lines = [line for line in reply.split("</think>")[-1].splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def completion_text(reply: Any) -> str:

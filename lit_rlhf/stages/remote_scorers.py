@@ -27,11 +27,14 @@ from lit_rlhf.stages.endpoint import (
     Retries,
     Seconds,
     completion_text,
+    dialogue_text,
     harmless,
+    last_line,
+    question_to,
 )
 from lit_rlhf.stages.progress_file import ProgressFile
 from lit_rlhf.text.chat import Transcript
-from lit_rlhf.text.records import Messages, text_of
+from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
 
 INSTRUCTION = """\
@@ -141,9 +144,7 @@ class LLMScorer(RemoteScorer):
         return scores
 
     def content(self, asked: Asked) -> list[Any]:
-        dialogue = "\n\n".join(f"{m['role']}: {text_of(m)}" for m in asked.prompt)
-        if tools := asked.record.get("tools"):
-            dialogue = f"functions that the assistant may call: {json.dumps(tools, ensure_ascii=False)}\n\n{dialogue}"
+        dialogue = dialogue_text(asked.prompt, asked.record.get("tools"))
         dialogue, answer = (harmless(text, self.special_tokens) for text in (dialogue, asked.response))
         text = ASKED.format(dialogue=dialogue, answer=answer, **self.range)
         return [
@@ -167,9 +168,7 @@ class LLMScorer(RemoteScorer):
 
     async def _ask(self, key: str, asked: Asked, client: httpx.AsyncClient) -> None:
         def body(again: bool) -> dict[str, Any]:
-            model, messages = self.content(asked)
-            settings = {"temperature": 0.7 if again else 0.0, "max_tokens": self.max_tokens}
-            return {"model": model, "messages": messages, **settings}
+            return question_to(*self.content(asked), self.max_tokens, again)
 
         about, parse = place(asked.prompt), partial(rating_of, **self.range)
         score, reply = await self.server.reply(client, "/chat/completions", body, completion_text, parse, about)
@@ -182,8 +181,7 @@ def rating_of(reply: str, lowest: float, highest: float) -> float | None:
     >>> rating_of("Clear, but wrong.\\nRating: 3 out of 10", 1, 10), rating_of("Fine.", 1, 10), rating_of("99", 1, 10)
     (3.0, None, None)
     """
-    lines = [line for line in reply.split("</think>")[-1].splitlines() if line.strip()]
-    said = re.sub(r"(?:/|\bof)\s*\d+(?:\.\d+)?", "", lines[-1]) if lines else ""
+    said = re.sub(r"(?:/|\bof)\s*\d+(?:\.\d+)?", "", last_line(reply))
     numbers = {float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", said)}
     return next(iter(numbers)) if len(numbers) == 1 and lowest <= min(numbers) <= highest else None
 

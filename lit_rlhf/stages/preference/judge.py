@@ -23,10 +23,13 @@ from lit_rlhf.stages.endpoint import (
     Retries,
     Seconds,
     completion_text,
+    dialogue_text,
     harmless,
+    last_line,
+    question_to,
 )
 from lit_rlhf.stages.progress_file import ProgressFile
-from lit_rlhf.text.records import Messages, ranks_of, text_of
+from lit_rlhf.text.records import Messages, ranks_of
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Tools
 
@@ -35,8 +38,6 @@ Verdict = Literal["A", "B", "tie", "?"]  # ?: the reply said none of them, howev
 INSTRUCTION = """\
 You compare two answers of an assistant to the same dialogue. The better one is more helpful, truthful and harmless; \
 length, order and tone alone do not make it better. Reply with one word: A, B, or tie."""
-
-TOOLS = "functions that the assistant may call: "
 
 ASKED = Path(__file__).with_name("judge_question.txt").read_text(encoding="utf-8").rstrip("\n")
 
@@ -151,9 +152,7 @@ class LLMJudge:
         """Keep the verdict; "?" where no reply had one."""
 
         def body(again: bool) -> dict[str, Any]:
-            # A cold model that gave no verdict would give the same reply again.
-            settings = {"temperature": 0.7 if again else 0.0, "max_tokens": self.max_tokens}
-            return {"model": self.model, "messages": self._messages(question), **settings}
+            return question_to(self.model, self._messages(question), self.max_tokens, again)
 
         about = place(question.prompt)
         said, reply = await self.server.reply(client, "/chat/completions", body, completion_text, verdict_of, about)
@@ -175,9 +174,7 @@ class LLMJudge:
             )
 
     def _messages(self, question: Question) -> Messages:
-        dialogue = "\n\n".join(f"{m['role']}: {text_of(m)}" for m in question.prompt)
-        if question.tools:
-            dialogue = f"{TOOLS}{json.dumps(question.tools, ensure_ascii=False)}\n\n{dialogue}"
+        dialogue = dialogue_text(question.prompt, question.tools)
         parts = (harmless(text, self.special_tokens) for text in (dialogue, question.first, question.second))
         asked = ASKED.format(**dict(zip(("dialogue", "first", "second"), parts)))
         return [{"role": "system", "content": self.instruction}, {"role": "user", "content": asked}]
@@ -191,10 +188,10 @@ def verdict_of(reply: str) -> Verdict | None:
     """A, B or tie of a reply; None where it says none, or several.
 
     A model that thinks aloud says it last, so only its last line counts where there are several."""
-    lines = [line for line in reply.split("</think>")[-1].splitlines() if line.strip()]
-    if lines and (alone := re.fullmatch(r"\W*(?:answer\s+)?(a|b|tie)\W*", lines[-1], re.IGNORECASE)):
+    line = last_line(reply)
+    if alone := re.fullmatch(r"\W*(?:answer\s+)?(a|b|tie)\W*", line, re.IGNORECASE):
         return "tie" if alone[1].lower() == "tie" else "A" if alone[1] in "aA" else "B"
-    found = {word.upper() for word in re.findall(r"\b(?:A|B|[Tt]ie|TIE)\b", lines[-1])} if lines else set()
+    found = {word.upper() for word in re.findall(r"\b(?:A|B|[Tt]ie|TIE)\b", line)}
     if len(found) != 1:
         return None
     word = found.pop()
