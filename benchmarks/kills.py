@@ -3,35 +3,59 @@
     python benchmarks/kills.py --chains 20 --kills 15 [settings of lit-rlhf]
 
 One chain runs to its end; each of the others is killed ``--kills`` times, at moments drawn anew, and started again by
-the same command, until it ends. What differs is named. Exit code 0: nothing does."""
+the same command, until it ends. What differs is named. Exit code 0: nothing does.
+
+Commands are forks of a process that has imported everything, so that kills come while they work."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from lit_rlhf.pipeline.command import main as lit_rlhf
 
 SETTINGS = ["debug=fast", "logger=csv", "threads=1", "callbacks.progress_bar=false"]
 OFTEN = ["pretrain", "sft", "reward", "ppo"]  # stages that save checkpoints
 WRITTEN = ["*/model/*.safetensors", "*/metrics.csv", "*/*.jsonl", "*/trained_prompts.txt"]
 
 
-def command(runs: Path, settings: list[str]) -> list[str]:
-    """The pipeline in miniature, with a checkpoint every two steps."""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["lit_rlhf.pipeline.rounds", "lit_rlhf.stages", "transformers.models.llama.modeling_llama"]
+)
+
+
+def run(arguments: list[str]) -> None:
+    """What a process does that a command is: as from a shell, with nobody who reads."""
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nobody, 1), os.dup2(nobody, 2)
+    sys.argv = ["lit_rlhf", *arguments]
+    lit_rlhf()
+
+
+def start(runs: Path, settings: list[str]) -> multiprocessing.process.BaseProcess:
+    """Start the pipeline in miniature, with a checkpoint every two steps."""
     often = [f"{stage}.checkpoint_every=2" for stage in OFTEN]
-    return [sys.executable, "-m", "lit_rlhf", *SETTINGS, *often, f"paths.runs={runs}", *settings]
+    process = FORKS.Process(target=run, args=([*SETTINGS, *often, f"paths.runs={runs}", *settings],))
+    process.start()
+    return process
 
 
 def whole(runs: Path, settings: list[str]) -> float:
     """Run a chain that nothing stops; returns its seconds."""
     begun = time.monotonic()
-    subprocess.run(command(runs, settings), check=True, capture_output=True)
+    process = start(runs, settings)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{runs}: the chain ended with exit code {process.exitcode}")
     return time.monotonic() - begun
 
 
@@ -39,16 +63,14 @@ def killed(runs: Path, settings: list[str], kills: int, seconds: float, draw: ra
     """Run a chain that is killed up to ``kills`` times, within ``seconds`` of each start; returns how often it was."""
     done = 0
     for _ in range(kills):
-        process = subprocess.Popen(command(runs, settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(draw.uniform(0.1, 0.6) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            done += 1
-        else:
+        process = start(runs, settings)
+        process.join(draw.uniform(0.02, 0.4) * seconds)
+        if process.exitcode is not None:
             break
-    subprocess.run(command(runs, settings), check=True, capture_output=True)
+        process.kill()
+        process.join()
+        done += 1
+    whole(runs, settings)
     return done
 
 
