@@ -68,16 +68,28 @@ def main() -> None:
             cfg = one_job(arguments)
         if cfg is None:
             add_overrides(outside_groups())
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # of what only waits for a sweep's jobs
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop_waiting)
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
         else:
             run_one(cfg)
     except Exception as error:
+        if _asked_to_stop:  # a launcher raises what its processes, which the signal ended, too, have left
+            fail(stopped_line(), STOPPED_BY_HAND)
         fail_for(error)
     except KeyboardInterrupt:
         fail(stopped_line(), STOPPED_BY_HAND)
     except StoppedAtOnce:  # by a second signal, while what the first had raised was being handled
         fail(stopped_line(), STOPPED)
+
+
+_asked_to_stop: list[int] = []  # signals that the process which waits for a sweep's jobs has got
+
+
+def stop_waiting(number: int, _: Any) -> NoReturn:
+    """Signal handler of the process that only waits for a sweep's jobs."""
+    _asked_to_stop.append(number)
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lit_rlhf.errors import STOPPED
+from lit_rlhf.pipeline.failures import STOPPED_BY_HAND
 from lit_rlhf.training.trained_state import weights_fingerprint
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_LOCALID": "0",
@@ -138,3 +139,30 @@ def test_a_second_signal_while_the_first_is_answered_still_says_how_to_go_on(lit
         [sys.executable, "-c", BETWEEN], env=lit_rlhf.env, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == STOPPED and "un the same command again to go on" in done.stderr, done.stderr
+
+
+POOL = """
+import signal, sys
+import hydra
+from lit_rlhf.pipeline import command, failures
+
+def launched(**_):
+    def run():
+        failures.sweep_begins("sweeps/one")
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # a pool whose idle process was interrupted, too, says this in its place
+            raise RuntimeError("A task has failed to un-serialize.")
+    return lambda job: run
+
+hydra.main = launched
+sys.argv = ["lit-rlhf", "-m", "stage=pretrain", "seed=1,2"]
+command.main()
+"""
+
+
+def test_a_sweep_that_is_stopped_says_so_whatever_its_launcher_raises(lit_rlhf, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", POOL], env=lit_rlhf.env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == STOPPED_BY_HAND and "sweep ended; to go on, add hydra.sweep.dir=sweeps/one" in done.stderr
