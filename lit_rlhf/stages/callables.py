@@ -6,7 +6,7 @@ import asyncio
 import importlib
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records import Messages, shown
@@ -24,6 +24,22 @@ class Annotator(Protocol):
 
     def __call__(self, prompts: Sequence[Messages], responses: Sequence[Sequence[str]]) -> Ranks:
         """The answers to each prompt in, as many as there are; a rank for each out, 1 = best, ties allowed."""
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """Protocol of an annotator whose judging has figures of its own, which stand among those of the stage."""
+
+    def figures(self) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class Questioning(Protocol):
+    """Protocol of an annotator that puts a question at a time to somebody, each of which takes time or costs money."""
+
+    def questions(self, answers: int) -> int:
+        """The most that it asks about so many answers to a prompt."""
         ...
 
 

@@ -24,7 +24,7 @@ from lit_rlhf.models.policy import context_length, freeze, shares_prompts
 from lit_rlhf.models.responses import response_logprobs, stacked
 from lit_rlhf.rollouts import Engine, FastEngine, Responses, Sampling, sample
 from lit_rlhf.stages.answer_scores import RewardModel, frozen, record_of, scores_by, title_of
-from lit_rlhf.stages.callables import Annotator, name_of, with_tools
+from lit_rlhf.stages.callables import Annotator, Questioning, Reporting, name_of, with_tools
 from lit_rlhf.stages.evaluate.answers import Answers, JudgeName
 from lit_rlhf.stages.evaluate.comparison import PROMPTED, Comparison
 from lit_rlhf.stages.evaluate.harness import Benchmark
@@ -147,7 +147,7 @@ class EvaluateModule(LightningModule):
                 for name, vocabulary in vocabularies.items()
                 if vocabulary == vocabularies["sft"] and self.tokenizers[name].chat_template == template
             }
-        if hasattr(self.annotator, "questions"):
+        if isinstance(self.annotator, Questioning):
             answers = self.samples * len(self.answers) + (self.best_of > 0)
             self.note(
                 f"{name_of(self.annotator)} is asked up to {self.annotator.questions(answers):,} questions per prompt, "
@@ -313,7 +313,7 @@ class EvaluateModule(LightningModule):
             "reward_model": None if self.reward_model is None else f"{title_of(self.reward_model)} (proxy)",
         }
         found = self.comparison().figures(self.anchor_rating, self.best_of)
-        of_judging = self.annotator.figures() if hasattr(self.annotator, "figures") else {}
+        of_judging = self.annotator.figures() if isinstance(self.annotator, Reporting) else {}
         for name, tasks in self.benchmarked.items():
             found["models"][name]["benchmark"] = tasks
         return {"judge": names[self.decides], "prompts": len(self.prompts), **of_judging, **found}

@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError, Waiting, say_once
 from lit_rlhf.files import Checked
 from lit_rlhf.models.policy import context_length, freeze
 from lit_rlhf.rollouts import Engine, FastEngine, Sampling, Temperature, sample
-from lit_rlhf.stages.callables import Annotator, with_tools
+from lit_rlhf.stages.callables import Annotator, Reporting, with_tools
 from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
@@ -315,7 +315,7 @@ class PreferenceModule(LightningModule):
             ),
             **self._gold_agreement(),
             **self._agreement(),
-            **(self.annotator.figures() if hasattr(self.annotator, "figures") else {}),
+            **(self.annotator.figures() if isinstance(self.annotator, Reporting) else {}),
         }
 
     def _gold_agreement(self) -> dict[str, Any]:
