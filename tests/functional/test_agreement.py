@@ -1,5 +1,6 @@
 import math
 
+import krippendorff
 import pytest
 import torch
 
@@ -25,7 +26,6 @@ def test_alpha_of_the_published_example():
 @pytest.mark.parametrize("level", ["nominal", "ordinal"])
 @pytest.mark.parametrize("seed", range(5))
 def test_alpha_is_that_of_the_package(level, seed):
-    krippendorff = pytest.importorskip("krippendorff")
     generator = torch.Generator().manual_seed(seed)
     ratings = torch.randint(-1, 2, (4, 30), generator=generator).double()
     ratings[torch.rand(4, 30, generator=generator) < 0.3] = NAN

@@ -113,7 +113,6 @@ def test_only_the_policy_learns(data, tokenizer, policy, optimizer, fit):
 
 
 def test_with_lora_the_reference_is_the_policy_without_its_adapters(data, tokenizer, policy, optimizer, fit, step):
-    pytest.importorskip("peft")
     module = DPOModule(add_lora(copy.deepcopy(policy), LoRA(r=4)), tokenizer, optimizer=optimizer)
     made = data()
     assert_close(step(module, next(iter(made.train_dataloader())))[0].item(), math.log(2))

@@ -84,7 +84,6 @@ def test_a_model_may_be_set_up_twice_copied_and_saved(policy, tokenizer, tmp_pat
 
 
 def test_adapters_learn_the_same(policy):
-    pytest.importorskip("peft")
     torch.manual_seed(1)
     policy = add_lora(policy, LoRA(r=2))
     plain, again = fit(policy), fit(policy, activation_checkpointing=True)
@@ -93,10 +92,9 @@ def test_adapters_learn_the_same(policy):
     assert_close(weights(again), weights(plain), rtol=0, atol=0)
 
 
-@pytest.mark.slow  # the compiler takes its time
+@pytest.mark.slow  # the compiler takes its time: one family is enough
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
 def test_compiled_layers_learn_the_same_under_the_same_names(policy, tokenizer, tmp_path):
-    if policy.config.model_type != "llama":
-        pytest.skip("one family is enough")
     plain, fast = fit(policy), fit(policy, compile=True)
     assert all(layer._compiled_call_impl is not None for layer in layers(fast.policy))
     assert all(layer._compiled_call_impl is None for layer in layers(fast.frozen))
