@@ -211,7 +211,7 @@ def test_bad_data_destroys_nothing(lit_rlhf, run_copy, tmp_path):
 
 @pytest.mark.parametrize("how", ["deleted", "renamed"])
 def test_a_folder_that_goes_while_it_trains_is_rescued(lit_rlhf, run_copy, tmp_path, same_weights, how):
-    more = ["stage=sft", "from_run=quickstart", "sft.trainer.max_epochs=20", "sft.checkpoint_every=1000"]
+    more = ["stage=sft", "from_run=quickstart", "sft.trainer.max_epochs=8", "sft.checkpoint_every=1000"]
     lost = run_copy.parent / "lost"
     command = lit_rlhf.command(*more, "run=lost")
     process = subprocess.Popen(command, cwd=tmp_path, env=lit_rlhf.env, stderr=subprocess.PIPE, text=True)
