@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STUDIES = sorted([*(ROOT / "conf/experiment").glob("*.yaml"), *(ROOT / "conf/sweep").glob("*.yaml")])
 
 
@@ -36,8 +38,11 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def text_of(page: Path) -> str:
-    """A page as it is read; of settings, their comments."""
+    """A page as it is read; of settings, their comments; of a notebook, what is not code."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        return "".join("".join(cell["source"]) + "\n\n" for cell in cells if cell["cell_type"] == "markdown")
     return text if page.suffix == ".md" else "".join(re.findall(r"^# ?(.*\n)", text, re.MULTILINE))
 
 
@@ -56,8 +61,9 @@ def commands(text: str = README) -> list[list[str]]:
 
 
 def everywhere() -> list[list[str]]:
-    """Those of all pages and studies, each once."""
-    return [list(c) for c in dict.fromkeys(tuple(c) for page in [*PAGES, *STUDIES] for c in commands(text_of(page)))]
+    """Those of all pages, notebooks and studies, each once."""
+    pages = [*PAGES, *NOTEBOOKS, *STUDIES]
+    return [list(c) for c in dict.fromkeys(tuple(c) for page in pages for c in commands(text_of(page)))]
 
 
 def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -96,8 +102,8 @@ def test_command_composes(arguments, tmp_path, monkeypatch, request):
         own.parent.mkdir(parents=True)
         own.write_text((ROOT / "conf/preference/annotator/world.yaml").read_text())
         overrides.append(f"hydra.searchpath=[file://{own.parent.parent.parent}]")
-    if any("my_rewards" in word for word in overrides):  # the user's own reward function
-        (tmp_path / "my_rewards.py").write_text("def right_sum(prompts, responses): ...")
+    if functions := re.findall(r"my_rewards\.(\w+)", " ".join(overrides)):  # the user's own reward functions
+        (tmp_path / "my_rewards.py").write_text("".join(f"def {f}(prompts, responses): ...\n" for f in functions))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     study = any(word.startswith("experiment=") for word in overrides)
@@ -132,9 +138,9 @@ def test_settings_of_the_migration_page_exist():
         assert name in OmegaConf.select(cfg, above), address
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith("http")]
     for target in filter(None, targets):
         assert (page.parent / target).exists(), target
