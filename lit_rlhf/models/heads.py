@@ -49,7 +49,7 @@ from lit_rlhf.models.reward_head import (
 )
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack, runs
-from lit_rlhf.text.records import Messages
+from lit_rlhf.text.records import Message, Messages
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import check_vocabulary
 
@@ -195,7 +195,7 @@ def score_answers(
     model: AnyRewardModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Messages],
-    responses: Sequence[str],
+    responses: Sequence[str | Message],
     batch_size: int = 64,
     tools: Sequence[Tools] | None = None,
 ) -> Tensor:

@@ -138,7 +138,7 @@ class RankingDataModule(ExampleDataModule):
         )  # fmt: skip
         responses = iter(
             encode_responses(
-                self.tokenizer, [rankings[i].prompt for i in owners], [text for r in rankings for text in r.responses],
+                self.tokenizer, [rankings[i].prompt for i in owners], [turn for r in rankings for turn in r.turns],
                 [rankings[i].tools for i in owners], special_tokens=self.special_tokens, note=self.note,
                 refuse=lambda i, reason: refused.setdefault(owners[i], reason),
             )
@@ -328,6 +328,6 @@ def _same_tokens(ranking: Ranking, answered: Sequence[Sequence[int]]) -> str | N
     for i, tokens in enumerate(answered):
         first = seen.setdefault(tuple(tokens), i)
         one, other = ranking.responses[first], ranking.responses[i]
-        if one != other and ranking.ranks[first] != ranking.ranks[i]:
+        if ranking.ranks[first] != ranking.ranks[i]:
             return f"the answers {one[:60]!r} and {other[:60]!r} become the same tokens, and are ranked differently"
     return None

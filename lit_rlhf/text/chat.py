@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.text.records import Messages, is_learned, text_of
+from lit_rlhf.text.records import Message, Messages, answer_turn, is_learned, text_of
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
 from lit_rlhf.text.template import Note, Template, Tools, content_of
 from lit_rlhf.text.template_tokens import Written
@@ -180,7 +180,7 @@ def encode_whole(
 def encode_responses(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Messages],
-    responses: Sequence[str],
+    responses: Sequence[str | Message],
     tools: Sequence[Tools] | None = None,
     *,
     special_tokens: SpecialTokens = "plain",
@@ -189,11 +189,12 @@ def encode_responses(
 ) -> list[list[int]]:
     """Tokens of each response as the template writes it behind its prompt, up to the end of the assistant's turn.
 
-    The other arguments are those of :func:`encode_prompts`."""
+    A response is a text, or a message, of which calls and thoughts are written, too. The other arguments are those of
+    :func:`encode_prompts`."""
     if not prompts:
         return []
     template = Template(tokenizer, special_tokens, note)
-    answers = [{"role": "assistant", "content": text} for text in responses]
+    answers = [answer_turn(response) if isinstance(response, str) else response for response in responses]
     turns = _each(zip(prompts, answers, tools or [None] * len(prompts)), template.turn, refuse)
     tokens = iter(template.tokens.responses([turn for turn in turns if turn is not None]))
     return [[] if turn is None else next(tokens).tokens for turn in turns]

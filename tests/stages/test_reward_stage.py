@@ -52,6 +52,39 @@ def test_tools_stand_in_front_of_rankings_demonstrations_and_feedback(data, toke
     assert not any("nobody reads" in note for note in made.notes)
 
 
+WITH_CALLS = (
+    "{% for m in messages %}{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<{{ c.function.name }} {{ c.function.arguments.a }}>{% endfor %}{{ eos_token }}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_calls_and_thoughts_of_answers_go_through_the_template(data, tokenizer, tmp_path, cached, monkeypatch):
+    def called(a):
+        call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": a}}}
+        return [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    def thought(text):
+        return [{"role": "assistant", "content": "yes", "reasoning_content": text}]
+
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_CALLS)
+    rows = [{"prompt": f"q {i}", "chosen": called(i), "rejected": thought("bad")} for i in range(9)]
+    rows += [{"prompt": f"r {i}", "chosen": thought("good"), "rejected": thought("bad")} for i in range(9)]
+    write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "response": called(7)}])
+    write_jsonl(tmp_path / "f.jsonl", [{"prompt": "s", "completion": called(x), "label": x > 1} for x in (1, 2, 1)])
+    cache = tmp_path / "cache" if cached else None
+    made = data(rows, demonstrations=tmp_path / "d.jsonl", feedback=tmp_path / "f.jsonl", cache=cache)
+    items = [*made.train_set, *made.val_set]
+    texts = {tokenizer.decode(s[-n:-1]) for item in items for s, n in zip(item.sequences, item.response_lengths)}
+    assert texts == {*(f"<multiply {i}>" for i in range(9)), "(bad)yes", "(good)yes"}
+    assert len(items) == 9 + 9 + 1 and not made.notes
+    best = data(rows).calibration.demonstrations
+    assert {tokenizer.decode(s[-n:-1]) for s, n in best} <= texts - {"(bad)yes"}
+    [(tokens, length)] = made.calibration.demonstrations
+    assert tokenizer.decode(tokens[-length:-1]) == "<multiply 7>"
+
+
 @pytest.mark.parametrize("file", ["demonstrations", "feedback"])
 def test_what_a_template_refuses_in_other_files_is_named_or_skipped(data, tokenizer, tmp_path, file, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)

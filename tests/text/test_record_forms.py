@@ -16,6 +16,7 @@ from lit_rlhf.text.records import (
     parse_ranking,
     parse_text,
     prompt_key,
+    rankings_of_feedback,
     read_pieces,
     text_of,
     write_jsonl,
@@ -214,6 +215,71 @@ def test_a_margin_is_that_of_its_pair():
             parse_ranking({**row, "margin": wrong}, margin=True)
     with pytest.raises(ValueError, match="'margin' is for two answers, and there are 3"):
         parse_ranking({"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2, 3], "margin": 1}, margin=True)
+
+
+SYSTEM = {"role": "system", "content": "Be polite."}
+OTHER = {"role": "system", "content": "Be rude."}
+TALK = [user("q"), assistant("yes"), user("sure?")]
+
+
+def test_answers_keep_what_a_template_reads():
+    call, thought = {**assistant(""), "tool_calls": [CALL]}, {**assistant("x"), "reasoning_content": "deep"}
+    pair = parse_ranking({"prompt": "q", "chosen": [call], "rejected": [thought]})
+    assert (pair.turns, pair.ranks) == ([call, thought], [1, 2])
+    shallow = {**thought, "reasoning_content": "shallow"}
+    other = parse_ranking({"chosen": [user("q"), thought], "rejected": [user("q"), shallow]})
+    assert (other.turns, other.ranks, other.responses) == ([thought, shallow], [1, 2], ["x", "x"])
+    rated = [parse_feedback({"prompt": "q", "completion": [m], "label": m is call}) for m in (call, thought, shallow)]
+    [ranking] = rankings_of_feedback([*rated, parse_feedback({"messages": [user("q"), thought], "label": True})])
+    assert (ranking.turns, ranking.ratings) == ([call, thought, shallow], [1.0, 0.5, 0.0])
+
+
+def pair(prompt, chosen, rejected):
+    """Messages before each answer; None: the answer alone, as a text."""
+    said = [text if turns is None else [*turns, assistant(text)] for turns, text in ((chosen, "x"), (rejected, "y"))]
+    return {**prompt, "chosen": said[0], "rejected": said[1]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (pair({"prompt": "q"}, TALK[1:], TALK[1:]), TALK),
+        (pair({"prompt": "q"}, TALK, TALK), TALK),
+        (pair({}, TALK, TALK), TALK),
+        (pair({"prompt": "q"}, [SYSTEM, user("q")], [SYSTEM, user("q")]), [SYSTEM, user("q")]),
+        (pair({"prompt": [SYSTEM, user("q")]}, [user("q")], None), [SYSTEM, user("q")]),
+        (pair({"system": "Be polite."}, [user("q")], [user("q")]), [SYSTEM, user("q")]),
+    ],
+)
+def test_what_both_answers_begin_with_is_the_prompt(row, prompt):
+    found = parse_ranking(row)
+    assert (found.prompt, found.responses, found.answers) == (prompt, ["x", "y"], None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (pair({"prompt": "q"}, TALK, None), "part before their last turns, and single answers are compared; end each"),
+        (pair({}, TALK, [user("q")]), "'chosen' and 'rejected' part before their last turns"),
+        (
+            pair({"prompt": "q"}, [SYSTEM, user("q")], None),
+            "'chosen' and 'rejected' do not have the same system message",
+        ),
+        (pair({"prompt": "q"}, [SYSTEM, user("q")], [OTHER, user("q")]), "give it to both, or to the prompt alone"),
+        (
+            pair({"prompt": [OTHER, user("q")]}, [SYSTEM, user("q")], None),
+            "two system messages: 'Be polite.' in 'chosen'",
+        ),
+    ],
+)
+def test_answers_that_cannot_be_compared_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ranking(row)
+
+
+def test_a_rating_is_of_one_answer():
+    with pytest.raises(ValueError, match="3 turns have one rating, and it is for one answer"):
+        parse_feedback({"prompt": "q", "completion": [*TALK[1:], assistant("x")], "label": True})
 
 
 def test_pairs_of_sharegpt():

@@ -14,16 +14,14 @@ from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import (
     Demonstration,
-    Messages,
     Paths,
     Ranking,
+    answer_turn,
     parse_demonstration,
     parse_feedback,
     parse_ranking,
     rankings_of_feedback,
-    text_of,
 )
-from lit_rlhf.text.template import Tools
 
 Answered = tuple[list[int], int]  # tokens of prompt and answer, and how many at the end are the answer's
 
@@ -74,8 +72,8 @@ class RewardDataModule(RankingDataModule):
         """The demonstrations that are to score 0 on average: of each its last answer."""
         if self.demonstrations is not None:
             return self.load(self.demonstrations, parse_demonstration)
-        best = [(r, r.responses[r.ranks.index(min(r.ranks))]) for r in train]
-        return [_demonstration(r.prompt, text, r.tools) for r, text in best]
+        best = [(r, r.turns[r.ranks.index(min(r.ranks))]) for r in train]
+        return [Demonstration([*r.prompt, turn], len(r.prompt), r.tools) for r, turn in best]
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
@@ -90,10 +88,10 @@ class RewardDataModule(RankingDataModule):
         """(tokens of the prompt, tokens of the answer), without those that the template refuses."""
         refused: dict[int, str] = {}
         prompts, tools = [d.messages[:-1] for d in demonstrations], [d.tools for d in demonstrations]
-        texts = [text_of(d.messages[-1]) for d in demonstrations]
+        answers = [d.messages[-1] for d in demonstrations]
         settings = {"special_tokens": self.special_tokens, "refuse": refused.setdefault, "note": self.note}
         before = encode_prompts(self.tokenizer, prompts, tools, **settings)
-        behind = encode_responses(self.tokenizer, prompts, texts, tools, **settings)
+        behind = encode_responses(self.tokenizer, prompts, answers, tools, **settings)
         if self.demonstrations is not None:  # a ranking that is refused was counted before
             for i, reason in sorted(refused.items()):
                 self.refuse(demonstrations[i], reason)
@@ -118,8 +116,4 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
 
     def answered(self, train: Sequence[Ranking]) -> Sequence[Demonstration]:
         rows = self.world.demonstrations(1000, self.split_seed, split="train", split_seed=self.split_seed)
-        return [_demonstration(list(row["prompt"]), row["response"]) for row in rows]
-
-
-def _demonstration(prompt: Messages, answer: str, tools: Tools = None) -> Demonstration:
-    return Demonstration([*prompt, {"role": "assistant", "content": answer}], len(prompt), tools)
+        return [Demonstration([*row["prompt"], answer_turn(row["response"])], len(row["prompt"])) for row in rows]

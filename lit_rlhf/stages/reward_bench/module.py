@@ -65,9 +65,9 @@ class RewardBenchModule(LightningModule):
     def _score(self, batch: list[Question], number: int) -> list[Scored]:
         rankings = [question.ranking for question in batch]
         owners = [i for i, ranking in enumerate(rankings) for _ in ranking.responses]
-        texts = [text for ranking in rankings for text in ranking.responses]
-        order = torch.randperm(len(texts), generator=seeded(self.seed, number)).tolist()
-        prompts, answers = [rankings[owners[i]].prompt for i in order], [texts[i] for i in order]
+        turns = [turn for ranking in rankings for turn in ranking.turns]
+        order = torch.randperm(len(turns), generator=seeded(self.seed, number)).tolist()
+        prompts, answers = [rankings[owners[i]].prompt for i in order], [turns[i] for i in order]
         tools = [rankings[owners[i]].tools for i in order]
         scores = score_answers(self.reward_model, self.tokenizer, prompts, answers, tools=tools).tolist()
         pairs = zip(

@@ -32,7 +32,9 @@ from lit_rlhf.text.records.labelled import (
     task_prompt as task_prompt,
 )
 from lit_rlhf.text.records.messages import (
+    Message as Message,
     Messages as Messages,
+    answer_turn as answer_turn,
     is_learned as is_learned,
     parse_messages as parse_messages,
     shown as shown,

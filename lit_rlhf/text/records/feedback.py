@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records.demonstrations import answered
 from lit_rlhf.text.records.fields import number, require, short
-from lit_rlhf.text.records.messages import Messages, tools_of, transcript_tail
+from lit_rlhf.text.records.messages import Message, Messages, answer_turn, is_plain, text_of, tools_of
 from lit_rlhf.text.records.rankings import Ranking, ranks_of
 from lit_rlhf.text.records.split import prompt_key
 
@@ -26,6 +27,7 @@ class Feedback:
     annotator: str = ""
     lineage: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None  # functions that the assistant may call, for the chat template
+    answer: Message | None = None  # the response as a message, where it has more than a text: calls, a thought
     place: str = field(default="", compare=False)  # file and line
 
 
@@ -41,8 +43,14 @@ def parse_feedback(row: dict[str, Any]) -> Feedback:
         rating = number(require(row, name), name, "1 or -1 for a thumb up or down, or a number,")
     lineage: dict[str, Any] = {key: row[key] for key in ("model", "round", "sampling", "kind") if key in row}
     prompt, answer = answered(row)
-    prompt, answer = (prompt, answer) if prompt else (answer[:-1], answer[-1:])
-    return Feedback(prompt, transcript_tail(answer), rating, str(row.get("annotator", "")), lineage, tools_of(row))
+    if prompt and len(answer) > 1:
+        raise ValueError(
+            f"{len(answer)} turns have one rating, and it is for one answer; put the others into the prompt"
+        )
+    *before, turn = answer
+    whole = None if is_plain(turn) else turn
+    annotator = str(row.get("annotator", ""))
+    return Feedback([*prompt, *before], text_of(turn), rating, annotator, lineage, tools_of(row), whole)
 
 
 def _thumb(label: Any) -> float:
@@ -69,13 +77,16 @@ def rankings_of_feedback(feedback: Sequence[Feedback]) -> list[Ranking]:
 
 
 def _rated(items: list[Feedback], low: float, high: float) -> Ranking:
-    by_answer: dict[str, list[float]] = {}
+    by_answer: dict[str, tuple[Message, list[float]]] = {}
     for item in items:
-        by_answer.setdefault(item.response, []).append((item.rating - low) / (high - low))
-    ratings = [sum(values) / len(values) for values in by_answer.values()]
+        turn = item.answer or answer_turn(item.response)
+        key = json.dumps(turn, sort_keys=True, default=str)
+        by_answer.setdefault(key, (turn, []))[1].append((item.rating - low) / (high - low))
+    turns = [turn for turn, _ in by_answer.values()]
+    ratings = [sum(values) / len(values) for _, values in by_answer.values()]
     annotators = sorted({item.annotator for item in items})
     first = items[0]
     return Ranking(
-        first.prompt, list(by_answer), ranks_of(ratings), "+".join(annotators), first.lineage, ratings,
-        tools=first.tools, place=first.place,
+        first.prompt, [*map(text_of, turns)], ranks_of(ratings), "+".join(annotators), first.lineage, ratings,
+        tools=first.tools, answers=None if all(map(is_plain, turns)) else turns, place=first.place,
     )  # fmt: skip

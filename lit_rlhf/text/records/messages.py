@@ -82,6 +82,16 @@ def _message(value: Any, name: str) -> Message:
     return message
 
 
+def answer_turn(text: str) -> Message:
+    """A text as a turn of the assistant."""
+    return {"role": "assistant", "content": text}
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a message is a text and no more: no calls of tools, no thought."""
+    return message.keys() <= {"role", "content"}
+
+
 def is_learned(message: Message) -> bool:
     """Whether a message is a turn of the assistant that is to be imitated: its ``weight`` (OpenAI's) is not 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
@@ -165,7 +175,8 @@ def shown(messages: Sequence[Message]) -> str:
     return " / ".join(map(text_of, messages))
 
 
-TURN = re.compile(r"\s*(Human|Assistant):")  # how a transcript begins
+TRANSCRIPT = "\n\nHuman:"  # how a transcript begins where a text may stand, too
+TURN = re.compile(r"\s*(Human|Assistant):")  # and where nothing else may
 
 
 def parse_transcript(text: str) -> Messages:

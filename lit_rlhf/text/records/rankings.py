@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from lit_rlhf.text.records.fields import number, require, short
 from lit_rlhf.text.records.messages import (
+    TRANSCRIPT,
     TURN,
     Messages,
+    answer_turn,
     dialogue_name,
+    is_plain,
     messages_of,
     parse_transcript,
     text_of,
     tools_of,
     transcript_tail,
+    with_system,
 )
 from lit_rlhf.text.records.prompts import parse_prompt, parse_prompt_apart
 
@@ -23,6 +28,7 @@ PER_ANSWER = ("models", "temperatures", "finished")  # lists with an entry for e
 LINEAGE = ("model", "round", "sampling", "kind", *PER_ANSWER)
 # HelpSteer's preferences, of the second and the third edition: two responses, and a number below 0 for the first
 _TWO = (("response_1", "response_2", "preference_strength"), ("response1", "response2", "overall_preference"))
+_SYSTEM = ("system", "developer")
 _RATED = {"rating", "label", "helpfulness"}  # fields of feedback
 
 
@@ -38,13 +44,20 @@ class Ranking:
     ratings: list[float] | None = None  # 0 (worst) to 1 (best), where the ranks come from feedback
     margins: list[float] | None = None  # the scores of two answers are to differ by the difference of theirs
     tools: list[dict[str, Any]] | None = None  # functions that the assistant may call, for the chat template
+    answers: Messages | None = None  # the responses as messages, where one has more than a text: calls, a thought
     place: str = field(default="", compare=False)  # file and line
+
+    @property
+    def turns(self) -> Messages:
+        """The responses as messages."""
+        return self.answers or [*map(answer_turn, self.responses)]
 
 
 def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float = 0.0) -> Ranking:
     """``prompt``, ``responses``, and ``ranks`` or ``scores``; or a pair: [``prompt``,] ``chosen``, ``rejected``.
 
-    ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf). Also
+    ``chosen`` and ``rejected`` are answers, messages (as in TRL), or whole transcripts (as in hh-rlhf). Of messages
+    the last one is the answer, with its calls and thoughts; those before it have to be the same in both. Also
     UltraFeedback's ``completions``, and HelpSteer's ``response_1``, ``response_2`` and ``preference_strength`` (below
     0: the first is better), or ``context``, ``response1``, ``response2`` and ``overall_preference``. An empty response
     is an answer that says nothing, which models do; it may be ranked.
@@ -55,17 +68,17 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
     if isinstance(dict.get(row, "completions"), list):
         return _completions(row, score_margin)
     points: list[float] | None = None
+    answers: Messages = []
     if "chosen" in row or "rejected" in row:
-        prompt, responses = _pair(row)
+        prompt, answers = _pair(row, ("chosen", "rejected"))
         # Of two equal answers none is better: a tie, from which nothing is learned.
-        ranks = [1, 1] if responses[0] == responses[1] else [1, 2]
+        ranks = [1, 1] if answers[0] == answers[1] else [1, 2]
         if score_margin and "score_chosen" in row:
             points = [number(require(row, name), name) for name in ("score_chosen", "score_rejected")]
     elif two := next((names for names in _TWO if names[0] in row or names[1] in row), None):
-        prompt = parse_prompt_apart(row)
-        responses = [_answer(require(row, name), name, prompt) for name in two[:2]]
+        prompt, answers = _pair(row, two[:2])
         strength = number(require(row, two[2]), two[2])
-        points = [max(-strength, 0.0), max(strength, 0.0)] if responses[0] != responses[1] else [0.0, 0.0]
+        points = [max(-strength, 0.0), max(strength, 0.0)] if answers[0] != answers[1] else [0.0, 0.0]
         ranks = ranks_of(points)
     else:
         responses = _responses(row)
@@ -73,12 +86,14 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
             points = _points(row["scores"], len(responses))
         ranks = _ranks(row, len(responses)) if "ranks" in row or points is None else ranks_of(points)
         prompt = parse_prompt_apart(row)
-    _check_equal(responses, ranks)
+        _check_equal(responses, ranks)
+    responses = [*map(text_of, answers)] or responses
     margins = _margins(ranks, points, score_margin) if score_margin and points else None
     if margin and dict.get(row, "margin") is not None:
         margins = _given_margin(row, ranks)
     lineage = _lineage(row, len(responses))
-    return Ranking(prompt, responses, ranks, str(row.get("annotator", "")), lineage, None, margins, tools_of(row))
+    annotator, whole = str(row.get("annotator", "")), None if all(map(is_plain, answers)) else answers
+    return Ranking(prompt, responses, ranks, annotator, lineage, None, margins, tools_of(row), whole)
 
 
 def ranks_of(points: Sequence[float]) -> list[int]:
@@ -185,31 +200,43 @@ def _overall(completion: dict[str, Any]) -> float:
     return sum(number(rating, "Rating") for rating in ratings) / len(ratings)
 
 
-def _pair(row: dict[str, Any]) -> tuple[Messages, list[str]]:
-    chosen, rejected = require(row, "chosen"), require(row, "rejected")
-    apart = "prompt" in row or "instruction" in row
-    if apart or dialogue_name(row) is not None:  # the dialogue is what was said before, in ShareGPT's pairs
-        prompt = parse_prompt_apart(row) if apart else parse_prompt(row)
-        return prompt, [_answer(chosen, "chosen", prompt), _answer(rejected, "rejected", prompt)]
-    return _common_prompt(*(_dialogue(value, name) for name, value in (("chosen", chosen), ("rejected", rejected))))
+def _pair(row: dict[str, Any], names: Sequence[str]) -> tuple[Messages, Messages]:
+    """The prompt, and the two answers in the fields ``names``."""
+    values = [require(row, name) for name in names]
+    apart = "prompt" in row or "instruction" in row or "chosen" not in names
+    if not apart and dialogue_name(row) is None:
+        whole = [_dialogue(value, name) for value, name in zip(values, names)]
+        prompt, answers = _parted(whole, names, transcripts=all(isinstance(value, str) for value in values))
+        return with_system(row, prompt), answers
+    # In ShareGPT's pairs the dialogue is what was said before.
+    prompt = parse_prompt_apart(row) if apart else parse_prompt(row)
+    return _parted([_continued(prompt, value, name) for value, name in zip(values, names)], names)
 
 
-def _answer(value: Any, name: str, prompt: Messages) -> str:
-    """The answer, of which whole transcripts and messages may repeat the prompt."""
-    if isinstance(value, str) and not value.lstrip().startswith("Human:"):
-        return value
+def _continued(prompt: Messages, value: Any, name: str) -> Messages:
+    """The prompt and the answer, of which messages and whole transcripts may repeat the prompt."""
+    if isinstance(value, str) and not value.startswith(TRANSCRIPT):
+        return [*prompt, answer_turn(value)]
     if isinstance(value, dict):  # ShareGPT's pairs: one message
         value = [value]
     if not isinstance(value, str | list):
         raise ValueError(f"'{name}' is {short(value)}; an answer or messages were expected")
     messages = _dialogue(value, name)
-    start = 0 if messages[0]["role"] == "assistant" else len(messages) - 1
-    asked, before = (
-        [text_of(m).strip() for m in turns if m["role"] != "system"] for turns in (prompt, messages[:start])
-    )
-    if before and before != asked:
-        raise ValueError(f"'{name}' answers {short(before[-1])}, but 'prompt' is {short(asked[-1])}")
-    return transcript_tail(messages[start:])
+    system, known = _systems(messages), _systems(prompt)
+    said, asked = messages[len(system) :], prompt[len(known) :]
+    if system and known and system != known:
+        texts = short(text_of(system[0])), short(text_of(known[0]))
+        raise ValueError(f"two system messages: {texts[0]} in '{name}', and {texts[1]}")
+    if said[0]["role"] != "assistant":
+        repeated, said = said[: len(asked)], said[len(asked) :]
+        if [text_of(m).strip() for m in repeated] != [text_of(m).strip() for m in asked] or not said:
+            texts = short(text_of(messages[-2]).strip()), short(text_of(asked[-1]).strip())
+            raise ValueError(f"'{name}' answers {texts[0]}, but 'prompt' is {texts[1]}")
+    return [*(known or system), *asked, *said]
+
+
+def _systems(messages: Messages) -> Messages:
+    return [*takewhile(lambda message: message["role"] in _SYSTEM, messages)]
 
 
 def _dialogue(value: Any, name: str) -> Messages:
@@ -230,14 +257,28 @@ def _assistants(messages: Messages, name: str) -> Messages:
     return messages
 
 
-def _common_prompt(chosen: Messages, rejected: Messages) -> tuple[Messages, list[str]]:
+def _parted(
+    dialogues: Sequence[Messages], names: Sequence[str], transcripts: bool = False
+) -> tuple[Messages, Messages]:
+    """What two dialogues have in common, and the answers with which they part."""
+    one, other = dialogues
+    both = "{!r} and {!r}".format(*names)
+    if _systems(one) != _systems(other):
+        raise ValueError(f"{both} do not have the same system message; give it to both, or to the prompt alone")
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
         shared += 1
-    turns = [(a["role"], b["role"]) for a, b in zip(chosen, rejected)]
-    while shared and (turns[shared - 1][0] != "user" or turns[shared] != ("assistant", "assistant")):
+    turns = [(a["role"], b["role"]) for a, b in zip(one, other)]
+    while shared and (turns[shared - 1][0] == "assistant" or turns[shared] != ("assistant", "assistant")):
         shared -= 1
-    if not shared:
-        raise ValueError("'chosen' and 'rejected' do not begin with the same turn of the user and an answer to it")
-    # Where the dialogues part before the last answer, everything after the shared prompt is the answer.
-    return chosen[:shared], [transcript_tail(dialogue[shared:]) for dialogue in (chosen, rejected)]
+    if all(role in _SYSTEM for role, _ in turns[:shared]):
+        raise ValueError(f"{both} do not begin with the same turn of the user and an answer to it")
+    prompt, answers = one[:shared], [dialogue[shared:] for dialogue in dialogues]
+    if transcripts:  # where they part before the last answer, everything after the shared prompt is the answer
+        return prompt, [answer_turn(transcript_tail(answer)) for answer in answers]
+    if any(len(answer) > 1 for answer in answers):
+        raise ValueError(
+            f"{both} part before their last turns, and single answers are compared; end each with the first turn that "
+            "differs"
+        )
+    return prompt, [answer for (answer,) in answers]
