@@ -22,6 +22,8 @@ AS_PARTS = re.compile(r"""['"]text['"]: ?['"]\(\w+\)""")  # of these a list of p
 CALL: dict[str, Any] = {"name": "some_function", "arguments": {}}
 OTHERS = frozenset({"system", "developer", "user", "tool"})  # roles besides the assistant's
 FORMS = (frozenset[str](), OTHERS | {"assistant"}, OTHERS, frozenset({"assistant"}))  # roles with content in parts
+CLOSING = re.compile(r"</|<\w+\|>")  # what begins with the end of a thought, <channel|> say
+CUT_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of a message beside its content
 
 
@@ -108,7 +110,7 @@ class Template:
         [*before, answer] = shielded
         prompt, whole = self._at_one_time(before, shielded, tools)
         reply, start = self._reply(prompt, whole, before, answer, tools)
-        self._check_said(answer, reply, lambda: prompt[_in_common(prompt, self._write(before, tools)) :])
+        _check_said(answer, reply, lambda: prompt[_in_common(prompt, self._write(before, tools)) :])
         return Written(prompt, self._ended(reply), mark=mark), shielded, tools, start
 
     def _at_one_time(self, before: list[Message], messages: list[Message], tools: Tools) -> tuple[str, str]:
@@ -137,7 +139,7 @@ class Template:
             self._say("this tokenizer's chat template leaves out tools that the records describe: no model sees them")
         for message in messages:
             if message["role"] != "assistant":  # of those a template may leave out what was thought
-                self._check_said(message, prompt)
+                _check_said(message, prompt)
         return prompt
 
     def _say(self, line: str) -> None:
@@ -179,19 +181,32 @@ class Template:
         """What ``whole`` writes behind the prompt, and where that begins in it.
 
         Some templates end a prompt in another way than a dialogue with its answer goes on, with an opened <think> say:
-        then the answer is what comes after the part that they have in common. Where the template leaves out a part of
-        the answer there, or writes the prompt itself anew, the answer stands as it is given (and nowhere in it)."""
-        if whole.startswith(prompt):
-            return whole[len(prompt) :], len(prompt)
-        blank = self._write([*before, self._as_wanted({**answer, "content": ANSWER})], tools)
-        start = _in_common(prompt, blank)
-        asked = _in_common(prompt, self._write(before, tools))
-        said = content_of(answer)
-        if asked <= start and whole.startswith(blank[:start]) and _squeezed(said) in _squeezed(whole[start:]):
+        then the answer is what comes after the part that they have in common, without what the prompt has opened. Where
+        the template leaves out a part of the answer there, or writes the prompt itself anew, the answer stands as it is
+        given (and nowhere in it)."""
+        start = _shared(prompt, whole)
+        if not prompt[start:].strip():
             return whole[start:], start
-        opened = prompt[max(start, asked) :].strip()
-        said = said.lstrip().removeprefix(opened).lstrip("\n") if said.lstrip().startswith(opened) else said
-        return said + (self._after or ""), None
+        asked = _in_common(prompt, self._write(before, tools))
+        opened, goes_on = prompt[max(start, asked) :].strip(), start >= asked
+        if goes_on and CLOSING.match(opened):
+            raise UserError(
+                f"this tokenizer's chat template ends a prompt with {prompt[asked:].strip()!r}, behind which it cannot "
+                "write what an answer thinks; take that out of the data, or set another template"
+            )
+        blank = self._write([*before, self._as_wanted({**answer, "content": ANSWER})], tools)
+        start = _shared(prompt, blank)
+        said = content_of(answer)
+        written = asked <= start and whole.startswith(blank[:start]) and _squeezed(said) in _squeezed(whole[start:])
+        reply = whole[start:] if written else said + (self._after or "")
+        if opened and reply.lstrip().startswith(opened):
+            reply = reply.lstrip().removeprefix(opened).lstrip("\n")
+        elif goes_on and opened.replace("<", "</") not in reply:
+            self._say(
+                f"this tokenizer's chat template ends a prompt with {opened!r}, and writes none before an answer: an "
+                "answer that does not begin with it is learned behind it as it stands"
+            )
+        return reply, len(whole) - len(reply) if written else None
 
     def _ended(self, reply: str) -> str:
         """The reply up to the end of the turn; where the template writes none, the tokenizer's own is put behind it."""
@@ -228,19 +243,6 @@ class Template:
         if not spans:
             raise UserError("this tokenizer's chat template marks nothing of an answer as the assistant's")
         return spans
-
-    def _check_said(self, message: Message, written: str, opened: Callable[[], str] = str) -> None:
-        """Whether what a message says is there, or begins in what the prompt has ``opened``, with <think> say."""
-        said = {"content": content_of(message), **{key: message.get(key) for key in REASONING}}
-        if message["role"] == "assistant":
-            calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-            said |= {f"tool_calls[{i}]": call.get("name") for i, call in enumerate(calls)}
-        for key, text in said.items():
-            if isinstance(text, str) and not (_says(written, text) or _says(opened() + written, text)):
-                raise UserError(
-                    f"this tokenizer's chat template leaves out '{key}' of a message of the {message['role']} "
-                    f"({text[:60]!r}); take it out of the data, or set another template"
-                )
 
     # ------------------------------------------------------------------ a first look
 
@@ -333,6 +335,20 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, end: str, after: str) -> None
         )
 
 
+def _check_said(message: Message, written: str, opened: Callable[[], str] = str) -> None:
+    """Whether what a message says is there, or begins in what the prompt has ``opened``, with <think> say."""
+    said = {"content": content_of(message), **{key: message.get(key) for key in REASONING}}
+    if message["role"] == "assistant":
+        calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+        said |= {f"tool_calls[{i}]": call.get("name") for i, call in enumerate(calls)}
+    for key, text in said.items():
+        if isinstance(text, str) and not (_says(written, text) or _says(opened() + written, text)):
+            raise UserError(
+                f"this tokenizer's chat template leaves out '{key}' of a message of the {message['role']} "
+                f"({text[:60]!r}); take it out of the data, or set another template"
+            )
+
+
 def _as_it_stands(messages: list[Message]) -> str:
     asked = [message for message in messages if message["role"] != "assistant"]
     if [message["role"] for message in asked] != ["user"] or messages[0]["role"] != "user" or len(messages) > 2:
@@ -359,6 +375,12 @@ def _with_json(call: dict[str, Any]) -> dict[str, Any]:
 def _in_common(one: Sequence[str], two: Sequence[str]) -> int:
     """How many characters (or pieces) two texts begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
+
+
+def _shared(one: str, two: str) -> int:
+    """How many characters two texts begin with alike, up to the last whole tag: of <think> and </think>, none."""
+    alike = one[: _in_common(one, two)]
+    return len(alike if alike in (one, two) else CUT_TAG.sub("", alike))
 
 
 def _behind(text: str, part: str) -> str:

@@ -353,6 +353,19 @@ def test_an_answer_may_begin_with_what_the_prompt_has_opened(tokenizer):
     assert encoded.tokens == prompt + response
 
 
+def test_a_tag_is_compared_whole(tokenizer):
+    thought = "{{ '<think>' if '</think>' in m['content'] else '</think>' }}"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}[{{{{ m['role'] }}}}]{{% if m['role'] == 'assistant' %}}{thought}{{% endif %}}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    said = encode_responses(tokenizer, [SINGLE[:1]] * 2, ["42", "why</think>42"])
+    assert [tokenizer.decode(response) for response in said] == [
+        "</think>42<|endoftext|>",
+        "why</think>42<|endoftext|>",
+    ]
+
+
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}[assistant]{% generation %}SAID{% endgeneration %}"
     "{% else %}{{ '[user]' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -31,12 +31,12 @@ def dialogue(turns, system):
     return [SYSTEM, *said] if system else said
 
 
-def tokenizer_of(template, own_tokens=True):
+def tokenizer_of(template, own_tokens=True, flagged=True):
     """A tokenizer with the template, and with what looks like a special token in it as one."""
     tokenizer = train_bpe(["What is it? It is 42, I am! Who are you? the cat\n"] * 3, 300)
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     if own_tokens:
-        tokenizer.add_tokens(sorted(set(NAMES.findall(tokenizer.chat_template))), special_tokens=True)
+        tokenizer.add_tokens(sorted(set(NAMES.findall(tokenizer.chat_template))), special_tokens=flagged)
     return tokenizer
 
 
@@ -108,6 +108,50 @@ def test_a_turn_that_is_opened_unasked_is_not_learned(template, own_tokens):
         assert both[0] == both[1] and turn_end(opens) == turn_end(tokenizer)
 
 
+THOUGHTS = {
+    "field": {"content": "It is.", "reasoning_content": "because"},
+    "inline": {"content": "<think>because</think>It is."},
+    "lines": {"content": "<think>\nbecause\n</think>\n\nIt is."},
+}
+
+
+@needs_trl
+@pytest.mark.parametrize("form", THOUGHTS)
+def test_each_thought_is_opened_once_and_closed_once(form):
+    refused = set()
+    for template in [file for file in TEMPLATES if "think" in file.read_text(encoding="utf-8")]:
+        tokenizer = tokenizer_of(template, flagged=False)  # as <think> is in tokenizers of real models
+        answer = {"role": "assistant", **THOUGHTS[form]}
+        for earlier in (0, 1):
+            messages = [*dialogue(earlier, False), {"role": "user", "content": "Why?"}, answer]
+            try:
+                [[*_, example]] = encode_dialogues(tokenizer, [messages], [0])
+            except UserError as error:
+                if form != "field" or "leaves out 'reasoning_content'" not in str(error):
+                    assert "behind which it cannot write what an answer thinks" in str(error)
+                    refused.add(template.stem)
+                continue
+            *_, (before, learned) = learned_spans([example])
+            assert before == encode_prompts(tokenizer, [messages[:-1]])[0]
+            turn = tokenizer.decode(before).rpartition("Why?")[2] + tokenizer.decode(learned)
+            tags = re.findall("</?think>", turn)
+            assert tags == ["<think>", "</think>"] * (len(tags) // 2)
+            assert turn.count("because") == turn.count("It is.") == 1
+    assert refused == {"qwen3_5_nothink", "qwen3_5_nothink_training"}
+
+
+@needs_trl
+def test_a_thought_that_an_answer_leaves_open_is_said():
+    tokenizer = tokenizer_of(FOLDER / "deepseekv3.jinja", flagged=False)
+    question, told = {"role": "user", "content": "q"}, []
+    for answer in ("<think>because</think>It is.", "because</think>It is."):
+        encode_responses(tokenizer, [[question]], [answer], note=told.append)
+    assert not told
+    encode_responses(tokenizer, [[question]] * 2, ["It is.", "It is not."], note=told.append)
+    [line] = told
+    assert "ends a prompt with '<think>', and writes none before an answer" in line
+
+
 @needs_trl
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
 def test_no_text_of_a_person_becomes_control(template):
@@ -174,10 +218,12 @@ def row(template):
     [examples] = encode_dialogues(tokenizer, [dialogue(3, template.stem not in NO_SYSTEM)], [0], note=told.append)
     said = tokenizer.decode(next(learned_spans(examples))[1])
     end = tokenizer.convert_ids_to_tokens([*turn_end(tokenizer)])
+    beyond = any("other text as the assistant's" in line for line in told)
     notes = [
         *(["content in parts"] if Template(tokenizer)._in_parts else []),
         *(["no system message"] if template.stem in NO_SYSTEM else []),
-        *(["`{% generation %}` goes beyond the end" if told else "`{% generation %}`"]
+        *(["an answer without a thought leaves `<think>` open"] if any("as it stands" in t for t in told) else []),
+        *(["`{% generation %}` goes beyond the end" if beyond else "`{% generation %}`"]
           if GENERATION.search(tokenizer.chat_template) else []),
     ]  # fmt: skip
     cells = [template.stem, str(len(examples)), f"`{said}`", *(f"`{token}`" for token in end or ["(end-of-text)"])]
