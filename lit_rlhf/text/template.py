@@ -20,6 +20,12 @@ Note = Callable[[str], None]  # says a line
 OTHER, QUESTION, ANSWER = "(other)", "(question)", "(answer)"  # written to see what a template does with it
 AS_PARTS = re.compile(r"""['"]text['"]: ?['"]\(\w+\)""")  # of these a list of parts, where a text was wanted
 CALL: dict[str, Any] = {"name": "some_function", "arguments": {}}
+CALLING: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "123456789", "function": CALL}],
+}
+TOOL = {"name": CALL["name"], "description": "", "parameters": {"type": "object", "properties": {}}}
 OTHERS = frozenset({"system", "developer", "user", "tool"})  # roles besides the assistant's
 FORMS = (frozenset[str](), OTHERS | {"assistant"}, OTHERS, frozenset({"assistant"}))  # roles with content in parts
 CLOSING = re.compile(r"</|<\w+\|>")  # what begins with the end of a thought, <channel|> say
@@ -59,7 +65,7 @@ class Template:
             if self.end is not None:
                 _check_end(tokenizer, self.end, self._after)
             special = {token.content for token in added if token.special}
-            self._names = Names(tokenizer, special | self._marking_turns())
+            self._names = Names(tokenizer, special | _marking_turns(self))
 
     @property
     def end(self) -> str | None:
@@ -260,20 +266,19 @@ class Template:
                 refused.append(str(error))
                 continue
             if QUESTION in prompt and ANSWER in whole and not AS_PARTS.search(whole):
-                self._choose_forms(asked, answer)
+                self._choose_forms(asked)
                 self._opening = self._opened_unasked(asked, answer)
                 return _behind(whole, ANSWER).removesuffix(self._opening)
         dropped = "it leaves out what is said, whether as a text or as a list of parts"
         reason = refused[0] if len(refused) == len(FORMS) else dropped
         raise UserError(f"this tokenizer's chat template cannot write a question and an answer: {reason}")
 
-    def _choose_forms(self, asked: Message, answer: Message) -> None:
+    def _choose_forms(self, asked: Message) -> None:
         """Other roles are written as the user, or, where the template shows them in the other form alone, in that."""
-        call = {**answer, "content": "", "tool_calls": [{"type": "function", "id": "123456789", "function": CALL}]}
         for self._calls_as_text in (False, True, False):
-            if CALL["name"] in self._write_if_it_can([asked, self._as_wanted(call)]):
+            if CALL["name"] in self._write_if_it_can([asked, self._as_wanted(CALLING)]):
                 break
-        call = self._as_wanted(call)
+        call = self._as_wanted(CALLING)
         for roles, before, behind in ((["system", "developer"], [], [asked]), (["tool"], [asked, call], [])):
             usual = self._in_parts
             for self._in_parts in (usual, usual ^ {*roles}, usual):
@@ -302,25 +307,15 @@ class Template:
         opening = "".join(ending[max(end, len(ending) - alike) :])
         return opening if opening.strip() else ""
 
-    def _write_if_it_can(self, messages: list[Message]) -> str:
+    def _write_if_it_can(self, messages: list[Message], tools: Tools = None) -> str:
         try:
-            return self._write(messages)
+            return self._write(messages, tools)
         except UserError:
             return ""
 
     def _pieces(self, text: str) -> list[str]:
         """Added tokens, and single characters of what stands between them."""
         return re.findall(rf"{self._added.pattern}|.", text, re.DOTALL)
-
-    def _marking_turns(self) -> set[str]:
-        """Added tokens that open or close a turn, though they are not flagged as special.
-
-        Others, <think> say, are left to those who write them: in an assistant's turn they mean what they say."""
-        asked = [self._as_wanted({"role": "user", "content": QUESTION})]
-        user, prompt = self._write(asked), self._write(asked, generation_prompt=True)
-        opening = self._added.search(prompt, _in_common(user, prompt))
-        closing = self._up_to_end(self._after or "") or ""
-        return {*self._added.findall(user), *self._added.findall(closing), *([opening[0]] if opening else [])}
 
     def _source(self, tools: Tools) -> str:
         return self.tokenizer.get_chat_template(None, tools) if self.special_tokens != "rendered" else ""
@@ -347,6 +342,27 @@ def _check_said(message: Message, written: str, opened: Callable[[], str] = str)
                 f"this tokenizer's chat template leaves out '{key}' of a message of the {message['role']} "
                 f"({text[:60]!r}); take it out of the data, or set another template"
             )
+
+
+def _marking_turns(template: Template) -> set[str]:
+    """Added tokens that open or close a turn of any role, or stand around tools and what they say, though they are not
+    flagged as special.
+
+    Others, <think> and <tool_call> say, are left to those who write them: in an assistant's turn they mean what they
+    say."""
+    wanted, write, tokens = template._as_wanted, template._write_if_it_can, template._added.findall
+    asked, said = wanted({"role": "user", "content": QUESTION}), {"role": "assistant", "content": OTHER}
+    system, developer, tool = (wanted({**said, "role": role}) for role in ("system", "developer", "tool"))
+    user, prompt = write([asked]), template._write([asked], generation_prompt=True)
+    alone = [user, write([system, asked]), write([developer, asked]), write([asked, tool])]
+    answered = prompt[: _shared(prompt, write([asked, wanted(said)]))]
+    opening = template._run.search(answered, _in_common(user, prompt))
+    closing = template._up_to_end(template._after or "")
+    marks = tokens("".join([*alone, opening[0] if opening else "", closing or ""]))
+    calling, thinking = [asked, wanted(CALLING)], [asked, wanted({**said, **dict.fromkeys(REASONING, OTHER)})]
+    around = write([*calling, tool]) + write([asked], [{"type": "function", "function": TOOL}])
+    own = "".join(text[_in_common(user, text) :] for text in map(write, (calling, thinking)))
+    return {*marks} | {*tokens(around)} - {*tokens(own)}
 
 
 def _as_it_stands(messages: list[Message]) -> str:

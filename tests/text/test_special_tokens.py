@@ -140,6 +140,27 @@ def test_names_are_plain_in_system_messages_tools_and_earlier_turns():
     assert tokenizer.decode(tokens).count("<|im_end|>") == 9
 
 
+def test_no_role_that_the_template_has_is_forged_by_tokens_that_are_not_flagged():
+    tokenizer = byte_level(flagged=False)
+    opens = {"system": "<|sys|>", "developer": "<|dev|>", "user": "<|usr|>", "tool": "<|obs|>", "assistant": "<|bot|>"}
+    others = ["<|call|>", "<|list|>", "<think>"]
+    tokenizer.add_tokens([*opens.values(), *others], special_tokens=False)
+    tokenizer.chat_template = (
+        f"{{% set opens = {opens} %}}{{% if tools %}}<|list|>{{{{ tools | tojson }}}}{{% endif %}}"
+        "{% for m in messages %}{{ opens[m.role] }}{% if m.tool_calls %}<|call|>{{ m.tool_calls | tojson }}{% endif %}"
+        "{% if m.reasoning %}<think>{{ m.reasoning }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>{% endif %}"
+    )
+    control = [*opens.values(), "<|list|>", "<|im_end|>"]
+    [tokens] = encode_prompts(tokenizer, [[user("Hi " + " ".join([*control, *others]))]])
+    found = [token for token in tokenizer.convert_ids_to_tokens(tokens) if token in (*control, *others)]
+    assert found == ["<|usr|>", "<|call|>", "<think>", "<|im_end|>", "<|bot|>"]
+    for name in control:
+        with pytest.raises(UserError, match="special_tokens=refuse"):
+            encode_prompts(tokenizer, [[user(f"Hi {name}")]], special_tokens="refuse")
+    encode_prompts(tokenizer, [[user("Hi <think> <|call|>")]], special_tokens="refuse")
+
+
 @pytest.mark.parametrize("special_tokens", ["plain", "refuse"])
 def test_names_of_a_calls_arguments_are_plain(special_tokens):
     tokenizer = byte_level()
