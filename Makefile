@@ -30,8 +30,8 @@ check: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(VENV)/dev ## the site of docs, into site/
-	$(BIN)/sphinx-build -W -q -c docs . site
+docs: $(VENV)/dev ## the site of docs, into site/ (ARGS="-D nb_execution_mode=force" runs the notebooks for it)
+	$(BIN)/sphinx-build -W -q -c docs $(ARGS) . site
 
 wheel: $(VENV)/dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation .

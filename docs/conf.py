@@ -15,7 +15,10 @@ include_patterns = ["docs/**.md", "notebooks/*.ipynb", "README.md", "CHANGELOG.m
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme, html_title = "furo", f"lit_rlhf {release}"
 html_copy_source = False
-nb_execution_mode = "off"  # the tests run them
+nb_execution_mode = "off"  # the tests run them; -D nb_execution_mode=force shows what they print and draw
+nb_execution_excludepatterns = ["04_*"]  # not this one: it needs a checkpoint and records
+nb_execution_timeout, nb_execution_raise_on_error = 900, True  # seconds for a cell
+nb_merge_streams = True
 myst_heading_anchors = 4
 suppress_warnings = ["myst.xref_missing"]  # links to folders, which GitHub shows; tests/test_readme.py follows each
 autodoc_typehints = "description"
