@@ -220,6 +220,26 @@ def test_nested_fields(tmp_path, name, datasets_cache):
     assert (ranking.prompt, ranking.responses, ranking.ranks) == (DIALOGUE, ["x", "y"], [2, 1])
 
 
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_calls_of_parquet_have_their_own_arguments(tmp_path, name, datasets_cache):
+    """Arrow gives each struct the fields of all, null where it has none; a null that JSON says is one."""
+
+    def row(argument, default):
+        parameters = {"type": "object", "properties": {argument: {"type": "integer"}}}
+        call = {"type": "function", "function": {"name": f"with_{argument}", "arguments": {argument: default}}}
+        talk = [*PROMPT, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": talk, name: [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
+
+    rows = [row("a", 1), row("b", 2)]
+    write_parquet(tmp_path / "x.parquet", rows)
+    fields = {"tools": name}
+    for row_, found in zip(rows, load_records(tmp_path / "x.parquet", parse_demonstration, fields=fields).records):
+        assert (found.messages, found.tools) == (row_["messages"], row_[name])
+    write_jsonl(tmp_path / "x.jsonl", [row("a", None)])
+    [found] = load_records(tmp_path / "x.jsonl", parse_demonstration, fields=fields).records
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
 def test_plain_text_is_one_record(tmp_path):
     text = "two  spaces\n\n and a last line\n"
     assert load_records(write(tmp_path / "x.txt", text), parse_text).records == [text]

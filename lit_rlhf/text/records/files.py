@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -68,7 +68,7 @@ def read_records(
 
     Lines of .jsonl and rows of .parquet are read as they are asked for: the file may be larger than memory."""
     valid = False
-    for place, values in _rows(str(path)):
+    for place, values in _rows(str(path), {"tools", "tool_calls", "function_call", (fields or {}).get("tools", "")}):
         try:
             if isinstance(values, Exception):
                 raise values
@@ -144,17 +144,32 @@ def _between_words(text: str) -> int:
     return 0
 
 
-def _rows(path: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row; a row that cannot be decoded comes as the ``ValueError`` that says why."""
+def _rows(path: str, calls: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row; a row that cannot be decoded comes as the ``ValueError`` that says why.
+
+    ``calls``: fields whose objects differ in what they hold; Arrow gives each the fields of all, and null."""
     if is_hub_name(path):
         for number, row in enumerate(hub_rows(path), start=1):
-            yield f"{path}: record {number}", row
+            yield f"{path}: record {number}", _without_nulls(row, calls)
         return
     file = readable(path)
     reader = _READERS.get(format_of(file))
     if reader is None or (reader is _parquet_rows and Path(file).suffix.lower() in COMPRESSED):
         raise UserError(f"{path}: cannot tell its format from {Path(file).suffix!r}; use one of {', '.join(FORMATS)}")
-    yield from reader(file)
+    if reader is _parquet_rows:
+        yield from ((place, _without_nulls(row, calls)) for place, row in reader(file))
+    else:
+        yield from reader(file)
+
+
+def _without_nulls(value: Any, fields: Collection[str], inside: bool = False) -> Any:
+    """A value without the nulls of objects inside ``fields``, at all depths."""
+    if isinstance(value, list):
+        return [_without_nulls(each, fields, inside) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kept = ((name, each) for name, each in value.items() if not inside or each is not None)
+    return {name: _without_nulls(each, fields, inside or name in fields) for name, each in kept}
 
 
 def _read_text(file: str) -> str:

@@ -72,7 +72,7 @@ def _message(value: Any, name: str) -> Message:
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"'{name}' has the role {short(role)}; {', '.join(ROLES[:-1])} or tool was expected")
-    # Parquet gives all messages the fields of each of them: null is as good as absent.
+    # Arrow gives all messages the fields of each of them: null is as good as absent.
     message = {**{key: v for key, v in value.items() if v is not None}, "role": role}
     calls = message.pop("function_call", None)  # what OpenAI had before there were several
     calls = message.get("tool_calls") if calls is None else [calls]
