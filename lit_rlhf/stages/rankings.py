@@ -92,7 +92,7 @@ class RankingDataModule(ExampleDataModule):
 
     judge: ClassVar[Judge | None] = None
     parse_record, asked = staticmethod(parse_ranking), attrgetter("prompt")
-    called, example = "answers", EncodedRanking
+    called, example = "rankings", EncodedRanking
     counts = (*ExampleDataModule.counts, "alike")
 
     def rankings(self) -> Sequence[Ranking]:
@@ -155,7 +155,7 @@ class RankingDataModule(ExampleDataModule):
                 self.alike.append(f"{ranking.place or shown(ranking.prompt)[:60]}, {texts}")
                 continue
             sequences = [[*prompt, *answer] for answer in answered]
-            too_long = sum(len(s) > self.max_length for s in sequences)
+            too_long = any(len(s) > self.max_length for s in sequences)
             self.long += too_long
             if too_long and self.on_long == "skip":
                 continue

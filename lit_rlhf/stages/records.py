@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from lit_rlhf.text.records import (
     Paths,
     Reading,
     Records,
+    Seen,
     bad_record,
     entries_of,
     files_of,
@@ -72,6 +73,8 @@ class FileDataModule(LightningDataModule):
         self.skipped: list[str] = []  # a line for each bad record
         self.long = 0  # records that were too long
         self.notes: list[str] = []  # what a person should know
+        self.found: dict[str, None] = {}  # of ``fields``, those that some record has
+        self.there: dict[str, None] = {}  # names of fields in the files
         self.tell: Callable[[str], None] = rank_zero_info  # how it is said
 
     def folder(self, cache: str | Path | None) -> Path:
@@ -97,16 +100,34 @@ class FileDataModule(LightningDataModule):
             self.notes.append(line)
             self.tell(line)
 
-    def note_fields(self, file: str, unread: Iterable[str], passed_on: Iterable[str] = ()) -> None:
-        """Name the fields of a file that nobody asked for, and those of messages that only a template may read."""
-        if names := ", ".join(name for name in unread if name not in self.reads):
+    def note_seen(self, file: str, seen: Seen) -> None:
+        """Say which fields of a file nobody asked for, which of messages only a template may read, and what was made of
+        its records."""
+        self.found |= seen.found
+        self.there |= seen.there
+        if names := ", ".join(name for name in seen.unread if name not in self.reads):
             self.note(f"{file}: {self.unread(names)}")
-        if names := ", ".join(passed_on):
+        if names := ", ".join(seen.passed_on):
             self.note(f"{file}: of its messages, {names} goes to the chat template alone")
+        for line, count in seen.remarks.items():
+            self.note(f"{file}: {line} ({count} record{'s' * (count > 1)})")
+
+    def check_fields(self) -> None:
+        """Raise ``UserError`` where ``fields`` names something that no record has."""
+        if missing := [name for name in self.fields or {} if name not in self.found]:
+            name, address = missing[0], (self.fields or {})[missing[0]]
+            asked = f"no record has the field '{address}' that data.fields gives for '{name}'"
+            raise UserError(f"{self.source}: {asked}; the first has {', '.join(self.there)}")
 
     def unread(self, names: str) -> str:
         """The note about fields that nobody asked for."""
         return f"nobody reads the field{'s' if ', ' in names else ''} {names}"
+
+
+def names_of(paths: Paths) -> str:
+    """Names of files, for a message."""
+    entries = [paths] if isinstance(paths, str | Path | Mapping) else paths
+    return ", ".join(str(entry["path"] if isinstance(entry, Mapping) else entry) for entry in entries)
 
 
 class FitContext(Callback):
@@ -171,8 +192,7 @@ class RecordDataModule(FileDataModule):
     @property
     def source(self) -> str:
         """The files' names, for a message."""
-        entries = [self.path] if isinstance(self.path, str | Path | Mapping) else self.path
-        return ", ".join(str(entry["path"] if isinstance(entry, Mapping) else entry) for entry in entries)
+        return names_of(self.path)
 
     def records(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """(train, held out)."""
@@ -313,7 +333,7 @@ class RecordDataModule(FileDataModule):
             loaded = load_records(file, parse, self.on_bad_record, self.fields)
             records += loaded.records
             self.skipped += loaded.skipped
-            self.note_fields(file, loaded.unread, loaded.passed_on)
+            self.note_seen(file, loaded.seen)
         return records
 
     def _load_to_disk(self, path: Paths, parse: Callable[[dict[str, Any]], Record]) -> Records[Record]:
@@ -323,8 +343,8 @@ class RecordDataModule(FileDataModule):
         key = records_key(entries, how)
         records = stored_records(entries, how, key, self.folder(self.cache if key else None))
         self.skipped += records.note["skipped"]
-        for file, unread, passed_on in records.note["fields"]:
-            self.note_fields(file, unread, passed_on)
+        for file, seen in records.note["seen"]:
+            self.note_seen(file, Seen(**seen))
         return records
 
     def refuse(self, record: Any, reason: str) -> None:
@@ -333,6 +353,7 @@ class RecordDataModule(FileDataModule):
 
     def split(self, records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
         """(train, held out), the same in every stage; the prompts that change sides are noted."""
+        self.check_fields()
         before = self.moved.held_out | self.moved.train
         try:
             if isinstance(records, Records):

@@ -181,7 +181,7 @@ def test_adapters_are_merged(data, module, policy, tmp_path):
     [
         ([*CLASSES, *CHOICES], {}, "holds records of several kinds (choice, classification)"),
         ([dict(r, label="one") for r in CLASSES], {}, "all records have the label 'one'"),
-        (CLASSES, {"max_length": 8, "on_long": "skip"}, "inputs are longer than max_length=8 tokens"),
+        (CLASSES, {"max_length": 8, "on_long": "skip"}, "60 records are longer than max_length=8 tokens"),
         ([*CLASSES, {"text": "t"}], {}, "l.jsonl:61: no field 'label' (it has text)"),
     ],
 )

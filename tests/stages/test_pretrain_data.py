@@ -101,6 +101,13 @@ def test_tokenizing_happens_once_and_a_changed_file_is_read_anew(files, tmp_path
     assert len(tokens()[0]) != len(first) and len(trained) == 2
 
 
+def test_a_name_of_the_text_that_no_record_has_is_said(files, bpe):
+    (path, *_), _ = files
+    data = PretrainDataModule(path, bpe, block_size=16, fields={"text": "body"})
+    data.setup()
+    assert data.notes == [f"{path}: no record has the field body of data.fields; its own 'text' is read"]
+
+
 def counting(function, calls):
     def counted(texts, **settings):
         calls.append(1)

@@ -187,12 +187,34 @@ def test_transcripts_as_in_hh_rlhf(tmp_path, tokenizer):
     assert (ranking.responses, ranking.ranks) == (["Yes.", "No."], [1, 2])
 
 
-def test_long_answers_are_counted(data):
+def test_records_with_long_answers_are_counted(data):
     long = [{"prompt": "word " * 200, "responses": ["a", "b"], "ranks": [1, 2]}, *ROWS]
     made = data(long, max_length=60)
-    assert made.long == 2
+    assert made.long == 1
     assert max(len(s) for item in made.train_set for s in item.sequences) <= 60
-    assert data(long, max_length=60, on_long="skip").long == 2
+    assert data(long, max_length=60, on_long="skip").long == 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_name_that_no_record_has_is_refused(data, tmp_path, cached):
+    cache = tmp_path / "cache" if cached else None
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(
+            UserError, match=r"no record has the field 'stars' that data.fields gives for 'rating'; the "
+        ):
+            data(fields={"rating": "stars"}, cache=cache)
+    rated = [{"prompt": "r", "response": text, "stars": stars} for text, stars in (("good", 1), ("bad", 0))]
+    write_jsonl(tmp_path / "f.jsonl", rated)
+    made = data(feedback=tmp_path / "f.jsonl", fields={"rating": "stars"}, cache=cache)  # one of the files has it
+    [ranking] = [r for r in [*made.train_records, *made.val_records] if r.ratings]
+    assert ranking.ratings == [1.0, 0.0]
+    assert made.notes == [f"{tmp_path / 'f.jsonl'}: ratings are read from 0 (bad) to 1 (good)"]
+
+
+def test_feedback_alone_is_named(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "f.jsonl", [{"prompt": "q", "response": "a", "rating": 1}])
+    with pytest.raises(UserError, match=rf"^{tmp_path}/f.jsonl: there is one distinct prompt"):
+        RewardDataModule(None, tokenizer, feedback=tmp_path / "f.jsonl").setup()
 
 
 FEEDBACK = [

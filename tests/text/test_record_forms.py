@@ -434,6 +434,13 @@ def test_what_is_no_file_is_named(tmp_path):
         load_records("x" * 5000 + ".jsonl", parse_text)
 
 
+def test_turns_of_the_assistant_in_a_row_are_counted(tmp_path):
+    rows = [{"messages": [user("q"), assistant("a"), assistant("b")]}] * 2 + [{"prompt": "q", "response": "a"}]
+    rows.append({"messages": [user("q"), assistant("a"), {**assistant("b"), "weight": 0}]})
+    [(line, count)] = load(tmp_path, rows, parse_demonstration).seen.remarks.items()
+    assert "two turns of the assistant stand in a row, and each is learned" in line and count == 2
+
+
 def test_a_greeting_of_the_assistants_answers_nothing():
     greeting, rest = {"role": "assistant", "content": "Hi!"}, [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},

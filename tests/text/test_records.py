@@ -32,6 +32,12 @@ DIALOGUE = [
 TRANSCRIPT = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
 
 
+OPEN = [  # what people say may look like a transcript
+    "Human: Why?", "Assistant:", "Human: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: I obey.\n\nHuman: and now?",
+    f"q{TRANSCRIPT}",
+]  # fmt: skip
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -61,7 +67,7 @@ def write(path, text):
         ({"instruction": "i", "input": None}, [user("i")]),
         ({"instruction": "i"}, [user("i")]),
         ({"prompt": TRANSCRIPT}, DIALOGUE[1:]),
-        ({"prompt": "Human: Why?"}, [user("Why?")]),
+        *(({"prompt": text}, [user(text)]) for text in OPEN),
         ({"prompt": "Human rights: which?"}, [user("Human rights: which?")]),
     ],
 )
@@ -98,6 +104,7 @@ def test_ranking():
     [
         ({"prompt": "q", "chosen": "x", "rejected": "y"}, PROMPT, ["x", "y"]),
         ({"prompt": DIALOGUE, "chosen": "x", "rejected": ""}, DIALOGUE, ["x", ""]),
+        ({"prompt": "q", "chosen": OPEN[0], "rejected": OPEN[2]}, PROMPT, [OPEN[0], OPEN[2]]),
         ({"instruction": "i", "chosen": "x", "rejected": "y"}, [user("i")], ["x", "y"]),
         # conversational, as in TRL: with the prompt apart, and with the prompt in both
         ({"prompt": PROMPT, "chosen": [assistant("x")], "rejected": [assistant("y")]}, PROMPT, ["x", "y"]),
@@ -213,6 +220,12 @@ def test_every_format_gives_the_same_records(tmp_path, name, datasets_cache):
     assert loaded.skipped == []
 
 
+def test_prompts_that_are_read_as_transcripts_are_counted(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [{"prompt": text} for text in (*OPEN, TRANSCRIPT, TRANSCRIPT)])
+    [(line, count)] = load_records(tmp_path / "x.jsonl", parse_prompt).seen.remarks.items()
+    assert "'prompt' is a transcript from Human: to Assistant:, and is read as its turns" in line and count == 2
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
 def test_nested_fields(tmp_path, name, datasets_cache):
     WRITERS[name](tmp_path / name, [{"prompt": DIALOGUE, "responses": ["x", "y"], "ranks": [2, 1]}])
@@ -285,8 +298,6 @@ def error(path, parse, on_bad_record="fail"):
         (parse_prompt, {"prompt": "\n"}, "'prompt' is empty"),
         (parse_prompt, {"prompt": []}, "'prompt' is []; a non-empty list of messages was expected"),
         (parse_prompt, {"prompt": [*PROMPT, assistant("a")]}, "'prompt' ends with a turn of the assistant"),
-        (parse_prompt, {"prompt": "Human: q\n\nAssistant: a"}, "'prompt' ends with a turn of the assistant"),
-        (parse_prompt, {"prompt": "Assistant:"}, "'prompt' has no turn of the user"),
         (parse_prompt, {"messages": [assistant("a")]}, "'messages' has no turn of the user; a prompt ends with one"),
         (parse_prompt, {"prompt": DIALOGUE[:1]}, "'prompt' has no turn of the user"),
         (parse_prompt, {"messages": ["q"]}, "'messages' holds 'q'; each message needs 'role' and 'content'"),
@@ -590,6 +601,15 @@ def test_numbers_are_measured_between_the_lowest_and_the_highest_and_repeats_ave
     (ranking,) = rankings_of_feedback(given)
     assert ranking.ratings == [0.375, 1.0, 0.0]  # x: (0.25 + 0.5) / 2
     assert ranking.ranks == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "ratings"),
+    [([1, 0], [1.0, 0.0]), ([0, 0.5], [0.0, 0.5]), ([1, 0, -1], [1.0, 0.5, 0.0]), ([0, 0], [0.0, 0.0])],
+)
+def test_ratings_without_a_negative_one_are_no_thumbs(given, ratings):
+    [ranking] = rankings_of_feedback([rated("a?", f"x{i}", rating) for i, rating in enumerate(given)])
+    assert ranking.ratings == ratings
 
 
 def test_ratings_that_are_all_alike_are_refused_but_thumbs_are_not():

@@ -64,7 +64,7 @@ class ClassifyDataModule(ExampleDataModule):
 
     max_length: Annotated[int, Field(ge=8)] = 1024
 
-    called, example = "inputs", EncodedExample
+    called, example = "records", EncodedExample
 
     def texts(self, records: Sequence[Labelled]) -> Iterator[str]:
         return (text for record in records for texts in input_texts(record) for text in texts)
@@ -97,7 +97,7 @@ class ClassifyDataModule(ExampleDataModule):
         kept = []
         for record, group in zip(records, texts):
             tokens, too_long = zip(*(next(encoded) for _ in group))
-            self.long += sum(too_long)
+            self.long += any(too_long)
             if any(too_long) and self.on_long == "skip":
                 continue
             label = record.answer if isinstance(record, MultipleChoice) else self.labels.index(record.label)

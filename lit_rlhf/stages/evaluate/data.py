@@ -31,6 +31,11 @@ class EvaluateDataModule(PromptDataModule):
     seed: ClassVar[int] = 0
     limit: ClassVar[None] = None
 
+    def check_fields(self) -> None:
+        if self.text is not None:
+            self.found["text"] = None  # of files that are read later
+        super().check_fields()
+
     def encode(self) -> None:
         self.long = 0
         self.held_out_prompts = self.examples_of(self._held_out, held_out=True)

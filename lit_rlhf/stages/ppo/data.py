@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from pydantic import Field
 from lit_rlhf.stages.answer_scores import OWN
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, SamplePrompt, WorldPromptDataModule, spread
 from lit_rlhf.text.chat import ensure_chat_template
-from lit_rlhf.text.records import Messages
+from lit_rlhf.text.records import Messages, Seen
 from lit_rlhf.training.batches import BatchLoader
 
 
@@ -27,13 +27,13 @@ class PPODataModule(PromptDataModule):
 
     weights: list[Annotated[float, Field(gt=0)]] | None = None
 
-    def note_fields(self, file: str, unread: Iterable[str], passed_on: Iterable[str] = ()) -> None:
-        unread, renamed = [*unread], (self.fields or {}).values()
-        if names := [name for name in unread if name in OWN and name not in renamed]:
+    def note_seen(self, file: str, seen: Seen) -> None:
+        renamed = (self.fields or {}).values()
+        if names := [name for name in seen.unread if name in OWN and name not in renamed]:
             said = f"nobody reads the field{'s' if len(names) > 1 else ''} {', '.join(names)}, for reward functions get"
             instead = f"give another name where they are wanted, ppo.data.fields='{{NAME: {names[0]}}}'"
             self.note(f"{file}: {said} the policy's own; {instead}")
-        super().note_fields(file, [name for name in unread if name not in names], passed_on)
+        super().note_seen(file, replace(seen, unread=dict.fromkeys(n for n in seen.unread if n not in names)))
 
     def unread(self, names: str) -> str:
         return f"only reward functions read the field{'s' if ', ' in names else ''} {names}"

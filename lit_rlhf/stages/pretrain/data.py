@@ -119,7 +119,10 @@ class PretrainDataModule(FileDataModule):
                 texts = read_records(path, self.parse_record, seen, self.on_bad_record, self.fields)
                 yield from ((text,) for text in texts)
             finally:  # those who read may stop before the end
-                self.note_fields(path, seen.unread)
+                self.note_seen(path, seen)
+                if seen.there and len(seen.found) < len(self.fields or {}):
+                    asked = ", ".join((self.fields or {}).values())
+                    self.note(f"{path}: no record has the field {asked} of data.fields; its own 'text' is read")
 
     def _identity(self, path: str) -> Any:
         known = None if path.endswith(GIVEN) else identity_of(path)

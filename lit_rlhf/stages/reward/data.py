@@ -11,6 +11,7 @@ from pydantic import Field
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.rankings import RankingDataModule, WorldRankingDataModule
+from lit_rlhf.stages.records import names_of
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import (
     Demonstration,
@@ -21,6 +22,7 @@ from lit_rlhf.text.records import (
     parse_feedback,
     parse_ranking,
     rankings_of_feedback,
+    rating_scale,
 )
 
 Answered = tuple[list[int], int]  # tokens of prompt and answer, and how many at the end are the answer's
@@ -61,17 +63,27 @@ class RewardDataModule(RankingDataModule):
         if self.score_margin:
             self.parse_record = partial(parse_ranking, margin=True, score_margin=self.score_margin)
 
+    @property
+    def source(self) -> str:
+        return ", ".join(filter(None, (names_of(paths or []) for paths in (self.path, self.feedback))))
+
     def rankings(self) -> Sequence[Ranking]:
         """All rankings, those that follow from feedback last."""
         rankings = super().rankings()
+        if self.demonstrations is not None:
+            self._demonstrations = self.load(self.demonstrations, parse_demonstration)
         if self.feedback is None:
             return rankings
-        return [*rankings, *rankings_of_feedback(self.load(self.feedback, parse_feedback))]
+        feedback = self.load(self.feedback, parse_feedback)
+        low, high = rating_scale(feedback)
+        if {f.rating for f in feedback} - {-1, 1}:
+            self.note(f"{names_of(self.feedback)}: ratings are read from {low:g} (bad) to {high:g} (good)")
+        return [*rankings, *rankings_of_feedback(feedback)]
 
     def answered(self, train: Sequence[Ranking]) -> Sequence[Demonstration]:
         """The demonstrations that are to score 0 on average: of each its last answer."""
         if self.demonstrations is not None:
-            return self.load(self.demonstrations, parse_demonstration)
+            return self._demonstrations
         best = [(r, r.turns[r.ranks.index(min(r.ranks))]) for r in train]
         return [Demonstration([*r.prompt, turn], len(r.prompt), r.tools) for r, turn in best]
 

@@ -67,6 +67,7 @@ class RewardBenchDataModule(RecordDataModule):
     def setup(self, stage: str | None = None) -> None:
         if not self.questions:
             self.questions = self.load(self.path, parse_question)[: self.limit]
+            self.check_fields()
 
     def sizes(self) -> dict[str, int]:
         return {"questions": len(self.questions)}

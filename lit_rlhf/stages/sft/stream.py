@@ -44,7 +44,9 @@ class StreamSFTDataModule(SFTDataModule):
         held_out = list(islice(self._side(held_out=True), self.validation))
         if not held_out:
             raise UserError(f"{self.source}: ended, and none of its prompts is held out (sft.data.held_out)")
-        return list(islice(self._side(held_out=False), self.window)), held_out
+        first = list(islice(self._side(held_out=False), self.window))
+        self.check_fields()
+        return first, held_out
 
     def encode(self) -> None:
         self.long = self.left_out = 0
@@ -85,4 +87,4 @@ class StreamSFTDataModule(SFTDataModule):
             finally:  # who reads may stop before the end, and reads again
                 known = set(self.skipped)
                 self.skipped += [line for line in seen.skipped if line not in known]
-                self.note_fields(file, seen.unread, seen.passed_on)
+                self.note_seen(file, seen)

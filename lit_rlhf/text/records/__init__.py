@@ -10,6 +10,7 @@ from lit_rlhf.text.records.feedback import (
     Feedback as Feedback,
     parse_feedback as parse_feedback,
     rankings_of_feedback as rankings_of_feedback,
+    rating_scale as rating_scale,
 )
 from lit_rlhf.text.records.files import (
     OnBadRecord as OnBadRecord,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from lit_rlhf.text.records.fields import WEIGHT, short
+from lit_rlhf.text.records.fields import WEIGHT, remark, short
 from lit_rlhf.text.records.messages import Messages, dialogue, dialogue_name, is_learned, messages_of, text_of, tools_of
 from lit_rlhf.text.records.prompts import parse_prompt
 
@@ -30,6 +31,8 @@ def parse_demonstration(row: dict[str, Any]) -> Demonstration:
     if not any(map(is_learned, answer)):
         raise ValueError("every turn of the assistant has weight 0; nothing is left to learn")
     _check_asked([*prompt, *answer])
+    if any(m["role"] == "assistant" and is_learned(after) for m, after in pairwise([*prompt, *answer])):
+        remark(row, "two turns of the assistant stand in a row, and each is learned as a turn of its own")
     asked: set[str] = getattr(row, "asked", set())
     asked.add(WEIGHT)
     return Demonstration([*prompt, *answer], len(prompt), tools_of(row))

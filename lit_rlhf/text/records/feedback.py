@@ -60,16 +60,21 @@ def _thumb(label: Any) -> float:
     return thumb
 
 
+def rating_scale(feedback: Sequence[Feedback]) -> tuple[float, float]:
+    """The (worst, best) rating: (0, 1) or (-1, 1) where they are between these, else the lowest and the highest."""
+    low, high = min(f.rating for f in feedback), max(f.rating for f in feedback)
+    return (low, high) if low < -1 or high > 1 else (0.0 if low >= 0 else -1.0, 1.0)
+
+
 def rankings_of_feedback(feedback: Sequence[Feedback]) -> list[Ranking]:
     """A ranking for each prompt: answers that were rated higher rank higher, equal ratings tie.
 
-    Ratings between -1 and 1 are thumbs; others are measured between the lowest and the highest of them all. An answer
-    that was rated several times counts with the mean. Raises ``UserError`` where all ratings are equal, but thumbs."""
-    given = [f.rating for f in feedback]
-    thumbs = all(-1 <= rating <= 1 for rating in given)
-    low, high = (-1.0, 1.0) if thumbs else (min(given), max(given))
+    Ratings are measured on their :func:`rating_scale`. An answer that was rated several times counts with the mean.
+    Raises ``UserError`` where all ratings are equal, but thumbs."""
+    low, high = rating_scale(feedback)
     if low == high:
-        raise UserError(f"all {len(given)} ratings are {low:g}; nothing can be learned from answers that are all alike")
+        alike = "nothing can be learned from answers that are all alike"
+        raise UserError(f"all {len(feedback)} ratings are {low:g}; {alike}")
     prompts: dict[str, list[Feedback]] = {}
     for item in feedback:
         prompts.setdefault(prompt_key(item.prompt), []).append(item)

@@ -37,7 +37,9 @@ class Row(dict[str, Any]):
         ours = {name: value for name, value in found.items() if value is not None}
         hidden = {f"{name} (the file's own)": value for name, value in left.items() if name in ours}
         super().__init__({**left, **hidden, **ours})
+        self.found = ours.keys()  # our names of the fields that it has under another name
         self.asked: set[str] = set()
+        self.remarks: list[str] = []  # what is to be said of records like this one, with their count
 
     def __getitem__(self, name: str) -> Any:
         self.asked.add(name)
@@ -62,6 +64,11 @@ class Row(dict[str, Any]):
                     if isinstance(message, dict) and ("role" in message or "from" in message):
                         fields = (k for k, v in message.items() if k not in MESSAGE_FIELDS and v is not None)
                         yield from (k for k in fields if k != "weight" or WEIGHT not in self.asked)
+
+
+def remark(row: Mapping[str, Any], line: str) -> None:
+    """Have it said, once for a file and with their count, what was made of records like this one."""
+    getattr(row, "remarks", []).append(line)
 
 
 def inside(values: Mapping[str, Any], address: str) -> Any:

@@ -29,16 +29,32 @@ class Seen:
     skipped: list[str] = field(default_factory=list)  # a line for each bad record
     unread: dict[str, None] = field(default_factory=dict)  # fields that nobody asked for, in their order
     passed_on: dict[str, None] = field(default_factory=dict)  # fields of messages that only a chat template may read
+    remarks: dict[str, int] = field(default_factory=dict)  # what was made of records -> of how many
+    found: dict[str, None] = field(default_factory=dict)  # our names of fields that some record has under another name
+    there: dict[str, None] = field(default_factory=dict)  # names of the first record's fields
 
 
 @dataclass(frozen=True)
 class Loaded(Generic[Record]):
-    """The good records of a source, a line for each one that was skipped, and the fields that nobody reads."""
+    """The good records of a source, and the notes taken while it was read."""
 
     records: list[Record]
-    skipped: list[str]
-    unread: list[str] = field(default_factory=list)
-    passed_on: list[str] = field(default_factory=list)  # of messages, to the chat template
+    seen: Seen
+
+    @property
+    def skipped(self) -> list[str]:
+        """A line for each record that was skipped."""
+        return self.seen.skipped
+
+    @property
+    def unread(self) -> list[str]:
+        """The fields that nobody reads."""
+        return [*self.seen.unread]
+
+    @property
+    def passed_on(self) -> list[str]:
+        """The fields of messages that only a chat template may read."""
+        return [*self.seen.passed_on]
 
 
 def load_records(
@@ -54,7 +70,7 @@ def load_records(
     ``UserError`` naming file, line and reason, unless ``on_bad_record`` is "skip"; also when nothing valid is left."""
     seen = Seen()
     records = list(read_records(path, parse, seen, on_bad_record, fields))
-    return Loaded(records, seen.skipped, list(seen.unread), list(seen.passed_on))
+    return Loaded(records, seen)
 
 
 def read_records(
@@ -75,6 +91,8 @@ def read_records(
             if not isinstance(values, dict):
                 raise ValueError(f"{short(values)} is not a record; an object with named fields was expected")
             row = Row(values, fields)
+            seen.there = seen.there or dict.fromkeys(map(str, values))
+            seen.found.update(dict.fromkeys(row.found))
             record = parse(row)
         except ValueError as error:
             bad_record(place, str(error), seen.skipped, on_bad_record)
@@ -82,6 +100,7 @@ def read_records(
             valid = True
             seen.unread.update(dict.fromkeys(row.unread()))
             seen.passed_on.update(dict.fromkeys(row.passed_on()))
+            seen.remarks.update({line: seen.remarks.get(line, 0) + 1 for line in row.remarks})
             yield _placed(record, place)
     if not valid:
         why = f"; the first of {len(seen.skipped)} bad ones is {seen.skipped[0]}" if seen.skipped else ": it is empty"

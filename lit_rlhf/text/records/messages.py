@@ -175,8 +175,8 @@ def shown(messages: Sequence[Message]) -> str:
     return " / ".join(map(text_of, messages))
 
 
-TRANSCRIPT = "\n\nHuman:"  # how a transcript begins where a text may stand, too
-TURN = re.compile(r"\s*(Human|Assistant):")  # and where nothing else may
+TRANSCRIPT, TRANSCRIPT_END = "\n\nHuman:", "\n\nAssistant:"  # around a prompt that is one, where it may be any text
+TURN = re.compile(r"\s*(Human|Assistant):")  # how one begins, where nothing else may stand
 
 
 def parse_transcript(text: str) -> Messages:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lit_rlhf.text.records.fields import Row, require, short, text_field
+from lit_rlhf.text.records.fields import Row, remark, require, short, text_field
 from lit_rlhf.text.records.messages import (
-    TURN,
+    TRANSCRIPT,
+    TRANSCRIPT_END,
     Messages,
     dialogue,
     dialogue_name,
@@ -39,8 +40,8 @@ def parse_prompt_apart(row: dict[str, Any]) -> Messages:
     if "instruction" in row:
         return with_system(row, instruction_of(row))
     if "prompt" not in row and isinstance(dict.get(row, "context"), list):
-        return with_system(row, _prompt(row["context"], "context"))
-    return with_system(row, _prompt(require(row, "prompt"), "prompt"))
+        return with_system(row, _prompt(row, "context"))
+    return with_system(row, _prompt(row, "prompt"))
 
 
 class PromptRecord(NamedTuple):
@@ -62,11 +63,15 @@ def parse_prompt_record(row: dict[str, Any]) -> PromptRecord:
     return PromptRecord(prompt, others)
 
 
-def _prompt(value: Any, name: str) -> Messages:
+def _prompt(row: dict[str, Any], name: str) -> Messages:
+    value = require(row, name)
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"'{name}' is empty")
-        messages = parse_transcript(value) if TURN.match(value) else [{"role": "user", "content": value}]
+        messages = [{"role": "user", "content": value}]
+        if value.startswith(TRANSCRIPT) and value.endswith(TRANSCRIPT_END):
+            messages = parse_transcript(value)
+            remark(row, f"'{name}' is a transcript from Human: to Assistant:, and is read as its turns")
     else:
         messages = messages_of(value, name)
     return _checked(messages, name)

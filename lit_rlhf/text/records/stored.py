@@ -126,7 +126,7 @@ def _write(entries: Sequence[Sequence[str]], how: Reading, folder: Path) -> None
                     signed = int.from_bytes(fingerprint.to_bytes(8, "big"), "big", signed=True)
                     yield _Line(kinds.index(type(record)), values, signed, place)
                 skipped.extend(seen.skipped)
-                known.append([file, list(seen.unread), list(seen.passed_on)])
+                known.append([file, {**vars(seen), "skipped": []}])
 
     try:
         write_rows(folder / "rows.arrow", _Line, progress(lines(), "reading", "records"))
@@ -136,7 +136,7 @@ def _write(entries: Sequence[Sequence[str]], how: Reading, folder: Path) -> None
             f"{where}: a record holds {error}, which is no text, number, list or object; leave out its column, or set "
             "data.cache=null"
         ) from None
-    write_note(folder, {"entries": counts, "skipped": skipped, "fields": known, "about": list(map(json.loads, about))})
+    write_note(folder, {"entries": counts, "skipped": skipped, "seen": known, "about": list(map(json.loads, about))})
 
 
 def write_note(folder: Path, note: dict[str, Any]) -> None:
