@@ -54,6 +54,7 @@ from lit_rlhf.functional.masking import (
     scale_of as scale_of,
     whiten as whiten,
 )
+from lit_rlhf.functional.orthogonal import orthogonalize as orthogonalize
 from lit_rlhf.functional.overoptimization import (
     GainFit as GainFit,
     best_of_n_gain as best_of_n_gain,

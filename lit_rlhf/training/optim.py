@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,13 +13,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.functional import orthogonalize
 from lit_rlhf.training.batches import BatchLoader
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Callable[[Optimizer, int], LambdaLR]
+HIDDEN = "hidden"  # of a group: which of its parameters are matrices between hidden states
 
 
 def adamw(
@@ -26,27 +30,81 @@ def adamw(
     lr: Annotated[float, Field(gt=0)] = 5e-5,
     betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+    matrix_lr: Annotated[float, Field(gt=0)] | None = None,
     offload: bool = False,
 ) -> AdamW:
     """AdamW in its fused form, one kernel for all parameters, the fastest on CPU and GPU alike.
 
     The learning rate is one for all weights of a checkpoint; adapters want ten times as much, small models made from
-    scratch a hundred times.
+    scratch a hundred times. With ``matrix_lr`` the matrices that groups of ``decay_groups`` call hidden are stepped by
+    ``Muon``, at that rate: about as much as a step moves what such a matrix makes of a vector of length 1.
 
     Its state is there from the start: made in the first step, as PyTorch does it, it would lie in between what a step
-    takes and gives back, and what the next one takes would not fit there. With ``offload`` it lies in the CPU's
-    memory."""
-    kind = OffloadedAdamW if offload else AdamW
-    optimizer = kind(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    takes and gives back, and what the next one takes would not fit there. With ``offload``, which is AdamW's alone, it
+    lies in the CPU's memory."""
+    if offload and matrix_lr is not None:
+        raise UserError(
+            "optimizer.offload keeps AdamW's state on the CPU, and not Muon's: set optimizer.matrix_lr=null"
+        )
+    groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
+    hidden = [group.pop(HIDDEN, ()) for group in groups]
+    if matrix_lr is not None:
+        groups = [part for group, flags in zip(groups, hidden) for part in _split(group, flags, matrix_lr)]
+    kind = OffloadedAdamW if offload else AdamW if matrix_lr is None else Muon
+    optimizer = kind(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
     # The fused step could unscale 16-bit gradients by itself, but Lightning then refuses to clip them before it.
     optimizer._step_supports_amp_scaling = False
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        device = torch.device("cpu") if offload else parameter.device
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=device),
-            **{name: torch.zeros_like(parameter, device=device) for name in ("exp_avg", "exp_avg_sq")},
-        }
+    for group in optimizer.param_groups:
+        names = ("exp_avg",) if group.get(HIDDEN) else ("exp_avg", "exp_avg_sq")
+        for parameter in group["params"]:
+            device = torch.device("cpu") if offload else parameter.device
+            averages = {name: torch.zeros_like(parameter, device=device) for name in names}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **averages}
     return optimizer
+
+
+def _split(group: dict[str, Any], hidden: Sequence[bool], matrix_lr: float) -> list[dict[str, Any]]:
+    """Its hidden matrices as a group of their own, and the rest, where there are any."""
+    matrices = [p for p, is_hidden in zip(group["params"], hidden) if is_hidden]
+    rest = [p for p, is_hidden in zip_longest(group["params"], hidden, fillvalue=False) if not is_hidden]
+    groups = [{**group, "params": matrices, HIDDEN: True, "lr": matrix_lr}, {**group, "params": rest, HIDDEN: False}]
+    return [part for part in groups if part["params"]]
+
+
+class Muon(AdamW):
+    """AdamW, but for groups of ``hidden`` matrices: their step is the gradients' moving average with all its singular
+    values made about 1, times the root of rows / columns where that is above 1 (K. Jordan, 2024, "Muon: An optimizer
+    for hidden layers"). It keeps one number per number of a matrix, where AdamW keeps two.
+
+    ``torch.optim.Muon`` iterates in bfloat16, where what other processes or smaller batches round differently grows to
+    a hundredth of a step; here it stays in the matrices' own precision."""
+
+    MOMENTUM = 0.95
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:  # while all groups are there, whose gradients it may set to zero
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group[HIDDEN]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        with torch.no_grad():
+            for group in groups:
+                for matrix in group["params"] if group[HIDDEN] else ():
+                    if matrix.grad is not None:
+                        self._step_matrix(matrix, matrix.grad, group["lr"], group["weight_decay"])
+        return loss
+
+    def _step_matrix(self, matrix: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        average = self.state[matrix]["exp_avg"].lerp_(gradient, 1 - self.MOMENTUM)
+        step = orthogonalize(gradient.lerp(average, self.MOMENTUM))  # Nesterov's
+        rows, columns = matrix.shape
+        matrix.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * math.sqrt(max(1, rows / columns)))
+        self.state[matrix]["step"] += 1
 
 
 class OffloadedAdamW(AdamW):
@@ -87,18 +145,31 @@ def decay_groups(
     """Parameter groups of ``model``: weight decay for matrices only, none for norms and biases (GPT-3, appendix B).
 
     ``settings`` (a learning rate, say) go to all groups; the parameters ``head`` are a third one with the learning
-    rate ``head_lr`` and without weight decay, unless that is None."""
+    rate ``head_lr`` and without weight decay, unless that is None. The first group says which of its matrices are
+    ``hidden``, neither of embeddings nor of heads, for ``muon``."""
+    head = list(head)
     trainable = [p for p in model.parameters() if p.requires_grad]
     apart = {id(p) for p in head} if head_lr is not None else set()
     rest = [p for p in trainable if id(p) not in apart]
+    ends = {id(p) for p in (*head, *_of_ends(model))}
+    matrices = [p for p in rest if p.dim() >= 2]
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], **settings},
+        {"params": matrices, HIDDEN: [p.dim() == 2 and id(p) not in ends for p in matrices], **settings},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, **settings},
     ]
     if apart:
         fresh = [p for p in trainable if id(p) in apart]
         groups.append({"params": fresh, "weight_decay": 0.0, **settings, "lr": head_lr})
     return groups
+
+
+def _of_ends(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Parameters of the embeddings and output layers inside of ``model``."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield from module.parameters()
+        elif isinstance(module, PreTrainedModel) and (output := module.get_output_embeddings()) is not None:
+            yield from output.parameters()
 
 
 def warmup_decay(

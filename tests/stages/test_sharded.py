@@ -24,7 +24,7 @@ from lit_rlhf.processes import is_main_process
 from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import PPOModule, SFTModule, WorldPretrainDataModule, WorldSFTDataModule
 from lit_rlhf.stages.ppo import KLPenalty, MonteCarlo, ReferenceUpdate
-from lit_rlhf.training import FSDP2
+from lit_rlhf.training import FSDP2, adamw
 from lit_rlhf.training.checkpoint_shards import read_shards
 from lit_rlhf.training.trained_state import weights_fingerprint
 
@@ -122,13 +122,19 @@ def test_a_sharded_stage_is_the_same(stage, budget, stages, trained, monkeypatch
     if stage == "sft":
         monkeypatch.setattr(chunked, "LOGITS", 4096)  # gradients of large embeddings are added in their place
 
-    def halved():
+    def whole():
         module, data = stages[stage]()
+        if stage == "pretrain":
+            module.optimizer = partial(adamw, lr=1e-2, matrix_lr=1e-2)
+        return module, data
+
+    def halved():
+        module, data = whole()
         data.batch_size //= 2
         return module, data
 
     settings = {"activation_checkpointing": True} if stage == "sft" else {}
-    one, two = trained(stages[stage], halved, budget, stop=2, **settings)
+    one, two = trained(whole, halved, budget, stop=2, **settings)
     assert one[1]
     for mine, theirs in zip([*one[0], *one[1:]], [*two[0], *two[1:]], strict=True):
         close(mine, theirs, 1e-4)

@@ -6,6 +6,8 @@ from lightning import LightningModule
 from torch import nn
 from torch.testing import assert_close
 
+from lit_rlhf.errors import UserError
+from lit_rlhf.functional import orthogonalize
 from lit_rlhf.training import adamw, make_trainer, warmup_decay
 from lit_rlhf.training.batches import BatchLoader, in_order
 from lit_rlhf.training.optim import decay_groups, optimizer_and_schedule
@@ -62,6 +64,83 @@ def test_adamw_is_pytorchs():
         b.grad = a.grad.clone()
         ours.step(), theirs.step()
     assert_close(a, b)
+
+
+def test_muon_by_hand():
+    torch.manual_seed(0)
+    matrix, table, scale = torch.randn(9, 4).double(), torch.randn(5, 6).double(), torch.ones(6).double()
+    own = [nn.Parameter(t.clone()) for t in (matrix, table, scale)]
+    groups = [{"params": own[:2], "hidden": [True, False]}, {"params": own[2:], "weight_decay": 0.0}]
+    ours = adamw(groups, lr=0.02, betas=[0.8, 0.9], weight_decay=0.1, matrix_lr=0.3)
+    rest = [nn.Parameter(table.clone()), nn.Parameter(scale.clone())]
+    theirs = adamw([{"params": rest[:1]}, {"params": rest[1:], "weight_decay": 0.0}], 0.02, [0.8, 0.9], 0.1)
+    average = torch.zeros(9, 4).double()
+    for _ in range(4):
+        for p in own:
+            p.grad = torch.randn_like(p)
+        for p, q in zip(rest, own[1:]):
+            p.grad = q.grad.clone()
+        average = 0.95 * average + 0.05 * own[0].grad
+        step = orthogonalize(0.05 * own[0].grad + 0.95 * average)
+        matrix = matrix * (1 - 0.3 * 0.1) - 0.3 * 1.5 * step  # the root of 9 / 4
+        ours.step(), theirs.step()
+    assert_close(own[0].data, matrix)
+    assert_close([p.data for p in own[1:]], [p.data for p in rest], rtol=0, atol=0)
+
+
+def test_muon_is_for_matrices_between_hidden_states(policy):
+    [matrices, *rest] = adamw(decay_groups(policy), lr=0.1, matrix_lr=0.1).param_groups
+    assert matrices["hidden"] and not any(group["hidden"] for group in rest)
+    names = {id(p): name for name, p in policy.named_parameters()}
+    in_muon = {names[id(p)] for p in matrices["params"]}
+    assert len(in_muon) > 7 and all(".h." in name or ".layers." in name for name in in_muon)
+    others = {names[id(p)]: p.dim() for group in rest for p in group["params"]}
+    assert in_muon | others.keys() == {*names.values()}
+    assert all(
+        "wte" in name or "wpe" in name or "embed" in name or "lm_head" in name for name, d in others.items() if d > 1
+    )
+
+
+def test_muon_has_nothing_to_offload():
+    with pytest.raises(UserError, match=r"set optimizer\.matrix_lr=null"):
+        adamw([nn.Parameter(torch.ones(2, 2))], matrix_lr=0.1, offload=True)
+
+
+def test_a_closure_of_muon_has_all_gradients(policy):
+    optimizer = adamw(decay_groups(policy), lr=0.1, matrix_lr=0.1)
+    seen = []
+
+    def closure():
+        seen.append([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+        optimizer.zero_grad()
+        loss = sum(p.sum() for p in policy.parameters())
+        loss.backward()
+        return loss.detach()
+
+    losses = [optimizer.step(closure) for _ in range(2)]
+    assert losses[1] < losses[0] and len(seen[1]) == len([*policy.parameters()])
+    assert all((p.grad == 1).all() for p in policy.parameters())  # of the second step alone
+
+
+def test_muon_goes_on_from_its_state(policy):
+    def steps(optimizer, model, which):
+        for seed in which:
+            generator = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    whole, parts = copy.deepcopy(policy), copy.deepcopy(policy)
+    steps(adamw(decay_groups(whole), lr=1e-2, matrix_lr=0.1), whole, range(4))
+    first = adamw(decay_groups(parts), lr=1e-2, matrix_lr=0.1)
+    steps(first, parts, range(2))
+    again = adamw(decay_groups(parts), lr=1.0, matrix_lr=1.0)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(again, parts, range(2, 4))
+    for a, b in zip(whole.parameters(), parts.parameters()):
+        assert torch.equal(a, b)
+    numbers = [sum(t.numel() for t in state.values()) for state in first.state.values()]
+    assert sum(numbers) < 1.9 * sum(p.numel() for p in policy.parameters())
 
 
 class Linear(LightningModule):
