@@ -29,6 +29,7 @@ from lit_rlhf.functional.diversity import (
 )
 from lit_rlhf.functional.gradient_noise import GradientNoise as GradientNoise, gradient_noise as gradient_noise
 from lit_rlhf.functional.interval import (
+    FEW as FEW,
     Estimate as Estimate,
     ratio as ratio,
     ratio_difference as ratio_difference,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Z95 = 1.959963984540054  # standard errors on either side of a normal mean that hold 95%
+FEW = 10  # prompts: what differs between fewer says too little of what differs between all
 
 
 class Estimate(NamedTuple):

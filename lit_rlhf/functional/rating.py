@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.interval import Z95, middle_95, resampled, wilson_interval
+from lit_rlhf.functional.interval import FEW, Z95, middle_95, resampled, wilson_interval
 
 Texts = Sequence[Sequence[str]]  # (P, A): what a model wrote, A answers to each of P prompts
 
@@ -63,18 +63,19 @@ def win_rate(
 
     ``ours`` (P, A), ``theirs`` (P, B) and ``texts`` as in :func:`pairwise_wins`. Answers to one prompt are not
     independent, so the prompts are resampled, not the answers. Prompts without a comparison are left out; NaN where
-    all are. Where every comparison is won, or every one lost, resampling shows no spread; the interval is Wilson's
-    then, over prompts. ``n`` counts our graded answers, ``prompts`` the rows.
+    all are. Where every comparison is won, or every one lost, and with fewer than ten prompts, resampling shows no
+    spread, or too little; the interval is Wilson's then, over prompts: no rates between 0 and 1 are spread wider than
+    wins and losses. ``n`` counts our graded answers, ``prompts`` the rows.
 
-    >>> win_rate(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([[2.0, 2.0], [2.0, 2.0]]))
-    WinRate(mean=0.375, low=0.25, high=0.5, n=4, prompts=2)
+    >>> win_rate(torch.tensor([[3.0, 1.0], [2.0, 0.0]]).repeat(5, 1), torch.full((10, 2), 2.0))
+    WinRate(mean=0.375, low=0.3, high=0.45, n=20, prompts=10)
     """
     wins = pairwise_wins(ours, theirs, texts)
     wins = wins[~wins.isnan()]
     if not len(wins):
         return WinRate(math.nan, math.nan, math.nan, 0, 0)
     mean = wins.mean().item()
-    if mean in (0.0, 1.0):
+    if mean in (0.0, 1.0) or len(wins) < FEW:
         low, high = wilson_interval(mean * len(wins), len(wins))
     else:
         low, high = (end.item() for end in middle_95(resampled(len(wins), resamples, seed) @ wins / len(wins)))
@@ -133,8 +134,9 @@ def ratings(wins: Tensor, anchor: int = 0, prior: float = 0.5) -> Ratings:
     The intervals are 1.96 standard errors wide on either side, from the "sandwich" of the information with the spread
     of each prompt's share of the gradient (Huber 1967; White 1982): all models answer the same prompts, so one
     prompt's comparisons are not independent, and the information alone is too sure. Where a group of models has won,
-    or lost, every comparison with the rest, there is no such spread; the errors are then at least those that the
-    information (with the prior) gives. Raises ``ValueError`` as :func:`bradley_terry` does.
+    or lost, every comparison with the rest, there is no such spread, and between fewer than ten prompts too little; the
+    errors are then at least those that the information (with the prior) gives. Raises ``ValueError`` as
+    :func:`bradley_terry` does.
 
     >>> wins = tournament([torch.tensor([[2.0], [1.0], [2.0]]), torch.tensor([[1.0], [2.0], [1.0]])])
     >>> ratings(wins).strengths  # 2 of 3 prompts won, half a win added on either side: odds of 5 to 3
@@ -152,7 +154,8 @@ def ratings(wins: Tensor, anchor: int = 0, prior: float = 0.5) -> Ratings:
     variance = pull.square().sum(-2) * prompts / max(prompts - 1, 1)
     independent = (from_anchor @ inverse @ from_anchor.mT).diagonal(dim1=-2, dim2=-1)
     perfect = ~_connected(total > 0)[..., None]
-    half = Z95 * torch.where(perfect, torch.maximum(variance, independent), variance).sqrt()
+    no_spread = perfect | (prompts < FEW)
+    half = Z95 * torch.where(no_spread, torch.maximum(variance, independent), variance).sqrt()
     strengths = strengths - strengths[..., anchor, None]
     return Ratings(strengths, strengths - half, strengths + half)
 

@@ -68,8 +68,8 @@ def test_win_rate_counts_a_tie_half_and_prompts_alike():
 
 
 def test_win_rate_counts_our_answers_and_the_prompts():
-    result = win_rate(torch.zeros(5, 3), torch.zeros(5, 2))
-    assert (result.n, result.prompts) == (15, 5)
+    result = win_rate(torch.zeros(10, 3), torch.zeros(10, 2))
+    assert (result.n, result.prompts) == (30, 10)
     assert (result.mean, result.low, result.high) == (0.5, 0.5, 0.5)
 
 
@@ -221,6 +221,17 @@ def test_interval_covers_the_truth_95_percent_of_the_time():
         result = win_rate(won, torch.full((60, 1), 0.5), resamples=400, seed=seed)
         covered += result.low <= 0.6 <= result.high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 5, 9])
+def test_a_few_prompts_decide_nothing(prompts):
+    """Each prompt is won by 5 of 16: nothing differs between prompts, which says little of other prompts."""
+    ours = torch.cat([torch.ones(prompts, 5), torch.zeros(prompts, 11)], 1)
+    theirs = torch.full((prompts, 4), 0.5)
+    mean, low, high, *_ = win_rate(ours, theirs)
+    assert mean == 5 / 16 and low < mean - 0.2 and high > 0.5
+    found = ratings(tournament([theirs, ours]))
+    assert found.low[1] < -2 and found.high[1] > 0.3
 
 
 def test_win_rate_depends_on_its_seed_alone():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lit_rlhf.functional import Estimate, elo, length_controlled_win_rate, ratings, tournament, win_rate
+from lit_rlhf.functional import FEW, Estimate, elo, length_controlled_win_rate, ratings, tournament, win_rate
 from lit_rlhf.stages.evaluate.answers import Answers, JudgeName, estimates, measures, worth
 
 PROMPTED = "prompted"  # the base model behind a transcript
@@ -57,7 +57,8 @@ class Comparison(NamedTuple):
     def _rate(self, worths: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Any]:
         texts = self.contestants[ours].texts, self.contestants[theirs].texts
         fair = length_controlled_win_rate(worths[ours], worths[theirs], texts)
-        controlled = {"mean": fair.mean, "low": fair.low, "high": fair.high}
+        enough = fair.prompts >= FEW  # to tell what length does
+        controlled = {"mean": fair.mean, "low": fair.low, "high": fair.high} if enough else None
         return {**win_rate(worths[ours], worths[theirs], texts)._asdict(), "length_controlled": controlled}
 
     def _ratings(self, worths: dict[str, Tensor], anchor_rating: float) -> dict[str, Any]:
