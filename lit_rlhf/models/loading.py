@@ -331,7 +331,9 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if new:
         cast_to_intended(model)
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
-        say(f"{where}: the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}")
+        how = f"; adapters do not train their rows, unless lora.trainable_token_indices={new} asks them to"
+        grown = f"the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}"
+        say(f"{where}: {grown}{'' if new == [pad] else how}")
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
         _start_in_the_middle(model, rows, pad)
     embedding = model.get_input_embeddings()
@@ -342,8 +344,9 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 @torch.no_grad()
 def _start_in_the_middle(model: PreTrainedModel, rows: int, pad: int) -> None:
-    """Move the embeddings from ``rows`` on, which are fresh, to the mean of the others; padding's is that mean.
+    """Put the embeddings from ``rows`` on, which are fresh, around the mean of the others; padding's is that mean.
 
+    They are the same whenever the model is loaded: adapters that learned beside them find them again.
     A logit at the mean of all is one of the average: the chance of such a token is below 1 in ``rows`` (Jensen). Around
     zero it could be any: where all logits are negative, as GPT-2's are, nothing but padding would be written."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
@@ -351,7 +354,8 @@ def _start_in_the_middle(model: PreTrainedModel, rows: int, pad: int) -> None:
     for weight in weights.values():
         if isinstance(weight, torch.Tensor):
             mean = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)
-            weight[rows:] += mean
+            around = torch.randn(weight[rows:].shape, generator=torch.Generator().manual_seed(0))
+            weight[rows:] = mean + (around * getattr(model.config, "initializer_range", 0.02)).to(weight)
             if pad >= rows:
                 weight[pad] = mean
 

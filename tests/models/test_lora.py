@@ -249,6 +249,29 @@ def test_a_run_starts_from_an_adapter(saved, tokenizer, capsys):
     assert_close(backbone.base_model.state_dict(), plain.base_model.state_dict())
 
 
+@pytest.mark.parametrize("trained", [None, "the new rows"])
+def test_an_adapter_finds_the_rows_again_by_which_its_base_grew(trained, policy, tokenizer, tmp_path, capsys):
+    """They are in no file where they are not trained: drawn anew they were others, and its answers, too."""
+    rows = len(tokenizer)
+    save_model(policy, tokenizer, tmp_path / "base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
+    lora = LoRA(r=4, trainable_token_indices=trained and [rows, rows + 1])
+    torch.manual_seed(0)
+    model = stirred(load_policy(tmp_path / "base", tokenizer, lora=lora)).eval()
+    said = f"lora.trainable_token_indices=[{rows}, {rows + 1}] asks them to"
+    assert said in capsys.readouterr().out
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    tokens = torch.cat([TOKENS, torch.tensor([[rows, rows + 1]]).expand(len(TOKENS), 2)], 1)
+    expected = model(tokens).logits
+    torch.manual_seed(5)
+    merged_one = load_policy(tmp_path / "adapter", tokenizer).eval()
+    assert_close(merged_one(tokens).logits, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    on = load_policy(tmp_path / "base", tokenizer, lora=LoRA(path=tmp_path / "adapter")).eval()
+    assert torch.equal(on(tokens).logits, expected)
+    new = model.get_input_embeddings()(tokens[0, -2:])
+    assert (new[0] - new[1]).abs().max() > 1e-3  # two tokens, not one
+
+
 def test_a_base_is_found_from_the_adapters_folder_too(saved, tokenizer):
     base, adapter, expected = saved
     name_base(adapter, f"../{base.name}")
