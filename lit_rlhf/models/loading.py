@@ -154,6 +154,12 @@ def read_config(path: str | Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(path))
     except Exception as error:  # whatever transformers raises of a config.json that is none
         raise _unloadable(path, error) from error
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise UserError(
+            f"{path}: weights of few bits ({method}, says its config.json), which can be neither trained nor exported; "
+            "give the checkpoint that they were made from, with quantization=4bit where frozen ones of 4 bits will do"
+        )
     return config
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -504,6 +505,15 @@ def test_an_added_token_takes_no_probability(tokenizer, tied):
     assert_close(after[..., :rows], before)
     assert_close(after[..., rows], before.mean(-1))
     assert_close(after.log_softmax(-1)[..., :rows], before.log_softmax(-1), rtol=0, atol=2 / rows)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+@pytest.mark.parametrize("load", [load_policy, partial(load_reward_model, new_head=True), load_policy_and_tokenizer])
+def test_weights_of_few_bits_are_refused(load, method, folder):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=rf"weights of few bits \({method}, says its config.json\).*quantization=4bit"):
+        load(folder)
 
 
 def test_the_vocabulary_grows_by_what_was_added_and_says_so(folder, tokenizer, capsys):
