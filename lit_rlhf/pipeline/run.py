@@ -88,7 +88,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
     os.environ.pop("PL_GLOBAL_SEED")  # from which several processes would begin anew when the models have been made
     check_models(name, settings)
     with said_when_slow(f"{name}: reading the data"):
-        data = make_data(settings.data, name, remembered_split(cfg))
+        data = make_data(settings.data, name, remembered_split(cfg, name, settings.get("allow_trained", False)))
     if is_main_process():
         remember_split(cfg, data.moved)
     trained_on = {}

@@ -23,18 +23,19 @@ class Sides(Checked):
     train: list[str] = Field(default_factory=list)
 
 
-def remembered_split(cfg: DictConfig) -> Moved:
-    """The prompts that changed sides in this run or in one that it starts from, by fingerprint, and all that were
-    trained on there."""
-    moved = Moved()
+def remembered_split(cfg: DictConfig, stage: str, allow_trained: bool = False) -> Moved:
+    """The prompts that changed sides in this run or in one that it starts from, by fingerprint, and, unless
+    ``allow_trained``, all that were trained on there, but by this ``stage`` of this run itself."""
+    moved, own = Moved(), (Path(cfg.paths.run_dir) / stage).resolve()
     for run in _runs(cfg):
         known = read_json(run / FILE, Sides)
         # What this run says comes first: it took over what it knew of the others.
         moved.held_out |= set(known.get("held_out", ())) - moved.train
         moved.train |= set(known.get("train", ())) - moved.held_out
         models = [file.parent / "model" for file in [*run.glob(f"*/{TRAINED}"), *run.glob(f"rounds/*/*/{TRAINED}")]]
-        for folder in trained_stages(models):
-            moved.trained |= read_trained_prompts(folder) or set()
+        for folder in trained_stages([] if allow_trained else models):
+            if folder != own:
+                moved.trained |= read_trained_prompts(folder) or set()
     return moved
 
 

@@ -368,4 +368,9 @@ class RecordDataModule(FileDataModule):
                 f"{self.source}: none of its prompts would be {side} by split_seed={self.split_seed}; {len(new)} of "
                 "them changed sides, for all stages to come"
             )
+        if self.moved.kept:
+            self.note(
+                f"{self.source}: held_out={self.held_out:g} would hold out {self.moved.kept} more records, but earlier "
+                "stages trained on their prompts: they are trained on here, too"
+            )
         return sides

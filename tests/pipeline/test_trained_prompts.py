@@ -156,8 +156,9 @@ def run_settings(runs, run, from_run):
 def test_what_changed_sides_is_remembered_by_the_run_and_those_that_start_from_it(tmp_path):
     first = run_settings(tmp_path, "first", "first")
     make_stage(tmp_path / "first", "sft", ["Why?"])
-    moved = remembered_split(first)
+    moved = remembered_split(first, "evaluate")
     assert moved == Moved(trained={prompt_fingerprint(asked("Why?"))})
+    assert remembered_split(first, "sft") == remembered_split(first, "evaluate", allow_trained=True) == Moved()
     moved.held_out.add("a" * 16)
     remember_split(first, moved)
     second = run_settings(tmp_path, "second", "first")
@@ -165,7 +166,7 @@ def test_what_changed_sides_is_remembered_by_the_run_and_those_that_start_from_i
     (tmp_path / "second/reward/config.yaml").write_text(
         yaml.safe_dump({"reward": {"data": {"path": "x"}}, "origin": {"from_run": "first"}})
     )
-    moved = remembered_split(second)
+    moved = remembered_split(second, "evaluate")
     assert moved.held_out == {"a" * 16} and moved.trained == {prompt_fingerprint(asked(t)) for t in ("Why?", "Who?")}
     moved.train.add("b" * 16)
     remember_split(second, moved)
@@ -173,7 +174,7 @@ def test_what_changed_sides_is_remembered_by_the_run_and_those_that_start_from_i
     third = run_settings(tmp_path, "third", "second")
     third.paths.run_dir = f"{tmp_path}/third/rounds/2"
     (tmp_path / "third").mkdir()
-    moved = remembered_split(third)
+    moved = remembered_split(third, "evaluate")
     assert (moved.held_out, moved.train) == ({"a" * 16}, {"b" * 16})
     remember_split(third, moved)
     assert json.loads((tmp_path / "third/split.json").read_text()) == {"held_out": ["a" * 16], "train": ["b" * 16]}

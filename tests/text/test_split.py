@@ -74,7 +74,11 @@ def test_what_was_trained_on_is_never_held_out():
         moved = Moved(trained=trained)
         hashed = {prompt_fingerprint(p) for p in few if is_held_out(p, 0.02, seed)}
         _, held_out = split(few, 0.02, seed, moved=moved)
-        assert prints(held_out) == (hashed or prints(few[4:]))
+        assert prints(held_out) == ((hashed - trained) or prints(few[4:]))
+        trained = prints(split(prompts(40), 0.1, seed)[0])  # a stage that holds out more than the one before it
+        moved = Moved(trained=trained)
+        sides = split(prompts(40), 0.5, seed, moved=moved)
+        assert not prints(sides[1]) & trained and prints(sides[1]) and moved.kept > 5
     with pytest.raises(UserError, match=r"all 4 prompts were trained on by earlier stages, so that none can be held"):
         seed = next(s for s in range(99) if not any(is_held_out(p, 0.02, s) for p in prompts(4)))
         split(prompts(4), 0.02, seed, moved=Moved(trained=prints(prompts(4))))

@@ -67,7 +67,8 @@ class Moved:
 
     held_out: set[str] = field(default_factory=set)
     train: set[str] = field(default_factory=set)
-    trained: set[str] = field(default_factory=set)  # was trained on by some stage: is never moved out of training
+    trained: set[str] = field(default_factory=set)  # was trained on by some stage: is not held out by any other
+    kept: int = 0  # records that the latest split would hold out, but for that
 
     def sides(self, places: dict[str, float], fraction: float, fold: int = 0) -> set[str]:
         """The fingerprints that are held out, of ``places`` (fingerprint -> :func:`split_place`).
@@ -75,7 +76,7 @@ class Moved:
         Where one side would be empty, the prompts nearest to the threshold change sides: as many as the fraction asks
         for, one at least. Raises ``UserError`` where that cannot be."""
         low, high = fold * fraction, (fold + 1) * fraction
-        held = {p for p, x in places.items() if (low <= x < high or p in self.held_out) and p not in self.train}
+        held = {p for p, x in places.items() if low <= x < high or p in self.held_out} - self.train - self.trained
         size = min(max(1, round(fraction * len(places))), len(places) - 1)
         if fraction == 0 or 0 < len(held) < len(places):
             return held
@@ -128,6 +129,8 @@ def held_out_mask(
     moved = Moved() if moved is None else moved
     held = (fold * fraction <= places) & (places < (fold + 1) * fraction) | np.isin(prints, _numbers(moved.held_out))
     held &= ~np.isin(prints, _numbers(moved.train))
+    trained = held & np.isin(prints, _numbers(moved.trained))
+    held, moved.kept = held & ~trained, int(trained.sum())
     if fraction == 0 or 0 < held.sum() < len(held):
         return held
     by_print = {f"{number:016x}": place for number, place in zip(prints.tolist(), places.tolist())}
