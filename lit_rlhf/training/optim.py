@@ -64,10 +64,10 @@ def adamw(
 
 
 def _split(group: dict[str, Any], hidden: Sequence[bool], matrix_lr: float) -> list[dict[str, Any]]:
-    """Its hidden matrices as a group of their own, and the rest, where there are any."""
+    """What is no hidden matrix, and the hidden matrices, where there are any."""
     matrices = [p for p, is_hidden in zip(group["params"], hidden) if is_hidden]
     rest = [p for p, is_hidden in zip_longest(group["params"], hidden, fillvalue=False) if not is_hidden]
-    groups = [{**group, "params": matrices, HIDDEN: True, "lr": matrix_lr}, {**group, "params": rest, HIDDEN: False}]
+    groups = [{**group, "params": rest, HIDDEN: False}, {**group, "params": matrices, HIDDEN: True, "lr": matrix_lr}]
     return [part for part in groups if part["params"]]
 
 

@@ -89,8 +89,13 @@ def test_muon_by_hand():
 
 
 def test_muon_is_for_matrices_between_hidden_states(policy):
-    [matrices, *rest] = adamw(decay_groups(policy), lr=0.1, matrix_lr=0.1).param_groups
-    assert matrices["hidden"] and not any(group["hidden"] for group in rest)
+    [first, matrices, vectors] = adamw(decay_groups(policy), lr=0.1, matrix_lr=0.2).param_groups
+    rest = [first, vectors]
+    assert [(group["hidden"], group["lr"]) for group in (first, matrices, vectors)] == [
+        (False, 0.1),
+        (True, 0.2),
+        (False, 0.1),
+    ]
     names = {id(p): name for name, p in policy.named_parameters()}
     in_muon = {names[id(p)] for p in matrices["params"]}
     assert len(in_muon) > 7 and all(".h." in name or ".layers." in name for name in in_muon)
