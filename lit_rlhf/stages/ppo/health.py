@@ -46,6 +46,7 @@ class Limits:
     first_kl: Positive = 1e-3  # nats per token, before a rollout's first step
     first_kl_half: Positive = 1e-2  # the same in half precision
     approx_kl: Positive = 0.05  # nats per token that a rollout's updates move the policy
+    approx_kl_once: Positive = 0.5  # the same of one rollout alone
     chance: Share = 1e-6  # of a negative KL being mere chance
     entropy: Share = 0.25  # of what it was at first
     length: Annotated[float, Field(gt=1)] = 1.5  # times what it was at first
@@ -76,12 +77,14 @@ def first_step(history: History, limits: Limits) -> str | None:
 
 def large_steps(history: History, limits: Limits) -> str | None:
     """The updates of one rollout stay near the policy that sampled it."""
-    moved = _recent(history, "ppo/approx_kl", limits)
-    if moved > limits.approx_kl:
+    moved, once = _recent(history, "ppo/approx_kl", limits), _last(history, "ppo/approx_kl")
+    if moved > limits.approx_kl or once > limits.approx_kl_once:
+        now = f"{moved:.2g} nats per token (mean of {limits.window} iterations; {limits.approx_kl:.2g} is much)"
+        if once > limits.approx_kl_once:
+            now = f"{once:.2g} nats per token ({limits.approx_kl_once:.2g} is far too much)"
         return (
-            f"the updates on one rollout move the policy by {moved:.2g} nats per token (mean of {limits.window} "
-            f"iterations; {limits.approx_kl:.2g} is much): the steps are too large or too many for what a rollout can "
-            "tell; try a lower ppo.optimizer.lr or ppo.module.ppo_epochs, or set ppo.kl.stop"
+            f"the updates on one rollout move the policy by {now}: the steps are too large or too many for what a "
+            "rollout can tell; try a lower ppo.optimizer.lr or ppo.module.ppo_epochs, or set ppo.kl.stop"
         )
     return None
 
