@@ -162,7 +162,7 @@ def test_choices_and_similar_texts_export_so_that_plain_transformers_agree(data,
         assert_close(classifier.logits(classifier.hidden(batch)[0], batch), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_are_merged(data, module, policy, tmp_path):
+def test_adapters_are_merged(data, module, policy, tmp_path, capsys):
     made = data(CLASSES)
     classifier = module(made, policy=policy)
     add_lora(classifier.policy, LoRA(r=2))
@@ -170,6 +170,7 @@ def test_adapters_are_merged(data, module, policy, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     classifier.export(tmp_path)
+    assert "adapter: not written, for peft knows no model with such a head; model/ is whole" in capsys.readouterr().out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     batch = made.collate([made.train_set[0]], [0], [0])
     expected = model(torch.tensor(made.train_set[0].inputs)).logits

@@ -79,7 +79,7 @@ def test_choice_scores_by_hand():
     assert scores == {"sum": [-6.0, -4.0], "token": [-2.0, -4.0], "byte": [-0.5, -1.0]}
 
 
-def test_what_does_not_fit_is_left_out_and_counted(model_config, data, ask, tokenizer):
+def test_what_does_not_fit_is_left_out_and_counted(model_config, data, ask, tokenizer, capsys):
     length = "n_positions" if model_config["model_type"] == "gpt2" else "max_position_embeddings"
     made = data(shots=[0, 2, 6])
     longest = {
@@ -92,6 +92,7 @@ def test_what_does_not_fit_is_left_out_and_counted(model_config, data, ask, toke
     fitting = sum(n <= room for n in longest[2])
     assert [shots[k]["too_long"] for k in "026"] == [0, len(made.val_set) - fitting, len(made.val_set)]
     assert [shots[k]["n"] for k in "026"] == [len(made.val_set), fitting, 0]
+    assert f"({room} tokens) are left out: {shots['2']['too_long']} behind 2, " in capsys.readouterr().out
     assert shots["6"]["accuracy"] is None
     assert (module.figures()["k"], module.figures()["accuracy"]) == (0, shots["0"]["accuracy"])
 

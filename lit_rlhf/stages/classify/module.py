@@ -18,6 +18,7 @@ from lit_rlhf.models.checkpoint import save_model
 from lit_rlhf.models.chunked import token_logprobs_of
 from lit_rlhf.models.heads import sequence_classifier
 from lit_rlhf.models.loading import intended_dtype
+from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reward_head import RewardHead
 from lit_rlhf.stages.classify.data import ClassifyBatch
@@ -173,3 +174,4 @@ class ClassifyModule(SupervisedModule):
         save_model(
             sequence_classifier(self.policy, self.head, self.labels or ["score"]), self.tokenizer, folder / "model"
         )
+        save_adapter(self, self.tokenizer, folder / "adapter")

@@ -90,6 +90,9 @@ class FewShotModule(LightningModule):
         """Accuracies go to the loggers too, as ``few_shot/accuracy_<k>``."""
         shots = self.figures()["shots"]
         self.log_dict({f"few_shot/accuracy_{k}": row["accuracy"] for k, row in shots.items() if row["n"]})
+        if left_out := [f"{row['too_long']} behind {k}" for k, row in shots.items() if row["too_long"]]:
+            where = f"the model's context ({context_length(self.policy)} tokens)"
+            self.print(f"few_shot: tasks that do not fit into {where} are left out: {', '.join(left_out)} examples")
 
     def figures(self) -> dict[str, Any]:
         """Headline figures: accuracy for each number of examples, with its 95% interval and its n.
