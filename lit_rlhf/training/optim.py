@@ -27,7 +27,7 @@ HIDDEN = "hidden"  # of a group: which of its parameters are matrices between hi
 
 def adamw(
     params: Iterable[Any],
-    lr: Annotated[float, Field(gt=0)] = 5e-5,
+    lr: Annotated[float, Field(ge=0)] = 5e-5,
     betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     matrix_lr: Annotated[float, Field(gt=0)] | None = None,
