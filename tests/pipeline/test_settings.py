@@ -85,7 +85,7 @@ def test_every_target_can_be_imported():
     [
         ("sft.optimizer.lrr=1", "sft.optimizer.lrr: there is no such setting. Did you mean sft.optimizer.lr"),
         ("sft.optimizer.lr=fast", "sft.optimizer.lr=fast: it should be a valid number"),
-        ("sft.optimizer.lr=0", "sft.optimizer.lr=0: it should be greater than 0"),
+        ("sft.optimizer.lr=-1", "sft.optimizer.lr=-1: it should be greater than or equal to 0"),
         ("model.config={num_experts:4}", "config.num_experts: there is no such setting, and model.config={...}"),
         ("sft.trainer.gradient_clip_val=2", "there is no such setting any more; it is sft.module.max_grad_norm now"),
         ("ppo.trainer.onednn=128", "there is no such setting any more; it is ppo.trainer.kernels (fast or plain) now"),
