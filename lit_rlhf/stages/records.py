@@ -41,6 +41,7 @@ from lit_rlhf.text.records import (
     write_note,
 )
 from lit_rlhf.text.rows import Rows, progress, write_rows
+from lit_rlhf.text.special_tokens import check, special_names
 from lit_rlhf.text.token_file import code_digest, kept, tokenizer_digest
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.training.batches import mixed, shuffled
@@ -350,6 +351,19 @@ class RecordDataModule(FileDataModule):
     def refuse(self, record: Any, reason: str) -> None:
         """A record that is bad for a reason that shows when it is encoded: an error, or counted."""
         bad_record(record.place or self.source, reason, self.skipped, self.on_bad_record)
+
+    def allowed(self, records: Sequence[Record], texts: Callable[[Record], Any]) -> Sequence[Record]:
+        """Some records; for ``special_tokens="refuse"``, without those whose texts hold names of such tokens."""
+        if getattr(self, "special_tokens", "plain") != "refuse":
+            return records
+        names, kept = special_names(self.tokenizer), []
+        for record in records:
+            try:
+                check(names, texts(record))
+                kept.append(record)
+            except UserError as error:
+                self.refuse(record, str(error))
+        return kept
 
     def split(self, records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
         """(train, held out), the same in every stage; the prompts that change sides are noted."""

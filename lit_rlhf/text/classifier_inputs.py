@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_rlhf.text.records import Labelled, LabelledText, MultipleChoice, Similarity
-from lit_rlhf.text.special_tokens import encode_texts
+from lit_rlhf.text.special_tokens import SpecialTokens, encode_texts
 
 START, DELIMITER, EXTRACT = "<|start|>", "<|delimiter|>", "<|extract|>"
 
@@ -43,7 +43,10 @@ def input_texts(record: Labelled) -> list[tuple[str, ...]]:
 
 
 def encode_inputs(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, ...]],
+    max_length: int,
+    special_tokens: SpecialTokens = "plain",
 ) -> list[tuple[list[int], bool]]:
     """(tokens, whether it was too long) of each input, the three special tokens included.
 
@@ -51,7 +54,7 @@ def encode_inputs(
     second."""
     start, delimiter, extract = cast(list[int], tokenizer.convert_tokens_to_ids([START, DELIMITER, EXTRACT]))
     flat = [text for group in texts for text in group]
-    encoded = iter(encode_texts(tokenizer, flat))
+    encoded = iter(encode_texts(tokenizer, flat, special_tokens))
     found = []
     for group in texts:
         first, *rest = [next(encoded) for _ in group]

@@ -35,9 +35,7 @@ def encode_texts(
 ) -> list[list[int]]:
     """Tokens of each of ``texts``, nothing in front and nothing behind. Raises ``UserError`` for "refuse"."""
     if special_tokens == "refuse":
-        names = Names(tokenizer, {t.content for t in tokenizer.added_tokens_decoder.values() if t.special})
-        for text in texts:
-            check(names, text)
+        check(special_names(tokenizer), texts)
     plain = special_tokens != "rendered"
     settings = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
     return tokenizer(list(texts), **settings)["input_ids"] if texts else []
@@ -67,6 +65,11 @@ class Names:
         if self._read:
             spans += [span for token, span in zip(*_encode(self._tokenizer, text)) if token in self._read]
         return min(spans, default=None)
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> Names:
+    """The names of what a tokenizer flags as special tokens."""
+    return Names(tokenizer, {t.content for t in tokenizer.added_tokens_decoder.values() if t.special})
 
 
 def check(names: Names | re.Pattern[str], value: Any) -> None:

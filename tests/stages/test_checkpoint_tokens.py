@@ -1,5 +1,7 @@
 """Checkpoints with tokenizers of their own: two end tokens, a first token of a text, people who name them."""
 
+from functools import partial
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -8,12 +10,14 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import policy_from_config
 from lit_rlhf.stages import (
+    ClassifyDataModule,
     DPODataModule,
     FewShotDataModule,
     PPODataModule,
     PretrainDataModule,
     RewardDataModule,
     SFTDataModule,
+    StreamPretrainDataModule,
 )
 from lit_rlhf.stages.evaluate.text import text_nats
 from lit_rlhf.text import encode_prompts, train_bpe
@@ -163,8 +167,46 @@ def test_control_tokens_of_a_corpus_are_read_where_that_is_said(tmp_path, tokeni
         data.setup()
         counts.append((data.val_stream[:] == tokenizer.eos_token_id).sum().item())
     assert counts == [4, 20]
-    with pytest.raises(UserError, match=r"a text holds the special token '<\|endoftext\|>'"):
-        PretrainDataModule(path, tokenizer, block_size=16, special_tokens="refuse").setup()
+
+
+@pytest.mark.parametrize("kind", ["records", "text", "stream"])
+def test_a_control_token_of_a_corpus_is_refused_with_its_line(tmp_path, tokenizer, kind):
+    lines = [f"{i} cats in {i} houses. " * 4 for i in range(400)]
+    lines[300] += "<|endoftext|>"
+    path = file_of(tmp_path, [{"text": line} for line in lines])
+    if kind == "text":
+        path = tmp_path / "text.txt"
+        path.write_text("\n".join(lines) * 5, encoding="utf-8")  # of several pieces
+    build = {"stream": partial(StreamPretrainDataModule, validation=50, window=350)}.get(kind, PretrainDataModule)
+    refusing = partial(build, str(path), tokenizer, block_size=16, special_tokens="refuse")
+    with pytest.raises(UserError, match=rf"{path.name}:301: a text holds the special token '<\|endoftext\|>'"):
+        refusing().setup()
+    if kind == "records":
+        skipping = refusing(on_bad_record="skip")
+        skipping.setup()
+        assert len(skipping.skipped) == 1
+
+
+@pytest.mark.parametrize("build", [ClassifyDataModule, FewShotDataModule])
+def test_control_tokens_of_labelled_texts(tmp_path, tokenizer, build):
+    rows = [{"text": f"{i} Hi", "label": "even" if i % 2 else "odd"} for i in range(40)]
+    rows[7]["text"] += "<|im_end|>"
+    build = partial(build, file_of(tmp_path, rows), tokenizer)
+    found = []
+    for kind in ("plain", "rendered"):
+        data = build(special_tokens=kind)
+        data.setup()
+        if isinstance(data, FewShotDataModule):
+            tokens = data._collate(len(data.train_set), [*range(len(data.val_set))]).prompts
+        else:
+            tokens = [tokens for item in [*data.train_set, *data.val_set] for tokens in item.inputs]
+        found.append(any(tokenizer.convert_tokens_to_ids("<|im_end|>") in row for row in tokens))
+    assert found == [False, True]
+    with pytest.raises(UserError, match=r"data.jsonl:8: a text holds the special token '<\|im_end\|>'"):
+        build(special_tokens="refuse").setup()
+    skipping = build(special_tokens="refuse", on_bad_record="skip")
+    skipping.setup()
+    assert len(skipping.skipped) == 1 and sum(skipping.sizes().values()) == 39
 
 
 def test_held_out_text_is_read_behind_the_first_token_of_a_text(begun):

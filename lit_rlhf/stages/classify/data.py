@@ -16,6 +16,7 @@ from lit_rlhf.stages.world import WorldFirst, WorldTasks
 from lit_rlhf.text.classifier_inputs import add_classifier_tokens, encode_inputs, input_texts
 from lit_rlhf.text.packing import Packed, pack
 from lit_rlhf.text.records import Labelled, MultipleChoice, Similarity, parse_labelled, task_prompt
+from lit_rlhf.text.special_tokens import SpecialTokens
 
 TaskKind = Literal["classification", "similarity", "choice"]
 
@@ -56,6 +57,7 @@ class ClassifyDataModule(ExampleDataModule):
         limit: train on at most so many examples, to try things out; None: all.
         weights: share of each entry of ``path`` in what is trained on; None: each record is read once in an epoch.
         cache: the folder that keeps records and tokens, which may then be more than memory holds; None: in memory.
+        special_tokens: what their names mean in the records: "plain" text; "refuse": a bad record; "rendered": tokens.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
@@ -63,6 +65,7 @@ class ClassifyDataModule(ExampleDataModule):
     parse_record, asked = staticmethod(parse_labelled), staticmethod(task_prompt)
 
     max_length: Annotated[int, Field(ge=8)] = 1024
+    special_tokens: SpecialTokens = "plain"
 
     called, example = "records", EncodedExample
 
@@ -92,8 +95,10 @@ class ClassifyDataModule(ExampleDataModule):
         return "similarity" if isinstance(record, Similarity) else "classification", record.label
 
     def encoded(self, records: Sequence[Labelled], held_out: bool) -> list[EncodedExample]:
+        records = self.allowed(records, input_texts)
         texts = [input_texts(record) for record in records]
-        encoded = iter(encode_inputs(self.tokenizer, [r for group in texts for r in group], self.max_length))
+        flat = [pair for group in texts for pair in group]
+        encoded = iter(encode_inputs(self.tokenizer, flat, self.max_length, self.special_tokens))
         kept = []
         for record, group in zip(records, texts):
             tokens, too_long = zip(*(next(encoded) for _ in group))

@@ -23,7 +23,7 @@ from lit_rlhf.text.records import (
     parse_task,
     task_prompt,
 )
-from lit_rlhf.text.special_tokens import encode_texts, text_start
+from lit_rlhf.text.special_tokens import SpecialTokens, encode_texts, text_start
 from lit_rlhf.text.world import TaskName
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded
 
@@ -69,6 +69,7 @@ class FewShotDataModule(RecordDataModule):
         limit: examples are drawn from at most so many records; None: all.
         split_seed: which ones are held out; the same in every stage.
         seed: which examples stand before which task; those of k are among those of more.
+        special_tokens: what their names mean in the records: "plain" text; "refuse": a bad record; "rendered": tokens.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
@@ -78,6 +79,7 @@ class FewShotDataModule(RecordDataModule):
     separator: str = "\n\n"
     instruction: str = ""
     limit_held_out: Annotated[int, Field(ge=1)] | None = None
+    special_tokens: SpecialTokens = "plain"
 
     cache: ClassVar[None] = None
     parse_record, asked = staticmethod(parse_task), staticmethod(task_prompt)
@@ -96,7 +98,7 @@ class FewShotDataModule(RecordDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:
             return
-        train, held_out = self.records()
+        train, held_out = (self.allowed(side, lambda task: as_shot(task, ())) for side in self.records())
         open_ended = [isinstance(task, OpenQuestion) for task in (*train, *held_out)]
         if any(open_ended) and not all(open_ended):
             raise UserError(f"{self.source}: holds open questions and others; give a file of each")
@@ -149,10 +151,11 @@ class FewShotDataModule(RecordDataModule):
         first = self.tokenizer.eos_token_id if first is None else first
         start = text_start(self.tokenizer) or [first]
         texts = [self.prompt(i, shots) for i in places]
-        prompts = [[*start, *tokens] for tokens in encode_texts(self.tokenizer, texts)]
+        meant: SpecialTokens = "rendered" if self.special_tokens == "rendered" else "plain"  # records are checked
+        prompts = [[*start, *tokens] for tokens in encode_texts(self.tokenizer, texts, meant)]
         # A model's words carry the space before them: it belongs to the answer.
         answers = [self._space + choice for task in tasks for choice in task.choices]
-        choices = iter(encode_texts(self.tokenizer, answers))
+        choices = iter(encode_texts(self.tokenizer, answers, meant))
         return ShotBatch(shots, tasks, prompts, [[next(choices) for _ in task.choices] for task in tasks], texts)
 
     def test_dataloader(self) -> list[BatchLoader[ShotBatch]]:

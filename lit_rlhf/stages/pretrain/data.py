@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -34,7 +34,7 @@ from lit_rlhf.text.records import (
     read_pieces,
     read_records,
 )
-from lit_rlhf.text.special_tokens import SpecialTokens, text_start
+from lit_rlhf.text.special_tokens import Names, SpecialTokens, check, special_names, text_start
 from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_tokens, kept, stored
 from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
@@ -112,17 +112,33 @@ class PretrainDataModule(FileDataModule):
 
     def _documents(self, path: str, skipped: list[str]) -> Iterator[Document]:
         if format_of(path) == ".txt":
-            yield read_pieces(path)
+            yield read_pieces(path) if self._refused is None else _checked(path, self._refused)
         else:
             seen = Seen(skipped)
             try:
-                texts = read_records(path, self.parse_record, seen, self.on_bad_record, self.fields)
+                texts = read_records(path, self._parsed, seen, self.on_bad_record, self.fields)
                 yield from ((text,) for text in texts)
             finally:  # those who read may stop before the end
                 self.note_seen(path, seen)
                 if seen.there and len(seen.found) < len(self.fields or {}):
                     asked = ", ".join((self.fields or {}).values())
                     self.note(f"{path}: no record has the field {asked} of data.fields; its own 'text' is read")
+
+    def _parsed(self, row: dict[str, Any]) -> str:
+        text = parse_text(row)
+        if self._refused is not None:
+            check(self._refused, text)
+        return text
+
+    @property
+    def _refused(self) -> Names | None:
+        """Names of special tokens that no text may hold; None: all may, or the tokenizer is not known yet."""
+        known = isinstance(self.tokenizer, PreTrainedTokenizerBase)
+        return self._names if known and self.special_tokens == "refuse" else None
+
+    @cached_property
+    def _names(self) -> Names:
+        return special_names(self.tokenizer)
 
     def _identity(self, path: str) -> Any:
         known = None if path.endswith(GIVEN) else identity_of(path)
@@ -255,6 +271,19 @@ class PretrainDataModule(FileDataModule):
             keep_rest=True,
             **dealing(self.trainer),
         )
+
+
+def _checked(path: str, names: Names) -> Iterator[str]:
+    """The pieces of a .txt file. Raises ``UserError`` with the line of the first of some names."""
+    first = 1
+    for piece in read_pieces(path):
+        for number, line in enumerate(piece.split("\n"), first):
+            try:
+                check(names, line)
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+        first += piece.count("\n")
+        yield piece
 
 
 class WorldPretrainDataModule(PretrainDataModule):

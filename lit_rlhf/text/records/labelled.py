@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_rlhf.text.records.fields import require, short, text_field
@@ -16,6 +16,7 @@ class LabelledText:
 
     texts: tuple[str, ...]  # one or two, in this order
     label: str
+    place: str = field(default="", compare=False)  # file and line
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class MultipleChoice:
     context: str
     choices: tuple[str, ...]
     answer: int  # index of the right choice, from 0
+    place: str = field(default="", compare=False)  # file and line
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Similarity:
     text_a: str
     text_b: str
     label: str
+    place: str = field(default="", compare=False)  # file and line
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class OpenQuestion:
 
     question: str
     answers: tuple[str, ...]
+    place: str = field(default="", compare=False)  # file and line
 
 
 Labelled = LabelledText | MultipleChoice | Similarity
