@@ -23,8 +23,10 @@ Question, Reply, Found = TypeVar("Question"), TypeVar("Reply"), TypeVar("Found")
 
 # What templates of many families have as control tokens: which of them the model behind a URL has, nobody says.
 CONTROL = re.compile(
-    r"<[|\uff5c][^<>\s]{1,60}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_\w+>|<</?SYS>>|"
-    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK|BOS|EOS)\]"
+    r"<[|\uff5c][^<>\s]{1,60}>|<[^<>\s]{1,60}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk|sep|mask|[es]o[cdmpst])>|<EO[A-Z]>|"
+    r"<(?:start|end)_of_\w+>|<?</?SYS>>?|<_\w+>|<(?:extra_id_|unused|reserved_|SPECIAL_)\d+>|</?tool_response>|"
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|[gs]MASK|MASK|BOS|EOS|CLS|SEP|PAD|UNK)\]|"
+    r"\]~!?b[\[\]]|\[e~\["
 )
 
 API_KEY = "OPENAI_API_KEY"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.stages.endpoint import harmless
 from lit_rlhf.text import encode_dialogues, encode_prompts, encode_responses, train_bpe
 from lit_rlhf.text.chat import turn_end
 from lit_rlhf.text.template import Template
@@ -197,6 +198,23 @@ def test_a_call_is_learned_with_its_arguments_or_refused(template):
     call, answer = [tokenizer.decode(learned) for _, learned in learned_spans(examples)]
     assert all(word in call for word in ("multiply", "first", "3", "second", "8")) and "24" not in call
     assert "It is 24." in answer and "8" not in answer
+
+
+OTHER_FAMILIES = [
+    "</s>", "<tool_response>", "<sop>", "<eop>", "<EOT>", "<start_of_turn>", "<_user>", "<extra_id_1>", "<SPECIAL_12>",
+    "[gMASK]", "[SEP]", "]~b]", "]~!b[", "[e~[",
+]  # fmt: skip
+
+
+@needs_trl
+def test_a_judge_gets_no_control_token_of_any_family():
+    names = {name for file in TEMPLATES for name in NAMES.findall(file.read_text(encoding="utf-8"))}
+    markup = re.compile(r"</?[A-Za-z][\w:=.-]*>|\[[a-z]+\]")  # <tools>, what an example of a call is written in, code
+    control = {*(name for name in names if not markup.fullmatch(name)), *OTHER_FAMILIES}
+    assert len(control) > 60
+    assert not [name for name in control if harmless(f"a{name}b", "plain") == f"a{name}b"]
+    for text in ("if a <b> | c </b> [A] x < s > [TODO]", "<son> <think> <tool_call> |> <|", "a[i] ] ~ b]"):
+        assert harmless(text, "plain") == text
 
 
 @needs_trl
