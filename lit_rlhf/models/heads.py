@@ -79,6 +79,7 @@ def load_reward_model(
         members = [load_reward_model(m, tokenizer, dtype, quantization=quantization) for m in path]
         return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
     found, wanted = saved_head(path), head or RewardHead()
+    adapters = lora is not None and lora.wanted
     if new_head:
         check_quantization(quantization, lora, path)
     if quantization is not None and (found is not None or not wanted.is_classifier(load_config(base_path(path)))):
@@ -99,13 +100,13 @@ def load_reward_model(
             )
         policy = load_language_model(base_path(path), dtype, export_dtype)
         if tokenizer is not None:
-            match_tokenizer(policy, tokenizer, path)
+            match_tokenizer(policy, tokenizer, path, adapters)
         model = RewardTransformer.from_policy(with_adapter(policy, path), wanted)
     else:
         model = _load_classifier(path, dtype, wanted if new_head else None, export_dtype, quantization)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
-        match_tokenizer(model, tokenizer, path)
+        match_tokenizer(model, tokenizer, path, adapters)
     return add_lora(model, lora)
 
 

@@ -321,8 +321,11 @@ def format_of(path: str | Path, export_dtype: Dtype | None = None) -> Checkpoint
     return CheckpointFormat(folder, most, {name: dtype for name, dtype in dtypes.items() if dtype != most}, generation)
 
 
-def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
+def match_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str | Path, adapters: bool = False
+) -> None:
     """Let ``model`` know the tokenizer's padding token; its embedding grows by tokens that were added to the tokenizer.
+    Where ``adapters`` are what will be trained, a line says that they leave those rows as they are.
 
     Raises ``UserError`` where the tokenizer is another model's: it has tokens of its own that the model does not know,
     or more than 16 that were added."""
@@ -337,9 +340,9 @@ def match_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if new:
         cast_to_intended(model)
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
-        how = f"; adapters do not train their rows, unless lora.trainable_token_indices={new} asks them to"
+        how = f"; adapters do not train their rows, unless lora.trainable_token_indices={new} asks for it"
         grown = f"the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}"
-        say(f"{where}: {grown}{'' if new == [pad] else how}")
+        say(f"{where}: {grown}{how if adapters and new != [pad] else ''}")
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
         _start_in_the_middle(model, rows, pad)
     embedding = model.get_input_embeddings()

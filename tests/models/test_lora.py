@@ -258,7 +258,7 @@ def test_an_adapter_finds_the_rows_again_by_which_its_base_grew(trained, policy,
     lora = LoRA(r=4, trainable_token_indices=trained and [rows, rows + 1])
     torch.manual_seed(0)
     model = stirred(load_policy(tmp_path / "base", tokenizer, lora=lora)).eval()
-    said = f"lora.trainable_token_indices=[{rows}, {rows + 1}] asks them to"
+    said = f"lora.trainable_token_indices=[{rows}, {rows + 1}] asks for it"
     assert said in capsys.readouterr().out
     save_adapter(model, tokenizer, tmp_path / "adapter")
     tokens = torch.cat([TOKENS, torch.tensor([[rows, rows + 1]]).expand(len(TOKENS), 2)], 1)
