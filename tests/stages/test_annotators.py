@@ -391,6 +391,10 @@ def test_labels_of_several_files_and_people(tmp_path):
     assert judgements(Labels(tmp_path / "labels-1.jsonl")) == []
     with pytest.raises(UserError, match=r"more2.jsonl is not there"):
         Labels([first, tmp_path / "more2.jsonl"]).read()
+    thought = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}]
+    second.write_text(json.dumps({"prompt": "q", "chosen": thought, "rejected": "y"}) + "\n")
+    with pytest.raises(UserError, match=r"more.jsonl:1: an answer has calls of tools or a thought, and people judge"):
+        judgements(Labels([first, second]))
 
 
 def test_lineage_follows_the_answers_into_another_order():

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar, Protocol
 
-from lit_rlhf.text.records import Messages, parse_demonstration, parse_prompt, parse_ranking, prompt_key
+from lit_rlhf.text.records import Messages, parse_demonstration, parse_prompt, parse_ranking, prompt_key, text_of
+from lit_rlhf.text.template import REASONING
 
 MOST_ANSWERS = 16  # each has a key of its own
+CALLS_AND_THOUGHTS = {"tool_calls", *REASONING}  # fields of an answer beside its text
 
 # Fields of a record that its judgement says anew; the others (model, round, sampling, kind ...) are kept with it.
 _SAID_ANEW = {
@@ -177,9 +179,13 @@ def _answered(row: dict[str, Any]) -> tuple[Messages, list[str]]:
     if "responses" in row or "chosen" in row:
         count = len(row["responses"]) if isinstance(row.get("responses"), list) else 0
         ranking = parse_ranking({"ranks": list(range(1, count + 1)), **{k: v for k, v in row.items() if v is not None}})
-        return ranking.prompt, ranking.responses
-    *prompt, answer = parse_demonstration(row).messages
-    return parse_prompt({"prompt": prompt}), [answer["content"]]
+        prompt, answers = ranking.prompt, ranking.turns
+    else:
+        *asked, answer = parse_demonstration(row).messages
+        prompt, answers = parse_prompt({"prompt": asked}), [answer]
+    if any(CALLS_AND_THOUGHTS & answer.keys() for answer in answers):
+        raise ValueError("an answer has calls of tools or a thought, and people are shown and judge texts alone")
+    return prompt, [*map(text_of, answers)]
 
 
 def _others(row: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,15 @@ class People(Protocol):
 
 def judgements(people: People) -> list[dict[str, Any]]:
     """Ranking records of what people have judged so far, the last word of each."""
+    read = people.read()
+    if whole := next((r for r in read if r.answers), None):
+        raise UserError(
+            f"{whole.place}: an answer has calls of tools or a thought, and people judge texts alone; give this file "
+            "to the reward model itself (reward/data=jsonl)"
+        )
     rows = [
         {"prompt": r.prompt, "responses": r.responses, "ranks": r.ranks, "annotator": r.annotator, **r.lineage}
-        for r in people.read()
+        for r in read
     ]
     return majority(rows) if people.combine == "majority" else latest(rows)
 

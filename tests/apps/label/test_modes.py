@@ -55,6 +55,16 @@ def test_ranking_takes_answers_rankings_and_pairs_and_keeps_where_they_come_from
         Rank().items({"prompt": "Why?", "responses": "ab"})
 
 
+def test_answers_that_are_more_than_texts_are_refused():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    for row in ({"chosen": [call], "rejected": "a"}, {"chosen": "b", "rejected": [thought]}, {"completion": [call]}):
+        with pytest.raises(ValueError, match="an answer has calls of tools or a thought"):
+            Rate(2).items({"prompt": "Why?", **row})
+    parts = [{**ASKED[0]}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    assert Rate(2).items({"messages": parts})[0].responses == ["a"]
+
+
 def test_rating_takes_each_response_with_what_was_said_of_it():
     row = {"prompt": "Why?", "responses": ["a", "b"], "finished": [True, False], "round": 1}
     first, second = Rate(2).items(row)
