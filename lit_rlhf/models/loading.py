@@ -382,8 +382,12 @@ def _match_special(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
         rows: Any = model.get_input_embeddings().num_embeddings
         if beyond := sorted(i for i in known if i >= rows):
             say(f"{where}: {what}_token_id names {', '.join(map(str, beyond))}, and the model has {rows} tokens")
+    # XGLM's table of positions has a row of zeros for the config's: whoever loads what is exported makes it anew.
+    positions = (module for name, module in model.named_modules() if "position" in name)
+    in_positions = any(getattr(module, "padding_idx", None) is not None for module in positions)
     for config in configs:
-        config.pad_token_id = tokenizer.pad_token_id
+        if config is not model.config or not in_positions:
+            config.pad_token_id = tokenizer.pad_token_id
         if getattr(config, "eos_token_id", None) is None:
             config.eos_token_id = tokenizer.eos_token_id
 

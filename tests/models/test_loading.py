@@ -486,6 +486,22 @@ def test_padding_is_no_token_that_is_trained(folder, tokenizer):
     assert policy.config.pad_token_id == policy.get_input_embeddings().padding_idx == loaded.pad_token_id
 
 
+def test_positions_that_know_the_padding_of_the_config_are_exported_as_they_are(tmp_path, tokenizer):
+    sizes = {"d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 16, "max_position_embeddings": 32}
+    config = AutoConfig.for_model("xglm", vocab_size=len(tokenizer), pad_token_id=20, **sizes)
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), torch.arange(5, 30)[None]
+    before, found = model(tokens, use_cache=False).logits, []
+    match_tokenizer(model, tokenizer, "the model")
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id not in (None, 20)
+    save_model(model, tokenizer, tmp_path / "exported")
+    for loaded in (
+        load_policy(tmp_path / "exported", tokenizer),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "exported"),
+    ):
+        found.append(loaded.eval()(tokens, use_cache=False).logits)
+    assert_close(found, [before, before])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_added_token_takes_no_probability(tokenizer, tied):
     """All logits of GPT-2 are far below 0: a row around zero would have taken all."""
