@@ -441,6 +441,14 @@ def test_turns_of_the_assistant_in_a_row_are_counted(tmp_path):
     assert "two turns of the assistant stand in a row, and each is learned" in line and count == 2
 
 
+def test_transcripts_that_part_early_are_counted(tmp_path):
+    early = [f"\n\nHuman: q\n\nAssistant: {a}\n\nHuman: more\n\nAssistant: z" for a in "xy"]
+    late = [f"\n\nHuman: q\n\nAssistant: {a}" for a in "xy"]
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in (early, early, late, late[:1] + early[1:])]
+    [(line, count)] = load(tmp_path, rows, parse_ranking).seen.remarks.items()
+    assert "the transcripts part before their last answer: what follows" in line and count == 3
+
+
 def test_a_greeting_of_the_assistants_answers_nothing():
     greeting, rest = {"role": "assistant", "content": "Hi!"}, [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},

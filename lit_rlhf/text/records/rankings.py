@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from lit_rlhf.text.records.fields import number, require, short
+from lit_rlhf.text.records.fields import number, remark, require, short
 from lit_rlhf.text.records.messages import (
     TRANSCRIPT,
     TURN,
@@ -207,6 +207,8 @@ def _pair(row: dict[str, Any], names: Sequence[str]) -> tuple[Messages, Messages
     if not apart and dialogue_name(row) is None:
         whole = [_dialogue(value, name) for value, name in zip(values, names)]
         prompt, answers = _parted(whole, names, transcripts=all(isinstance(value, str) for value in values))
+        if any(TRANSCRIPT in text_of(answer) for answer in answers):
+            remark(row, "the transcripts part before their last answer: what follows, of Human: too, is one answer")
         return with_system(row, prompt), answers
     # In ShareGPT's pairs the dialogue is what was said before.
     prompt = parse_prompt_apart(row) if apart else parse_prompt(row)
