@@ -124,6 +124,7 @@ def test_bad_messages_are_named(messages, message):
 def test_a_conversational_completion_keeps_all_its_turns():
     turns = [{**assistant(None), "tool_calls": [CALL]}, {"role": "tool", "content": "24"}, assistant("24.")]
     found = parse_demonstration({"prompt": [user("q")], "completion": turns})
+    assert parse_demonstration({"prompt": [user("q")], "completion": [user("q"), *turns]}) == found  # some repeat it
     assert found.messages == [user("q"), *turns] and found.context == 1
 
 

@@ -68,7 +68,8 @@ def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:
         if name in row:
             response = row[name]
             if isinstance(response, list):  # conversational completion, as in TRL
-                return prompt, _ended(messages_of(response, name), name)
+                said = _ended(messages_of(response, name), name)
+                return prompt, said[len(prompt) :] if said[: len(prompt)] == prompt else said  # some repeat the prompt
             if not isinstance(response, str) or not response.strip():
                 raise ValueError(f"'{name}' is {short(response)}; a non-empty string was expected")
             return prompt, [{"role": "assistant", "content": response}]
