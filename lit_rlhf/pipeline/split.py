@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def remembered_split(cfg: DictConfig, stage: str, allow_trained: bool = False) -
         moved.train |= set(known.get("train", ())) - moved.held_out
         models = [file.parent / "model" for file in [*run.glob(f"*/{TRAINED}"), *run.glob(f"rounds/*/*/{TRAINED}")]]
         for folder in trained_stages([] if allow_trained else models):
-            if folder != own:
-                moved.trained |= read_trained_prompts(folder) or set()
+            if folder != own and (prints := read_trained_prompts(folder)):
+                moved.trained |= prints
+                moved.trained_by.append(os.path.relpath(folder))
     return moved
 
 

@@ -66,4 +66,7 @@ def test_own_models_compete_and_trained_prompts_are_refused(lit_rlhf, finished_r
     own = ["evaluate/data=jsonl", "evaluate.data.path=p.jsonl", "evaluate.data.held_out=0.5"]
     refused = lit_rlhf(*again, "overwrite=true", *own, check=False)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
-    assert "prompts to be evaluated on were trained on" in refused.stderr and "in reward (" in refused.stderr
+    assert (
+        "all 24 prompts were trained on by earlier stages" in refused.stderr and "quickstart/reward" in refused.stderr
+    )
+    assert "allow_trained=true" in refused.stderr

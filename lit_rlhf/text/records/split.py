@@ -68,6 +68,7 @@ class Moved:
     held_out: set[str] = field(default_factory=set)
     train: set[str] = field(default_factory=set)
     trained: set[str] = field(default_factory=set)  # was trained on by some stage: is not held out by any other
+    trained_by: list[str] = field(default_factory=list, compare=False)  # those stages
     kept: int = 0  # records that the latest split would hold out, but for that
 
     def sides(self, places: dict[str, float], fraction: float, fold: int = 0) -> set[str]:
@@ -94,9 +95,10 @@ class Moved:
             return held - found
         found = nearest(places.keys() - self.trained, size, self.train)
         if not found:
+            by = f" ({', '.join(self.trained_by)})" if self.trained_by else ""
             raise UserError(
-                f"all {len(places)} prompts were trained on by earlier stages, so that none can be held out; give "
-                "prompts that are new to the models"
+                f"all {len(places)} prompts were trained on by earlier stages{by}, so that none can be held out; give "
+                "prompts that are new to the models, or set allow_trained=true where a stage has it"
             )
         self.held_out |= found
         self.train -= found
