@@ -171,7 +171,9 @@ def test_ci_runs_the_readmes_test_command(tmp_path):
 
 def make(*arguments, path=None):
     """What ``make`` prints for these arguments, with another folder of commands before the others."""
-    env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"} if path else None
+    inherited = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS"}  # of the `make test` that runs this
+    env = {name: value for name, value in os.environ.items() if name not in inherited}
+    env["PATH"] = f"{path}:{env['PATH']}" if path else env["PATH"]
     command = ["make", "--no-print-directory", "-C", ROOT, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
 
