@@ -64,7 +64,7 @@ def killed(runs: Path, settings: list[str], kills: int, seconds: float, draw: ra
     done = 0
     for _ in range(kills):
         process = start(runs, settings)
-        process.join(draw.uniform(0.02, 0.4) * seconds)
+        process.join(draw.uniform(0.02, 0.3) * seconds)
         if process.exitcode is not None:
             break
         process.kill()

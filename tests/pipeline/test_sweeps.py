@@ -101,7 +101,7 @@ def wait_for(file, process):
 
 @pytest.mark.slow
 def test_a_sweep_by_joblib_is_stopped_goes_on_and_names_the_job_that_fails(sweep, tmp_path):
-    settings = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", GOOD_AND_BAD, "sft.trainer.max_epochs=12"]
+    settings = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", GOOD_AND_BAD, "sft.trainer.max_epochs=6"]
     first = sweep("one", *settings)
     wait_for(tmp_path / "sweeps/one/0/sft/checkpoints/last.ckpt", first)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does
