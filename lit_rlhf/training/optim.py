@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import torch
@@ -46,8 +45,9 @@ def adamw(
         raise UserError(
             "optimizer.offload keeps AdamW's state on the CPU, and not Muon's: set optimizer.matrix_lr=null"
         )
-    groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
-    hidden = [group.pop(HIDDEN, ()) for group in groups]
+    given = list(params)
+    groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    hidden = [group.pop(HIDDEN, None) for group in groups]
     if matrix_lr is not None:
         groups = [part for group, flags in zip(groups, hidden) for part in _split(group, flags, matrix_lr)]
     kind = OffloadedAdamW if offload else AdamW if matrix_lr is None else Muon
@@ -63,15 +63,39 @@ def adamw(
     return optimizer
 
 
-def _split(group: dict[str, Any], hidden: Sequence[bool], matrix_lr: float) -> list[dict[str, Any]]:
+def _split(group: dict[str, Any], hidden: Sequence[bool] | None, matrix_lr: float) -> list[dict[str, Any]]:
     """What is no hidden matrix, and the hidden matrices, where there are any."""
-    matrices = [p for p, is_hidden in zip(group["params"], hidden) if is_hidden]
-    rest = [p for p, is_hidden in zip_longest(group["params"], hidden, fillvalue=False) if not is_hidden]
+    params = list(group["params"])
+    flags = [False] * len(params) if hidden is None else hidden
+    rest, matrices = ([p for p, flag in zip(params, flags, strict=True) if flag == kind] for kind in (False, True))
     groups = [{**group, "params": rest, HIDDEN: False}, {**group, "params": matrices, HIDDEN: True, "lr": matrix_lr}]
     return [part for part in groups if part["params"]]
 
 
-class Muon(AdamW):
+class _InParts(AdamW):
+    """AdamW of which a step is taken for some groups at a time."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:  # while all groups are there, whose gradients it may set to zero
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            self._step_parts(groups)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_parts(self, groups: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    def _step_of(self, groups: list[dict[str, Any]]) -> None:
+        self.param_groups = groups
+        super().step()
+
+
+class Muon(_InParts):
     """AdamW, but for groups of ``hidden`` matrices: their step is the gradients' moving average with all its singular
     values made about 1, times the root of rows / columns where that is above 1 (K. Jordan, 2024, "Muon: An optimizer
     for hidden layers"). It keeps one number per number of a matrix, where AdamW keeps two.
@@ -81,23 +105,13 @@ class Muon(AdamW):
 
     MOMENTUM = 0.95
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:  # while all groups are there, whose gradients it may set to zero
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group[HIDDEN]]
-        try:
-            super().step()
-        finally:
-            self.param_groups = groups
-        with torch.no_grad():
-            for group in groups:
-                for matrix in group["params"] if group[HIDDEN] else ():
-                    if matrix.grad is not None:
-                        self._step_matrix(matrix, matrix.grad, group["lr"], group["weight_decay"])
-        return loss
+    @torch.no_grad()
+    def _step_parts(self, groups: list[dict[str, Any]]) -> None:
+        self._step_of([group for group in groups if not group[HIDDEN]])
+        for group in groups:
+            for matrix in group["params"] if group[HIDDEN] else ():
+                if matrix.grad is not None:
+                    self._step_matrix(matrix, matrix.grad, group["lr"], group["weight_decay"])
 
     def _step_matrix(self, matrix: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         average = self.state[matrix]["exp_avg"].lerp_(gradient, 1 - self.MOMENTUM)
@@ -107,29 +121,19 @@ class Muon(AdamW):
         self.state[matrix]["step"] += 1
 
 
-class OffloadedAdamW(AdamW):
+class OffloadedAdamW(_InParts):
     """AdamW whose state lies in the CPU's memory, and visits the device one parameter at a time.
 
     The same kernel computes in the same place as without it, so it comes to the same numbers. The state of one
     parameter is copied to the device and back in each step: 16 bytes per number."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
-        try:
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self.param_groups = [{**group, "params": [parameter]}]
-                        self._move_state(parameter, parameter.device)
-                        super().step()
-                        self._move_state(parameter, torch.device("cpu"))
-        finally:
-            self.param_groups = groups
-        return loss
+    def _step_parts(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move_state(parameter, parameter.device)
+                    self._step_of([{**group, "params": [parameter]}])
+                    self._move_state(parameter, torch.device("cpu"))
 
     def _move_state(self, parameter: Tensor, device: torch.device) -> None:
         state = self.state[parameter]
@@ -146,7 +150,7 @@ def decay_groups(
 
     ``settings`` (a learning rate, say) go to all groups; the parameters ``head`` are a third one with the learning
     rate ``head_lr`` and without weight decay, unless that is None. The first group says which of its matrices are
-    ``hidden``, neither of embeddings nor of heads, for ``muon``."""
+    ``hidden``, neither of embeddings nor of heads, for ``Muon``."""
     head = list(head)
     trainable = [p for p in model.parameters() if p.requires_grad]
     apart = {id(p) for p in head} if head_lr is not None else set()

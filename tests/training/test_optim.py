@@ -64,6 +64,7 @@ def test_adamw_is_pytorchs():
         b.grad = a.grad.clone()
         ours.step(), theirs.step()
     assert_close(a, b)
+    assert len(adamw([a, b]).param_groups) == 1  # as PyTorch's, of parameters that are in no groups
 
 
 def test_muon_by_hand():
