@@ -145,12 +145,12 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         module.engine = DryEngine(module.engine, meter)
     with meter:
         records = module.dry_run(meter, data)
-    tensors, process = int((1 + MARGIN) * meter.peak), max(resident_bytes(), plan.process)
+    tensors = int((1 + MARGIN) * meter.peak)
+    process = max(resident_bytes(), plan.process)
     host = first = process + (loading + offloaded if on_gpu else max(tensors, loading))
     gathered = meter.gathered + meter.whole + meter.passes * gradients
-    if shards > 1:
-        kept = offloaded if on_gpu else weights // shards + held
-        first = max(host, process + kept + gradients)  # it gathers what is exported
+    if shards > 1:  # the first gathers what is exported
+        first = max(host, process + gradients + (offloaded if on_gpu else weights // shards + held))
     sent = int((gathered if shards > 1 else 2 * meter.steps * gradients) * (count - 1) / count)
     speed = WITHIN_A_MACHINE if on_gpu and settings.trainer.get("num_nodes", 1) == 1 else BETWEEN_MACHINES
     own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, loading
