@@ -50,6 +50,7 @@ from lit_rlhf.models.reward_head import (
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Message, Messages
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Tools
 from lit_rlhf.text.tokenizer import check_vocabulary
 
@@ -199,13 +200,16 @@ def score_answers(
     responses: Sequence[str | Message],
     batch_size: int = 64,
     tools: Sequence[Tools] | None = None,
+    special_tokens: SpecialTokens = "plain",
 ) -> Tensor:
     """Scores (N,) of one answer to each of N prompts, shifted so that demonstrations average 0; on the CPU.
 
-    ``tools`` are those of each prompt. Of what does not fit into the model's context the end is read."""
+    ``tools`` are those of each prompt. ``special_tokens``: what their names mean in what people wrote. Of what does not
+    fit into the model's context the end is read."""
     room, device = context_length(model), next(model.parameters()).device
-    answers = encode_responses(tokenizer, prompts, responses, tools)
-    sequences = [[*p, *r][-room:] for p, r in zip(encode_prompts(tokenizer, prompts, tools), answers)]
+    before = encode_prompts(tokenizer, prompts, tools, special_tokens=special_tokens)
+    answers = encode_responses(tokenizer, prompts, responses, tools, special_tokens=special_tokens)
+    sequences = [[*p, *r][-room:] for p, r in zip(before, answers)]
     lengths = [min(len(r), room - 1) for r in answers]  # a token stays before the answer: it predicts the first
     parts = runs([len(s) for s in sequences], tokens_at_once(model, learning=False), batch_size)
     batches = (pack(sequences[part], tokenizer.pad_token_id, lengths[part]).to(device) for part in parts)

@@ -65,3 +65,20 @@ def test_a_question_without_a_better_answer_is_a_bad_record(tokenizer, tmp_path)
     write_jsonl(tmp_path / "bench.jsonl", [ROWS[0], {**ROWS[1], "rejected": ROWS[1]["chosen"]}])
     with pytest.raises(UserError, match=r"bench.jsonl:2: none of its answers is the better one"):
         RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer).setup()
+
+
+def test_names_of_special_tokens_mean_what_is_set(reward_model, tokenizer, tmp_path):
+    rows = [ROWS[0], {**ROWS[1], "chosen": f"It is {tokenizer.eos_token} 1."}]
+    write_jsonl(tmp_path / "bench.jsonl", rows)
+    read = lambda **settings: RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer, **settings)  # noqa: E731
+    with pytest.raises(UserError, match=r"bench.jsonl:2: a text holds the special token .* special_tokens=refuse"):
+        read(special_tokens="refuse").setup()
+    skipping = read(special_tokens="refuse", on_bad_record="skip")
+    assert len(scored(reward_model, skipping).scored) == 1
+    for kind in ("plain", "rendered"):
+        [_, named] = scored(reward_model, read(special_tokens=kind)).scored
+        prompt = [[{"role": "user", "content": rows[1]["prompt"]}]]
+        answers = [rows[1]["chosen"], rows[1]["rejected"]]
+        expected = score_answers(reward_model, tokenizer, prompt * 2, answers, special_tokens=kind)
+        assert named.scores == pytest.approx(expected.tolist(), abs=1e-5)
+    assert named.scores[0] != pytest.approx(scored(reward_model, read()).scored[1].scores[0])

@@ -133,8 +133,8 @@ def test_a_conversational_completion_keeps_all_its_turns():
 
 def test_kto_rows_are_thumbs():
     row = {"prompt": "q", "completion": "a"}
-    assert [parse_feedback({**row, "label": label}).rating for label in (True, False, "True", "false", 1, 0)] == [
-        1.0, -1.0, 1.0, -1.0, 1.0, -1.0
+    assert [parse_feedback({**row, "label": label}).rating for label in (True, False, "True", "false", 1, 0, 0.0)] == [
+        1.0, -1.0, 1.0, -1.0, 1.0, -1.0, -1.0
     ]  # fmt: skip
     talk = {"prompt": [user("q")], "completion": [assistant("a")], "label": True}
     assert parse_feedback(talk) == parse_feedback({**row, "label": True})

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.records import Ranking, parse_ranking
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order
 
 BESIDE = ("id", "chosen_model", "rejected_model", "models", "num_correct", "num_incorrect", "total_completions")
@@ -20,6 +21,7 @@ class Question(NamedTuple):
 
     ranking: Ranking
     subset: str  # "all" where a record names none
+    place: str = ""  # file and line
 
 
 def parse_question(row: dict[str, Any]) -> Question:
@@ -48,11 +50,13 @@ class RewardBenchDataModule(RecordDataModule):
         tokenizer: of the reward model.
         batch_size: questions per batch.
         limit: at most so many questions, to try things out; None: all.
+        special_tokens: what their names mean in the records: "plain" text; "refuse": a bad record; "rendered": tokens.
         on_bad_record: "fail" names the first bad record, "skip" counts them.
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 32
+    special_tokens: SpecialTokens = "plain"
 
     held_out: ClassVar[float] = 1.0
     split_seed: ClassVar[int] = 0
@@ -66,14 +70,15 @@ class RewardBenchDataModule(RecordDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if not self.questions:
-            self.questions = self.load(self.path, parse_question)[: self.limit]
+            questions = self.load(self.path, parse_question)[: self.limit]
             self.check_fields()
+            self.questions = self.allowed(questions, lambda q: [q.ranking.prompt, q.ranking.turns, q.ranking.tools])
 
     def sizes(self) -> dict[str, int]:
         return {"questions": len(self.questions)}
 
     def for_module(self) -> dict[str, Any]:
-        return {**super().for_module(), "note": self.note}
+        return {**super().for_module(), "special_tokens": self.special_tokens, "note": self.note}
 
     def transfer_batch_to_device(self, batch: list[Question], *_: Any) -> list[Question]:
         """Questions are text."""

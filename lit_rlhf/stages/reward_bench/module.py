@@ -16,6 +16,7 @@ from lit_rlhf.models.policy import context_length, freeze
 from lit_rlhf.stages.reward_bench.data import Question
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.records import write_jsonl
+from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.training.all_processes import gather_step, global_batch_index, interleaved
 from lit_rlhf.training.batches import seeded
@@ -41,6 +42,7 @@ class RewardBenchModule(LightningModule):
     Args:
         reward_model: a model with a scalar head.
         tokenizer: its tokenizer.
+        special_tokens: what their names mean in the questions; see :class:`RewardBenchDataModule`.
         seed: of the order in which a question's answers are scored, so that no place is the right one.
         note: says what a person should know, each line once.
     """
@@ -50,11 +52,13 @@ class RewardBenchModule(LightningModule):
         reward_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        special_tokens: SpecialTokens = "plain",
         seed: int = 0,
         note: Note = say_once,
     ) -> None:
         super().__init__()
         self.reward_model, self.tokenizer, self.seed, self.note = freeze(reward_model), tokenizer, seed, note
+        self.special_tokens = special_tokens
         self.scored: list[Scored] = []
 
     def test_step(self, batch: list[Question], batch_idx: int) -> None:
@@ -69,10 +73,11 @@ class RewardBenchModule(LightningModule):
         order = torch.randperm(len(turns), generator=seeded(self.seed, number)).tolist()
         prompts, answers = [rankings[owners[i]].prompt for i in order], [turns[i] for i in order]
         tools = [rankings[owners[i]].tools for i in order]
-        scores = score_answers(self.reward_model, self.tokenizer, prompts, answers, tools=tools).tolist()
-        pairs = zip(
-            encode_prompts(self.tokenizer, prompts, tools), encode_responses(self.tokenizer, prompts, answers, tools)
-        )
+        kind = self.special_tokens
+        asked = (self.tokenizer, prompts, answers)
+        scores = score_answers(self.reward_model, *asked, tools=tools, special_tokens=kind).tolist()
+        before = encode_prompts(self.tokenizer, prompts, tools, special_tokens=kind)
+        pairs = zip(before, encode_responses(*asked, tools, special_tokens=kind))
         room = context_length(self.reward_model)
         by_question: list[dict[int, float]] = [{} for _ in batch]
         cut = [0] * len(batch)

@@ -14,7 +14,7 @@ from lit_rlhf.text.records.messages import Message, Messages, answer_turn, is_pl
 from lit_rlhf.text.records.rankings import Ranking, ranks_of
 from lit_rlhf.text.records.split import prompt_key
 
-_THUMBS = {"true": 1.0, "false": -1.0, "1": 1.0, "0": -1.0, "-1": -1.0}
+_THUMBS = {"true": 1.0, "false": -1.0, "1": 1.0, "0": -1.0, "-1": -1.0, "1.0": 1.0, "0.0": -1.0, "-1.0": -1.0}
 
 
 @dataclass(frozen=True)
