@@ -11,7 +11,7 @@ from lightning import Trainer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages import SFTModule, StreamPretrainDataModule, StreamSFTDataModule
-from lit_rlhf.text.records import Moved, is_held_out
+from lit_rlhf.text.records import Moved, is_held_out, prompt_fingerprint
 from lit_rlhf.text.records.stream import Windows
 
 
@@ -81,14 +81,28 @@ def test_every_dialogue_is_trained_on_once_in_a_pass(file, tokenizer):
 
 
 def test_what_the_run_has_moved_stays_where_it_is(file, tokenizer):
-    from lit_rlhf.text.records import prompt_fingerprint
-
     inside = next(i for i in range(60) if is_held_out(asked(i), 0.2, 0))
     data = StreamSFTDataModule(file, tokenizer, window=50, validation=60, held_out=0.2)
     data.moved = Moved({prompt_fingerprint(asked(0))}, {prompt_fingerprint(asked(inside))})
     train, held_out = data.records()
     sides = [{record.messages[0]["content"] for record in side} for side in (train, held_out)]
     assert asked(0)[0]["content"] in sides[1] - sides[0] and asked(inside)[0]["content"] in sides[0] - sides[1]
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_few_prompts_of_a_stream_are_parted_whatever_the_seed(count, file, tokenizer):
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
+    with pytest.raises(UserError, match="the stream ended, and nothing of it is left to train on"):
+        made(StreamPretrainDataModule, file, tokenizer, block_size=12, validation=count)
+    for seed in range(12):
+        data = made(StreamSFTDataModule, file, tokenizer, split_seed=seed)
+        train = {m[0]["content"] for m in data.trained_prompts()}
+        held_out = {record.messages[0]["content"] for record in data.val_records}
+        assert train and held_out and not train & held_out and len(data.train_dataloader()) > 0
+    moved = Moved(trained={prompt_fingerprint(asked(i)) for i in range(1, count)})  # by a stage of an earlier run
+    data = StreamSFTDataModule(file, tokenizer, window=8, validation=4, held_out=0.9)
+    data.moved = moved
+    assert [[m.messages[0] for m in side] for side in data.records()][1] == asked(0)
 
 
 def test_a_bad_record_is_named_when_it_is_reached(file, tokenizer):

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from lit_rlhf.errors import UserError
 from lit_rlhf.stages.sft.data import SFTDataModule
 from lit_rlhf.text.records import Demonstration, Seen, files_of, is_held_out, prompt_fingerprint, read_records
 from lit_rlhf.text.records.stream import SHIFT, Windows
@@ -41,11 +40,16 @@ class StreamSFTDataModule(SFTDataModule):
 
     def records(self) -> tuple[list[Demonstration], list[Demonstration]]:
         """(the first window, held out)."""
-        held_out = list(islice(self._side(held_out=True), self.validation))
-        if not held_out:
-            raise UserError(f"{self.source}: ended, and none of its prompts is held out (sft.data.held_out)")
-        first = list(islice(self._side(held_out=False), self.window))
+        first, held_out = self._begin()
+        if not (first and held_out):  # it has ended, and has few prompts: some change sides
+            self.split([*self._side(held_out=False), *self._side(held_out=True)])
+            first, held_out = self._begin()
         self.check_fields()
+        return first, held_out
+
+    def _begin(self) -> tuple[list[Demonstration], list[Demonstration]]:
+        sides = ((False, self.window), (True, self.validation))
+        first, held_out = (list(islice(self._side(out), count)) for out, count in sides)
         return first, held_out
 
     def encode(self) -> None:
@@ -82,7 +86,8 @@ class StreamSFTDataModule(SFTDataModule):
                     asked = self.asked(record)
                     fingerprint = prompt_fingerprint(asked)
                     out = is_held_out(asked, self.held_out, self.split_seed) or fingerprint in self.moved.held_out
-                    if (out and fingerprint not in self.moved.train) == held_out:
+                    stays = any(fingerprint in prints for prints in (self.moved.train, self.moved.trained))
+                    if (out and not stays) == held_out:
                         yield record
             finally:  # who reads may stop before the end, and reads again
                 known = set(self.skipped)

@@ -17,8 +17,8 @@ SHIFT = 32  # bits of an index that count within a window
 class Windows(Sequence[Item], Generic[Record, Item]):
     """Items of a stream's records, window by window: index ``(n << SHIFT) + i`` is item i of window n.
 
-    A stream that ends begins anew; an earlier window is found by reading it again from its beginning. Two windows are
-    in memory at most.
+    A stream that ends begins anew (one without records is a ``UserError``); an earlier window is found by reading it
+    again from its beginning. Two windows are in memory at most.
 
     Args:
         read: gives the records from the beginning, the same ones each time.
@@ -59,5 +59,10 @@ class Windows(Sequence[Item], Generic[Record, Item]):
         return len(self.window(0))
 
     def _endless(self) -> Iterator[Record]:
-        while True:
-            yield from self.read()
+        some = True
+        while some:  # else it would be read for ever
+            some = False
+            for record in self.read():
+                some = True
+                yield record
+        raise UserError("the stream ended, and nothing of it is left to train on beside what is held out")
