@@ -60,6 +60,12 @@ def test_settings_reach_the_plan(planned):
     assert less["sft"].activations < 0.8 * one["sft"].activations
 
 
+def test_what_ppo_needs_follows_from_the_batch_in_work_and_not_from_the_rollout(planned, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.pipeline.plan.planned_stages", lambda cfg: PIPELINE[:5])
+    ppo = planned("model=gpt2_124m", "ppo.sampling.max_new_tokens=256", "ppo.data.batch_size=128")[0]["ppo"]
+    assert ppo.host < 9 * 2**30  # of which weights, gradients and Adam's state are 4.6 GiB
+
+
 def test_adapters_are_planned(planned):
     lora = ("sft.lora.r=2", "reward.lora.r=2", "ppo.lora.r=2", "dpo.lora.r=2")
     full, adapted = planned("model=pico", "run=full")[0], planned("model=pico", "run=adapted", *lora)[0]
