@@ -29,7 +29,7 @@ from lit_rlhf.text.model_folder import is_adapter, model_settings
 from lit_rlhf.text.packing import runs
 from lit_rlhf.text.records import Messages, text_of
 from lit_rlhf.text.special_tokens import text_start
-from lit_rlhf.text.template import Tools
+from lit_rlhf.text.template_form import Tools
 from lit_rlhf.text.tokenizer import load_reader, load_tokenizer, same_tokens
 
 Layout = Literal["template", "transcript", "pair"]

@@ -51,7 +51,7 @@ from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack, runs
 from lit_rlhf.text.records import Message, Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.text.template import Tools
+from lit_rlhf.text.template_form import Tools
 from lit_rlhf.text.tokenizer import check_vocabulary
 
 AnyRewardModel = PreTrainedModel | RewardTransformer | RewardEnsemble

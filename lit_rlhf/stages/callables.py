@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.text.records import Messages, shown
-from lit_rlhf.text.template import Note, Tools
+from lit_rlhf.text.template import Note
+from lit_rlhf.text.template_form import Tools
 
 Result = TypeVar("Result")
 Ranks = list[list[int]]  # of the answers to each prompt, 1 = best

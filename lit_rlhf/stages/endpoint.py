@@ -17,7 +17,7 @@ from lit_rlhf.errors import CREDENTIALS, UserError, scrubbed
 from lit_rlhf.stages.callables import run_async
 from lit_rlhf.text.records import Messages, text_of
 from lit_rlhf.text.special_tokens import SpecialTokens, check
-from lit_rlhf.text.template import Tools
+from lit_rlhf.text.template_form import Tools
 
 Question, Reply, Found = TypeVar("Question"), TypeVar("Reply"), TypeVar("Found")
 

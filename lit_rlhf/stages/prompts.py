@@ -20,7 +20,8 @@ from lit_rlhf.text.chat import encode_prompts, ensure_template
 from lit_rlhf.text.records import Messages, PromptRecord, parse_prompt_record, shown
 from lit_rlhf.text.rows import Rows
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.text.template import Note, Tools
+from lit_rlhf.text.template import Note
+from lit_rlhf.text.template_form import Tools
 from lit_rlhf.text.world import Grade, World
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded, sharding
 

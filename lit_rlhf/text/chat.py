@@ -19,7 +19,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.text.records import Message, Messages, answer_turn, is_learned, text_of
 from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, text_start
-from lit_rlhf.text.template import Note, Template, Tools, content_of
+from lit_rlhf.text.template import Note, Template
+from lit_rlhf.text.template_form import Tools, content_of
 from lit_rlhf.text.template_tokens import Written
 from lit_rlhf.text.tokenizer import ROLES
 

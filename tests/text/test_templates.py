@@ -12,7 +12,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.stages.endpoint import harmless
 from lit_rlhf.text import encode_dialogues, encode_prompts, encode_responses, train_bpe
 from lit_rlhf.text.chat import turn_end
-from lit_rlhf.text.template import Template
+from lit_rlhf.text.template_form import TemplateForm
 
 THERE = find_spec("trl") is not None
 FOLDER = Path(find_spec("trl").origin).parent / "chat_templates" if THERE else Path("trl")
@@ -54,7 +54,7 @@ def learned_spans(examples):
 
 def asked(tokenizer, messages):
     """What transformers makes of a prompt, in the form of content that the template writes."""
-    if Template(tokenizer)._in_parts:
+    if TemplateForm(tokenizer).in_parts:
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
@@ -238,7 +238,7 @@ def row(template):
     end = tokenizer.convert_ids_to_tokens([*turn_end(tokenizer)])
     beyond = any("other text as the assistant's" in line for line in told)
     notes = [
-        *(["content in parts"] if Template(tokenizer)._in_parts else []),
+        *(["content in parts"] if TemplateForm(tokenizer).in_parts else []),
         *(["no system message"] if template.stem in NO_SYSTEM else []),
         *(["an answer without a thought leaves `<think>` open"] if any("as it stands" in t for t in told) else []),
         *(["`{% generation %}` goes beyond the end" if beyond else "`{% generation %}`"]

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol
 
 from lit_rlhf.text.records import Messages, parse_demonstration, parse_prompt, parse_ranking, prompt_key, text_of
-from lit_rlhf.text.template import REASONING
+from lit_rlhf.text.template_form import REASONING
 
 MOST_ANSWERS = 16  # each has a key of its own
 CALLS_AND_THOUGHTS = {"tool_calls", *REASONING}  # fields of an answer beside its text

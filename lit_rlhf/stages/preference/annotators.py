@@ -19,7 +19,7 @@ from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.answer_scores import asked
 from lit_rlhf.stages.callables import Annotator, Ranks, first_failing, name_of, place, resolve, run_async
 from lit_rlhf.text.records import Messages, ranks_of
-from lit_rlhf.text.template import Tools
+from lit_rlhf.text.template_form import Tools
 
 
 def annotate(

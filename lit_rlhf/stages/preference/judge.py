@@ -31,7 +31,7 @@ from lit_rlhf.stages.endpoint import (
 from lit_rlhf.stages.progress_file import ProgressFile
 from lit_rlhf.text.records import Messages, ranks_of
 from lit_rlhf.text.special_tokens import SpecialTokens
-from lit_rlhf.text.template import Tools
+from lit_rlhf.text.template_form import Tools
 
 Verdict = Literal["A", "B", "tie", "?"]  # ?: the reply said none of them, however often it was asked
 
