@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class TransformersEngine:
             torch.manual_seed(seed)
             reads = {"tokenizer": self.tokenizer} if sampling.stop else {}
             mask = torch.ones_like(tokens)
-            output = self.policy.generate(tokens, attention_mask=mask, generation_config=settings, **reads)
+            with _without_settings(self.policy):
+                output = self.policy.generate(tokens, attention_mask=mask, generation_config=settings, **reads)
         response = output.sequences[0, len(prompt) :]
         logprobs = torch.cat(output.scores).float().log_softmax(-1)  # (n, V), of what was sampled from
         entropy = -(logprobs.exp() * logprobs).nan_to_num().sum(-1)  # a token that is ruled out counts 0
@@ -64,3 +66,14 @@ class TransformersEngine:
         stopped = any(stop in text for stop in sampling.stop)
         ended = Ended.TOKEN if written[-1] in ends else Ended.STOP if stopped else Ended.LENGTH
         return Response(written, logprobs.gather(1, response[:, None])[:, 0].tolist(), entropy.tolist(), ended)
+
+
+@contextmanager
+def _without_settings(policy: Any) -> Iterator[None]:
+    """Within it ``policy`` has no generation settings of its own, with which ``generate`` fills up those it is given:
+    a penalty on repetition, say, samples from another policy than the one that is trained."""
+    own, policy.generation_config = policy.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        policy.generation_config = own

@@ -680,6 +680,9 @@ def test_the_reference_engine_writes_the_same(policy, tokenizer, prompts):
     assert torch.equal(drawn.tokens, again.tokens) and drawn.version == 2
     alone = sample(engines[1], policy, tokenizer, prompts[1:2], asked["sampling"], [1])
     assert alone.token_lists()[0] == drawn.token_lists()[1]  # its seed alone decides
+    policy.generation_config.update(repetition_penalty=9.0, num_beams=2, stop_strings=["a"])  # as a checkpoint may say
+    assert torch.equal(sample(engines[1], policy, tokenizer, prompts, greedy).tokens, reference.tokens)
+    assert policy.generation_config.num_beams == 2
 
 
 @pytest.mark.parametrize("engine", [FastEngine(), TransformersEngine()], ids=lambda e: type(e).__name__)
