@@ -146,7 +146,7 @@ class PromptDataModule(RecordDataModule):
                 if self.on_long == "skip":
                     continue
             if tokens:  # else it was refused
-                kind = str(others.get("kind", ""))
+                kind = str(others.get("kind") or "")
                 prompts.append(Prompt(messages, tokens[-self.max_length :], kind, held_out, others))
         return prompts
 

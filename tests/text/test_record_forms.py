@@ -11,9 +11,11 @@ from lit_rlhf.text.records import (
     load_records,
     parse_demonstration,
     parse_feedback,
+    parse_labelled,
     parse_prompt,
     parse_prompt_record,
     parse_ranking,
+    parse_task,
     parse_text,
     prompt_key,
     rankings_of_feedback,
@@ -103,6 +105,33 @@ def test_null_is_as_good_as_absent():  # Parquet gives each message the fields o
     empty = {"tool_calls": None, "name": None}
     row = {"messages": [{**user("q"), **empty}, {**assistant("a"), **empty}], "conversations": None, "tools": None}
     assert parse_demonstration(row).messages == [user("q"), assistant("a")]
+
+
+@pytest.mark.parametrize(
+    ("parse", "row"),
+    [
+        (parse_demonstration, {"prompt": "q", "output": "a"}),
+        (parse_prompt, {"prompt": "q"}),
+        (parse_ranking, {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        (parse_ranking, {"prompt": "q", "responses": ["a", "b"], "scores": [2, 1]}),
+        (parse_ranking, {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -1}),
+        (parse_feedback, {"prompt": "q", "completion": "a", "label": True}),
+        (parse_feedback, {"prompt": "q", "response": "a", "helpfulness": 4}),
+        (parse_task, {"prompt": "q", "answers": ["a"]}),
+        (parse_labelled, {"premise": "q", "hypothesis": "a", "label": 1}),
+    ],
+)
+def test_rows_of_a_table_have_the_columns_of_all_forms(tmp_path, parse, row):
+    columns = (
+        "instruction prompt context response completion output messages chosen rejected responses ranks scores "
+        "annotator completions response_1 response1 rating label helpfulness kind models choices text_a premise "
+        "hypothesis answers"
+    )
+    found = []
+    for values in (row, {**dict.fromkeys(columns.split()), **row}):
+        write_jsonl(tmp_path / "x.jsonl", [values])
+        found += load_records(tmp_path / "x.jsonl", parse).records
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

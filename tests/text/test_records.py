@@ -294,7 +294,7 @@ def error(path, parse, on_bad_record="fail"):
         (parse_text, {"text": 5}, "'text' is 5; a non-empty string was expected"),
         (parse_text, ["a"], "['a'] is not a record; an object with named fields was expected"),
         (parse_prompt, {}, "no field 'prompt' (it has none)"),
-        (parse_prompt, {"prompt": None, "x": 1}, "no field 'prompt' (it has prompt, x)"),
+        (parse_prompt, {"prompt": None, "x": 1}, "no field 'prompt' (it has prompt (null), x)"),
         (parse_prompt, {"prompt": "\n"}, "'prompt' is empty"),
         (parse_prompt, {"prompt": []}, "'prompt' is []; a non-empty list of messages was expected"),
         (parse_prompt, {"prompt": [*PROMPT, assistant("a")]}, "'prompt' ends with a turn of the assistant"),
@@ -315,7 +315,7 @@ def error(path, parse, on_bad_record="fail"):
         (
             parse_demonstration,
             {"prompt": "q", "completion": None},
-            "'completion' is None; a non-empty string was expected",
+            "no 'response', 'completion' or 'output' among its fields (prompt, completion (null))",
         ),
         (parse_demonstration, {"messages": PROMPT}, "'messages' ends with a turn of the user"),
         (parse_ranking, {"prompt": "q"}, "no field 'responses' (it has prompt)"),

@@ -18,7 +18,8 @@ from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import json_value
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.text.records import Messages, parse_messages
+from lit_rlhf.text.records import Messages, parse_messages, text_of
+from lit_rlhf.text.special_tokens import check_characters
 
 Choice = Literal["A", "B", "tie"]
 SAMPLING = Sampling(temperature=0.7)  # of conf/chat, too
@@ -215,12 +216,14 @@ class Conversation:
     def from_json(self, text: str, source: str = "") -> None:
         """Go on with what ``to_json`` gave; the thumbs are those on disk. Raises as ``load`` does."""
         try:
-            turns = json_value(text)
-            messages = parse_messages({"messages": turns})
-            messages = [{"role": m["role"], "content": m["content"]} for m in messages]  # who wrote it is known apart
+            turns = parse_messages({"messages": json_value(text)})
+            check_characters(turns)
+            messages = [{"role": turn["role"], "content": text_of(turn)} for turn in turns]
             system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
             if [m["role"] for m in messages] != [("user", "assistant")[i % 2] for i in range(len(messages))]:
                 raise ValueError("after a system message, user and assistant were expected in turn")
+            if any(turn.get("tool_calls") for turn in turns):
+                raise ValueError("an answer calls tools, which chat has none of")
         except ValueError as error:
             raise UserError(f"{source}no conversation could be loaded from there ({error})") from None
         thumbs = self._judgements.thumbs() if self._judgements else []

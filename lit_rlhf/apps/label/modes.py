@@ -9,16 +9,19 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol
 
 from lit_rlhf.text.records import Messages, parse_demonstration, parse_prompt, parse_ranking, prompt_key, text_of
+from lit_rlhf.text.records.messages import DIALOGUES, dialogue, dialogue_name
 from lit_rlhf.text.template_form import REASONING
 
 MOST_ANSWERS = 16  # each has a key of its own
+ANSWERS = ("responses", "chosen", "completions", "response_1", "response1")  # fields of records with several answers
 CALLS_AND_THOUGHTS = {"tool_calls", *REASONING}  # fields of an answer beside its text
 
 # Fields of a record that its judgement says anew; the others (model, round, sampling, kind ...) are kept with it.
 _SAID_ANEW = {
-    "prompt", "messages", "instruction", "input", "responses", "response", "completion", "output", "chosen", "rejected",
-    "ranks", "rating", "annotator", "note", "seconds", "shown", "item", "turn", "time",
-    "aside", "again",
+    *DIALOGUES, *ANSWERS, "prompt", "system", "instruction", "input", "context", "response", "completion", "output",
+    "rejected", "response_2", "response2", "ranks", "scores", "margin", "score_chosen", "score_rejected",
+    "preference_strength", "overall_preference", "rating", "label", "helpfulness", "annotator", "note", "seconds",
+    "shown", "item", "turn", "time", "aside", "again",
 }  # fmt: skip
 
 
@@ -70,7 +73,7 @@ class Rank:
 
     def items(self, row: dict[str, Any]) -> list[Item]:
         """``prompt`` and ``responses``, or a pair; ranks that are there are not shown."""
-        prompt, responses = _answered(row)
+        prompt, responses, _ = _answered(row)
         if len(responses) > MOST_ANSWERS:
             raise ValueError(f"'responses' has {len(responses)} entries; the page takes up to {MOST_ANSWERS}")
         return [Item(prompt, responses, _others(row))]
@@ -111,10 +114,11 @@ class Rate:
 
     def items(self, row: dict[str, Any]) -> list[Item]:
         """Each of ``responses``, or the one ``response``."""
-        prompt, responses = _answered(row)
+        prompt, responses, _ = _answered(row)
         others, k = _others(row), len(responses)
         # A list with one entry per response says it of each: models, finished ...
-        per_response = {key for key, value in others.items() if k > 1 and isinstance(value, list) and len(value) == k}
+        lists = {key for key, value in others.items() if k > 1 and isinstance(value, list) and len(value) == k}
+        per_response = lists - {"tools"}
         return [
             Item(prompt, [text], {key: v[i] if key in per_response else v for key, v in others.items()})
             for i, text in enumerate(responses)
@@ -147,10 +151,9 @@ class Write:
         """A prompt, with an answer to begin from where the record has one: of several the best, else the first."""
         if not _has_answer(row):
             return [Item(parse_prompt(row), [], _others(row))]
-        prompt, responses = _answered(row)
-        ranks = [1, 2] if "chosen" in row else row.get("ranks") or [1] * len(responses)
-        best = min(range(len(responses)), key=ranks.__getitem__)
-        return [Item(prompt, [responses[best]] if self.drafts else [], _others(row))]
+        prompt, responses, ranks = _answered(row)
+        best = responses[ranks.index(min(ranks))]
+        return [Item(prompt, [best] if self.drafts else [], _others(row))]
 
     def record(self, item: Item, shown: list[int], verdict: Any) -> dict[str, Any]:
         """``verdict``: the answer's text."""
@@ -168,24 +171,27 @@ class Write:
 
 
 def _has_answer(row: dict[str, Any]) -> bool:
-    match row.get("messages"):
-        case [*_, {"role": role}]:
-            return role == "assistant"
-    return any(row.get(name) for name in ("responses", "response", "completion", "output", "chosen"))
+    if any(row.get(name) for name in (*ANSWERS, "response", "completion", "output")):
+        return True
+    name = dialogue_name(row)
+    return name is not None and dialogue(row, name)[-1]["role"] == "assistant"
 
 
-def _answered(row: dict[str, Any]) -> tuple[Messages, list[str]]:
-    """Prompt and answers of a ranking (with ranks or before it has any), pair, demonstration or feedback record."""
-    if "responses" in row or "chosen" in row:
-        count = len(row["responses"]) if isinstance(row.get("responses"), list) else 0
-        ranking = parse_ranking({"ranks": list(range(1, count + 1)), **{k: v for k, v in row.items() if v is not None}})
-        prompt, answers = ranking.prompt, ranking.turns
+def _answered(row: dict[str, Any]) -> tuple[Messages, list[str], list[int]]:
+    """Prompt, answers and ranks of a ranking (with ranks or before it has any), pair, demonstration or feedback record;
+    answers that nobody has ranked tie."""
+    if any(name in row for name in ANSWERS):
+        said = {name: value for name, value in row.items() if value is not None}
+        if isinstance(said.get("responses"), list) and "scores" not in said:
+            said = {"ranks": [1] * len(said["responses"]), **said}
+        ranking = parse_ranking(said)
+        prompt, answers, ranks = ranking.prompt, ranking.turns, ranking.ranks
     else:
         *asked, answer = parse_demonstration(row).messages
-        prompt, answers = parse_prompt({"prompt": asked}), [answer]
+        prompt, answers, ranks = parse_prompt({"prompt": asked}), [answer], [1]
     if any(CALLS_AND_THOUGHTS & answer.keys() for answer in answers):
         raise ValueError("an answer has calls of tools or a thought, and people are shown and judge texts alone")
-    return prompt, [*map(text_of, answers)]
+    return prompt, [*map(text_of, answers)], ranks
 
 
 def _others(row: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def parse_feedback(row: dict[str, Any]) -> Feedback:
         )
     *before, turn = answer
     whole = None if is_plain(turn) else turn
-    annotator = str(row.get("annotator", ""))
+    annotator = str(row.get("annotator") or "")
     return Feedback([*prompt, *before], text_of(turn), rating, annotator, lineage, tools_of(row), whole)
 
 

@@ -24,6 +24,8 @@ _OURS = {
 class Row(dict[str, Any]):
     """A record as it stands in a file; it knows which of its fields were asked for.
 
+    A field that is null is not ``in`` it: tables have all columns in each row.
+
     Args:
         values: the record.
         fields: our name of a field -> its name in the file; "a.b" is the field ``b`` inside of ``a``.
@@ -40,6 +42,9 @@ class Row(dict[str, Any]):
         self.found = ours.keys()  # our names of the fields that it has under another name
         self.asked: set[str] = set()
         self.remarks: list[str] = []  # what is to be said of records like this one, with their count
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().get(name) is not None
 
     def __getitem__(self, name: str) -> Any:
         self.asked.add(name)
@@ -99,10 +104,15 @@ def require(row: Mapping[str, Any], name: str) -> Any:
         known = getattr(row, "names", {})
         looked = f", looked for as {known[name]!r}" if name in known else ""
         raise ValueError(
-            f"no field '{name}'{looked} (it has {', '.join(map(str, row)) or 'none'}); where the "
-            f"file calls it otherwise, set data.fields='{{{name}: NAME}}'"
+            f"no field '{name}'{looked} (it has {names_in(row) or 'none'}); where the file calls it otherwise, set "
+            f"data.fields='{{{name}: NAME}}'"
         )
     return value
+
+
+def names_in(row: Mapping[str, Any]) -> str:
+    """The names of a record's fields, for a message."""
+    return ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items())
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:

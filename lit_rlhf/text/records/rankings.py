@@ -92,7 +92,7 @@ def parse_ranking(row: dict[str, Any], margin: bool = False, score_margin: float
     if margin and dict.get(row, "margin") is not None:
         margins = _given_margin(row, ranks)
     lineage = _lineage(row, len(responses))
-    annotator, whole = str(row.get("annotator", "")), None if all(map(is_plain, answers)) else answers
+    annotator, whole = str(row.get("annotator") or ""), None if all(map(is_plain, answers)) else answers
     return Ranking(prompt, responses, ranks, annotator, lineage, None, margins, tools_of(row), whole)
 
 

@@ -172,6 +172,15 @@ def test_a_conversation_is_saved_and_loaded(converse, tmp_path, judgements):
     assert record["prompt"] == [{"role": "system", "content": other.system}, talk.messages[0]]
     said(other.ask("And?"))
     assert len(other.messages) == 4
+    for turns in (
+        [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
+        [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("user", "Hi"), ("model", "Ho"))
+        ],
+    ):
+        other.from_json(json.dumps(turns))
+        assert other.messages == [user("Hi"), {"role": "assistant", "content": "Ho"}]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +191,8 @@ def test_a_conversation_is_saved_and_loaded(converse, tmp_path, judgements):
         ('[{"role": "user"}]', "each message needs 'role' and 'content'"),
         ('[{"role": "assistant", "content": "Hi"}]', "in turn"),
         ('[{"role": "system", "content": "Hi"}, 3]', "each message needs"),
+        ('[{"role": "user", "content": "Hi"}, {"from": "function_call", "value": "{\\"name\\": \\"f\\"}"}]', "tools"),
+        (r'[{"role": "user", "content": "\ud83d"}]', "half a character"),
         (None, "No such file"),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from lit_rlhf.apps.label import Item, Rank, Rate, Write
-from lit_rlhf.text.records import parse_demonstration, parse_ranking
+from lit_rlhf.text.records import parse_demonstration, parse_feedback, parse_ranking
 
 ASKED = [{"role": "user", "content": "Why?"}]
 
@@ -99,3 +99,29 @@ def test_what_was_written_is_a_demonstration():
     for empty in ("", " \n", None):
         with pytest.raises(ValueError, match="the answer is empty"):
             Write(True).record(Item(ASKED, []), [], empty)
+
+
+FORMS = [
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "b"}]},
+    {"prompt": "Why?", "chosen": "b", "rejected": "a", "margin": 3, "score_chosen": 5, "score_rejected": 1},
+    {"prompt": "Why?", "responses": ["a", "b"], "scores": [1, 5]},
+    {"context": ASKED, "response1": "a", "response2": "b", "overall_preference": 2},
+    {"instruction": "Why?", "completions": [{"response": r, "overall_score": ord(r)} for r in "ab"]},
+    {"prompt": "Why?", "completion": "b", "label": True},
+]
+
+
+@pytest.mark.parametrize("row", FORMS, ids=lambda row: "-".join(row))
+def test_what_a_person_says_stands_for_what_the_file_said(row):
+    [draft] = Write(drafts=True).items(row)
+    assert (draft.prompt, draft.responses) == (ASKED, ["b"])  # the better one
+    wrote = {**draft.others, **Write(True).record(draft, [0], "mine")}
+    assert parse_demonstration(wrote).messages == [*ASKED, {"role": "assistant", "content": "mine"}]
+    rate = Rate(2)
+    [*_, item] = rate.items({**row, "tools": [{"name": "x"}, {"name": "y"}]})
+    found = parse_feedback({**item.others, **rate.record(item, [0], -1)})
+    assert (found.rating, len(found.tools)) == (-1, 2)
+    if len(rate.items(row)) == 2:
+        [item] = Rank().items(row)
+        ranking = parse_ranking({**item.others, **Rank().record(item, [0, 1], [1, 1])}, margin=True, score_margin=1.0)
+        assert (ranking.ranks, ranking.margins) == ([1, 1], None)
