@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -154,6 +156,16 @@ def model_config(request):
 @pytest.fixture
 def tokenizer():
     return train_bpe(["What is 12 + 30? It is 42.", "Who are you? I am the cat.", "You are the cat!"] * 3, 300)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece():
+    """A tokenizer of characters and bytes that puts a space before the first word of a text, as SentencePiece does."""
+    names = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *map(chr, range(33, 127))]
+    inner = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
 
 
 @pytest.fixture

@@ -41,6 +41,24 @@ def encode_texts(
     return tokenizer(list(texts), **settings)["input_ids"] if texts else []
 
 
+def cuts_anywhere(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text has the same tokens alone as behind another: SentencePiece puts a space before the first word."""
+    one, two, both = encode_texts(tokenizer, ["\n", "a", "\na"])
+    return one + two == both
+
+
+def encode_behind(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: SpecialTokens = "plain"
+) -> list[list[int]]:
+    """Tokens of each of ``texts`` as it follows another text, whatever that is: those behind a line break's."""
+    alone = encode_texts(tokenizer, texts, special_tokens)
+    if not texts or cuts_anywhere(tokenizer):
+        return alone
+    first, *both = encode_texts(tokenizer, ["\n", *(f"\n{text}" for text in texts)], special_tokens)
+    count = len(first)
+    return [ids[count:] if ids[:count] == first else by_itself for ids, by_itself in zip(both, alone)]
+
+
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
     """Finds any of ``names``, a longer one before those that it holds; of no names, nothing."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, encode_marked, encode_texts, text_start
+from lit_rlhf.text.special_tokens import Pieces, SpecialTokens, cuts_anywhere, encode_marked, encode_texts, text_start
 
 
 class Written(NamedTuple):
@@ -50,9 +50,7 @@ class WrittenTokens:
 
     @cached_property
     def _cuts_anywhere(self) -> bool:
-        """Whether a text has the same tokens alone as behind another: SentencePiece puts a space before the first."""
-        one, two, both = encode_texts(self.tokenizer, ["\n", "a", "\na"])
-        return one + two == both
+        return cuts_anywhere(self.tokenizer)
 
     def _behind(self, written: Written) -> Pieces:
         """Tokens of a response as they follow the prompt's, or, where the two share a token, a line break's."""

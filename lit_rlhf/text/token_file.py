@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import disk
-from lit_rlhf.text.special_tokens import SpecialTokens, encode_texts, text_start
+from lit_rlhf.text.special_tokens import SpecialTokens, cuts_anywhere, encode_texts, text_start
 
 BATCH = 2**20  # characters that are tokenized at a time
 GIVEN = (".npy", ".bin")  # files of tokens that users may bring
@@ -215,12 +215,16 @@ def _write(
     else:
         found = chain([first, second], found)
     dtype, count, start, begins = _dtype(len(tokenizer)), 0, text_start(tokenizer), True
+    # Where a text has other tokens behind another one, a document's further pieces are read behind a line break.
+    before = "" if cuts_anywhere(tokenizer) else "\n"
+    [break_ids] = encode_texts(tokenizer, [before])
     with (to / "tokens.bin").open("wb") as tokens, (to / "ends.bin").open("w+b") as ends:
-        for texts, stops in _batches(found):
+        for texts, stops in _batches(found, before):
             numbers: list[int] = []
             for i, ids in enumerate([[], *_encode(tokenizer, texts, special_tokens)]):
                 if i:
-                    numbers += [*start, *ids] if begins else ids
+                    behind = len(break_ids) if not begins and ids[: len(break_ids)] == break_ids else 0
+                    numbers += [*start, *ids] if begins else ids[behind:]
                     begins = False
                 if i in stops:
                     begins = True
@@ -254,14 +258,15 @@ def _parted(document: Document, at: int) -> Iterator[Document]:
     yield chain(rest, pieces)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[str], set[int]]]:
-    """(texts, after how many of them documents end), of ``BATCH`` characters or a little more."""
+def _batches(documents: Iterator[Document], before: str) -> Iterator[tuple[list[str], set[int]]]:
+    """(texts, after how many of them documents end), of ``BATCH`` characters or a little more; ``before`` stands in
+    front of a document's pieces but the first."""
     texts: list[str] = []
     stops: set[int] = set()
     size = 0
     for document in documents:
-        for piece in document:
-            texts.append(piece)
+        for place, piece in enumerate(document):
+            texts.append(before + piece if place else piece)
             size += len(piece)
             if size >= BATCH:
                 yield texts, stops

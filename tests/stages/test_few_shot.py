@@ -20,7 +20,8 @@ OPEN = [{"prompt": f"Q {i}", "answers": ["yes", "it is so"]} for i in range(30)]
 def data(tmp_path, tokenizer):
     def make(rows=ROWS, **settings):
         write_jsonl(tmp_path / "t.jsonl", rows)
-        module = FewShotDataModule(tmp_path / "t.jsonl", tokenizer, **{"shots": [2, 0], "held_out": 0.3, **settings})
+        settings = {"tokenizer": tokenizer, "shots": [2, 0], "held_out": 0.3, **settings}
+        module = FewShotDataModule(tmp_path / "t.jsonl", **settings)
         module.setup()
         return module
 
@@ -55,6 +56,15 @@ def test_the_prompt_by_hand(data):
     batch = made._collate(0, [0])
     assert made.tokenizer.decode(batch.prompts[0]) == f"<|endoftext|>{made.prompt(0, 0)}"
     assert [made.tokenizer.decode(c) for c in batch.choices[0]] == [" a long dog", " cat"]
+
+
+@pytest.mark.parametrize("template", ["{question}\n{answer}", "Q: {question} A: {answer}"])
+def test_choices_have_the_tokens_that_they_have_behind_the_prompt(data, sentencepiece, template):
+    made = data(template=template, tokenizer=sentencepiece)
+    batch = made._collate(1, [0])
+    for choice, text in zip(batch.choices[0], batch.tasks[0].choices, strict=True):
+        whole = sentencepiece(batch.texts[0] + template[-9:].removesuffix("{answer}").strip("\n") + text)["input_ids"]
+        assert batch.prompts[0][1:] + choice == whole
 
 
 def test_likelihoods_are_those_of_plain_transformers(family, data, ask, logprobs_of):

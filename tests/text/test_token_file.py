@@ -70,15 +70,15 @@ def test_a_single_document_is_split_by_its_characters(tmp_path, texts, bpe):
     assert Tokens([rest])[:].equal(in_memory(bpe, [book[cut:]]).long())
 
 
-@pytest.mark.parametrize("kind", ["bpe", "characters"])
-def test_pieces_of_a_long_text_are_tokenized_as_the_whole(tmp_path, texts, bpe, kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["bpe", "characters", "sentencepiece"])
+def test_pieces_of_a_long_text_are_tokenized_as_the_whole(tmp_path, texts, bpe, sentencepiece, kind, monkeypatch):
     monkeypatch.setattr("lit_rlhf.text.records.files.PIECE", 500)
     text = "\ufeff" + "\n\n".join(texts) + "\r\nÄ line…  \n\n  with spaces\t. 5 years, 12\n3 " + "x" * 2000 + "\n"
     file = tmp_path / "book.txt"
     file.write_text(text, encoding="utf-8", newline="")
     pieces = list(read_pieces(file))
     assert "".join(pieces) == text[1:] and len(pieces) > 40 and max(map(len, pieces)) < 3100
-    tokenizer = bpe if kind == "bpe" else train_characters(pieces)
+    tokenizer = {"bpe": bpe, "characters": train_characters(pieces), "sentencepiece": sentencepiece}[kind]
     train, rest, _ = stored(lambda skipped: iter([read_pieces(file)]), kind, tokenizer, 0.25, tmp_path)
     cut = int((len(text) - 1) * 0.75)
     assert Tokens([train])[:].equal(in_memory(tokenizer, [text[1:][:cut]]).long())

@@ -23,7 +23,7 @@ from lit_rlhf.text.records import (
     parse_task,
     task_prompt,
 )
-from lit_rlhf.text.special_tokens import SpecialTokens, encode_texts, text_start
+from lit_rlhf.text.special_tokens import SpecialTokens, encode_behind, encode_texts, text_start
 from lit_rlhf.text.world import TaskName
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded
 
@@ -155,7 +155,7 @@ class FewShotDataModule(RecordDataModule):
         prompts = [[*start, *tokens] for tokens in encode_texts(self.tokenizer, texts, meant)]
         # A model's words carry the space before them: it belongs to the answer.
         answers = [self._space + choice for task in tasks for choice in task.choices]
-        choices = iter(encode_texts(self.tokenizer, answers, meant))
+        choices = iter(encode_behind(self.tokenizer, answers, meant))
         return ShotBatch(shots, tasks, prompts, [[next(choices) for _ in task.choices] for task in tasks], texts)
 
     def test_dataloader(self) -> list[BatchLoader[ShotBatch]]:
