@@ -213,7 +213,8 @@ def sampling_precision(precision: str) -> str:
 
 def by_lora(model: str, full: float, adapters: float, *, _root_: DictConfig) -> float:
     """``${by_lora:sft,5.0e-5,5.0e-4}``: the second value where adapters (``sft.lora``) are trained in place of all."""
-    return adapters if OmegaConf.select(_root_, f"{model}.lora.r") else full
+    given = (OmegaConf.select(_root_, f"{model}.lora.{name}") for name in ("r", "path"))
+    return adapters if any(given) else full
 
 
 def merge(*addresses: str, _root_: DictConfig) -> DictConfig:

@@ -81,8 +81,13 @@ def test_adapters_have_rates_of_their_own():
     for stage, times in (("sft", 10), ("dpo", 30)):
         assert adapters[stage].optimizer.lr == pytest.approx(times * full[stage].optimizer.lr)
     assert adapters.reward.optimizer.lr == full.reward.optimizer.lr
+    goes_on = fitted(*MODEL, "sft.lora.path=adapter")
+    assert goes_on.sft.optimizer.lr == adapters.sft.optimizer.lr
     critic = fitted(*MODEL, "ppo.critic.lora.r=8").ppo
     assert critic.module.critic_lr == 3e-4 and critic.optimizer.lr == full.ppo.optimizer.lr
+    sentiment = "experiment=sentiment", "ppo.data.path=prompts.json", *MODEL, "stage=ppo"
+    assert fitted(*sentiment).ppo.optimizer.lr == 1e-3
+    assert fitted(*sentiment, "ppo.lora.r=0").ppo.optimizer.lr == full.ppo.optimizer.lr
 
 
 def test_a_run_that_began_from_a_checkpoint_is_remembered(tmp_path):
