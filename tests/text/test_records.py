@@ -19,6 +19,7 @@ from lit_rlhf.text.records import (
     split_by_prompt,
     write_jsonl,
 )
+from lit_rlhf.text.records.fields import inside
 from lit_rlhf.text.records.messages import parse_transcript
 from lit_rlhf.text.records.split import is_held_out
 
@@ -233,7 +234,7 @@ def test_nested_fields(tmp_path, name, datasets_cache):
     assert (ranking.prompt, ranking.responses, ranking.ranks) == (DIALOGUE, ["x", "y"], [2, 1])
 
 
-@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize("name", ["tools", "functions", "info.functions"])
 def test_calls_of_parquet_have_their_own_arguments(tmp_path, name, datasets_cache):
     """Arrow gives each struct the fields of all, null where it has none; a null that JSON says is one."""
 
@@ -241,15 +242,20 @@ def test_calls_of_parquet_have_their_own_arguments(tmp_path, name, datasets_cach
         parameters = {"type": "object", "properties": {argument: {"type": "integer"}}}
         call = {"type": "function", "function": {"name": f"with_{argument}", "arguments": {argument: default}}}
         talk = [*PROMPT, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        return {"messages": talk, name: [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        *_, last = name.split(".")
+        return {"messages": talk, **({"info": {last: tools}} if "." in name else {name: tools})}
 
     rows = [row("a", 1), row("b", 2)]
     write_parquet(tmp_path / "x.parquet", rows)
     fields = {"tools": name}
     for row_, found in zip(rows, load_records(tmp_path / "x.parquet", parse_demonstration, fields=fields).records):
-        assert (found.messages, found.tools) == (row_["messages"], row_[name])
-    write_jsonl(tmp_path / "x.jsonl", [row("a", None)])
-    [found] = load_records(tmp_path / "x.jsonl", parse_demonstration, fields=fields).records
+        assert (found.messages, found.tools) == (row_["messages"], inside(row_, name))
+    write_jsonl(tmp_path / "x.jsonl", [row("a", None), row("a", 1)])
+    loaded = load_records(tmp_path / "x.jsonl", parse_demonstration, fields=fields)
+    found, _ = loaded.records
+    [(line, count)] = loaded.seen.remarks.items()
+    assert "nulls inside calls and tools stand in what models read" in line and count == 1
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
 
 

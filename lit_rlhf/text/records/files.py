@@ -15,9 +15,13 @@ from typing import Any, Generic, Literal, TypeVar
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import json_value, make_folder, written_anew
 from lit_rlhf.text.label_studio import is_other_format, is_task, rankings_of_task
-from lit_rlhf.text.records.fields import Row, short
+from lit_rlhf.text.records.fields import Row, remark, short
 from lit_rlhf.text.records.sources import COMPRESSED, FORMATS, format_of, hub_rows, is_hub_name, opened, readable
 
+NULLS = (
+    "nulls inside calls and tools stand in what models read; a file that was written from a table has them for fields "
+    "of other calls: take the table itself (.parquet)"
+)
 OnBadRecord = Literal["fail", "skip"]
 Record = TypeVar("Record")
 
@@ -84,7 +88,8 @@ def read_records(
 
     Lines of .jsonl and rows of .parquet are read as they are asked for: the file may be larger than memory."""
     valid = False
-    for place, values in _rows(str(path), {"tools", "tool_calls", "function_call", (fields or {}).get("tools", "")}):
+    calls = {"tools", "tool_calls", "function_call", (fields or {}).get("tools", "").rpartition(".")[2]}
+    for place, values in _rows(str(path), calls):
         try:
             if isinstance(values, Exception):
                 raise values
@@ -98,6 +103,8 @@ def read_records(
             bad_record(place, str(error), seen.skipped, on_bad_record)
         else:
             valid = True
+            if _has_nulls(values, calls):
+                remark(row, NULLS)
             seen.unread.update(dict.fromkeys(row.unread()))
             seen.passed_on.update(dict.fromkeys(row.passed_on()))
             seen.remarks.update({line: seen.remarks.get(line, 0) + 1 for line in row.remarks})
@@ -179,6 +186,14 @@ def _rows(path: str, calls: Collection[str]) -> Iterator[tuple[str, Any]]:
         yield from ((place, _without_nulls(row, calls)) for place, row in reader(file))
     else:
         yield from reader(file)
+
+
+def _has_nulls(value: Any, fields: Collection[str]) -> bool:
+    """Whether :func:`_without_nulls` would leave out any."""
+    try:
+        return bool(_without_nulls(value, fields) != value)
+    except RecursionError:  # nested deeply, in a field that nobody reads
+        return False
 
 
 def _without_nulls(value: Any, fields: Collection[str], inside: bool = False) -> Any:
