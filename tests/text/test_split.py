@@ -58,13 +58,14 @@ def test_the_nearest_to_the_threshold_change_sides():
 
     moved = Moved()
     # Of five prompts at 10% none is below .1; the nearest is b. With 40%, two are held out.
-    assert moved.sides(places(a=0.5, b=0.2, c=0.9, d=0.7, e=0.6), 0.1) == {"b"} and moved.held_out == {"b"}
-    assert Moved().sides(places(a=0.95, b=0.5, c=0.9, d=0.7, e=0.6), 0.4) == {"b", "e"}
+    assert moved.change_sides(places(a=0.5, b=0.2, c=0.9, d=0.7, e=0.6), False, 0.1) == {"b"}
+    assert moved.held_out == {"b"}
+    assert Moved().change_sides(places(a=0.95, b=0.5, c=0.9, d=0.7, e=0.6), False, 0.4) == {"b", "e"}
     # All three are below .9: the nearest to it is trained on.
     moved = Moved()
-    assert moved.sides(places(a=0.1, b=0.8, c=0.3), 0.9) == {"a", "c"} and moved.train == {"b"}
+    assert moved.change_sides(places(a=0.1, b=0.8, c=0.3), True, 0.9) == {"a", "c"} and moved.train == {"b"}
     # A fold is held out between two thresholds, 0.2 and 0.4: the nearest to either.
-    assert Moved().sides(places(a=0.05, b=0.7, c=0.55, d=0.9, e=0.1), 0.2, 1) == {"e"}
+    assert Moved().change_sides(places(a=0.05, b=0.7, c=0.55, d=0.9, e=0.1), False, 0.2, 1) == {"e"}
 
 
 def test_what_was_trained_on_is_never_held_out():

@@ -71,28 +71,25 @@ class Moved:
     trained_by: list[str] = field(default_factory=list, compare=False)  # those stages
     kept: int = 0  # records that the latest split would hold out, but for that
 
-    def sides(self, places: dict[str, float], fraction: float, fold: int = 0) -> set[str]:
-        """The fingerprints that are held out, of ``places`` (fingerprint -> :func:`split_place`).
+    def change_sides(self, places: dict[str, float], all_held: bool, fraction: float, fold: int = 0) -> set[str]:
+        """Where all prompts are held out, or none is: the fingerprints that are instead, of ``places`` (fingerprint ->
+        :func:`split_place`).
 
-        Where one side would be empty, the prompts nearest to the threshold change sides: as many as the fraction asks
-        for, one at least. Raises ``UserError`` where that cannot be."""
-        low, high = fold * fraction, (fold + 1) * fraction
-        held = {p for p, x in places.items() if low <= x < high or p in self.held_out} - self.train - self.trained
+        Those nearest to the threshold change sides: as many as the fraction asks for, one at least. Raises
+        ``UserError`` where that cannot be."""
         size = min(max(1, round(fraction * len(places))), len(places) - 1)
-        if fraction == 0 or 0 < len(held) < len(places):
-            return held
         if size < 1:
             raise UserError("there is one distinct prompt, and to hold one out takes two; give more prompts")
-        edges = [high] if fold == 0 else [low, high]
+        edges = [fraction] if fold == 0 else [fold * fraction, (fold + 1) * fraction]
 
         def nearest(prints: set[str], count: int, last: set[str]) -> set[str]:
             return set(sorted(prints, key=lambda p: (p in last, min(abs(places[p] - e) for e in edges), p))[:count])
 
-        if held:  # all of them
-            found = nearest(held, len(places) - size, self.held_out)
+        if all_held:
+            found = nearest({*places}, len(places) - size, self.held_out)
             self.train |= found
             self.held_out -= found
-            return held - found
+            return places.keys() - found
         found = nearest(places.keys() - self.trained, size, self.train)
         if not found:
             by = f" ({', '.join(self.trained_by)})" if self.trained_by else ""
@@ -136,7 +133,7 @@ def held_out_mask(
     if fraction == 0 or 0 < held.sum() < len(held):
         return held
     by_print = {f"{number:016x}": place for number, place in zip(prints.tolist(), places.tolist())}
-    return np.isin(prints, _numbers(moved.sides(by_print, fraction, fold)))
+    return np.isin(prints, _numbers(moved.change_sides(by_print, bool(held.all()), fraction, fold)))
 
 
 def _numbers(fingerprints: set[str]) -> np.ndarray:
