@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from lit_rlhf.errors import Interrupted, UserError
+from lit_rlhf.models import TextRewardModel
 from lit_rlhf.stages import (
     EvaluateModule,
     FewShotModule,
@@ -110,7 +111,9 @@ def functions_too(prompts, responses, **_):
 
 PPO = {
     "gae": {"minibatch_size": 6, "ppo_epochs": 2},
-    "a batch's mean, no critic": {"advantage": MonteCarlo(baseline="batch"), "minibatch_size": 6},
+    "a batch's mean, a reward model that is asked by text": {
+        "advantage": MonteCarlo(baseline="batch"), "minibatch_size": 6, "by_text": True,
+    },
     "several answers, text, minibatches that end unevenly": {
         "advantage": MonteCarlo(baseline="others"), "answers_per_prompt": 3, "minibatch_size": 12, "ptx_coef": 0.5,
     },
@@ -122,7 +125,7 @@ PPO = {
 
 
 @pytest.mark.parametrize("name", PPO)
-def test_ppo(name, ppo, prompts, trained, world):
+def test_ppo(name, ppo, prompts, trained, world, reward_model, tokenizer):
     def make():
         settings = {
             **copy.deepcopy(PPO[name]),
@@ -130,6 +133,8 @@ def test_ppo(name, ppo, prompts, trained, world):
             "val_samples": 2,
             "kind": PPOModule,
         }
+        if settings.pop("by_text", False):
+            settings["reward_model"] = TextRewardModel(copy.deepcopy(reward_model), tokenizer)
         if "ptx_coef" in settings:
             settings["ptx"] = partial(WorldPretrainDataModule, world, documents=200, block_size=24, held_out=0.1)
         torch.manual_seed(0)

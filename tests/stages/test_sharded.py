@@ -16,7 +16,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.models import LoRA, RewardHead, add_lora, chunked, critic_on_policy, load_policy, save_model
+from lit_rlhf.models import (
+    LoRA,
+    RewardHead,
+    TextRewardModel,
+    add_lora,
+    chunked,
+    critic_on_policy,
+    load_policy,
+    save_model,
+)
 from lit_rlhf.models.gathering import full
 from lit_rlhf.models.loading import loading_as_stored
 from lit_rlhf.models.reward_head import RewardTransformer
@@ -190,16 +199,16 @@ def test_a_sharded_likelihood_head_is_the_same(policy, stages, trained):
         pytest.param({"critic": critic_on_policy, "reference": ReferenceUpdate(ema=0.7)}, id="what follows the policy"),
         pytest.param(
             {
-                "lora": LoRA(r=2), "advantage": MonteCarlo(), "kl": KLPenalty("full", in_loss=True),
+                "lora": LoRA(r=2), "advantage": MonteCarlo(), "kl": KLPenalty("full", in_loss=True), "by_text": True,
             },
-            id="adapters",
+            id="adapters, a reward model that is asked by text",
         ),
     ],
 )  # fmt: skip
-def test_sharded_ppo_is_the_same(settings, policy, reward_model, ppo, prompts, world, trained, monkeypatch):
+def test_sharded_ppo_is_the_same(settings, policy, reward_model, tokenizer, ppo, prompts, world, trained, monkeypatch):
     monkeypatch.setattr(chunked, "LOGITS", 4096)  # gradients of large embeddings are added in their place
     more = dict(settings)
-    lora, head = more.pop("lora", None), more.pop("head", None)
+    lora, head, by_text = (more.pop(name, None) for name in ("lora", "head", "by_text"))
     if "ptx_coef" in more:
         more["ptx"] = partial(WorldPretrainDataModule, world, documents=200, block_size=24, held_out=0.1)
 
@@ -207,6 +216,7 @@ def test_sharded_ppo_is_the_same(settings, policy, reward_model, ppo, prompts, w
         torch.manual_seed(0)
         adapted = add_lora(copy.deepcopy(policy), lora)
         scorer = RewardTransformer.from_policy(copy.deepcopy(policy), head) if head else reward_model
+        scorer = TextRewardModel(copy.deepcopy(scorer), tokenizer) if by_text else scorer
         more["minibatch_size"] = size
         module = ppo(adapted, scorer, kind=PPOModule, sampling=Sampling(max_new_tokens=6), ppo_epochs=2, **more)
         return module, prompts(batch_size=size)
