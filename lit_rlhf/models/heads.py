@@ -309,8 +309,8 @@ def critic_from_reward_model(policy: PreTrainedModel, reward_model: Any, lora: L
     ``lora`` gives it adapters."""
     if reward_model is None:
         raise UserError(
-            "ppo/critic=reward_model needs a reward model, and there is none; take ppo/critic=policy or "
-            "ppo/critic=shared"
+            "critic=critic_from_reward_model (ppo/critic=reward_model) needs a reward model, and there is none; take "
+            "critic_from_policy or critic_on_policy (ppo/critic=policy, ppo/critic=shared)"
         )
     if not isinstance(reward_model, AnyRewardModel):
         say("the critic begins as the policy, for the reward model reads text and not the policy's tokens")

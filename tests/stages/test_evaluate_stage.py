@@ -168,7 +168,9 @@ def test_the_reward_model_can_decide_though_there_is_a_gold_judge(data, models, 
 
 
 def test_a_judge_that_is_not_there_is_refused(data, models):
-    with pytest.raises(UserError, match=r"judge=annotator: there is none in this evaluation; there is gold"):
+    with pytest.raises(
+        UserError, match=r"judge='annotator' .evaluate.module.judge.: there is none in this evaluation; there is gold"
+    ):
         evaluated(data, models, judge="annotator")
 
 

@@ -156,7 +156,7 @@ def test_the_worlds_tasks_are_asked(world, tokenizer, policy, ask):
     [
         ([*ROWS, *OPEN], {}, "holds open questions and others"),
         (ROWS, {"shots": [999]}, "few_shot.data.shots: 999 examples are asked for, and there are"),
-        (ROWS, {"shots": []}, "few_shot.data.shots=[]"),
+        (ROWS, {"shots": []}, "shots=[] (few_shot.data)"),
         (ROWS, {"template": "{answer} {question}"}, "{question} once and {answer} once, at its end"),
     ],
 )

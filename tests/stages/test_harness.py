@@ -82,5 +82,5 @@ def test_what_cannot_be_asked_is_said_in_one_line(tasks, policy, tokenizer):
     (tasks / "questions.jsonl").unlink()
     with pytest.raises(UserError, match=r"evaluate.benchmark: colours: FileNotFoundError: .*questions.jsonl"):
         LMEval("colours", include_path=tasks)(policy, tokenizer)
-    with pytest.raises(UserError, match="include_path=nowhere: there is no such folder"):
+    with pytest.raises(UserError, match=r"include_path=nowhere \(evaluate.benchmark\): there is no such folder"):
         LMEval("colours", include_path="nowhere")

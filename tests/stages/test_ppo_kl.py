@@ -243,8 +243,8 @@ def test_ppo_with_a_small_reference_learns_and_keeps_it_out_of_the_checkpoint(po
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KLPenalty(in_loss=True), "estimator=k1 with ppo.kl.in_loss=true: the gradient of k1 is 0"),
-        (lambda: KLPenalty(adaptive=True), "adaptive=true needs ppo.kl.target, in nats per answer"),
+        (lambda: KLPenalty(in_loss=True), r"estimator='k1' with in_loss=True \(ppo.kl\): the gradient of k1 is 0"),
+        (lambda: KLPenalty(adaptive=True), r"adaptive=True \(ppo.kl\) needs target, in nats per answer"),
         (lambda: ReferenceUpdate(ema=0.9, refresh_every=3), "exclude each other; give one of them"),
     ],
 )

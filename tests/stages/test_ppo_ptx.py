@@ -139,7 +139,9 @@ def test_text_from_a_file(tmp_path, ppo, train):
 
 @pytest.mark.parametrize("make", [None, partial(PretrainDataModule, None)])
 def test_a_weight_without_text_is_refused(make, ppo):
-    with pytest.raises(UserError, match=r"ptx_coef is above 0 and there is no pretraining text.*ppo.ptx.path=\.\.\."):
+    with pytest.raises(
+        UserError, match=r"ptx_coef .ppo.module. is above 0 and there is no pretraining text.*ppo.ptx.path=\.\.\."
+    ):
         ppo(ptx=make, ptx_coef=0.5)
 
 

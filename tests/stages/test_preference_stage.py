@@ -164,7 +164,7 @@ def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, t
     assert all(r["models"] == known[json.dumps(r["prompt"])]["models"] for r in other.records)
     figures = other.figures()
     assert figures["annotators"] == 2 and figures["alpha"] < 0 and figures["kappa"] < 0
-    with pytest.raises(UserError, match=r"answers=given, and the prompt .* comes without 'responses'"):
+    with pytest.raises(UserError, match=r"answers='given' .*the prompt .* has no 'responses'"):
         collect(answers="given", progress_file=None)
 
 

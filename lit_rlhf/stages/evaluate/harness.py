@@ -57,7 +57,7 @@ class LMEval:
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("evaluate/benchmark=lm_eval needs the package lm_eval: pip install 'lit-rlhf[eval]'")
         if include_path is not None and not Path(include_path).is_dir():
-            raise UserError(f"evaluate.benchmark.include_path={include_path}: there is no such folder of task files")
+            raise UserError(f"include_path={include_path} (evaluate.benchmark): there is no such folder of task files")
         self.tasks = [tasks] if isinstance(tasks, str) else list(tasks)
         self.include_path = include_path
         self.include_defaults = include_path is None if include_defaults is None else include_defaults
@@ -72,9 +72,9 @@ class LMEval:
         path = None if self.include_path is None else str(self.include_path)
         known = TaskManager(include_path=path, include_defaults=self.include_defaults)
         if unknown := [task for task in self.tasks if not known.match_tasks([task])]:
-            hint = "evaluate.benchmark.include_path= finds one of your own" if path is None else f"not in {path}"
-            more = "" if self.include_defaults else "; evaluate.benchmark.include_defaults=true adds the harness' own"
-            raise UserError(f"evaluate.benchmark.tasks: there is no task {unknown[0]!r}; {hint}{more}")
+            hint = "include_path finds one of your own" if path is None else f"not in {path}"
+            more = "" if self.include_defaults else "; include_defaults=true adds the harness' own"
+            raise UserError(f"tasks (evaluate.benchmark): there is no task {unknown[0]!r}; {hint}{more}")
         try:
             with _said_once(), redirect_stderr(StringIO()):  # it has a progress bar for every kind of request
                 found = simple_evaluate(

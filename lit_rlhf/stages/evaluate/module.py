@@ -132,11 +132,13 @@ class EvaluateModule(LightningModule):
 
     def on_test_start(self) -> None:
         if self.benchmark is not None and self._trainer is not None and self._trainer.world_size > 1:
-            raise UserError("evaluate.benchmark: tasks are asked in one process; set evaluate.trainer.devices=1")
+            raise UserError("benchmark (evaluate): tasks are asked in one process; set devices=1 (evaluate.trainer)")
         there = {"gold": self.gold_judge is not None, "reward_model": self.reward_model, "annotator": self.annotator}
         if self.judge is not None and not there[self.judge]:
             known = ", ".join(name for name, here in there.items() if here) or "nobody"
-            raise UserError(f"evaluate.module.judge={self.judge}: there is none in this evaluation; there is {known}")
+            raise UserError(
+                f"judge={self.judge!r} (evaluate.module.judge): there is none in this evaluation; there is {known}"
+            )
         asked_in = self.tokenizer.get_vocab()
         vocabularies = {name: self.tokenizers[name].get_vocab() for name in self.policies}
         self._knows_tokens = {name for name, vocabulary in vocabularies.items() if vocabulary == asked_in}
@@ -151,7 +153,7 @@ class EvaluateModule(LightningModule):
             answers = self.samples * len(self.answers) + (self.best_of > 0)
             self.note(
                 f"{name_of(self.annotator)} is asked up to {self.annotator.questions(answers):,} questions per prompt, "
-                f"about {answers} answers; evaluate.module.samples=1, best_of=0 and prompted_base=false make them fewer"
+                f"about {answers} answers; samples=1, best_of=0, prompted_base=False (evaluate.module) make them fewer"
             )
         if PROMPTED in self.answers:
             # Without examples: how far it comes by knowing whose turn it is.

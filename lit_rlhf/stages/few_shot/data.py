@@ -90,10 +90,10 @@ class FewShotDataModule(RecordDataModule):
         self.train_set: list[Shot] = []
         if template.count("{question}") != 1 or template.count("{answer}") != 1 or not template.endswith("{answer}"):
             raise UserError(
-                f"few_shot.data.template={template!r}: it needs {{question}} once and {{answer}} once, at its end"
+                f"template={template!r} (few_shot.data): it needs {{question}} once and {{answer}} once, at its end"
             )
         if not self.shots:
-            raise UserError("few_shot.data.shots=[]: give one or more numbers of examples, 0 among them say")
+            raise UserError("shots=[] (few_shot.data): give one or more numbers of examples, 0 among them say")
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set:

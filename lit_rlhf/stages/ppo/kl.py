@@ -31,11 +31,11 @@ class KLPenalty:
     def __post_init__(self) -> None:
         if self.in_loss and self.estimator == "k1":
             raise UserError(
-                "ppo.kl.estimator=k1 with ppo.kl.in_loss=true: the gradient of k1 is 0 in expectation, so it would "
-                "hold nothing back; take k2 (the gradient of KL(policy || reference)), full, or in_loss=false"
+                "estimator='k1' with in_loss=True (ppo.kl): the gradient of k1 is 0 in expectation, so it would hold "
+                "nothing back; take k2 (the gradient of KL(policy || reference)), full, or in_loss=False"
             )
         if self.adaptive and self.target is None:
-            raise UserError("ppo.kl.adaptive=true needs ppo.kl.target, in nats per answer (6 is a common value)")
+            raise UserError("adaptive=True (ppo.kl) needs target, in nats per answer (6 is a common value)")
 
 
 def logprob_and_entropy(temperature: float, logits: Tensor, tokens: Tensor) -> Tensor:

@@ -256,8 +256,8 @@ class PPOModule(LearnsFromRollouts):
     def configure_model(self) -> None:
         if self.probe_rollouts and isinstance(self.trainer.strategy, FSDP2):
             raise UserError(
-                "ppo.module.probe_rollouts: the gradients of sharded models (trainer.strategy=fsdp2) are not measured; "
-                "set it to 0, or take trainer=ddp"
+                "probe_rollouts (ppo.module): the gradients of sharded models (strategy fsdp2) are not measured; set "
+                "it to 0, or take trainer=ddp"
             )
         super().configure_model()
 

@@ -45,8 +45,8 @@ def pretraining_text(
     text = None if make is None else make(tokenizer=tokenizer)
     if text is None or not text.entries:
         raise UserError(
-            "ppo.module.ptx_coef is above 0 and there is no pretraining text to mix in: give it as ppo.ptx.path=... "
-            "(a .txt file, or records with a field text)"
+            "ptx_coef (ppo.module) is above 0 and there is no pretraining text to mix in: give ptx, in the command as "
+            "ppo.ptx.path=... (a .txt file, or records with a field text)"
         )
     text.setup()
     check_rows(policy, text.block_size, "ppo.ptx.block_size")

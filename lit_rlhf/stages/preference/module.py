@@ -221,7 +221,7 @@ class PreferenceModule(LightningModule):
             responses = record.get("responses")
             if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
                 raise UserError(
-                    f"preference.module.answers=given, and {place(messages)} comes without 'responses', a list of texts"
+                    f"answers='given' (preference.module), and {place(messages)} has no 'responses', a list of texts"
                 )
             known = {key: record.get(key, [None] * len(responses)) for key in ("models", "temperatures")}
             finished = record.get("finished", [True] * len(responses))

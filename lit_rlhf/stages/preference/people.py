@@ -95,7 +95,7 @@ class LabelStudio:
         if self.export is None:
             return []
         if not self.export.is_file():
-            raise UserError(f"preference.annotator.export={self.export}: no such file; export the project as JSON")
+            raise UserError(f"export={self.export} (preference.annotator): no such file; export the project as JSON")
         return load_records(self.export, parse_ranking).records
 
 
