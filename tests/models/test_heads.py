@@ -85,7 +85,7 @@ def test_a_critic_on_the_policy_is_a_head_alone(policy, tokenizer):
 
 
 def test_a_critic_from_a_reward_model_that_is_not_there_is_refused(policy):
-    with pytest.raises(UserError, match="critic=critic_from_reward_model .*needs a reward model, and there is none"):
+    with pytest.raises(UserError, match=r"critic=critic_from_reward_model .*needs a reward model, and there is none"):
         critic_from_reward_model(policy, None)
 
 

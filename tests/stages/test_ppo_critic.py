@@ -142,7 +142,7 @@ def test_no_reward_model_is_needed(critic, ppo, train):
 
 
 def test_a_critic_from_a_reward_model_that_is_not_there(ppo):
-    with pytest.raises(UserError, match="critic=critic_from_reward_model .*needs a reward model, and there is none"):
+    with pytest.raises(UserError, match=r"critic=critic_from_reward_model .*needs a reward model, and there is none"):
         ppo(reward_model=None, scoring=FUNCTION)
     ppo(reward_model=None, scoring=FUNCTION, advantage=MonteCarlo())  # which asks for no critic
 
