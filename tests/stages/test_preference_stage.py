@@ -166,6 +166,15 @@ def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, t
     assert figures["annotators"] == 2 and figures["alpha"] < 0 and figures["kappa"] < 0
     with pytest.raises(UserError, match=r"answers='given' .*the prompt .* has no 'responses'"):
         collect(answers="given", progress_file=None)
+    for models in (None, ["a"]):  # a column of a table; a list that is too short
+        write_jsonl(answers, [{**row, "models": models} for row in known.values()])
+        data = PreferenceDataModule(answers, tokenizer, held_out=0.3, batch_size=4)
+        if models is None:
+            given, _ = collect(the_other_way, data, answers="given", progress_file=None)
+            assert all(r["models"] == [None] * len(r["responses"]) for r in given.records)
+        else:
+            with pytest.raises(UserError, match=r"has \d responses, and 'models' 1 entries"):
+                collect(the_other_way, data, answers="given", progress_file=None)
 
 
 def test_people_are_waited_for_and_judge_what_was_drawn(collect, tmp_path, policy):
@@ -174,8 +183,9 @@ def test_people_are_waited_for_and_judge_what_was_drawn(collect, tmp_path, polic
     with pytest.raises(Waiting, match=r"16 prompts with their answers are in .*stage=label.*labels-0.jsonl"):
         module.export(folder)
     answers = rows(tmp_path / "data/answers-0.jsonl")
+    tools = [{"name": "add"}]
     judged = [{"prompt": r["prompt"], "responses": r["responses"][::-1], "ranks": [*range(1, len(r["responses"]) + 1)],
-               "annotator": who} for r in answers[:6] for who in ("ann", "bob")]  # fmt: skip
+               "annotator": who, "tools": tools} for r in answers[:6] for who in ("ann", "bob")]  # fmt: skip
     labels.write_text("".join(json.dumps(r) + "\n" for r in judged))
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -184,16 +194,23 @@ def test_people_are_waited_for_and_judge_what_was_drawn(collect, tmp_path, polic
     module.export(folder)
     records = rows(tmp_path / "data/rankings-0.jsonl")
     assert [(r["responses"], r["annotator"]) for r in records] == [(r["responses"], r["annotator"]) for r in judged]
-    assert records[0]["models"] == ["sft"] * len(records[0]["responses"])
+    assert records[0]["models"] == ["sft"] * len(records[0]["responses"]) and records[0]["tools"] == tools
     figures = module.figures()
     assert (figures["rankings"], figures["unjudged"]) == (12, len(answers) - 6)
     assert (figures["annotators"], figures["annotators_agree"], figures["kappa"]) == (2, 1.0, 1.0)
     assert agreement(records).alpha == 1.0
 
 
-def test_label_studio_there_and_back(collect, tmp_path):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_label_studio_there_and_back(collect, tokenizer, tmp_path, in_parts):
+    data = None
+    if in_parts:  # with a tool, which people are not shown
+        parts = [[{"type": "text", "text": f"What is {i}?"}] for i in range(24)]
+        asked = [{"prompt": [{"role": "user", "content": part}], "tools": [{"name": "add"}]} for part in parts]
+        write_jsonl(tmp_path / "p.jsonl", asked)
+        data = PreferenceDataModule(tmp_path / "p.jsonl", tokenizer, batch_size=12, held_out=0.2)
     with pytest.raises(Waiting, match=r"label_studio_template-0.xml and import .*label_studio_tasks-0.json"):
-        module, folder = collect(LabelStudio(kind="pairwise"), answers_per_prompt=2)
+        module, folder = collect(LabelStudio(kind="pairwise"), data, answers_per_prompt=2)
         module.export(folder)
     todo = json.loads((tmp_path / "data/label_studio_tasks-0.json").read_text())
     for number, task in enumerate(todo):
@@ -201,13 +218,15 @@ def test_label_studio_there_and_back(collect, tmp_path):
         result = [{"type": "pairwise", "to_name": ["answer1", "answer2"], "value": {"selected": longer}}]
         task |= {"id": number, "annotations": [{"id": number, "completed_by": 1, "result": result}]}
     (tmp_path / "export.json").write_text(json.dumps(todo))
-    module, folder = collect(LabelStudio(tmp_path / "export.json", "pairwise"), answers_per_prompt=2)
+    assert all(isinstance(turn["content"], str) for task in todo for turn in task["data"]["messages"])
+    module, folder = collect(LabelStudio(tmp_path / "export.json", "pairwise"), data, answers_per_prompt=2)
     module.export(folder)
     records = rows(tmp_path / "data/rankings-0.jsonl")
     assert len(records) == len(todo) > 10
     for record in records:
         best = record["responses"][record["ranks"].index(1)]
         assert len(best) == max(map(len, record["responses"])) and record["models"] == ["sft", "sft"]
+        assert not in_parts or (record["prompt"][0]["content"] in parts and record["tools"] == [{"name": "add"}])
 
 
 def test_two_models_of_one_name(policy, tokenizer, base):

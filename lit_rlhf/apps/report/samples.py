@@ -9,6 +9,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.display import model_name, number
+from lit_rlhf.text.records import text_of
 
 ANSWERS_SHOWN = 12  # prompts side by side
 STEPS_SHOWN = 6  # of the samples through training
@@ -102,7 +103,7 @@ def _chosen(samples: list[dict[str, Any]], outcomes: list[str]) -> list[int]:
 def _row(sample: dict[str, Any], outcome: str) -> Row:
     prompt = sample["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    dialogue = [(m["role"], shortened(m["content"])) for m in messages]
+    dialogue = [(m["role"], shortened(text_of(m))) for m in messages]
     return Row(sample.get("kind") or "", dialogue, outcome, [_column(*item) for item in sample["models"].items()])
 
 

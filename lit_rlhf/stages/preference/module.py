@@ -223,9 +223,14 @@ class PreferenceModule(LightningModule):
                 raise UserError(
                     f"answers='given' (preference.module), and {place(messages)} has no 'responses', a list of texts"
                 )
-            known = {key: record.get(key, [None] * len(responses)) for key in ("models", "temperatures")}
-            finished = record.get("finished", [True] * len(responses))
-            rows.append(self._row(batch, i, responses, finished=finished, **known))
+            defaults = {"models": None, "temperatures": None, "finished": True}
+            known = {name: record.get(name) or [default] * len(responses) for name, default in defaults.items()}
+            if wrong := [name for name, values in known.items() if len(values) != len(responses)]:
+                raise UserError(
+                    f"preference.module.answers=given: {place(messages)} has {len(responses)} responses, and "
+                    f"'{wrong[0]}' {len(known[wrong[0]])} entries; one per response was expected"
+                )
+            rows.append(self._row(batch, i, responses, **known))
         return rows
 
     def _row(self, batch: PromptBatch, i: int, texts: list[str], **per_answer: list[Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
 from lit_rlhf.stages.preference.annotator_agreement import latest, majority
 from lit_rlhf.text.label_studio import Kind, tasks, template
-from lit_rlhf.text.records import Ranking, load_records, parse_ranking
+from lit_rlhf.text.records import Ranking, load_records, parse_ranking, prompt_key, text_of
+from lit_rlhf.text.records.rankings import PER_ANSWER
 
 Combine = Literal["all", "majority"]
 
@@ -40,7 +41,14 @@ def judgements(people: People) -> list[dict[str, Any]]:
             "to the reward model itself (reward/data=jsonl)"
         )
     rows = [
-        {"prompt": r.prompt, "responses": r.responses, "ranks": r.ranks, "annotator": r.annotator, **r.lineage}
+        {
+            "prompt": r.prompt,
+            "responses": r.responses,
+            "ranks": r.ranks,
+            "annotator": r.annotator,
+            **r.lineage,
+            **({"tools": r.tools} if r.tools else {}),
+        }
         for r in read
     ]
     return majority(rows) if people.combine == "majority" else latest(rows)
@@ -84,7 +92,8 @@ class LabelStudio:
     def hand_out(self, answers: Sequence[dict[str, Any]], file: Path) -> str:
         there = file.with_name(file.name.replace("answers", "label_studio_tasks")).with_suffix(".json")
         layout = file.with_name(file.name.replace("answers", "label_studio_template")).with_suffix(".xml")
-        write_text(there, json.dumps(tasks(answers, self.kind), ensure_ascii=False, indent=1) + "\n")
+        shown = [{**r, "prompt": [{"role": m["role"], "content": text_of(m)} for m in r["prompt"]]} for r in answers]
+        write_text(there, json.dumps(tasks(shown, self.kind), ensure_ascii=False, indent=1) + "\n")
         write_text(layout, template(self.kind, max(len(r["responses"]) for r in answers)))
         return (
             f"In Label Studio make a project with the template {layout} and import {there}; when they are judged, "
@@ -103,15 +112,14 @@ def with_lineage(rankings: Sequence[dict[str, Any]], answers: Sequence[dict[str,
     """The rankings with what is known of each answer: who wrote it, at which temperature.
 
     People may have ranked some of a prompt's answers only, in another order, or answers from elsewhere."""
-    known = {json.dumps(record["prompt"]): record for record in answers}
-    return [_joined(ranking, known.get(json.dumps(ranking["prompt"]))) for ranking in rankings]
+    known = {prompt_key(record["prompt"]): record for record in answers}
+    return [_joined(ranking, known.get(prompt_key(ranking["prompt"]))) for ranking in rankings]
 
 
 def _joined(ranking: dict[str, Any], record: dict[str, Any] | None) -> dict[str, Any]:
     if record is None or not set(ranking["responses"]) <= set(record["responses"]):
         return ranking
     places = [record["responses"].index(text) for text in ranking["responses"]]
-    per_answer = ("models", "temperatures", "finished")
-    chosen = {name: [record[name][i] for i in places] for name in per_answer if name in record}
-    shared = {k: v for k, v in record.items() if k not in ("prompt", "responses", *per_answer)}
-    return {**shared, **ranking, **chosen}
+    chosen = {name: [record[name][i] for i in places] for name in PER_ANSWER if name in record}
+    shared = {k: v for k, v in record.items() if k not in ("responses", *PER_ANSWER)}
+    return {**shared, **ranking, **chosen, "prompt": record["prompt"]}  # people were shown its text

@@ -224,6 +224,16 @@ def test_answers_stand_side_by_side_wins_and_losses(tmp_path):
     assert "✓ right rude gold 5 score 5.00" in page.text and "✗ wrong rude gold 0 score 0" in page.text
 
 
+def test_prompts_in_parts_and_calls_are_shown_as_text(tmp_path):
+    write_whole(tmp_path)
+    file = tmp_path / "evaluate/samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Whose "}, {"type": "text", "text": "home?"}]}
+    write_rows(file, [{**row, "prompt": [call, parts]} for row in rows])
+    assert 'assistant [{"arguments": {}, "name": "look"}] user Whose home?' in report(tmp_path).text
+
+
 @pytest.mark.parametrize("stage", PIPELINE)
 def test_each_stage_alone(tmp_path, stage):
     write_whole(tmp_path / "whole")
