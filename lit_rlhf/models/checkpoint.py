@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.files import disk
 from lit_rlhf.models.adapters import merged
+from lit_rlhf.models.finite import not_finite
 from lit_rlhf.models.loading import CheckpointFormat, checkpoint_format, listed, weight_files
 from lit_rlhf.text.chat import turn_end
 
@@ -86,6 +88,11 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
         if own is not None:  # the file is copied: transformers refuses to write some of those that it reads
             model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         stored = _as_stored(model, form)
+        if beyond := next((name for name, weight in stored.items() if not_finite(weight)), None):
+            dtype = _plain(stored[beyond].dtype)
+            say(f"{folder.parent}: written in float32, for {beyond} holds numbers beyond {dtype}'s")
+            form = replace(form, dtype=torch.float32, others={})
+            stored = _as_stored(model, form)
         lost = rounded_back(model, stored, form)
         if lost > 0.5:
             say(

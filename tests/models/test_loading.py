@@ -413,6 +413,14 @@ def test_a_number_that_does_not_fit_the_precision_is_named(folder):
         load_policy(folder, dtype="float16")
 
 
+def test_a_number_that_does_not_fit_the_precision_is_exported_in_float32(folder, tokenizer, tmp_path, capsys):
+    edit(folder, lambda w: w[UP].view(-1)[0].fill_(1e6))
+    save_model(load_policy(folder, export_dtype="float16"), tokenizer, tmp_path / "sft" / "model")
+    assert f"{tmp_path / 'sft'}: written in float32, for {UP} holds numbers beyond float16's" in capsys.readouterr().out
+    assert load_file(tmp_path / "sft/model/model.safetensors")[UP].view(-1)[0] == 1e6
+    assert json.loads((tmp_path / "sft/model/config.json").read_text())["dtype"] == "float32"
+
+
 def test_integers_and_empty_tensors_are_finite():
     module = torch.nn.Module()
     module.register_buffer("steps", torch.arange(3))
