@@ -329,7 +329,7 @@ def critic_from_policy(policy: PreTrainedModel, reward_model: Any = None, lora: 
 def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
     """A copy that is to be a critic in the ``policy``'s precision, with adapters where ``lora`` asks for them."""
     if is_quantized(model):
-        check_quantization("4bit", lora, "ppo.critic")
+        check_quantization("4bit", lora, "the critic, which begins as they are", "ppo.critic.lora.r")
     else:
         # A frozen model may be in half precision; small steps of one that learns would be rounded away.
         if hasattr(model, "intended_dtype"):

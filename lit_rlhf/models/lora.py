@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -196,10 +197,10 @@ def with_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     if is_quantized(model):
         raise UserError(
             f"{path}: an adapter, which cannot be added into weights of 4 bits; start from its base "
-            f"({base_of_adapter(path)}) and go on with the adapter by lora.path, or set quantization to null"
+            f"({base_of_adapter(path)}) and go on with the adapter by <stage>.lora.path, or set quantization to null"
         )
-    print(f"{path}: an adapter, added into the weights of its base {base_of_adapter(path)} to start from", flush=True)
     model = merged(put_adapter(model, path)).requires_grad_(True)
+    print(f"{path}: an adapter, added into the weights of its base {base_of_adapter(path)} to start from", flush=True)
     model.name_or_path = str(path)
     return model
 
@@ -209,10 +210,12 @@ def holds_score(path: str | Path) -> bool:
     return is_adapter(path) and any(name.startswith(f"{PREFIX}score.") for name in _read_weights(Path(path)))
 
 
-def check_quantization(quantization: str | None, lora: LoRA | None, path: str | Path) -> None:
-    """Raise ``UserError`` where weights of 4 bits would have to be trained."""
+def check_quantization(
+    quantization: str | None, lora: LoRA | None, path: str | Path, setting: str = "<stage>.lora.r"
+) -> None:
+    """Raise ``UserError``, with the ``setting`` to change, where weights of 4 bits would have to be trained."""
     if quantization is not None and not (lora and lora.wanted):
-        raise UserError(f"{path}: weights of {quantization} are frozen; train adapters on them (lora.r=16, say)")
+        raise UserError(f"{path}: weights of {quantization} are frozen; train adapters on them ({setting}=16, say)")
 
 
 def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
@@ -230,7 +233,10 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"{path}: {ADAPTER_CONFIG} cannot be read ({_line(error)})") from None
     if config.peft_type != "LORA":
-        raise UserError(f"{path}: an adapter of kind {config.peft_type}; merge it with peft, and give the merged model")
+        raise UserError(
+            f"{path}: an adapter of kind {str(config.peft_type).rpartition('.')[2]}, where LoRA was expected; if peft "
+            "can merge it (merge_and_unload), give the merged model"
+        )
     weights = {name.removeprefix(PREFIX): weight for name, weight in _read_weights(Path(path)).items()}
     # A head that reads a score is trained as it is, not beside a copy.
     heads = {name: weights.pop(name) for name in list(weights) if name.startswith("score.")}
@@ -240,6 +246,7 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         weights = {name: weight for name, weight in weights.items() if not name.startswith("lm_head.")}
     elif heads:
         raise UserError(f"{path}: the adapter of a reward model, where a language model's was expected")
+    weights = _with_grown_rows(model, weights)
     try:
         _inject(model, config, written_by_peft=True)
         found: Any = set_peft_model_state_dict(model, weights)
@@ -257,6 +264,21 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         lacks = f"it has no {missing[0]}" if missing else f"the model has no {found.unexpected_keys[0]}"
         raise _for_another(path, model, lacks)
     return model
+
+
+def _with_grown_rows(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's ``weights``, of embedding and head with rows for the tokens by which the vocabulary grew since,
+    padding say: the model's own, which the adapter does not change."""
+    ends = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    grown = dict(weights)
+    for module, own in [(name, m.weight.detach()) for name, m in model.named_modules() if id(m) in ends]:
+        for part, dim in (("weight", 0), ("base_layer.weight", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1)):
+            weight = weights.get(f"{module}.{part}")
+            more = 0 if weight is None else len(own) - weight.shape[dim]
+            if weight is not None and 0 < more <= 16:  # as match_tokenizer
+                rows = weight.new_zeros(more, weight.shape[1 - dim]) if "lora" in part else own[-more:].to(weight)
+                grown[f"{module}.{part}"] = torch.cat([weight, rows if dim == 0 else rows.mT], dim)
+    return grown
 
 
 def _for_another(path: str | Path, model: nn.Module, reason: str) -> UserError:

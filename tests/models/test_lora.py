@@ -381,6 +381,24 @@ def test_an_adapter_that_no_plain_model_holds_is_refused(saved, settings, messag
         load_policy(tmp_path / "peft")
 
 
+@pytest.mark.parametrize("model_config", ["llama", "qwen3"], indirect=True)  # tied, and not
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+     {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["whole", "lora"],
+)  # fmt: skip
+def test_an_adapter_of_the_embedding_finds_it_with_a_row_for_padding(settings, saved, tokenizer, tmp_path):
+    base, *_ = saved
+    theirs = by_peft(tmp_path / "peft", base, {"r": 2, "task_type": "CAUSAL_LM", **settings})
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    expected = theirs(TOKENS).logits
+    for given in ({"path": tmp_path / "peft"}, {"path": base, "lora": LoRA(path=tmp_path / "peft")}):
+        found = load_policy(tokenizer=tokenizer, **given).eval()(TOKENS).logits
+        assert found.shape[-1] == expected.shape[-1] + 1
+        assert_close(found[..., :-1], expected, rtol=1e-4, atol=1e-4)
+
+
 EXPERTS = {
     "model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
