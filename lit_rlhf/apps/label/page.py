@@ -37,6 +37,7 @@ class LabellingPage:
         token: whether only those who have the printed address get in (``LIT_RLHF_TOKEN`` gives one that stays).
         names: how the command that trains on the judgements names the run; the page shows it when all is judged.
         on_bad_record: whether a bad record ends the command or is left out.
+        fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
     path: str | Path
@@ -55,6 +56,7 @@ class LabellingPage:
     token: bool = False
     names: str = "run=..."
     on_bad_record: OnBadRecord = "fail"
+    fields: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         self.path, self.folder = Path(self.path), Path(self.folder)
@@ -101,7 +103,7 @@ class LabellingPage:
                 f"label.path={self.path}: there are no collected answers yet. Run stage=preference "
                 "preference/annotator=none first, or give records of your own as label.path="
             )
-        loaded = load_records(self.path, self.task.items, self.on_bad_record)
+        loaded = load_records(self.path, self.task.items, self.on_bad_record, self.fields)
         if loaded.skipped:
             print(f"label: {len(loaded.skipped)} records were skipped as invalid, the first: {loaded.skipped[0]}")
         return [item for items in loaded.records for item in items]

@@ -318,6 +318,10 @@ def test_what_is_wrong_is_said_in_one_line(serve, files, tmp_path):
     files.write(tmp_path / "bad.jsonl", [{"prompt": "Why?"}])
     with pytest.raises(UserError, match=r"bad\.jsonl:1: no 'response'"):
         LabellingPage(tmp_path / "bad.jsonl", tmp_path).items()
+    files.write(tmp_path / "others.jsonl", [{"q": "Why?", "info": {"answers": ["a", "b"]}}])
+    fields = {"prompt": "q", "responses": "info.answers"}
+    [item] = LabellingPage(tmp_path / "others.jsonl", tmp_path, fields=fields).items()
+    assert (item.prompt[0]["content"], item.responses, item.others) == ("Why?", ["a", "b"], {})
 
 
 def test_someone_who_comes_without_a_name_is_asked(serve, chromium, files):
