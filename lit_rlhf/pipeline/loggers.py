@@ -16,7 +16,7 @@ from lit_rlhf.apps.run_reader import numbers
 from lit_rlhf.errors import UserError, first_line
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.processes import is_main_process
-from lit_rlhf.training import MetricsFile
+from lit_rlhf.training import MetricsFile, TrackioLogger
 
 
 def make_loggers(cfg: DictConfig, name: str, folder: StageFolder) -> list[Logger]:
@@ -92,7 +92,10 @@ def log_figures(loggers: list[Logger], figures: dict[str, Any], step: int) -> No
 
 
 def close(loggers: list[Logger]) -> None:
-    """End the W&B run, else the next stage would log into it."""
+    """End the runs of W&B and Trackio, else the next stage would log into them."""
+    for logger in loggers:
+        if isinstance(logger, TrackioLogger):
+            logger.finalize("success")
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         import wandb
 

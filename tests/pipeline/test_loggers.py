@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -99,6 +100,22 @@ def test_several_loggers_and_callbacks_at_once(lit_rlhf, runs):
     assert any(value for row in rows for name, value in row.items() if name.startswith("lr-"))
     assert int(rows[-1]["step"]) == 8  # three validations that were no better by 9, and one to be better than
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_stage_is_one_run_of_trackio(lit_rlhf, runs, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
+    done = lit_rlhf(
+        *SFT, "run=seen", "logger=trackio", "sft.trainer.log_every_n_steps=1", "sft.trainer.max_steps=3", fast=False
+    )
+    assert "rackio" not in done.stdout and done.stderr == ""
+    with sqlite3.connect(tmp_path / "kept" / "lit_rlhf.db") as file:
+        rows = [(step, json.loads(row)) for step, row in file.execute("SELECT step, metrics FROM metrics")]
+        assert file.execute("SELECT DISTINCT run_name FROM metrics").fetchall() == [("seen/sft",)]
+        assert len(file.execute("SELECT DISTINCT run_id FROM metrics").fetchall()) == 1
+        [(config,)] = file.execute("SELECT config FROM configs").fetchall()
+    assert json.loads(config)["sft"]["module"]["_target_"] == "lit_rlhf.stages.SFTModule"
+    assert [step for step, row in rows if "sft/loss" in row] == [0, 1, 2]
+    assert any("summary/val_loss" in row for _, row in rows)
 
 
 @pytest.mark.parametrize("text", [b"*\n", b"../..", b"a b", b"\xff\xfe"])
