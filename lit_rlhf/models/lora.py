@@ -135,6 +135,11 @@ def _inject(model: nn.Module, config: Any, written_by_peft: bool = False) -> Non
             raise UserError(f"lora: {_line(error)}") from None
     if config.layer_replication:
         raise UserError("layer_replication: its blocks share tensors, which no plain model of this architecture does")
+    if getattr(config, "target_modules_to_tie", None):  # two parameters of peft's on one memory, each of which steps
+        raise UserError(
+            "lora.ensure_weight_tying=true: not for an embedding in target_modules; take it out of these, or train it "
+            "whole (lora.modules_to_save=[embed_tokens])"
+        )
     for name, layer in lora_layers(model).items():
         if config.lora_bias and getattr(layer.get_base_layer(), "bias", None) is None:
             raise UserError(f"lora.lora_bias=true: {name} has no bias that the adapter's could be added to")
@@ -238,6 +243,9 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
             "can merge it (merge_and_unload), give the merged model"
         )
     weights = {name.removeprefix(PREFIX): weight for name, weight in _read_weights(Path(path)).items()}
+    # Of an embedding that grew and is trained whole, peft writes the same once more, and what was there before.
+    beside = (".modules_to_save.", ".original_module.")
+    weights = {name: weight for name, weight in weights.items() if not any(part in name for part in beside)}
     # A head that reads a score is trained as it is, not beside a copy.
     heads = {name: weights.pop(name) for name in list(weights) if name.startswith("score.")}
     config.modules_to_save = [n for n in config.modules_to_save or () if n not in ("score", "classifier")] or None
@@ -257,6 +265,8 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     train_adapters(model)
     # What is tied to a weight that was found is not missing; a frozen weight is the base's.
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    # Frozen, and yet in the adapter: embedding and head of a base that had grown.
+    vars(model)["kept_with_adapter"] = [n for n in weights if n in parameters and not parameters[n].requires_grad]
     there = {id(p) for n, p in parameters.items() if n not in set(found.missing_keys)}
     there |= {id(p) for n, p in parameters.items() if not p.requires_grad or n.startswith("score.")}
     missing = [n for n in found.missing_keys if n in parameters and id(parameters[n]) not in there]
@@ -361,6 +371,7 @@ def _write_adapter(model: Any, base: str, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights |= {name: model.get_parameter(name).detach() for name in getattr(model, "kept_with_adapter", ())}
     config = dataclasses.replace(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.task_type = "CAUSAL_LM"
@@ -371,7 +382,9 @@ def _write_adapter(model: Any, base: str, folder: Path) -> None:
     metadata = {"format": "pt"}
     if form := checkpoint_format(model):
         metadata["base_identity"] = identity(form.folder)
-    save_file({PREFIX + n: w.contiguous() for n, w in weights.items()}, folder / WEIGHTS, metadata=metadata)
+    owner = {w.data_ptr(): n for n, w in weights.items()}  # peft reads both of what is tied, safetensors wants copies
+    stored = {PREFIX + n: w.contiguous() if owner[w.data_ptr()] == n else w.clone() for n, w in weights.items()}
+    save_file(stored, folder / WEIGHTS, metadata=metadata)
     config.save_pretrained(str(folder))
 
 

@@ -354,10 +354,13 @@ def test_the_base_in_another_folder_and_precision_is_the_base(saved, tokenizer, 
     assert lora_layers(load_policy(tmp_path / "half", tokenizer, lora=LoRA(path=adapter)))
 
 
-def by_peft(folder, base, settings):
+def by_peft(folder, base, settings, rows=None):
     """An adapter of peft's own that does something, and the model with it."""
     torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**settings))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    model = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -397,6 +400,33 @@ def test_an_adapter_of_the_embedding_finds_it_with_a_row_for_padding(settings, s
         found = load_policy(tokenizer=tokenizer, **given).eval()(TOKENS).logits
         assert found.shape[-1] == expected.shape[-1] + 1
         assert_close(found[..., :-1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_config", ["llama", "qwen3"], indirect=True)  # tied, and not
+@pytest.mark.parametrize("whole", [[], ["lm_head", "embed_tokens"]], ids=["frozen", "trained"])
+def test_an_adapter_of_a_base_that_grew_brings_its_rows(whole, saved, tokenizer, tmp_path):
+    base, *_ = saved
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
+    settings = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": whole or None}
+    theirs = by_peft(tmp_path / "peft", base, settings, rows=len(tokenizer))
+    tokens = torch.tensor([[5, len(tokenizer) - 2, len(tokenizer) - 1, 7]])
+    expected = theirs(tokens).logits
+    on = load_policy(base, tokenizer, lora=LoRA(path=tmp_path / "peft"))
+    save_adapter(on, tokenizer, tmp_path / "again")
+    for model in (on, load_policy(tmp_path / "peft", tokenizer), load_policy(tmp_path / "again", tokenizer)):
+        assert_close(model.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+def test_a_tied_embedding_that_is_trained_whole_stays_tied(saved, tokenizer, tmp_path):
+    base, *_ = saved
+    model = load_policy(base, tokenizer, lora=LoRA(r=2, modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    save_adapter(stirred(model).eval(), tokenizer, tmp_path / "tied")
+    read = load_policy(tmp_path / "tied", tokenizer).eval()
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    assert_close(read(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"ensure_weight_tying=true: not for an embedding in target_modules"):
+        load_policy(base, tokenizer, lora=LoRA(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
 
 
 EXPERTS = {
