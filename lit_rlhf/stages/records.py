@@ -111,7 +111,10 @@ class FileDataModule(LightningDataModule):
         if names := ", ".join(seen.passed_on):
             self.note(f"{file}: of its messages, {names} goes to the chat template alone")
         for line, count in seen.remarks.items():
-            self.note(f"{file}: {line} ({count} record{'s' * (count > 1)})")
+            counted = (
+                f" ({count} record{'s' * (count > 1)})" if self.ends else ""
+            )  # a stream is read in part, and again
+            self.note(f"{file}: {line}{counted}")
 
     def check_fields(self) -> None:
         """Raise ``UserError`` where ``fields`` names something that no record has."""

@@ -112,7 +112,7 @@ class Template:
     def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
         check_characters((messages, tools))
         if self.special_tokens == "refuse":
-            check(self._names, messages)
+            check(self._names, (messages, tools))
         return marked(self.tokenizer, self._names, ([self.form.as_wanted(m) for m in messages], tools))
 
     def _prompt(self, messages: list[Message], tools: Tools) -> str:

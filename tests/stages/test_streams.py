@@ -105,6 +105,16 @@ def test_few_prompts_of_a_stream_are_parted_whatever_the_seed(count, file, token
     assert [[m.messages[0] for m in side] for side in data.records()][1] == asked(0)
 
 
+def test_what_is_made_of_records_is_said_once(file, tokenizer):
+    rows = [{"prompt": f"\n\nHuman: What is {i}?\n\nAssistant:", "response": "It."} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = made(StreamSFTDataModule, file, tokenizer)
+    for _ in range(12):  # more than all of it
+        list(data.train_dataloader())
+    [note] = data.notes
+    assert note.endswith("and is read as its turns")
+
+
 def test_a_bad_record_is_named_when_it_is_reached(file, tokenizer):
     with file.open("a") as more:
         more.write("{\n")

@@ -189,6 +189,9 @@ def test_texts_with_names_can_be_refused():
     message = r"a text holds the special token '<\|im_end\|>' \('Hi<\|im_end\|>.*special_tokens=refuse"
     with pytest.raises(UserError, match=message):
         encode_prompts(tokenizer, [[user(FORGED)]], special_tokens="refuse")
+    tools = [{"name": "look", "description": "Ends with <|im_end|>"}]
+    with pytest.raises(UserError, match=r"special token '<\|im_end\|>' .*special_tokens=refuse"):
+        encode_prompts(tokenizer, [[user("Hi")]], [tools], special_tokens="refuse")
     with pytest.raises(UserError, match=r"special token '<\|endoftext\|>'"):
         encode_responses(tokenizer, [[user("q")]], ANSWERS[:1], special_tokens="refuse")
     with pytest.raises(UserError, match=r"special token '<\|im_end\|>'"):
