@@ -241,7 +241,8 @@ def _untie_what_differs(model: Layer) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is embedding.weight:
         return
-    if head.weight.shape == embedding.weight.shape and torch.equal(head.weight, embedding.weight):
+    same = head.weight.shape == embedding.weight.shape
+    if same and (head.weight.is_meta or torch.equal(head.weight, embedding.weight)):
         head.weight = embedding.weight
     else:
         config.tie_word_embeddings = False

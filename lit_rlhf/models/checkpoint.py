@@ -198,7 +198,7 @@ def identity(folder: Path) -> str:
     Of each tensor its shape and its first row, rounded to bfloat16: read in no time, however large the model."""
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, weight_files(folder))):
-        with safe_open(file, "pt") as tensors:
+        with torch.device("cpu"), safe_open(file, "pt") as tensors:  # on meta, too, where a plan is made
             for name in sorted(tensors.keys()):
                 tensor = tensors.get_slice(name)
                 shape = tensor.get_shape()

@@ -242,7 +242,7 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
             f"{path}: an adapter of kind {str(config.peft_type).rpartition('.')[2]}, where LoRA was expected; if peft "
             "can merge it (merge_and_unload), give the merged model"
         )
-    weights = {name.removeprefix(PREFIX): weight for name, weight in _read_weights(Path(path)).items()}
+    weights = {name.removeprefix(PREFIX): w.to(model.device) for name, w in _read_weights(Path(path)).items()}
     # Of an embedding that grew and is trained whole, peft writes the same once more, and what was there before.
     beside = (".modules_to_save.", ".original_module.")
     weights = {name: weight for name, weight in weights.items() if not any(part in name for part in beside)}

@@ -429,6 +429,18 @@ def test_a_tied_embedding_that_is_trained_whole_stays_tied(saved, tokenizer, tmp
         load_policy(base, tokenizer, lora=LoRA(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
 
 
+@pytest.mark.filterwarnings("error:.*a no-op")  # of numbers that would be copied into none
+def test_an_adapter_is_put_on_a_model_without_values(saved, tokenizer):
+    base, adapter, _ = saved
+    for given in ({"path": adapter}, {"path": base, "lora": LoRA(path=adapter)}):
+        with torch.device("meta"):  # as for a plan
+            planned = load_policy(tokenizer=tokenizer, **given)
+        shapes = [
+            (n, p.shape, p.requires_grad) for n, p in load_policy(tokenizer=tokenizer, **given).named_parameters()
+        ]
+        assert [(n, p.shape, p.requires_grad) for n, p in planned.named_parameters()] == shapes
+
+
 EXPERTS = {
     "model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
