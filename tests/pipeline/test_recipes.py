@@ -41,7 +41,7 @@ def rates(cfg):
 def test_where_weights_are_given_the_checkpoints_recipe_is_taken(model):
     cfg, scratch = fitted(*model), fitted()
     assert (cfg.recipe, scratch.recipe) == ("checkpoint", "scratch")
-    assert rates(scratch) == dict(zip(TRAINED, (4e-3, 1.5e-3, 1.5e-3, 1.5e-3, 3e-4, 3e-4)))
+    assert rates(scratch) == dict(zip(TRAINED, (1.2e-2, 1.5e-3, 1.5e-3, 7e-4, 3e-4, 3e-4)))
     assert max(rates(cfg).values()) <= 1e-4
     assert "gives weights" in recipe_line(cfg) and "made from scratch" in recipe_line(scratch)
 
@@ -70,9 +70,12 @@ def test_a_study_of_a_fresh_model_starts_from_the_checkpoint_where_one_is_given(
 
 
 def test_a_likelihood_head_has_its_own_rate_where_it_is_made_from_scratch():
-    fresh, given = (fitted("reward/head=likelihood", *more).reward for more in ((), MODEL))
+    fresh, given = fitted().reward, fitted("reward/head=likelihood", *MODEL).reward
+    assert fresh.head.kind == given.head.kind == "likelihood" and fitted(*MODEL).reward.head.kind == "linear"
     assert (fresh.optimizer.lr, fresh.trainer.max_epochs, fresh.data.batch_size) == (7e-4, 1, 8)
     assert fresh.module.lm_coef == 0
+    linear = fitted("reward/head=linear").reward
+    assert (linear.head.kind, linear.optimizer.lr, linear.trainer.max_epochs) == ("linear", 1.5e-3, 3)
     assert given.optimizer.lr == fitted(*MODEL).reward.optimizer.lr and given.module.lm_coef == 0
 
 
@@ -190,7 +193,12 @@ def addresses(node, prefix=""):
 
 
 def test_the_recipe_of_fresh_models_changes_what_its_file_says_and_nothing_else():
-    said = addresses(OmegaConf.to_container(OmegaConf.load(conf_dir() / "recipe" / "scratch.yaml")))
+    recipe = OmegaConf.load(conf_dir() / "recipe" / "scratch.yaml")
+    assert recipe.pop("defaults") == [{"override /reward/head": "likelihood"}]
+    head = OmegaConf.load(conf_dir() / "recipe" / "reward_head" / "scratch_likelihood.yaml")
+    said = addresses(
+        OmegaConf.to_container(OmegaConf.merge(recipe, {"reward": head}, {"reward": {"head": {"kind": ""}}}))
+    )
     both = (compose_settings([f"recipe={recipe}"]) for recipe in ("scratch", "checkpoint"))
     made, given = (addresses(OmegaConf.to_container(cfg)) for cfg in both)
     assert made.keys() == given.keys() and {k for k in made if made[k] != given[k]} <= said.keys() <= made.keys()

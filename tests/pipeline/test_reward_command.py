@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import load_reward_model
@@ -34,16 +35,17 @@ def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_likelihood_head_and_an_ensemble_go_through_the_pipeline(lit_rlhf, finished_run, tmp_path):
+def test_a_linear_head_and_an_ensemble_go_through_the_pipeline(lit_rlhf, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs", tmp_path / "runs")
-    lit_rlhf("stage=[reward,ppo,evaluate]", "from_run=quickstart", "run=likelihood", "reward/head=likelihood")
-    run = tmp_path / "runs" / "likelihood"
+    lit_rlhf("stage=[reward,ppo,evaluate]", "from_run=quickstart", "run=linear", "reward/head=linear")
+    run = tmp_path / "runs" / "linear"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["reward"]["calibration"] and set(summary["reward"]["by"]) >= {"kind", "length", "gold_kind"}
-    assert load_reward_model(run / "reward" / "model").score.spec.kind == "likelihood"
+    assert AutoModelForSequenceClassification.from_pretrained(run / "reward" / "model").config.num_labels == 1
+    assert load_reward_model(tmp_path / "runs" / "quickstart" / "reward" / "model").score.spec.kind == "likelihood"
     page = (run / "report.html").read_text()
     assert "Where the reward model is right" in page and "by the gold judge" in page
-    members = [f"runs/{name}/reward/model" for name in ("quickstart", "likelihood")]
+    members = [f"runs/{name}/reward/model" for name in ("quickstart", "linear")]
     lit_rlhf(
         "stage=ppo", "from_run=quickstart", "run=ensemble", f"ppo.reward_model.path=[{','.join(members)}]",
         "ppo.reward_model.combine=worst",

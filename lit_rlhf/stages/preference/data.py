@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch.utils.data import ConcatDataset
 
 from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDataModule
@@ -22,5 +24,8 @@ class PreferenceDataModule(PromptDataModule):
         return self.sampled(ConcatDataset([self.train_prompts, self.held_out_prompts]))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class WorldPreferenceDataModule(WorldPromptDataModule, PreferenceDataModule):
     """Prompts of the built-in world."""
+
+    prompts: Annotated[int, Field(ge=1)] = 2000
