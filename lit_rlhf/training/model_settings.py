@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.distributed._composable import checkpoint
 
+from lit_rlhf.errors import say_once
 from lit_rlhf.models.kernels import Kernels, use_block_attention, use_fast_layers, use_kernels
 from lit_rlhf.models.micro_batches import LEARNING, backbones, limit_kept
 from lit_rlhf.models.policy import layers
@@ -41,6 +43,15 @@ class ModelSettings(Callback):
         self.apply(pl_module, on_cpu=trainer.strategy.root_device.type == "cpu")
         if trainer.datamodule is not None:
             fit_memory(trainer.datamodule, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trained = {p.dtype for p in pl_module.parameters() if p.requires_grad}
+        for dtype in trained & {torch.bfloat16, torch.float16}:
+            kind, lost = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps / 2
+            say_once(
+                f"weights are trained in {kind}: of each step, what is below {lost:.1g} of a weight is lost to "
+                "rounding; trainer.precision=bf16-mixed keeps them in float32"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -5,6 +5,7 @@ import torch
 from lightning import LightningModule
 from torch.testing import assert_close
 
+from lit_rlhf.errors import say_once
 from lit_rlhf.functional import lm_loss
 from lit_rlhf.models import LoRA, add_lora, next_token_logits, save_model
 from lit_rlhf.models.kernels import fast_kernels
@@ -113,6 +114,14 @@ def test_kernels_are_a_setting_for_all_models_of_a_module(policy, precision, ker
         assert model.config._attn_implementation == attention
         assert model.base_model.config._attn_implementation == attention
     assert policy.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("precision", "lines"), [("bf16-true", 1), ("bf16-mixed", 0), ("32-true", 0)])
+def test_weights_that_are_trained_in_half_precision_are_said(policy, precision, lines, capsys):
+    say_once.cache_clear()
+    fit(policy, steps=1, precision=precision)
+    said = "weights are trained in bfloat16: of each step, what is below 0.004 of a weight is lost"
+    assert capsys.readouterr().out.count(said) == lines
 
 
 def test_plain_kernels_learn_the_same(policy):
