@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -27,6 +28,8 @@ from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, check_re
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in an adapter folder
+# Weights that came with an adapter and are not trained: embedding and head of a base whose vocabulary had grown
+_frozen_within: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -265,8 +268,7 @@ def put_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     train_adapters(model)
     # What is tied to a weight that was found is not missing; a frozen weight is the base's.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Frozen, and yet in the adapter: embedding and head of a base that had grown.
-    vars(model)["kept_with_adapter"] = [n for n in weights if n in parameters and not parameters[n].requires_grad]
+    _frozen_within[model] = [n for n in weights if n in parameters and not parameters[n].requires_grad]
     there = {id(p) for n, p in parameters.items() if n not in set(found.missing_keys)}
     there |= {id(p) for n, p in parameters.items() if not p.requires_grad or n.startswith("score.")}
     missing = [n for n in found.missing_keys if n in parameters and id(parameters[n]) not in there]
@@ -371,7 +373,7 @@ def _write_adapter(model: Any, base: str, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights |= {name: model.get_parameter(name).detach() for name in getattr(model, "kept_with_adapter", ())}
+    weights |= {name: model.get_parameter(name).detach() for name in _frozen_within.get(model, ())}
     config = dataclasses.replace(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.task_type = "CAUSAL_LM"
