@@ -48,6 +48,11 @@ from harness import (
 )
 
 BEFORE = "4b16d82"
+# What that one did by itself, so that both do equal work
+AS_BEFORE = [
+    "pretrain.optimizer.matrix_lr=null", "pretrain.optimizer.lr=4e-3", "pretrain.trainer.max_steps=820",
+    "preference.data.prompts=4000", "reward/head=linear", "ppo.trainer.limit_train_batches=54",
+]  # fmt: skip
 SLICE = 2.0  # seconds
 STAGES = ("pretrain", "sft", "preference", "reward", "ppo", "evaluate")
 WHOLE = "the whole quickstart"
@@ -176,10 +181,11 @@ def run(case: Case, threads: int, seed: int) -> tuple[dict[str, dict[str, Lap]],
     with tempfile.TemporaryDirectory() as folder:
         commands: dict[str, Command] = {}
         try:
-            for name, revision in ((OURS, "HEAD"), (f"before ({case.before})", case.before)):
+            sides = ((OURS, "HEAD", AS_BEFORE), (f"before ({case.before})", case.before, []))
+            for name, revision, settings in sides:
                 place = Path(folder) / revision
                 unpack(revision, place)
-                commands[name] = Command(quickstart, place)
+                commands[name] = Command([*quickstart, *settings], place)
             in_turns(list(commands.values()), SLICE)
         finally:
             for command in commands.values():
