@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import make_folder
 from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_token
 from lit_rlhf.models.finite import check_finite
@@ -204,7 +205,7 @@ class RewardTransformer(nn.Module):
             **{name: backbone.pop(name) for name in sorted(SCALE & backbone.keys())},
             "backbone": backbone,
         }
-        folder = Path(folder)
+        folder = make_folder(Path(folder))
         (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
         weights = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
