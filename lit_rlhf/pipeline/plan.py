@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training.dry_run import Meter, bytes_of
 from lit_rlhf.training.memory import machine_bytes, resident_bytes
+from lit_rlhf.training.optim import HIDDEN, decay_groups
 from lit_rlhf.training.trainer import precision_of
 
 MARGIN = 0.2  # of all tensors: holes between them that are too small for others, workspaces of libraries
@@ -131,7 +133,7 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     count = processes_of(settings.trainer)
     kind = "fsdp2" if "fsdp2" in str(settings.trainer.get("strategy")).lower() else "ddp"
     shards = count if kind == "fsdp2" else 1  # those that sample hold all of their models each
-    state = sum(p.numel() for p in trained) * _state_bytes(settings) if trained else 0
+    state = _state_bytes(settings, module) if trained else 0
     weights, gradients = bytes_of([*module.parameters(), *module.buffers()]), bytes_of(trained)
     checkpoint = bytes_of(module.state_dict().values()) + state
     stored = bytes_of(p for m in module.modules() if hasattr(m, "intended_dtype") for p in m.parameters())
@@ -168,13 +170,18 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     return need
 
 
-def _state_bytes(settings: DictConfig) -> int:
-    """Bytes that the optimizer keeps per trained value, found by a step on a small parameter."""
-    parameter = torch.nn.Parameter(torch.ones(64, 64))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = instantiate(settings.optimizer)([{"params": [parameter]}])
-    optimizer.step()
-    return sum(t.nbytes for t in optimizer.state[parameter].values()) // parameter.numel()
+def _state_bytes(settings: DictConfig, module: LightningModule) -> int:
+    """Bytes that the optimizer keeps of what is trained; per value, they are found by a step on a small parameter."""
+    per_value = {}
+    for hidden in (False, True):  # of such matrices Muon keeps less
+        parameter = torch.nn.Parameter(torch.ones(64, 64))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = instantiate(settings.optimizer)([{"params": [parameter], HIDDEN: [hidden]}])
+        optimizer.step()
+        per_value[hidden] = sum(t.nbytes for t in optimizer.state[parameter].values()) // parameter.numel()
+    matrices, *others = decay_groups(module)
+    state = sum(p.numel() * per_value[hidden] for p, hidden in zip(matrices["params"], matrices[HIDDEN]))
+    return state + sum(p.numel() * per_value[False] for group in others for p in group["params"])
 
 
 def _advice(need: Need, on_gpu: bool, has_lora: bool, count: int) -> str:
