@@ -33,11 +33,10 @@ def test_the_package_alone_imports_no_layer():
 
 def test_models_are_those_of_the_stages(finished_run):
     run = package.load(str(finished_run / "runs/quickstart"))
-    policy, tokenizer = run.policy()
+    policy, _ = run.policy()
     sft, _ = run.policy("sft")
     assert not torch.equal(policy.get_input_embeddings().weight, sft.get_input_embeddings().weight)
-    ids = tokenizer("What colour is the rof?", return_tensors="pt")
-    assert run.reward_model()(**ids).logits.shape == (1, 1)
+    assert run.reward_model().score.spec.kind == "likelihood"
 
 
 def test_a_notebook_shows_figures_and_the_report(finished_run):
