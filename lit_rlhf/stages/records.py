@@ -111,9 +111,8 @@ class FileDataModule(LightningDataModule):
         if names := ", ".join(seen.passed_on):
             self.note(f"{file}: of its messages, {names} goes to the chat template alone")
         for line, count in seen.remarks.items():
-            counted = (
-                f" ({count} record{'s' * (count > 1)})" if self.ends else ""
-            )  # a stream is read in part, and again
+            # A stream is read in part, and again: how many there are is not known.
+            counted = f" ({count} record{'s' * (count > 1)})" if self.ends else ""
             self.note(f"{file}: {line}{counted}")
 
     def check_fields(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import lit_rlhf as package
 from lit_rlhf.errors import UserError
+from lit_rlhf.models import score_answers
 
 
 def test_a_run_gives_models_figures_and_tables(finished_run):
@@ -33,10 +34,12 @@ def test_the_package_alone_imports_no_layer():
 
 def test_models_are_those_of_the_stages(finished_run):
     run = package.load(str(finished_run / "runs/quickstart"))
-    policy, _ = run.policy()
+    policy, tokenizer = run.policy()
     sft, _ = run.policy("sft")
     assert not torch.equal(policy.get_input_embeddings().weight, sft.get_input_embeddings().weight)
-    assert run.reward_model().score.spec.kind == "likelihood"
+    question = [{"role": "user", "content": "What colour is the rof?"}]
+    scores = score_answers(run.reward_model(), tokenizer, [question], ["The rof is red."])
+    assert scores.shape == (1,) and scores.isfinite().all()
 
 
 def test_a_notebook_shows_figures_and_the_report(finished_run):

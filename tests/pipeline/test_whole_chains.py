@@ -31,7 +31,7 @@ TRAINED = [stage for stage in STAGES if stage not in ("preference", "evaluate")]
 # another one where the weights differ by enough.
 SMALL = [
     "model=pico", "model.config.num_hidden_layers=2", "trainer.precision=32-true", "trainer.accelerator=cpu",
-    "reward/head=linear", "pretrain.optimizer.matrix_lr=null",
+    "reward/head=linear", "pretrain.optimizer.matrix_lr=null",  # test_sharded.py has the likelihood head and Muon
     "pretrain.optimizer.lr=1e-3", "sft.optimizer.lr=3e-4", "reward.optimizer.lr=3e-4", "classify.optimizer.lr=3e-4",
     "ppo.optimizer.lr=1e-4", "ppo.module.critic_lr=3e-4", "dpo.optimizer.lr=1e-4",
     "preference.data.limit=16", "preference.data.limit_held_out=8", "ppo.data.limit_held_out=8",
