@@ -295,6 +295,8 @@ def _with_grown_rows(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor
 
 def _for_another(path: str | Path, model: nn.Module, reason: str) -> UserError:
     given = model.name_or_path or "this model"
+    if "size mismatch" in reason and (Path(path) / "tokenizer.json").exists():
+        reason += f" (where a vocabulary grew, train with the adapter's tokenizer: <stage>.tokenizer.path={path})"
     return UserError(f"{path}: an adapter of {base_of_adapter(path)}, which does not fit {given}: {reason}")
 
 

@@ -305,10 +305,8 @@ class RecordDataModule(FileDataModule):
         known, self.max_length = list(self.skipped), room
         self.encode()
         self.skipped = known  # the same records are refused once more
-        self.note(
-            f"the model's context has room for {room} tokens, fewer than max_length={asked}: {self.long} records were "
-            f"longer ({self.how_long})"
-        )
+        longer = f"{self.long} records were longer" if self.long else "longer records count as too long"
+        self.note(f"the model's context has room for {room} tokens, not max_length={asked}: {longer} ({self.how_long})")
 
     @property
     def how_long(self) -> str:
@@ -373,16 +371,17 @@ class RecordDataModule(FileDataModule):
         before = self.moved.held_out | self.moved.train
         try:
             if isinstance(records, Records):
-                sides = records.split(self.held_out, self.fold, self.moved)
+                sides = records.split(self.held_out, self.fold, self.moved, from_each=self.weights is not None)
             else:
                 sides = split_by_prompt(records, self.asked, self.held_out, self.split_seed, self.fold, self.moved)
         except UserError as error:
             raise UserError(f"{self.source}: {error}") from None
         if new := (self.moved.held_out | self.moved.train) - before:
             side = "held out" if self.moved.held_out & new else "trained on"
+            whose = "its" if self.weights is None else "one source's"
             self.note(
-                f"{self.source}: none of its prompts would be {side} by split_seed={self.split_seed}; {len(new)} of "
-                "them changed sides, for all stages to come"
+                f"{self.source}: none of {whose} prompts would be {side} by split_seed={self.split_seed}; {len(new)} "
+                "of them changed sides, for all stages to come"
             )
         if self.moved.kept:
             self.note(

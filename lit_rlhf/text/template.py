@@ -111,6 +111,8 @@ class Template:
 
     def _shielded(self, messages: list[Message], tools: Tools) -> tuple[Any, str]:
         check_characters((messages, tools))
+        if self.form.developer_as_system and any(message["role"] == "developer" for message in messages):
+            self._say("this tokenizer's chat template knows no 'developer': it is written as the system's message")
         if self.special_tokens == "refuse":
             check(self._names, (messages, tools))
         return marked(self.tokenizer, self._names, ([self.form.as_wanted(m) for m in messages], tools))

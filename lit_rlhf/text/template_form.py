@@ -49,6 +49,7 @@ class RenderedForm:
         self._tail = re.compile(rf"(?:{self._added.pattern}|\s)+\Z")
         self.in_parts: frozenset[str] = frozenset()  # the roles whose content is wanted as a list of parts
         self._calls_as_text = False  # the arguments of a call are wanted as JSON, not as an object
+        self.developer_as_system = False  # it knows no developer, and does know a system message
 
     @property
     def end(self) -> str | None:
@@ -75,7 +76,9 @@ class RenderedForm:
         return None
 
     def as_wanted(self, message: Message) -> Message:
-        """Content as a text, or as a list of parts; arguments of calls as an object, or as JSON."""
+        """Content as a text, or as a list of parts; arguments of calls as an object, or as JSON; a role it knows."""
+        if self.developer_as_system and message["role"] == "developer":
+            message = {**message, "role": "system"}
         if self._calls_as_text and message.get("tool_calls"):
             message = {**message, "tool_calls": [_with_json(call) for call in message["tool_calls"]]}
         content, in_parts = message.get("content"), message["role"] in self.in_parts
@@ -186,6 +189,9 @@ class TemplateForm(RenderedForm):
                 written = self._write_if_it_can([*before, said, *behind])
                 if OTHER in written and not AS_PARTS.search(written):
                     break
+        system, developer = (self.as_wanted({"role": role, "content": OTHER}) for role in ("system", "developer"))
+        known = (OTHER in self._write_if_it_can([message, asked]) for message in (system, developer))
+        self.developer_as_system = [*known] == [True, False]
 
     def _opened_unasked(self, asked: Message, answer: Message) -> str:
         """The opening of an assistant's turn that a template without a look at ``add_generation_prompt`` writes behind

@@ -406,6 +406,7 @@ def test_an_adapter_of_the_embedding_finds_it_with_a_row_for_padding(settings, s
 @pytest.mark.parametrize("whole", [[], ["lm_head", "embed_tokens"]], ids=["frozen", "trained"])
 def test_an_adapter_of_a_base_that_grew_brings_its_rows(whole, saved, tokenizer, tmp_path):
     base, *_ = saved
+    before = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>"]})
     settings = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": whole or None}
     theirs = by_peft(tmp_path / "peft", base, settings, rows=len(tokenizer))
@@ -415,6 +416,8 @@ def test_an_adapter_of_a_base_that_grew_brings_its_rows(whole, saved, tokenizer,
     save_adapter(on, tokenizer, tmp_path / "again")
     for model in (on, load_policy(tmp_path / "peft", tokenizer), load_policy(tmp_path / "again", tokenizer)):
         assert_close(model.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"with the adapter's tokenizer: <stage>.tokenizer.path=.*again"):
+        load_policy(base, before, lora=LoRA(path=tmp_path / "again"))
 
 
 @pytest.mark.parametrize("model_config", ["llama"], indirect=True)

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_cut_or_left_out_and_said(
     room = CONTEXT - (6 if name in ("ppo", "preference", "evaluate") else 0)
     assert data.longest() <= room
     said = [note for note in data.notes if "context" in note]
-    assert len(said) == 1 and f"room for {room} tokens, fewer than max_length=512" in said[0]
+    assert len(said) == 1 and f"room for {room} tokens, not max_length=512" in said[0]
     assert f": {data.long} records were longer (on_long={on_long}" in said[0]
     assert data.long >= 10 or (name == "evaluate" and data.long)
     read, long_ones = (40, 10) if name != "evaluate" else (len(data._held_out), data.long)

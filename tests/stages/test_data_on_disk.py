@@ -169,6 +169,20 @@ def test_weights_are_shares_of_an_epoch(tmp_path, tokenizer):
     assert sum(40 <= n < 60 for n in chosen) / len(chosen) > 0.95
 
 
+@pytest.mark.parametrize("few", [1, 2, 3])
+def test_a_source_of_few_prompts_is_trained_on_whatever_the_seed(few, tmp_path, tokenizer):
+    for name, numbers in (("many", range(40)), ("few", range(40, 40 + few))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row(i)) for i in numbers))
+    path, all_held = [tmp_path / "many.jsonl", tmp_path / "few.jsonl"], 0
+    for seed in range(30):
+        data = made(SFTDataModule, path, tokenizer, weights=[1, 1], held_out=0.5, split_seed=seed, max_length=500)
+        all_held += data.moved.train != set()
+        data.train_dataloader().order(0)  # of each source something
+        sides = [{r.messages[0]["content"] for r in side} for side in (data.train_records, data.val_records)]
+        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40 + few
+    assert 0 < all_held < 30
+
+
 def test_records_of_parquet_keep_their_types(tmp_path, monkeypatch, tokenizer):
     from datetime import date, datetime, time, timedelta
     from decimal import Decimal

@@ -20,10 +20,12 @@ from lit_rlhf.text.records import (
     [
         ({"text": "t", "label": "pos"}, LabelledText(("t",), "pos")),
         ({"text": "t", "label": 0}, LabelledText(("t",), "0")),
+        ({"text": "t", "label": 1.0}, LabelledText(("t",), "1")),
         ({"text": "t", "label": True}, LabelledText(("t",), "True")),
         ({"premise": "p", "hypothesis": "h", "label": "no"}, LabelledText(("p", "h"), "no")),
         ({"text_a": "a", "text_b": "b", "label": 1}, Similarity("a", "b", "1")),
         ({"context": "c", "choices": ["x", "y"], "label": 1}, MultipleChoice("c", ("x", "y"), 1)),
+        ({"context": "c", "choices": ["x", "y"], "label": 1.0}, MultipleChoice("c", ("x", "y"), 1)),
         ({"prompt": "c", "choices": ["x", "y"], "label": "x"}, MultipleChoice("c", ("x", "y"), 0)),
         ({"context": "c", "choices": ["1", "0"], "label": "0"}, MultipleChoice("c", ("1", "0"), 1)),
     ],

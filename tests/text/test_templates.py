@@ -92,6 +92,21 @@ def test_what_is_learned_stands_behind_what_is_asked(template, own_tokens):
 
 
 @needs_trl
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_a_developer_is_heard_as_the_system_where_the_template_knows_none(template):
+    tokenizer, told = tokenizer_of(template), []
+    developer, question = {**SYSTEM, "role": "developer"}, dialogue(1, system=False)[:1]
+    if template.stem in NO_SYSTEM:
+        with pytest.raises(UserError, match="chat template refuses the dialogue"):
+            encode_prompts(tokenizer, [[developer, *question]])
+        return
+    heard, system = encode_prompts(tokenizer, [[developer, *question], [SYSTEM, *question]], note=told.append)
+    assert SYSTEM["content"] in tokenizer.decode(heard)
+    assert (told != []) == TemplateForm(tokenizer).developer_as_system
+    assert not told or (heard == system and "knows no 'developer'" in told[0])
+
+
+@needs_trl
 @pytest.mark.parametrize("own_tokens", [True, False], ids=["special", "plain"])
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
 def test_a_turn_that_is_opened_unasked_is_not_learned(template, own_tokens):

@@ -55,7 +55,8 @@ class StreamSFTDataModule(SFTDataModule):
     def encode(self) -> None:
         self.long = self.left_out = 0
         self.val_set = self.encoded(self.val_records, held_out=True)
-        self.train_set = Windows(partial(self._side, False), self.window, partial(self.encoded, held_out=False))
+        read, make = partial(self._side, held_out=False), partial(self.encoded, held_out=False)
+        self.train_set = Windows(read, self.window, make, self.source)
         self.check_left(self.called, self.train_set, self.val_set)
 
     def sizes(self) -> dict[str, int]:

@@ -90,7 +90,7 @@ def task_prompt(task: Task) -> Messages:
 
 
 def _multiple_choice(row: dict[str, Any]) -> MultipleChoice:
-    choices, label = row["choices"], require(row, "label")
+    choices, label = row["choices"], _given(row)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError(f"'choices' is {short(choices)}; a list of two or more non-empty strings was expected")
     if len(set(choices)) < len(choices):
@@ -104,8 +104,14 @@ def _multiple_choice(row: dict[str, Any]) -> MultipleChoice:
     return MultipleChoice(text_field(row, "context" if "context" in row else "prompt"), tuple(choices), label)
 
 
-def _label(row: dict[str, Any]) -> str:
+def _given(row: dict[str, Any]) -> Any:
+    """The label; 1.0, as tables with empty cells have it, is 1."""
     label = require(row, "label")
+    return int(label) if isinstance(label, float) and label.is_integer() else label
+
+
+def _label(row: dict[str, Any]) -> str:
+    label = _given(row)
     if not isinstance(label, str | int) or not str(label).strip():
         raise ValueError(f"'label' is {short(label)}; a name or a whole number was expected")
     return str(label)

@@ -80,17 +80,10 @@ class Moved:
         size = min(max(1, round(fraction * len(places))), len(places) - 1)
         if size < 1:
             raise UserError("there is one distinct prompt, and to hold one out takes two; give more prompts")
-        edges = [fraction] if fold == 0 else [fold * fraction, (fold + 1) * fraction]
-
-        def nearest(prints: set[str], count: int, last: set[str]) -> set[str]:
-            return set(sorted(prints, key=lambda p: (p in last, min(abs(places[p] - e) for e in edges), p))[:count])
-
         if all_held:
-            found = nearest({*places}, len(places) - size, self.held_out)
-            self.train |= found
-            self.held_out -= found
-            return places.keys() - found
-        found = nearest(places.keys() - self.trained, size, self.train)
+            return places.keys() - self.train_on_some(places, fraction, fold)
+        others = {p: place for p, place in places.items() if p not in self.trained}
+        found = {*_by_distance(others, fraction, fold, last=self.train)[:size]}
         if not found:
             by = f" ({', '.join(self.trained_by)})" if self.trained_by else ""
             raise UserError(
@@ -100,6 +93,20 @@ class Moved:
         self.held_out |= found
         self.train -= found
         return found
+
+    def train_on_some(self, places: dict[str, float], fraction: float, fold: int = 0) -> set[str]:
+        """Of prompts that are all held out, those that are trained on instead: all but the fraction, one at least."""
+        size = max(1, round(fraction * len(places)))
+        found = {*_by_distance(places, fraction, fold, last=self.held_out)[: max(1, len(places) - size)]}
+        self.train |= found
+        self.held_out -= found
+        return found
+
+
+def _by_distance(places: dict[str, float], fraction: float, fold: int, last: set[str]) -> list[str]:
+    """Fingerprints by their places' distance from the threshold, those in ``last`` behind the others."""
+    edges = [fraction] if fold == 0 else [fold * fraction, (fold + 1) * fraction]
+    return sorted(places, key=lambda p: (p in last, min(abs(places[p] - edge) for edge in edges), p))
 
 
 def split_by_prompt(
@@ -132,8 +139,13 @@ def held_out_mask(
     held, moved.kept = held & ~trained, int(trained.sum())
     if fraction == 0 or 0 < held.sum() < len(held):
         return held
-    by_print = {f"{number:016x}": place for number, place in zip(prints.tolist(), places.tolist())}
-    return np.isin(prints, _numbers(moved.change_sides(by_print, bool(held.all()), fraction, fold)))
+    known = by_fingerprint(prints, places)
+    return np.isin(prints, _numbers(moved.change_sides(known, bool(held.all()), fraction, fold)))
+
+
+def by_fingerprint(prints: np.ndarray, places: np.ndarray) -> dict[str, float]:
+    """:func:`split_place` of each :func:`prompt_fingerprint`."""
+    return {f"{number:016x}": place for number, place in zip(prints.tolist(), places.tolist())}
 
 
 def _numbers(fingerprints: set[str]) -> np.ndarray:

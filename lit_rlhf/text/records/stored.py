@@ -19,7 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.text.records.files import OnBadRecord, Seen, read_records
 from lit_rlhf.text.records.messages import Messages
 from lit_rlhf.text.records.sources import identity_of
-from lit_rlhf.text.records.split import Moved, held_out_mask, split_marks
+from lit_rlhf.text.records.split import Moved, by_fingerprint, held_out_mask, split_marks
 from lit_rlhf.text.rows import NotPlain, Rows, field_names, progress, write_rows
 from lit_rlhf.text.token_file import code_digest, kept
 
@@ -58,14 +58,24 @@ class Records(Rows[Record]):
 
     def by_entry(self) -> list[Records[Record]]:
         """The records of each entry of the path."""
-        places = np.arange(len(self)) if self.places is None else self.places
-        cuts = [0, *np.searchsorted(places, self.ends).tolist()]
-        return [self[begin:end] for begin, end in pairwise(cuts)]
+        return [self[entry] for entry in self._entries()]
 
-    def split(self, fraction: float, fold: int, moved: Moved) -> tuple[Records[Record], Records[Record]]:
-        """(train, held out) as :func:`lit_rlhf.text.records.split_by_prompt` parts them."""
-        prints = self.column("fingerprint").view(np.uint64)
-        held = held_out_mask(prints, self.column("place"), fraction, fold, moved)
+    def _entries(self) -> list[slice]:
+        places = np.arange(len(self)) if self.places is None else self.places
+        return [slice(*cuts) for cuts in pairwise([0, *np.searchsorted(places, self.ends).tolist()])]
+
+    def split(
+        self, fraction: float, fold: int, moved: Moved, from_each: bool = False
+    ) -> tuple[Records[Record], Records[Record]]:
+        """(train, held out) as :func:`lit_rlhf.text.records.split_by_prompt` parts them; with ``from_each`` some
+        of each entry are to train on."""
+        prints, places = self.column("fingerprint").view(np.uint64), self.column("place")
+        held = held_out_mask(prints, places, fraction, fold, moved)
+        whole = [entry for entry in self._entries() if held[entry].any() and held[entry].all()] if from_each else []
+        for entry in whole:
+            moved.train_on_some(by_fingerprint(prints[entry], places[entry]), fraction, fold)
+        if whole:
+            held = held_out_mask(prints, places, fraction, fold, moved)
         return self.at(~held), self.at(held)
 
 

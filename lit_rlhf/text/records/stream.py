@@ -24,12 +24,17 @@ class Windows(Sequence[Item], Generic[Record, Item]):
         read: gives the records from the beginning, the same ones each time.
         size: records of a window.
         make: what comes of the records of a window.
+        name: of the source, in errors.
     """
 
     def __init__(
-        self, read: Callable[[], Iterator[Record]], size: int, make: Callable[[list[Record]], Sequence[Item]]
+        self,
+        read: Callable[[], Iterator[Record]],
+        size: int,
+        make: Callable[[list[Record]], Sequence[Item]],
+        name: str = "the stream",
     ) -> None:
-        self.read, self.size, self.make = read, size, make
+        self.read, self.size, self.make, self.name = read, size, make, name
         self.furthest = 0  # window that was asked for
         self._held: dict[int, Sequence[Item]] = {}
         self._source: Iterator[Record] = iter(())
@@ -45,7 +50,8 @@ class Windows(Sequence[Item], Generic[Record, Item]):
             made = self.make(list(islice(self._source, self.size)))
             if not len(made):
                 raise UserError(
-                    f"records {number * self.size + 1} to {(number + 1) * self.size} leave nothing to train on"
+                    f"{self.name}: records {number * self.size + 1} to {(number + 1) * self.size} leave nothing to "
+                    "train on"
                 )
             self._next, self.furthest = number + 1, max(number, self.furthest)
             self._held = {**dict([*self._held.items()][-1:]), number: made}
@@ -65,4 +71,4 @@ class Windows(Sequence[Item], Generic[Record, Item]):
             for record in self.read():
                 some = True
                 yield record
-        raise UserError("the stream ended, and nothing of it is left to train on beside what is held out")
+        raise UserError(f"{self.name} ended, and nothing of it is left to train on beside what is held out")
