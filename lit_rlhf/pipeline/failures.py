@@ -38,7 +38,7 @@ def fail(said: Any, code: int = MISTAKE) -> NoReturn:
         time.sleep(3)  # a launcher ends the first process when it sees another one end
         if _met or here.local_rank > 0:
             sys.exit(code)
-        who = f"process {here.rank} of {here.world_size}: "
+        who = f"process {here.rank}: "
     print(f"lit-rlhf: {who}{one_line(said)}", file=sys.stderr, flush=True)
     sys.exit(code)
 

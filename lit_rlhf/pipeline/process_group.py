@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import UserError, first_line
+from lit_rlhf.errors import UserError, first_line, say
 from lit_rlhf.pipeline.failures import MISTAKE, fail, others_met, parent_gone, reason
 from lit_rlhf.processes import is_main_process, this_process
 from lit_rlhf.training.all_processes import patient_group
@@ -29,7 +29,7 @@ from lit_rlhf.training.all_processes import patient_group
 Value = TypeVar("Value")
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as start_others() sets them
-TO_START = timedelta(minutes=10)  # within which all processes must be there
+TO_START = "LIT_RLHF_START_TIMEOUT"  # in the environment: seconds within which all processes must be there
 SECONDS_TO_HEAR, SECONDS_TO_END = 20.0, 30.0
 NOTE = ".process-{}"  # in the run's folder, by rank: why a process ended, for the first one to say
 MAY_DIFFER = {"paths", "threads", "hydra"}  # settings of a node's own
@@ -87,7 +87,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     lost = threading.Event()
     try:
         with _watched(cfg, others, lost):
-            processes = _joined(devices * nodes)
+            processes = _joined(devices * nodes, nodes)
             others_met()
             processes.check_alike(cfg)
             yield processes
@@ -217,7 +217,15 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _joined(wanted: int) -> Processes:
+def _to_start(nodes: int) -> timedelta:
+    """How long a process waits for the others: a launcher has started those of one node, and sees whether they live."""
+    told = os.environ.get(TO_START, "45" if nodes > 1 else "600")
+    if not told.isdecimal() or not int(told):
+        raise UserError(f"{TO_START}={told}: a whole number of seconds was expected")
+    return timedelta(seconds=int(told))
+
+
+def _joined(wanted: int, nodes: int) -> Processes:
     rank, _, _, size = this_process()
     if size == 1:
         return Processes()
@@ -226,22 +234,51 @@ def _joined(wanted: int) -> Processes:
             f"{size} processes were started, and trainer.devices times trainer.num_nodes is {wanted}; both must be as "
             "they were started"
         )
-    slurm = SLURMEnvironment()
-    by_slurm = "RANK" not in os.environ
-    where = f"tcp://{slurm.main_address}:{slurm.main_port}" if by_slurm else "env://"
+    host, port = _address()
+    by_slurm = "RANK" not in os.environ  # env:// knows the store that torchrun has begun
+    where = f"tcp://{host}:{port}" if by_slurm else "env://"
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = _to_start(nodes)
+    if nodes > 1:
+        some = "1 process" if size == 2 else f"{size - 1} processes"
+        say(f"waiting for {some} of {nodes} nodes, {patience.seconds} s at most ({TO_START}=600: longer)")
     try:
-        store, *_ = next(dist.rendezvous(where, rank, size, timeout=TO_START))
+        if rank > 0:
+            _wait_for_first(host, port, patience)
+        store, *_ = next(dist.rendezvous(where, rank, size, timeout=patience))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    except RuntimeError as error:  # dist.DistError is one
+    except (RuntimeError, OSError) as error:  # dist.DistError is the former
         if "EADDRINUSE" in str(error):
-            where = where if by_slurm else f"MASTER_PORT={os.environ['MASTER_PORT']}"
-            raise UserError(f"{where}: this port is in use; set MASTER_PORT to a free one for all of them") from error
+            raise UserError(f"MASTER_PORT={port}: this port is in use; set another for all processes") from error
         raise UserError(
-            f"process {rank} of {size} waited {TO_START} for the others in vain, or lost them: {first_line(error)}. "
-            "See whether all are started, and reach the first one's MASTER_ADDR and MASTER_PORT"
+            f"waited {patience.seconds} s for the other processes in vain, or lost them: "
+            f"{first_line(error).removesuffix('.')}. See whether all {size} are started, and reach the first one at "
+            f"{host}:{port} (MASTER_ADDR and MASTER_PORT); {TO_START}=600 waits longer"
         ) from error
     return Processes(patient_group())
+
+
+def _address() -> tuple[str, int]:
+    """Where the first process listens for the others."""
+    if "RANK" not in os.environ:
+        slurm = SLURMEnvironment()
+        return slurm.main_address, slurm.main_port
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise UserError(f"MASTER_ADDR={host} and MASTER_PORT={port}: name and port of the first process were expected")
+    return host, int(port)
+
+
+def _wait_for_first(host: str, port: int, patience: timedelta) -> None:
+    """Until the first process listens; torch's own attempts take twice the time, and end in a page of text."""
+    until = time.monotonic() + patience.seconds
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=patience.seconds).close()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 def _end(others: list[subprocess.Popen[bytes]]) -> None:

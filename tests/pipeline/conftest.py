@@ -38,7 +38,8 @@ def warm(tmp_path_factory):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    under_load = {"LIT_RLHF_START_TIMEOUT": "300"}
+    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **under_load}
 
 
 @pytest.fixture

@@ -95,5 +95,5 @@ def test_other_numbers_than_were_started_are_refused(start, chains):
 def test_what_ends_a_process_before_all_have_met_is_said_on_each_node(local_rank, says, lit_rlhf):
     env = {"RANK": "2", "LOCAL_RANK": local_rank, "GROUP_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
     done = lit_rlhf("sft.nothing=1", check=False, env={**env, "MASTER_PORT": "29999"})
-    assert done.returncode == 2 and done.stderr.startswith("lit-rlhf: process 2 of 4: sft.nothing:") == says
+    assert done.returncode == 2 and done.stderr.startswith("lit-rlhf: process 2: sft.nothing:") == says
     assert done.stderr.count("\n") == says

@@ -39,7 +39,7 @@ def rank(monkeypatch):
         for name, value in told.items():
             monkeypatch.setenv(name, str(value))
 
-    monkeypatch.setattr(process_group, "TO_START", timedelta(seconds=1))
+    monkeypatch.setenv("LIT_RLHF_START_TIMEOUT", "1")
     return tell
 
 
@@ -50,20 +50,39 @@ def listening():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_node_that_does_not_come_is_one_line_after_a_stated_time(rank, number):
+def test_a_node_that_does_not_come_is_one_line_after_a_stated_time(rank, number, capfd):
     rank(number, process_group._free_port())
-    with pytest.raises(UserError, match=rf"process {number} of 2 waited 0:00:01 for the others in vain"):
-        process_group._joined(2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"waited 1 s for the other processes in vain.* See whether all 2 are"):
+        process_group._joined(2, 2)
+    said = capfd.readouterr()
+    assert time.monotonic() - began < 10 and not said.err
+    assert ("waiting for 1 process of 2 nodes, 1 s at most" in said.out) == (number == 0)
+    assert process_group._to_start(1).seconds == 1
+
+
+def test_an_address_that_is_none_is_said(rank):
+    rank(1, "some")
+    with pytest.raises(UserError, match=r"MASTER_ADDR=127.0.0.1 and MASTER_PORT=some: name and port of the first"):
+        process_group._joined(2, 2)
+
+
+def test_how_long_processes_wait_for_each_other(monkeypatch):
+    monkeypatch.delenv("LIT_RLHF_START_TIMEOUT", raising=False)
+    assert [process_group._to_start(nodes).seconds for nodes in (1, 2)] == [600, 45]
+    monkeypatch.setenv("LIT_RLHF_START_TIMEOUT", "ten")
+    with pytest.raises(UserError, match="LIT_RLHF_START_TIMEOUT=ten: a whole number of seconds was expected"):
+        process_group._to_start(2)
 
 
 def test_a_port_in_use_is_named(rank, listening):
     rank(0, listening)
-    with pytest.raises(UserError, match=f"MASTER_PORT={listening}: this port is in use; set MASTER_PORT to a free one"):
-        process_group._joined(2)
+    with pytest.raises(UserError, match=f"MASTER_PORT={listening}: this port is in use; set another for all"):
+        process_group._joined(2, 2)
 
 
 def test_settings_that_differ_between_processes_are_refused_by_all(rank, monkeypatch, tmp_path):
-    monkeypatch.setattr(process_group, "TO_START", timedelta(seconds=60))
+    monkeypatch.setenv("LIT_RLHF_START_TIMEOUT", "60")
     port = process_group._free_port()
 
     def start(number, batch_size):
