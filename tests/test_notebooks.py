@@ -24,8 +24,8 @@ SAID = {  # notebook -> what its text says of what it prints
     "05_a_reward_of_your_own": [
         r"raised ZeroDivisionError: division by zero, on the prompt",
         r"over_optimization \(iteration",
-        r"\nnames_it +0\.[01]\d +0\.9\d",  # of one colour, the right one: few; it is named: nearly always
-        r"\nsays_it +(0\.[89]\d|1\.00)",
+        r"\nnames_it +0\.[01]\d +(0\.[89]\d|1\.00)",  # of one colour, the right one: few; it is named: nearly always
+        r"\nsays_it +(0\.[5-9]\d|1\.00)",
     ],
     "06_reading_a_sick_run": [
         r"large: large_steps", r"flat: score_spread", r"stale: first_step",
@@ -33,7 +33,7 @@ SAID = {  # notebook -> what its text says of what it prints
     ],
 }  # fmt: skip
 if FAST == "0":  # findings that take the real number of iterations
-    SAID["05_a_reward_of_your_own"] += [r"\nreward model +0\.[34]\d +.* 0\.9\d", r"\nclassifier +0\.[123]\d "]
+    SAID["05_a_reward_of_your_own"] += [r"\nreward model +0\.[0-5]\d +.* (0\.9\d|1\.00)", r"\nclassifier +0\.[0-5]\d "]
     SAID["06_reading_a_sick_run"] += [
         r"healthy: no findings", r"free: .*entropy_collapse", r"few: .*worse_held_out", r"critic: poor_critic",
         r"rloo: no findings", r"long: growing_answers, unfinished_answers",
