@@ -103,6 +103,7 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
             Path(cfg.paths.run_dir, NOTE.format(this_process().rank)).write_text(reason(error), encoding="utf-8")
         raise
     finally:
+        processes.group = None  # whoever waits for this process in it hears of the end only if nothing holds it
         if dist.is_initialized():
             dist.destroy_process_group()
         _end(others)

@@ -103,6 +103,35 @@ def test_settings_that_differ_between_processes_are_refused_by_all(rank, monkeyp
     assert os.waitpid(second, 0)[1] == 0
 
 
+def test_who_waits_for_one_that_ends_with_an_error_hears_of_it(rank, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIT_RLHF_START_TIMEOUT", "60")
+    cfg = OmegaConf.create({"sft": {"trainer": {"devices": 2}}, "paths": {"run_dir": str(tmp_path)}})
+    port = process_group._free_port()
+    if not (second := os.fork()):
+        try:
+            rank(1, port)
+            with pytest.raises(UserError, match="was killed or lost"), process_group.together(cfg, ["sft"]) as processes:
+                processes.agreed(lambda: 1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    ended = []
+
+    def wait_for_the_end(others):
+        until = time.monotonic() + 20
+        while (found := os.waitpid(second, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.05)
+        ended.append(found)
+
+    monkeypatch.setattr(process_group, "_end", wait_for_the_end)
+    rank(0, port)
+    with pytest.raises(UserError, match="being written"), process_group.together(cfg, ["sft"]):
+        raise UserError("being written by another")
+    if ended == [(0, 0)]:
+        os.kill(second, signal.SIGKILL)
+    assert ended == [(second, 0)]
+
+
 KILLED = r"process 1 was ended by signal 9 (the kernel does that where memory runs out). Run the same command again"
 
 
