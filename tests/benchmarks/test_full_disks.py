@@ -16,5 +16,5 @@ def test_a_refused_write_is_one_line_and_the_same_command_then_goes_on(tmp_path)
     passed = []
     for offset, stage in enumerate(("preference", "evaluate", "sft")):
         disks = full_disks.Disks(tmp_path, finished, command, full_disks.STAGES[stage])
-        passed += disks.go_through(every=13, offset=4 + offset)
+        passed += disks.go_through(every=17, offset=4 + offset)
     assert len(passed) >= 8 and {code for *_, code in passed} == set(full_disks.CODES)

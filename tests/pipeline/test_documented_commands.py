@@ -63,7 +63,8 @@ def in_small(arguments):
             if "," in str(value) and str(value)[0] not in "[{" and "(" not in str(value)
         }
         for number, (key, values) in enumerate(lists.items()):
-            more.append(f"{key}={','.join(values[: 1 if number else 2])}")
+            steps = BUDGET.fullmatch(f"{key}=0")
+            more.append(f"{key}={'2' if steps else ','.join(values[: 1 if number else 2])}")
     more += ["hydra.sweeper.n_trials=2"] * ("optuna" in " ".join(arguments))
     more += [size for size in SIZES if study and size.partition("=")[0] not in swept]
     last = max((i for i, word in enumerate(arguments) if "=" in word), default=-1) + 1
