@@ -10,7 +10,8 @@ from lit_rlhf.processes import is_main_process
 
 # user:password@ of an address, or a key in its query.
 CREDENTIALS = re.compile(
-    r"(?<=://)(?:[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*|[^\s/?#@]+)@|(?<=[?&])\w*(?:key|token|secret|password)=[^\s&#'\"]+",
+    r"(?<=://)(?:[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*|[^\s/?#@]+)@"
+    r"|(?<=[?&#])[\w.-]*(?:key|token|secret|password|passwd|pwd|auth|sig|signature|credential)=[^\s&#'\"]+",
     re.IGNORECASE,
 )
 SECRET_NAMES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)  # of environment variables

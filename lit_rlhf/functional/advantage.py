@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import check_shapes, last_position, masked_mean, masked_sum
+from lit_rlhf.functional.masking import check_choice, check_shapes, last_position, masked_mean, masked_sum
 
 Baseline = Literal["none", "batch", "prompt", "others"]
 
@@ -96,6 +96,7 @@ def baseline(returns: Tensor, kind: Baseline, answers_per_prompt: int = 1, mask:
     >>> baseline(torch.tensor([1.0, 5.0, 9.0]), "others", 3, mask=torch.tensor([True, True, False]))[:2]
     tensor([5., 1.])
     """
+    check_choice("kind", kind, get_args(Baseline))
     mask = torch.ones_like(returns, dtype=torch.bool) if mask is None else mask
     if kind == "none":
         return torch.zeros_like(returns)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import check_shapes, masked_sum
+from lit_rlhf.functional.masking import check_choice, check_shapes, masked_sum
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 
@@ -28,6 +28,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
     tensor([0.1931, 0.3069])
     """
     check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_choice("estimator", estimator, ("k1", "k2", "k3"))
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return d

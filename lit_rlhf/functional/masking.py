@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,18 @@ def check_shapes(**tensors: Tensor) -> None:
             raise ValueError(f"{name} {tuple(first.shape)} and {other} {tuple(tensor.shape)} differ in shape")
 
 
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ``ValueError`` where the argument ``name`` is none of the ``known`` values.
+
+    >>> check_choice("estimator", "k4", ["k1", "k2", "k3"])
+    Traceback (most recent call last):
+    ValueError: estimator='k4': 'k1', 'k2' or 'k3' was expected
+    """
+    if value not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"{name}={value!r}: {', '.join(others)} or {last} was expected")
+
+
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of ``values`` where ``mask`` is True, over ``dim`` or over everything.
 
@@ -29,6 +43,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     >>> masked_sum(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
     tensor(3.)
     """
+    check_shapes(values=values, mask=mask)
     kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
     return kept.sum() if dim is None else kept.sum(dim)
 

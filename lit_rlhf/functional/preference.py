@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rlhf.functional.masking import check_shapes
+from lit_rlhf.functional.masking import check_choice, check_shapes
 
 
 class Pairs(NamedTuple):
@@ -71,6 +71,7 @@ def feedback_loss(scores: Tensor, ratings: Tensor, form: Literal["logistic", "sq
     >>> feedback_loss(torch.tensor([0.5, 3.0]), torch.tensor([1.0, torch.nan]), form="squared")
     tensor(0.2500)
     """
+    check_choice("form", form, ("logistic", "squared"))
     rated = ~ratings.isnan()
     targets, given = ratings[rated], scores[rated]
     if form == "squared":

@@ -206,6 +206,8 @@ def score_answers(
 
     ``tools`` are those of each prompt. ``special_tokens``: what their names mean in what people wrote. Of what does not
     fit into the model's context the end is read."""
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one for each was expected")
     room, device = context_length(model), next(model.parameters()).device
     before = encode_prompts(tokenizer, prompts, tools, special_tokens=special_tokens)
     answers = encode_responses(tokenizer, prompts, responses, tools, special_tokens=special_tokens)

@@ -383,9 +383,9 @@ def _write_adapter(model: Any, base: str, folder: Path) -> None:
         config.task_type = "SEQ_CLS"
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
         weights |= {f"score.{name}": weight for name, weight in model.score.state_dict().items()}
-    metadata = {"format": "pt"}
-    if form := checkpoint_format(model):
-        metadata["base_identity"] = identity(form.folder)
+    form = checkpoint_format(model)
+    # One entry: several are written in any order, and the same adapter would be another file each time.
+    metadata = {"format": "pt"} if form is None else {"base_identity": identity(form.folder)}
     owner = {w.data_ptr(): n for n, w in weights.items()}  # peft reads both of what is tied, safetensors wants copies
     stored = {PREFIX + n: w.contiguous() if owner[w.data_ptr()] == n else w.clone() for n, w in weights.items()}
     save_file(stored, folder / WEIGHTS, metadata=metadata)

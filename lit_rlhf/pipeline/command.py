@@ -58,6 +58,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # texts have letters that a console of Windows may lack
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # while this is importing; then training's own
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
+            signal.signal(number, stop_before_it_begins)
     try:
         register_resolvers()
         sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
@@ -79,7 +83,7 @@ def main() -> None:
         fail_for(error)
     except KeyboardInterrupt:
         fail(stopped_line(), STOPPED_BY_HAND)
-    except StoppedAtOnce:  # by a second signal, while what the first had raised was being handled
+    except StoppedAtOnce:  # before it began, or by a second signal while what the first had raised was being handled
         fail(stopped_line(), STOPPED)
 
 
@@ -278,6 +282,11 @@ def run(cfg: DictConfig, checked: bool = False) -> float | None:
     if sweeping and is_main_process():
         write_job(_output_dir(), _overrides(), {"status": "done", "objective": address, "value": value, **about(cfg)})
     return value
+
+
+def stop_before_it_begins(*_: Any) -> NoReturn:
+    """Signal handler until settings are checked and everything is imported."""
+    raise StoppedAtOnce(STOPPED)
 
 
 class StoppedAtOnce(SystemExit):

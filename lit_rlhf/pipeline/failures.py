@@ -8,6 +8,8 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +17,7 @@ from typing import Any, NoReturn
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_rlhf.errors import scrubbed, users_mistake
+from lit_rlhf.errors import UserError, scrubbed, users_mistake
 from lit_rlhf.processes import is_main_process, this_process
 
 DEBUG = "LIT_RLHF_DEBUG"  # set in the environment to 1, it has the traceback printed
@@ -85,6 +87,16 @@ def code_of(error: BaseException) -> int:
     """Exit code: whether the user can do something about it."""
     theirs = users_mistake(error) or isinstance(error, OSError | HydraException | OmegaConfBaseException)
     return MISTAKE if theirs else UNEXPECTED
+
+
+@contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Within it a mistake that speaks of settings of ``<stage>`` gets the stage's name."""
+    try:
+        yield
+    except UserError as error:
+        error.args = tuple(str(said).replace("<stage>", name) for said in error.args)
+        raise
 
 
 def reason(error: BaseException) -> str:

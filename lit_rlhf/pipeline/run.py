@@ -28,6 +28,7 @@ from lit_rlhf.errors import UserError, first_line, say, users_mistake
 from lit_rlhf.models.loading import check_files, loading_as_stored
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.policy import load_policy_and_tokenizer
+from lit_rlhf.pipeline.failures import of_stage
 from lit_rlhf.pipeline.loggers import close, log_figures, make_loggers
 from lit_rlhf.pipeline.model_card import write_cards
 from lit_rlhf.pipeline.process_group import Processes
@@ -162,8 +163,9 @@ def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> Li
     data: StageData = instantiate(settings, _convert_="all")
     data.moved, data.tell = moved or Moved(), partial(_say, name)
     check_contract(data, StageData, f"{name}.data")
-    data.prepare_data()
-    data.setup()
+    with of_stage(name):
+        data.prepare_data()
+        data.setup()
     if all_stages()[name].trains_on_prompts:
         check_contract(data, TrainsOnPrompts, f"{name}.data")
     if is_main_process():
@@ -187,7 +189,7 @@ def make_module(
     strategy = settings.trainer.get("strategy")
     sharded = strategy == "fsdp2" or isinstance(strategy, DictConfig)
     values = torch.device("meta") if without_values else nullcontext()
-    with values, loading_as_stored() if sharded else nullcontext():
+    with values, of_stage(name), loading_as_stored() if sharded else nullcontext():
         models = load_models(name, settings, data.tokenizer)
     make = instantiate(settings.module, **models, _partial_=True, _convert_="all")
     module: StageModule = make(**data.for_module())  # not through Hydra, which makes dictionaries of records

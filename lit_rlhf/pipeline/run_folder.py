@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import Checked, damaged, read_yaml
 from lit_rlhf.finished import digest_of
+from lit_rlhf.pipeline.failures import of_stage
 from lit_rlhf.pipeline.settings import resolved, stages_of
 from lit_rlhf.stages.stage import Stage, all_stages
 
@@ -254,6 +255,8 @@ def input_paths(stage: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """(address, path) of the models and collected data that a stage starts from."""
     found = []
     for address, node in model_nodes(stage, settings).items():
+        if adapter := (node.get("lora") or {}).get("path"):
+            found.append((f"{stage}.{address}.lora.path", adapter))
         paths = node.get("path") or []
         found += [(f"{stage}.{address}.path", path) for path in ([paths] if isinstance(paths, str) else paths)]
     found += [(f"{stage}.models.{name}", path) for name, path in (settings.get("models") or {}).items() if path]
@@ -295,7 +298,8 @@ def check_inputs(cfg: DictConfig) -> None:
     """Raise ``UserError`` where a stage would start from something that is not there and will not be made."""
     names, gone = stages_of(cfg), check_lineage(cfg)
     for name in names:
-        coming = [str(Path(cfg.paths.run_dir) / earlier / "model") for earlier in names[: names.index(name)]]
+        made = [Path(cfg.paths.run_dir) / earlier for earlier in names[: names.index(name)]]
+        coming = [str(folder / part) for folder in made for part in ("model", "adapter")]
         coming += [str(Path(cfg.paths.run_dir) / "data")] * (collecting_stage() in names)
         settings = resolved(cfg, name)
         missing = [
@@ -328,24 +332,34 @@ def _lost(gone: list[str]) -> str:
 
 
 def check_records(cfg: DictConfig) -> None:
-    """Read the user's files of the later stages: a bad line is better known now than when hours have passed."""
+    """Read the user's files of several stages: a bad line is better known now than when hours have passed."""
     from lit_rlhf.stages.records import FileDataModule, RecordDataModule
     from lit_rlhf.text.records import Reading, Seen, entries_of, kinds_of, read_records, records_key, stored_records
+    from lit_rlhf.text.records.sources import FORMATS, format_of, readable
 
-    for name in stages_of(cfg)[1:]:  # the first one reads its own in a moment
+    names = stages_of(cfg)
+    for name in names if len(names) > 1 else []:  # one alone reads its own in a moment
         data = resolved(cfg, name)["data"]
         kind = get_class(data["_target_"])
         if not issubclass(kind, FileDataModule) or kind.parse_record is None or not kind.ends:
             continue  # nobody knows its records, or how many there are
         how = kind.parse_record, data.get("on_bad_record", "fail"), data.get("fields")
-        entries = entries_of(data.get("path") or [])
-        files = [Path(file) for names in entries for file in names]
+        try:
+            entries = entries_of(data.get("path") or [])
+            files = [Path(file) for names in entries for file in names if "://" not in file]
+            for file in files:
+                if format_of(file) in FORMATS and not file.is_relative_to(cfg.paths.runs):
+                    readable(str(file))
+        except UserError as error:
+            raise UserError(f"{name}.data.path: {error}") from None
+        whole = len(files) == sum(map(len, entries))
         there = [file for file in files if file.is_file() and not file.is_relative_to(cfg.paths.runs)]
         on_disk = data.get("cache") and issubclass(kind, RecordDataModule) and kinds_of(kind.parse_record)
-        if on_disk and there and len(there) == len(files):  # the stage finds them there
-            reading = Reading(*how, kind.asked, data["split_seed"], kind.about)
-            stored_records(entries, reading, records_key(entries, reading), Path(data["cache"]))
-        else:
-            for path in there:
-                for _ in read_records(path, how[0], Seen(), *how[1:]):
-                    pass
+        with of_stage(name):
+            if on_disk and whole and there and len(there) == len(files):  # the stage finds them there
+                reading = Reading(*how, kind.asked, data["split_seed"], kind.about)
+                stored_records(entries, reading, records_key(entries, reading), Path(data["cache"]))
+            else:
+                for path in there:
+                    for _ in read_records(path, how[0], Seen(), *how[1:]):
+                        pass

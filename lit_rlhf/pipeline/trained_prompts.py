@@ -79,7 +79,7 @@ def trained_stages(models: list[Path]) -> Iterator[Path]:
         seen.add(folder)
         yield folder
         inputs = read_done(folder).get("inputs", {})  # of a model from elsewhere nobody knows
-        todo += [folder.parent / path for path in inputs if Path(path).name == "model"]
+        todo += [folder.parent / path for path in inputs if Path(path).name in ("model", "adapter")]
 
 
 def _place(folder: Path) -> str:

@@ -78,6 +78,9 @@ class FileDataModule(LightningDataModule):
         self.there: dict[str, None] = {}  # names of fields in the files
         self.tell: Callable[[str], None] = rank_zero_info  # how it is said
 
+    def __str__(self) -> str:
+        return repr(self)  # Lightning's takes loaders apart that are none of torch's
+
     def folder(self, cache: str | Path | None) -> Path:
         """The cache folder: ``cache``, or for None a temporary folder that lasts as long as this object."""
         if cache is not None:
@@ -119,7 +122,7 @@ class FileDataModule(LightningDataModule):
         """Raise ``UserError`` where ``fields`` names something that no record has."""
         if missing := [name for name in self.fields or {} if name not in self.found]:
             name, address = missing[0], (self.fields or {})[missing[0]]
-            asked = f"no record has the field '{address}' that data.fields gives for '{name}'"
+            asked = f"no record has the field '{address}' that <stage>.data.fields gives for '{name}'"
             raise UserError(f"{self.source}: {asked}; the first has {', '.join(self.there)}")
 
     def unread(self, names: str) -> str:

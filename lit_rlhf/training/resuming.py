@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.errors import Interrupted, NotFinite, TrainingDiverged, UserError, say
 from lit_rlhf.files import disk, make_folder
+from lit_rlhf.processes import is_main_process
 from lit_rlhf.training.callbacks import said_when_slow
 from lit_rlhf.training.checkpoint_files import keep_checkpoint
 from lit_rlhf.training.diverging import non_finite_weights
@@ -287,6 +290,9 @@ class LastCheckpoint(Callback):
     def _on_signal(self, number: int, _: Any) -> None:
         if number == self._signal == signal.SIGINT:  # pressed twice: now, without saving
             raise KeyboardInterrupt
+        if self._signal is None and is_main_process():  # not by print, which it may have interrupted
+            with suppress(OSError):
+                os.write(1, b"\nstopping: this step is ended and saved first\n")
         self._signal = number
 
     def _restore_handlers(self) -> None:

@@ -19,12 +19,23 @@ ONES, SHORT, MASK = torch.ones(4, 5), torch.ones(4, 3), torch.ones(4, 5, dtype=t
         (lambda: F.clipped_policy_loss(ONES, ONES, ONES[:1], MASK, 0.2), r"logprobs \(4, 5\) and advantages \(1, 5\)"),
         (lambda: F.clipped_value_loss(ONES, ONES, ONES[:, :1], MASK, 0.2), r"values \(4, 5\) and returns \(4, 1\)"),
         (lambda: F.kl_estimate(ONES, ONES[:1]), r"logprobs \(4, 5\) and ref_logprobs \(1, 5\)"),
+        (lambda: F.masked_mean(ONES, MASK[:, :1]), r"values \(4, 5\) and mask \(4, 1\)"),
         (lambda: F.implicit_rewards(ONES, SHORT, 0.1), r"logprobs \(4, 5\) and ref_logprobs \(4, 3\)"),
     ],
 )
 def test_shapes_that_differ_are_named(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_a_choice_that_is_none_is_named():
+    for call in (
+        lambda: F.baseline(torch.ones(4), "rloo", 2),
+        lambda: F.kl_estimate(ONES, ONES, "k4"),
+        lambda: F.feedback_loss(torch.ones(4), torch.ones(4), "l2"),
+    ):
+        with pytest.raises(ValueError, match=r"(kind='rloo'|estimator='k4'|form='l2'): '.*' or '.*' was expected"):
+            call()
 
 
 def test_compiled_code_has_no_check():

@@ -514,3 +514,14 @@ def test_what_peft_has_besides_is_known():
     ours = {f.name for f in dataclasses.fields(LoRA)} - {"path"}
     assert ours <= known
     assert known - ours <= by_us | needs_data | not_merged
+
+
+@pytest.mark.parametrize("model_config", ["llama"], indirect=True)
+def test_the_same_adapter_is_the_same_file_each_time(saved, tokenizer, tmp_path):
+    base, adapter, _ = saved
+    model = load_policy(base, tokenizer, lora=LoRA(path=adapter))
+    written = set()
+    for i in range(8):
+        save_adapter(model, tokenizer, tmp_path / f"{i}")
+        written.add((tmp_path / f"{i}" / "adapter_model.safetensors").read_bytes())
+    assert len(written) == 1

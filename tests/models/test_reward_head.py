@@ -297,6 +297,8 @@ def test_texts_are_scored_as_the_data_module_lays_them_out(reward_model_with, to
     model = reward_model_with(RewardHead("likelihood", "mean"))
     model.config.score_shift = 2.0
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    with pytest.raises(ValueError, match=f"1 prompts and {len(ANSWERS)} responses: one for each was expected"):
+        score_answers(model, tokenizer, prompts[:1], ANSWERS)
     scores = score_answers(model, tokenizer, prompts, ANSWERS, batch_size=3)
     for prompt, answer, score in zip(prompts, ANSWERS, scores):
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)

@@ -118,7 +118,7 @@ class Place:
             said = done.stdout + done.stderr
             assert done.returncode == 0 or WAITS.search(said), f"{shlex.join(small)}\n{said[-2000:]}"
         print(f"{time.monotonic() - begun:.1f} s: {shlex.join(small)}", flush=True)
-        followed = [[shlex.split(command)] for command in re.findall(r"to train: lit-rlhf (.*)", said)]
+        followed = [[shlex.split(command)] for command in re.findall(r"to go on: lit-rlhf (.*)", said)]
         if ALL and "Rank them with stage=label (the rest of the command as it is)" in said:
             rest = [word for word in arguments if not word.startswith("stage=")]
             followed.append([[*rest, "stage=label"], arguments])

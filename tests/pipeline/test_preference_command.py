@@ -54,6 +54,21 @@ def test_answers_alone_are_kept_for_those_who_rank_them_later(lit_rlhf, finished
     assert not (tmp_path / "runs" / "mine" / "data" / "rankings-0.jsonl").exists()
 
 
+def test_records_of_later_stages_are_read_as_asked_for_and_looked_for_at_once(lit_rlhf, finished_run, tmp_path):
+    shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
+    rows = [json.dumps({"question": f"What is {i}?"}) for i in range(8)]
+    (tmp_path / "q.jsonl").write_text("\n".join([*rows, json.dumps({"other": 1})]))
+    own = ["experiment=own_prompts", "preference.data.path=q.jsonl", "preference.data.on_bad_record=skip"]
+    done = lit_rlhf(*own, check=False)
+    assert "q.jsonl: no valid record; the first of 9 bad ones" in done.stderr
+    assert "set preference.data.fields='{prompt: NAME}'" in done.stderr
+    done = lit_rlhf(*own, "preference.data.fields={prompt: question}", check=False)
+    assert "Rank them with stage=label" in done.stdout + done.stderr, done.stderr
+    done = lit_rlhf("run=early", "sft/data=jsonl", "sft.data.path=nowhere.jsonl", check=False)
+    assert done.returncode == 2 and "sft.data.path: nowhere.jsonl: no such file" in done.stderr
+    assert not (tmp_path / "runs" / "early" / "pretrain").exists()
+
+
 def test_a_missing_export_is_said_before_anything_is_loaded(lit_rlhf, finished_run, tmp_path):
     shutil.copytree(finished_run / "runs" / "quickstart", tmp_path / "runs" / "quickstart")
     asked = ["stage=preference", "run=mine", "from_run=quickstart", "preference/annotator=label_studio"]

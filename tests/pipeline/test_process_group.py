@@ -110,8 +110,11 @@ def test_who_waits_for_one_that_ends_with_an_error_hears_of_it(rank, monkeypatch
     if not (second := os.fork()):
         try:
             rank(1, port)
-            with pytest.raises(UserError, match="was killed or lost"), process_group.together(cfg, ["sft"]) as processes:
-                processes.agreed(lambda: 1)
+            with (
+                pytest.raises(UserError, match="was killed or lost"),
+                process_group.together(cfg, ["sft"]) as both,
+            ):
+                both.agreed(lambda: 1)
             os._exit(0)
         finally:
             os._exit(1)

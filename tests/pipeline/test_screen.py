@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from lit_rlhf.apps.report.screen import print_screen
+from lit_rlhf.files import write_yaml
 
 
 @pytest.fixture
@@ -37,6 +39,15 @@ def test_answers_figures_and_commands_of_a_run_stand_on_one_screen(run, lit_rlhf
     for command in commands:  # each is accepted; a sweep cannot be asked for its settings, but a job of it can
         command = re.sub(r"^-m | ?,[\d.,]+", "", command)
         assert "run" in lit_rlhf(*shlex.split(command), "--cfg", "job", fast=False).stdout
+
+
+def test_a_sweep_stays_with_prompts_of_ones_own(run):
+    config = run / "ppo" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["ppo"]["data"]["path"] = "my prompts.jsonl"
+    write_yaml(config, settings)
+    commands = re.findall(r"lit-rlhf (.*?)  # ", printed(run))
+    assert len(commands) == 2 and "ppo/data=jsonl 'ppo.data.path=my prompts.jsonl' ppo.module.kl_coef" in commands[1]
 
 
 def test_texts_of_any_kind_fit_and_nothing_of_them_is_a_command_to_the_terminal(run):

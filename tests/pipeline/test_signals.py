@@ -60,6 +60,7 @@ def test_slurm_takes_the_machine_back_and_the_job_ends_as_if_it_had_not(job, lit
     code, said, asked = job(signal.SIGUSR1, settings=["trainer.requeue=true"])
     assert (code, asked) == (STOPPED, "requeue 4711\n"), said
     assert "which is saved; run the same command again to go on" in said and "Traceback" not in said
+    assert said.count("stopping: this step is ended and saved first") == 1
     sft = tmp_path / "runs" / "job" / "sft"
     assert not list(sft.rglob("hpc_ckpt*")) and not (sft / "model").exists()
     torch.save({"state_dict": {}}, sft / "hpc_ckpt_1.ckpt")  # of an older version; it was loaded before the export
@@ -166,3 +167,23 @@ def test_a_sweep_that_is_stopped_says_so_whatever_its_launcher_raises(lit_rlhf, 
         [sys.executable, "-c", POOL], env=lit_rlhf.env, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == STOPPED_BY_HAND and "sweep ended; to go on, add hydra.sweep.dir=sweeps/one" in done.stderr
+
+
+EARLY = """
+import signal, sys
+from lit_rlhf.pipeline import command
+
+def compose(arguments):
+    signal.raise_signal(signal.SIGUSR1)
+
+command.one_job = compose
+sys.argv = ["lit-rlhf", "stage=pretrain"]
+command.main()
+"""
+
+
+def test_a_signal_before_anything_has_begun_is_one_line(lit_rlhf, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], env=lit_rlhf.env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == STOPPED and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -68,6 +68,17 @@ def test_leaks_are_counted_by_stage_and_file_through_the_whole_chain(tmp_path):
     assert "reward" not in said and "evaluate.allow_trained=true" in said and "\n" not in said
 
 
+def test_what_an_adapter_was_trained_on_counts_too(tmp_path):
+    make_stage(tmp_path, "sft", ["Why?"])
+    dpo = make_stage(tmp_path, "dpo", [], ["sft/adapter"])
+    with pytest.raises(UserError, match="1 of 2 prompts to be evaluated on were trained on: 1 in sft"):
+        check_trained("evaluate", settings(dpo), data("Why?", "When?"))
+    policy = {"path": "base", "lora": {"path": "runs/a/sft/adapter"}}
+    assert dict(input_paths("sft", {"policy": policy, "data": {}})) == {
+        "sft.policy.lora.path": "runs/a/sft/adapter", "sft.policy.path": "base",
+    }  # fmt: skip
+
+
 def test_leaks_can_be_allowed_and_are_counted(tmp_path, capsys):
     sft = make_stage(tmp_path / "run", "sft", ["Why?", "Who?"])
     found = check_trained("evaluate", settings(sft, allow_trained=True), data("Why?", "When?"))

@@ -88,6 +88,7 @@ def test_a_whole_header_is_sent_as_it_is_and_a_line_end_is_no_part_of_the_key(li
 
 @pytest.mark.parametrize(
     "address", [f"http://me:{CANARY}@127.0.0.1:9/v1", f"http://{CANARY}@x/v1", f"http://x/v1?api_key={CANARY}",
+                f"http://x/v1?sv=1&sig={CANARY}", f"http://x/v1?x-api-key={CANARY}", f"http://x/v1#access_token={CANARY}",
                 f"http://me:{CANARY}/x@127.0.0.1/v1", f"me:{CANARY}@127.0.0.1"],
 )  # fmt: skip
 def test_an_address_with_a_password_in_it_is_refused(address):

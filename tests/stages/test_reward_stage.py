@@ -200,7 +200,7 @@ def test_a_name_that_no_record_has_is_refused(data, tmp_path, cached):
     cache = tmp_path / "cache" if cached else None
     for _ in range(2):  # the second time from the cache
         with pytest.raises(
-            UserError, match=r"no record has the field 'stars' that data.fields gives for 'rating'; the "
+            UserError, match=r"no record has the field 'stars' that <stage>.data.fields gives for 'rating'; the "
         ):
             data(fields={"rating": "stars"}, cache=cache)
     rated = [{"prompt": "r", "response": text, "stars": stars} for text, stars in (("good", 1), ("bad", 0))]

@@ -38,6 +38,7 @@ def read(kind, path, tokenizer, moved, **settings):
     data = kind(path, tokenizer, **settings)
     data.moved = moved
     data.setup()
+    assert kind.__name__ in f"{data}"  # in one line, before and after
     return data
 
 

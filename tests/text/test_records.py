@@ -294,7 +294,7 @@ def error(path, parse, on_bad_record="fail"):
         (
             parse_text,
             {"txt": "a"},
-            "no field 'text' (it has txt); where the file calls it otherwise, set data.fields='{text: NAME}'",
+            "no field 'text' (it has txt); where the file calls it otherwise, set <stage>.data.fields='{text: NAME}'",
         ),
         (parse_text, {"text": " "}, "'text' is ' '; a non-empty string was expected"),
         (parse_text, {"text": 5}, "'text' is 5; a non-empty string was expected"),
@@ -414,7 +414,7 @@ def test_a_bad_record_is_named_by_file_line_and_reason(tmp_path, parse, row, mes
     path = write(tmp_path / "x.jsonl", f"\n{json.dumps(row)}\n")
     found = error(path, parse)
     assert found.startswith(f"{path}:2: ") and message in found
-    assert found.endswith(". Fix it, or set on_bad_record=skip.")
+    assert found.endswith(". Fix it, or set on_bad_record=skip (<stage>.data.on_bad_record).")
 
 
 def test_the_first_bad_record_is_the_one_named(tmp_path):
@@ -485,7 +485,7 @@ def test_no_valid_record(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"a": 1}\n{"b": 1}\n')
     assert error(path, parse_text, "skip") == (
         f"{path}: no valid record; the first of 2 bad ones is {path}:1: no field 'text' (it has a); where the file "
-        "calls it otherwise, set data.fields='{text: NAME}'"
+        "calls it otherwise, set <stage>.data.fields='{text: NAME}'"
     )
 
 

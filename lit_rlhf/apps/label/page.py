@@ -11,6 +11,7 @@ from pydantic import Field
 from lit_rlhf.apps.label.modes import Item, Rank, Rate, Task, Write
 from lit_rlhf.apps.label.queue import Labelling
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import read_yaml
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import OnBadRecord, load_records
 
@@ -82,7 +83,7 @@ class LabellingPage:
             server.serve(Guard(make_app(labelling, about), server))
         finally:
             labelling.close()
-        print(f"label: {len(labelling.records):,} records in {labelling.judged.path}; to train: {about['next']}")
+        print(f"label: {len(labelling.records):,} records in {labelling.judged.path}; to go on: {about['next']}")
 
     def labelling(self) -> Labelling:
         """The items with their queues and files."""
@@ -118,10 +119,15 @@ class LabellingPage:
         data = f"{stage}.data.path={records}"
         if self.task.mode == "rate":  # what was said of single answers stands beside rankings, or alone
             data = f"{stage}.data.path=null {stage}.data.feedback={records}"
+        begun = self.folder.parent / "preference"
+        asked = (read_yaml(begun / "config.yaml").get("preference") or {}).get("annotator")
+        waits = self.path.parent == self.folder and asked is not None and not (begun / "done.json").exists()
         return {
             "mode": self.task.mode,
             "ratings": self.task.ratings if isinstance(self.task, Rate) else [],
             "instructions": instructions.read_text(encoding="utf-8"),
             "records": str(records),
-            "next": f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {data}",
+            "next": "the command that collected the answers, once more: it waits for these rankings"
+            if waits and self.mode == "rank"
+            else f"lit-rlhf {self.names} stage={stage} {stage}/data=jsonl {data}",
         }

@@ -6,6 +6,7 @@ so far, so a page that is loaded again, or a server that is started again, goes 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import threading
 import time
@@ -234,6 +235,8 @@ class Labelling:
 
     def _about(self, annotator: str, item: Item, note: str, seconds: float) -> dict[str, Any]:
         f"{note}".encode()  # half a character (ValueError) could not be written
+        if not math.isfinite(seconds):  # JSON has no name for it
+            raise ValueError(f"seconds={seconds}: a number was expected")
         events = self._events[annotator]
         return {
             "annotator": annotator,

@@ -23,6 +23,7 @@ class Group(NamedTuple):
     accuracy: float
     pairs: int
     gold: float | None  # accuracy by the gold judge, where there is one
+    graded: int  # pairs of the gold judge, who sees no difference in some
 
 
 def groups(run: Run) -> list[tuple[str, list[Group]]]:
@@ -32,8 +33,9 @@ def groups(run: Run) -> list[tuple[str, list[Group]]]:
     for key, heading in GROUPS.items():
         gold = by.get(f"gold_{key}") or {}
         rows = [
-            Group(name, known["accuracy"], known["pairs"], gold.get(name, {}).get("accuracy"))
+            Group(name, known["accuracy"], known["pairs"], graded.get("accuracy"), graded.get("pairs", 0))
             for name, known in (by.get(key) or {}).items()
+            for graded in [gold.get(name, {})]
         ]
         if rows:
             found.append((heading, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from rich.text import Text
 from lit_rlhf.apps.display import MEASURES, figure, model_name, printable
 from lit_rlhf.apps.report import comparison
 from lit_rlhf.apps.report.samples import answers
-from lit_rlhf.apps.run_reader import Run, load_run
+from lit_rlhf.apps.run_reader import Run, load_run, newest
+from lit_rlhf.files import read_yaml
 
 PROMPTS_SHOWN = 4
 TEXT_SHOWN = 100  # characters of a text
@@ -34,7 +36,8 @@ def print_screen(folder: Path, console: Console | None = None) -> None:
         console = console or Console()
         ours, theirs = comparison.compared(run)
         console.print(Group(*_screen(run, ours, theirs)))
-        for line in next_commands(folder, ours, theirs):  # to be copied: not broken where the terminal ends
+        for line in next_commands(folder, ours, theirs, own_prompts(folder)):
+            # To be copied: not broken where the terminal ends
             console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
         console.print()
 
@@ -99,14 +102,22 @@ def _measures(run: Run, models: list[str]) -> Table:
     return table
 
 
-def next_commands(folder: Path, ours: str, theirs: str) -> list[str]:
-    """Three commands that go on from a run, with what each is for."""
+def own_prompts(folder: Path) -> str:
+    """The settings by which PPO of a run was given prompts of the user's own; "" where it had the world's."""
+    settings = read_yaml(newest(folder, "ppo") / "config.yaml").get("ppo") or {}
+    path = (settings.get("data") or {}).get("path")
+    return f"ppo/data=jsonl {shlex.quote(f'ppo.data.path={path}')} " if isinstance(path, str) else ""
+
+
+def next_commands(folder: Path, ours: str, theirs: str, prompts: str = "") -> list[str]:
+    """Commands that go on from a run, with what each is for; ``prompts``: its :func:`own_prompts`."""
     place = [] if folder.parent == RUNS else [f"paths.runs={folder.parent}"]
     commands = {
         f"stage=chat run={folder.name} chat.model={ours} chat.against={theirs}": "talk to both, blind",
-        f"-m stage=ppo from_run={folder.name} ppo.module.kl_coef=0.05,0.1,0.2": "a sweep: how far from SFT",
-        f"experiment=ladder from_run={folder.name}": "REINFORCE, RLOO, GRPO, PPO, DPO",
+        f"-m stage=ppo from_run={folder.name} {prompts}ppo.module.kl_coef=0.05,0.1,0.2": "a sweep: how far from SFT",
     }
+    if not prompts:  # the ladder is about the world's
+        commands[f"experiment=ladder from_run={folder.name}"] = "REINFORCE, RLOO, GRPO, PPO, DPO"
     lines = {" ".join(["lit-rlhf", command, *place]): what for command, what in commands.items()}
     width = max(map(len, lines))
     return [f"{line.ljust(width)}  # {what}" for line, what in lines.items()]

@@ -75,7 +75,7 @@ def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:
             return prompt, [{"role": "assistant", "content": response}]
     raise ValueError(
         f"no 'response', 'completion' or 'output' among its fields ({names_in(row)}); where the file calls it "
-        "otherwise, set data.fields='{response: NAME}'"
+        "otherwise, set <stage>.data.fields='{response: NAME}'"
     )
 
 

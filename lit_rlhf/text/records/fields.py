@@ -105,7 +105,7 @@ def require(row: Mapping[str, Any], name: str) -> Any:
         looked = f", looked for as {known[name]!r}" if name in known else ""
         raise ValueError(
             f"no field '{name}'{looked} (it has {names_in(row) or 'none'}); where the file calls it otherwise, set "
-            f"data.fields='{{{name}: NAME}}'"
+            f"<stage>.data.fields='{{{name}: NAME}}'"
         )
     return value
 

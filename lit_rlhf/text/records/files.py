@@ -117,7 +117,7 @@ def read_records(
 def bad_record(place: str, reason: str, skipped: list[str], on_bad_record: OnBadRecord) -> None:
     """Raise ``UserError``, or where ``on_bad_record`` is "skip" note a line down."""
     if on_bad_record == "fail":
-        raise UserError(f"{place}: {reason}. Fix it, or set on_bad_record=skip.") from None
+        raise UserError(f"{place}: {reason}. Fix it, or set on_bad_record=skip (<stage>.data.on_bad_record).") from None
     skipped.append(f"{place}: {reason}")
 
 

@@ -53,6 +53,8 @@ def test_a_judgement_is_on_disk_when_the_next_item_shows(open_, files):
     assert (record["annotator"], record["note"], record["seconds"], record["turn"]) == ("ann", "close", 12.3, 1)
     assert after["item"]["id"] != first["id"] and (after["done"], after["total"]) == (1, 4)
     assert after["per_hour"] == pytest.approx(3600 / 12.3)
+    with pytest.raises(ValueError, match="seconds=nan: a number was expected"):
+        labelling.judge("ann", after["item"]["id"], False, [1, 2, 3], seconds=float("nan"))
 
 
 def test_a_server_that_starts_again_goes_on_where_it_was(open_, files):
