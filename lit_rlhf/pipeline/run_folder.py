@@ -346,7 +346,7 @@ def check_records(cfg: DictConfig) -> None:
         how = kind.parse_record, data.get("on_bad_record", "fail"), data.get("fields")
         try:
             entries = entries_of(data.get("path") or [])
-            files = [Path(file) for names in entries for file in names if "://" not in file]
+            files = [Path(file) for entry in entries for file in entry if "://" not in file]
             for file in files:
                 if format_of(file) in FORMATS and not file.is_relative_to(cfg.paths.runs):
                     readable(str(file))
