@@ -56,14 +56,14 @@ def test_windows_are_read_as_they_are_asked_for():
             yield i
             i += 1
 
-    windows = Windows(endless, 3, lambda records: [f"<{i}>" for i in records])
+    windows = Windows(endless, 3, lambda records: [f"<{i}>" for i in records], "the stream")
     assert windows.window(2) == ["<6>", "<7>", "<8>"] and begun == [9]
     assert windows[(2 << 32) + 1] == "<7>" and len(windows) == 3 and begun[1:] == [3]
     assert windows.window(1) == ["<3>", "<4>", "<5>"] and begun[1:] == [6] and windows.furthest == 2
-    ending = Windows(lambda: iter(range(4)), 3, list)
+    ending = Windows(lambda: iter(range(4)), 3, list, "the stream")
     assert [ending.window(n) for n in range(3)] == [[0, 1, 2], [3, 0, 1], [2, 3, 0]]
     with pytest.raises(UserError, match="the stream: records 4 to 6 leave nothing to train on"):
-        Windows(lambda: iter(range(9)), 3, lambda records: [i for i in records if i < 3]).window(1)
+        Windows(lambda: iter(range(9)), 3, lambda records: [i for i in records if i < 3], "the stream").window(1)
 
 
 def test_every_dialogue_is_trained_on_once_in_a_pass(file, tokenizer):
@@ -92,7 +92,7 @@ def test_what_the_run_has_moved_stays_where_it_is(file, tokenizer):
 @pytest.mark.parametrize("count", [2, 4, 12])
 def test_few_prompts_of_a_stream_are_parted_whatever_the_seed(count, file, tokenizer):
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
-    with pytest.raises(UserError, match="ended, and nothing of it is left to train on"):
+    with pytest.raises(UserError, match=f"{file} ended, and nothing of it is left to train on"):
         made(StreamPretrainDataModule, file, tokenizer, block_size=12, validation=count)
     for seed in range(12):
         data = made(StreamSFTDataModule, file, tokenizer, split_seed=seed)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.stages.pretrain.data import PretrainDataModule
+from lit_rlhf.stages.records import names_of
 from lit_rlhf.text.chat import behind_start
 from lit_rlhf.text.records.stream import SHIFT, Windows
 from lit_rlhf.text.special_tokens import encode_texts, text_start
@@ -65,7 +66,7 @@ class StreamPretrainDataModule(PretrainDataModule):
         file = self.folder(None) / "held_out.bin"
         held_out.tofile(file)
         self.val_stream, self.old_stream = Tokens([Span(file, held_out.dtype.str, 0, 0, len(held_out))]), None
-        self._tokens_of_all = WindowTokens(self._train_texts, self.window, self._tokens)
+        self._tokens_of_all = WindowTokens(self._train_texts, self.window, self._tokens, names_of(self.path))
         self.train_streams = [self._tokens_of_all]
         self._check_length(f"the first {self.validation} documents, which are held out", self.val_stream)
         self._check_length(f"the first {self.window} documents", self._tokens_of_all)

@@ -32,7 +32,7 @@ class Windows(Sequence[Item], Generic[Record, Item]):
         read: Callable[[], Iterator[Record]],
         size: int,
         make: Callable[[list[Record]], Sequence[Item]],
-        name: str = "the stream",
+        name: str,
     ) -> None:
         self.read, self.size, self.make, self.name = read, size, make, name
         self.furthest = 0  # window that was asked for
