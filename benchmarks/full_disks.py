@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,10 @@ class Disks:
         wanted = {(writer, n) for writer, most in dict(writes).items() for n in (1, (most + 1) // 2, most)}
         return [(*write, CODES[i % 3]) for i, write in enumerate(w for w in writes if w in wanted)]
 
-    def go_through(self, every: int = 1, offset: int = 0) -> Iterator[Case]:
-        """One case after the other; each start goes on from what the one before has left.
+    def go_through(self, chosen: Sequence[Case]) -> Iterator[Case]:
+        """One case after the other, when ``cases()`` has run; each start goes on from what the one before has left.
 
         Where a write does not come any more, the stage has ended: it is begun anew."""
-        chosen = self.cases()[offset::every]
         expected = result(self.run)
         self.again()
         for case in chosen:
@@ -169,7 +168,8 @@ def main() -> None:
         for name in asked.only:
             passed = list[Case]()
             try:
-                passed.extend(Disks(folder, finished, command, STAGES[name]).go_through(asked.every))
+                disks = Disks(folder, finished, command, STAGES[name])
+                passed.extend(disks.go_through(disks.cases()[:: asked.every]))
             except Faulty as fault:
                 faults += 1
                 print(f"{name}: {fault}", flush=True)
