@@ -6,11 +6,11 @@ import inspect
 import re
 import typing
 from dataclasses import is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
 from lit_rlhf.errors import CREDENTIALS, UserError, first_line
@@ -183,3 +183,13 @@ def _shown(value: Any, address: str = "") -> str:
         return "..."
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def run_name(name: str) -> str:
+    """The name of a run's folder; raises ``ValueError`` where it is none."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
+        raise ValueError("letters, digits, '.', '-' and '_' were expected, in parts with '/' between them")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(run_name)]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -25,6 +25,7 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lit_rlhf import __version__
 from lit_rlhf.errors import STOPPED, Interrupted, Pruned, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
 from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason, stopped_line
@@ -67,6 +68,8 @@ def main() -> None:
         sys.path.append(os.getcwd())  # modules of the user's, beside the command that names them
         # Hydra's parser takes overrides in one piece only; people put -m anywhere.
         sys.argv[1:] = arguments = opened(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
+        if arguments == ["--version"]:
+            return print(f"lit-rlhf {__version__} (Hydra {hydra.__version__})")
         check_no_credentials({a.partition("=")[0]: a for a in arguments})  # W&B and sweeps write down the command line
         with imports_kept():
             cfg = one_job(arguments)
@@ -184,8 +187,12 @@ def run_one(cfg: DictConfig) -> None:
     callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name="config")
     context = HydraContext(config_loader=None, callbacks=callbacks)  # a loader is for launchers
-    job = run_job(partial(run, checked=True), cfg, job_dir_key="hydra.run.dir", job_subdir_key=None,
-                  hydra_context=context)  # fmt: skip
+    try:
+        job = run_job(partial(run, checked=True), cfg, job_dir_key="hydra.run.dir", job_subdir_key=None,
+                      hydra_context=context)  # fmt: skip
+    finally:
+        with suppress(OSError):  # it has files, most often
+            Path(cfg.paths.run_dir).rmdir()  # Hydra makes it first; empty it stays for a name that was mistyped
     callbacks.on_run_end(config=cfg, config_name="config", job_return=job)
     _ = job.return_value  # raises what the job raised
 

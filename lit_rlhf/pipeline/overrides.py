@@ -43,7 +43,7 @@ def check_structure(changes: list[Override], cfg: DictConfig, base: DictConfig, 
             needed = OmegaConf.select(cfg, address, throw_on_missing=False) is None  # else another override gives it
             if needed and not mine and not _may_go(address, base, taken):
                 raise UserError(f"{override.input_line}: this setting is needed; give it another value instead")
-        elif not mine and not _exists(base, address) and not _is_taken(address, cfg, taken):
+        elif not mine and not exists(base, address) and not _is_taken(address, cfg, taken):
             near = difflib.get_close_matches(address, list(addresses(base)), n=1, cutoff=0.7)
             hint = f"Did you mean {near[0]} (without +)? " if near else ""
             raise UserError(
@@ -52,10 +52,11 @@ def check_structure(changes: list[Override], cfg: DictConfig, base: DictConfig, 
             )
 
 
-def _exists(cfg: DictConfig, address: str) -> bool:
+def exists(cfg: Any, address: str) -> bool:
+    """Whether there is a setting at an address, be its value null or missing."""
     *above, key = address.split(".")
     node = _raw(cfg, above)
-    return isinstance(node, DictConfig) and key in node
+    return isinstance(node, DictConfig) and key in list(node)  # "in node" leaves out what is missing
 
 
 def _raw(cfg: DictConfig, parts: list[str]) -> Any:

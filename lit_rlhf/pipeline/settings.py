@@ -24,9 +24,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.checks import check_model, check_no_credentials, check_node, check_value, left_out
+from lit_rlhf.pipeline.checks import RunName, check_model, check_no_credentials, check_node, check_value, left_out
 from lit_rlhf.pipeline.failures import shortened
-from lit_rlhf.pipeline.overrides import addresses, changes_structure, check_structure, chooses_group
+from lit_rlhf.pipeline.overrides import addresses, changes_structure, check_structure, chooses_group, exists
 from lit_rlhf.stages.stage import Stage, all_stages
 
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
@@ -86,8 +86,8 @@ class TopLevel(Strict):
     """The settings that belong to no stage."""
 
     stage: str | list[str]
-    run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
-    from_run: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+    run: RunName
+    from_run: RunName
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     rounds: Annotated[int, Field(ge=1)]
     overwrite: bool
@@ -157,6 +157,11 @@ def compose_settings(overrides: list[str], config_dir: Path | None = None, with_
 def _check_changes(overrides: list[str], cfg: DictConfig) -> None:
     """Raise ``UserError`` where an override adds what nobody reads or takes away what is needed."""
     asked = _parsed(overrides)
+    for override in asked:
+        key, value = override.key_or_group, override.value()
+        if "." in key and isinstance(value, str) and value in _options(key):
+            raise UserError(f"{key}={value}: an option of a group of settings is chosen with slashes: "
+                            f"{key.replace('.', '/')}={value}")  # fmt: skip
     if changes := [o for o in asked if changes_structure(o, cfg)]:
         kept = [o.input_line for o in asked if chooses_group(o, cfg) or o.key_or_group.startswith("hydra.")]
         optional = {name for name, field in StageLevel.model_fields.items() if not field.is_required()}
@@ -242,17 +247,34 @@ RENAMED = {
 }
 
 
+def _options(group: str) -> dict[str, Path]:
+    """The options of a group of settings (``sft.data`` or ``sft/data``), each with its file."""
+    return {file.stem: file for file in sorted((conf_dir() / group.replace(".", "/")).glob("*.yaml"))}
+
+
+def _options_with(key: str) -> list[str]:
+    """The options, as they are chosen, that would bring a setting: ``sft/data=jsonl`` for ``sft.data.path``."""
+    parts = key.split(".")
+    groups = {"/".join(parts[:n]): ".".join(parts[n:]) for n in range(len(parts) - 1, 0, -1)}
+    return [
+        f"{group}={name}"
+        for group, rest in groups.items()
+        for name, file in _options(group).items()
+        if exists(OmegaConf.load(file), rest)
+    ]
+
+
 def _composition_error(error: Exception, overrides: list[str]) -> str:
     text = str(error).split("Config search path")[0]
     if "Config group override must be a string" in text:
-        groups = {
-            o.input_line: conf_dir() / o.key_or_group for o in _parsed(overrides) if not isinstance(o.value(), str)
-        }
-        for asked, group in groups.items():
-            if options := ", ".join(sorted(file.stem for file in group.glob("*.yaml"))):
+        for asked in (o for o in _parsed(overrides) if not isinstance(o.value(), str)):
+            if options := ", ".join(_options(asked.key_or_group)):
                 return (
-                    f"{asked}: this is a group of settings; name one of its options ({options}), or leave it as it is"
+                    f"{asked.input_line}: this is a group of settings; name one of its options ({options}), or leave "
+                    "it as it is"
                 )
+    if match := re.search(r"Could not load '(.+)/(.+?)'", text):
+        return f"{match[1]}: there is no option {match[2]}; there are {', '.join(_options(match[1]))}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         for old, new in RENAMED.items():
@@ -270,6 +292,8 @@ def _composition_error(error: Exception, overrides: list[str]) -> str:
                     f"others write an option of your own, {above.replace('.', '/')}/NAME.yaml (--config-dir)"
                 )
             return f"{key}: another choice of this command (experiment, or an override) has replaced {above}"
+        if options := _options_with(key):
+            return f"{key}: this setting comes with {' or '.join(options)}; give that, too"
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         siblings = sorted({k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]})
         there = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(siblings[:40])}."
