@@ -18,6 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from lit_rlhf.apps.sweep_reader import load_jobs
 from lit_rlhf.errors import UserError, first_line, say
 from lit_rlhf.files import make_folder, write_text, written_anew
 
@@ -239,13 +240,14 @@ def draw(study: Study, path: Path) -> None:
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     so_far = [better(t.value for t in done[: i + 1] if t.value is not None) for i in range(len(done))]
     history.step([t.number for t in done], so_far, where="post", color="#1f4e9c", alpha=0.5, label="best so far")
-    history.set(xlabel="trial", ylabel="objective", title=f"best: trial {study.best_trial.number}")
+    objective = next((job.objective[0] for job in load_jobs(path.parent) if job.done), "objective")
+    history.set(xlabel="trial", ylabel=objective, title=f"best: trial {study.best_trial.number}")
     history.xaxis.get_major_locator().set_params(integer=True)
     history.legend()
     shares = get_param_importances(study) if len(done) > 1 and len({t.value for t in done}) > 1 else {}
     importance.barh([*shares][::-1], [*shares.values()][::-1], height=0.5, color="#1f4e9c")
     importance.set(
-        xlabel="share of the objective's variance", title="importance" if shares else "importance: too few trials"
+        xlabel=f"share of the variance of {objective}", title="importance" if shares else "importance: too few trials"
     )
     with written_anew(path, "wb") as file:
         figure.savefig(file, dpi=150)

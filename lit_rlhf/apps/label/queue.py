@@ -130,8 +130,7 @@ class Labelling:
             if earlier := self._event(annotator, item, again):
                 same = "shown" in earlier and self.task.verdict(earlier) == self.task.verdict({**said, "shown": shown})
                 return self.state(annotator, None if same else "That one was done in another window; here is the next")
-            if again and not self._event(annotator, item, False):
-                raise ValueError("this item was not judged a first time")
+            self._check_first(annotator, item, again)
             event = {**said, **self._about(annotator, known, note, seconds), "shown": shown, **known.others}
             self._keep({**event, "aside": "repeated", "again": True} if again else event)
             return self.state(annotator)
@@ -142,6 +141,7 @@ class Labelling:
             annotator = person_name(annotator)
             known = self._item(item)
             if not self._event(annotator, item, again):
+                self._check_first(annotator, item, again)
                 about = self._about(annotator, known, note, seconds)
                 self._keep({**about, "aside": "skipped", "again": again})
             return self.state(annotator)
@@ -251,6 +251,10 @@ class Labelling:
         if item not in self.items:
             raise ValueError("this item is no longer among those to judge; load the page again")
         return self.items[item]
+
+    def _check_first(self, annotator: str, item: str, again: bool) -> None:
+        if again and not self._event(annotator, item, False):
+            raise ValueError("this item was not judged a first time")
 
     def _event(self, annotator: str, item: str, again: bool) -> dict[str, Any] | None:
         found = (e for e in self._events[annotator] if e["item"] == item and _is_repeat(e) == again)

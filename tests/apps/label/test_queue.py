@@ -195,6 +195,8 @@ def test_a_repeated_item_can_be_undone_and_done_again(open_):
     assert labelling.judge("ann", item["id"], True, [1, 2, 3])["compared"] == 3
     with pytest.raises(ValueError, match="not judged a first time"):
         labelling.judge("bob", item["id"], True, [1, 2, 3])
+    with pytest.raises(ValueError, match="not judged a first time"):
+        labelling.skip("bob", item["id"], True)
 
 
 def test_items_that_are_added_do_not_move_the_old_ones(open_):
