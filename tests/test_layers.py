@@ -20,6 +20,7 @@ LAYERS = (
     "functional",
     "finished",
     "files",
+    "arguments",
     "errors",
     "processes",
 )  # top to bottom

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
@@ -32,6 +33,7 @@ PREFIX = "base_model.model."  # of the names in an adapter folder
 _frozen_within: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
+@checked
 @dataclass(frozen=True)
 class LoRA:
     """Which adapters a model gets: peft's ``LoraConfig`` under peft's names, and ``path``.

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import adapted_modules, adapters_off
 from lit_rlhf.models.gathering import sharded_root
@@ -21,6 +22,7 @@ from lit_rlhf.models.lora import starts_unchanged
 from lit_rlhf.models.policy import freeze
 
 
+@checked
 @dataclass(frozen=True)
 class ReferenceUpdate:
     """Whether the reference of the penalty follows the policy, which figures against SFT never do; its precision."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder
 from lit_rlhf.models.adapters import effective_weight
@@ -43,6 +44,7 @@ SCALE = {"score_shift", "score_mean", "score_std"}
 GATE_BIAS = -1.0  # a fresh gate lets 27% of the likelihood through
 
 
+@checked
 @dataclass(frozen=True)
 class RewardHead:
     """Settings of a score head: how a score is read off the last hidden states.

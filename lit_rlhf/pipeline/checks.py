@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from pydantic import AfterValidator, BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-from pydantic_core import SchemaError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
+from lit_rlhf.arguments import adapter_of, hints_of, reasons
 from lit_rlhf.errors import CREDENTIALS, UserError, first_line
 from lit_rlhf.stages.stage import all_stages
 
@@ -35,7 +35,7 @@ def left_out(name: str, key: str, stage: dict[str, Any]) -> bool:
     """Whether a setting is a model with the path null, which the stage's module can do without."""
     if key not in all_stages()[name].model_settings or (stage[key] or {}).get("path", "") is not None:
         return False
-    return type(None) in _kinds(_hints(get_object(stage["module"]["_target_"])).get(key))
+    return type(None) in _kinds(hints_of(get_object(stage["module"]["_target_"])).get(key))
 
 
 def check_no_credentials(node: Any, address: str = "") -> None:
@@ -56,7 +56,7 @@ def _check_call(cfg: DictConfig, node: dict[str, Any], address: str) -> None:
     except Exception as error:  # import errors of any kind
         raise UserError(f"{address}._target_: {' '.join(str(error).split())}") from None
     try:
-        parameters, hints = inspect.signature(target).parameters, _hints(target)
+        parameters, hints = inspect.signature(target).parameters, hints_of(target)
     except (TypeError, ValueError):
         raise UserError(f"{address}._target_={node['_target_']}: this is nothing that can be called") from None
     further = getattr(target, "further_settings", ())
@@ -97,16 +97,6 @@ def _check_together(target: Any, node: dict[str, Any], address: str) -> None:
             raise UserError(f"{address}: {first_line(error)}") from None
 
 
-def _hints(function: Any) -> dict[str, Any]:
-    """The types of what a function takes, or a class; a dataclass inherits some that only their own module can tell."""
-    kind = next((k for k in getattr(function, "__mro__", ()) if "__init__" in vars(k)), None)
-    asked = function if kind is None else kind if "__dataclass_fields__" in vars(kind) else kind.__init__
-    try:
-        return typing.get_type_hints(asked, include_extras=True)
-    except NameError:  # a class of another package names a type that it has not imported
-        return {}
-
-
 def origin(cfg: DictConfig, address: str) -> str:
     """Where the value at an address is set: ``ppo.advantage.lam`` for ``ppo.module.advantage.lam``."""
     parts, at, node = address.split("."), "", cfg
@@ -137,14 +127,13 @@ def check_value(kind: Any, value: Any, address: str) -> None:
         if not isinstance(value, kind):
             raise UserError(f"{address}={_shown(value)}: it should be an instance of {kind.__name__}")
         return
-    try:
-        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-    except (PydanticUserError, SchemaError, TypeError):
-        return  # nothing that can be checked before the object is made
+    adapter = adapter_of(kind)
+    if adapter is None:
+        return
     try:
         adapter.validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{address}={_shown(value, address)}: {_reasons(error)}") from None
+        raise UserError(f"{address}={_shown(value, address)}: {reasons(error)}") from None
     # Python takes True for 1 and pydantic "3" for 3; a person who writes that has made a mistake.
     if isinstance(value, bool) and bool not in _kinds(kind) and typing.get_origin(kind) is not Literal:
         raise UserError(f"{address}={_shown(value)}: a number was expected, not true or false")
@@ -168,14 +157,7 @@ def check_model(model: type[BaseModel], values: dict[str, Any], prefix: str) -> 
         if first["type"] == "missing":
             raise UserError(f"{prefix}{'.'.join(first['loc'])}: this setting is needed, and it is not there") from None
         address = f"{prefix}{'.'.join(path)}"
-        raise UserError(f"{address}={_shown(value, address)}: {_reasons(error, tuple(path))}") from None
-
-
-def _reasons(error: ValidationError, path: tuple[str, ...] = ()) -> str:
-    """What was expected at a place, in pydantic's words; the alternatives of a union once each."""
-    there = [e for e in error.errors() if e["loc"][: len(path)] == path]
-    said = [each["msg"].removeprefix("Value error, ") for each in there]
-    return ", or ".join(dict.fromkeys(each.replace("Input should be", "it should be") for each in said))
+        raise UserError(f"{address}={_shown(value, address)}: {reasons(error, tuple(path))}") from None
 
 
 def _shown(value: Any, address: str = "") -> str:

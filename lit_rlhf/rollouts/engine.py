@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import NotFinite, UserError
 from lit_rlhf.models.finite import finite
 from lit_rlhf.models.gathering import whole
@@ -24,6 +25,7 @@ from lit_rlhf.models.policy import context_length
 Temperature = Annotated[float, Field(ge=0.01, le=100)] | Annotated[float, Field(ge=0, le=0)]
 
 
+@checked
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings. All tokens are possible by default: what is learned from must be what was sampled."""

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import check_arguments
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import context_length
 from lit_rlhf.text.records import (
@@ -69,6 +70,7 @@ class FileDataModule(LightningDataModule):
     reads: ClassVar[tuple[str, ...]] = ()  # fields that are read later on than by ``parse_record``
 
     def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
         super().__init__()
         self.moved = Moved()  # prompts that are not where their hash puts them; a run hands on its own
         self.skipped: list[str] = []  # a line for each bad record

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import lora_layers
 from lit_rlhf.models.gathering import full
@@ -27,6 +28,11 @@ class TrainedState(LightningModule):
     of the base that its adapters belong on: to go on from it with another base raises ``UserError``."""
 
     frozen_models: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls):
+            checked(cls)
 
     def configure_model(self) -> None:
         """Shard the models, where the trainer's strategy is to; several times is as good as once."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lit_rlhf import __version__
 from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.failures import DEBUG, code_of, reason
 from lit_rlhf.pipeline.run import make_trainer
@@ -77,3 +78,14 @@ def test_what_lightning_has_against_a_trainer_names_the_stage():
 
 def test_what_a_terminal_would_obey_or_not_show_is_escaped():
     assert reason(UserError("a\x1b[2J\udcff\nb")) == r"a\x1b[2J\udcff b"
+
+
+@pytest.mark.parametrize("stage", ["report", "chat", "label"])
+def test_the_name_of_no_run_leaves_no_folder(lit_rlhf, tmp_path, stage):
+    done = lit_rlhf(f"stage={stage}", "run=typo", fast=False, check=False)
+    assert done.returncode == 2 and "runs/typo" in done.stderr
+    assert [*tmp_path.glob("runs/*")] == []
+
+
+def test_the_version_is_our_own(lit_rlhf):
+    assert lit_rlhf("--version", fast=False).stdout.startswith(f"lit-rlhf {__version__} (Hydra ")

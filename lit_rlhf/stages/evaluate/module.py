@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.functional import masked_sum, sequence_kl
 from lit_rlhf.models.heads import AnyRewardModel
@@ -53,6 +54,7 @@ class Written(NamedTuple):
     candidates: Answers
 
 
+@checked
 class EvaluateModule(LightningModule):
     """Samples answers of several models and compares them.
 

@@ -9,6 +9,7 @@ from lightning import LightningModule
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.functional import wilson_interval
 from lit_rlhf.models.policy import context_length, freeze
 from lit_rlhf.models.responses import response_logprobs
@@ -22,6 +23,7 @@ Normalize = Literal["sum", "token", "byte"]
 WAYS: tuple[Normalize, ...] = ("sum", "token", "byte")
 
 
+@checked
 class FewShotModule(LightningModule):
     """Asks a language model tasks by prompt alone.
 

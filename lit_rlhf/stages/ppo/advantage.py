@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.functional import Baseline, baseline, gae, group_std, reward_to_go
 
 
@@ -26,6 +27,7 @@ class AdvantageEstimator(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class GAE:
     """Generalized advantage estimation with a critic: one-step TD at ``lam`` 0, Monte-Carlo targets at ``lam`` 1."""
@@ -40,6 +42,7 @@ class GAE:
         return gae(rewards, values, mask, self.gamma, self.lam)
 
 
+@checked
 @dataclass(frozen=True)
 class MonteCarlo:
     """Rewards to go, less a baseline from other answers: REINFORCE, RLOO, and with ``divide_by_std`` GRPO."""

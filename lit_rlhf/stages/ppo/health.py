@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import TrainingDiverged
 from lit_rlhf.training.callbacks import say_above_bar
 from lit_rlhf.training.metrics_file import append_rows
@@ -35,6 +36,7 @@ class Unhealthy(TrainingDiverged):
     """A check that was asked to end the run has found something."""
 
 
+@checked
 @dataclass(frozen=True)
 class Limits:
     """From where on a check speaks; "at first" is the mean over the first ``baseline`` iterations."""

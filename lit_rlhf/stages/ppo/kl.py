@@ -10,12 +10,14 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import Estimator, full_kl, token_entropy, token_logprobs
 from lit_rlhf.models.logits import next_token_logits
 from lit_rlhf.models.reference import Reference
 
 
+@checked
 @dataclass(frozen=True)
 class KLPenalty:
     """The penalty for leaving the reference; its coefficient is ``ppo.module.kl_coef``."""

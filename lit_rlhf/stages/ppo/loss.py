@@ -13,11 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.functional import adapted_beta, clipped_policy_loss, kl_penalty_loss
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@checked
 @dataclass(frozen=True)
 class ClippedLoss:
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7)."""
@@ -28,6 +30,7 @@ class ClippedLoss:
         return clipped_policy_loss(logprobs, old_logprobs, advantages, mask, self.clip_range)
 
 
+@checked
 class KLPenaltyLoss(nn.Module):
     """PPO with an adaptive penalty for leaving the policy that sampled (arXiv:1707.06347, eq. 8).
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, scale_of
 from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_mean, score_std
@@ -22,6 +23,7 @@ from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import Messages
 
 
+@checked
 @dataclass(frozen=True)
 class Scoring:
     """How answers are scored.

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError, Waiting, say_once
 from lit_rlhf.files import Checked
 from lit_rlhf.models.policy import context_length, freeze
@@ -52,6 +53,7 @@ class Drawn(Checked):
     equal: int
 
 
+@checked
 class PreferenceModule(LightningModule):
     """Draws K answers to each prompt and has them ranked.
 

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import say_once
 from lit_rlhf.functional import wilson_interval
 from lit_rlhf.models.heads import score_answers
@@ -36,6 +37,7 @@ class Scored(NamedTuple):
         return 0.5 if len(best) == 2 else float(True in best)
 
 
+@checked
 class RewardBenchModule(LightningModule):
     """Scores the answers of a benchmark of reward models (RewardBench, arXiv:2403.13787).
 
