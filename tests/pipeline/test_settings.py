@@ -116,7 +116,7 @@ def test_every_target_can_be_imported():
         ("model=nanoo", "Could not find 'model/nanoo' Available options in 'model': gpt2"),
         (
             "sft.data.path=x.jsonl",
-            "sft.data.path: this setting comes with sft/data=jsonl or sft/data=stream; give that",
+            "this setting comes with sft/data=jsonl or sft/data=stream; give that, too",
         ),
         ("callbacks.early_stopping.patience=3", "this setting comes with callbacks=early_stopping; give that, too"),
         ("sft.data=jsonl", "sft.data=jsonl: an option of a group of settings is chosen with slashes: sft/data=jsonl"),
