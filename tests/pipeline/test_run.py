@@ -140,7 +140,7 @@ def test_unwritable_folder(lit_rlhf, tmp_path):
 @pytest.mark.parametrize(("stage", "how"), [("sft", signal.SIGINT), ("ppo", signal.SIGKILL)])
 def test_stopped_run_goes_on_to_the_same_weights(lit_rlhf, run_copy, finished_run, same_weights, stage, how):
     shutil.rmtree(run_copy / stage)
-    more = ["sft.trainer.max_epochs=20", "ppo.trainer.limit_train_batches=20"]
+    more = ["sft.trainer.max_epochs=8", "ppo.trainer.limit_train_batches=12"]
     folder = run_copy.parent / "stopped" / stage
     command = lit_rlhf.command(f"stage={stage}", "run=stopped", "from_run=quickstart", *more)
     said = stopped(command, how, folder, lit_rlhf, run_copy)
@@ -172,7 +172,7 @@ def stopped(command, how, folder, lit_rlhf, run_copy):
 
 
 def test_ctrl_c_ends_a_sweep_which_can_go_on(lit_rlhf, run_copy):
-    asked = ["-m", "stage=sft", "run=swept", "from_run=quickstart", "sft.trainer.max_epochs=12", "seed=1,2"]
+    asked = ["-m", "stage=sft", "run=swept", "from_run=quickstart", "sft.trainer.max_epochs=8", "seed=1,2"]
     sweep = run_copy.parent / "swept" / "sweeps" / "one"
     asked.append(f"hydra.sweep.dir={sweep}")
     said = stopped(lit_rlhf.command(*asked), signal.SIGINT, sweep / "0" / "sft", lit_rlhf, run_copy)

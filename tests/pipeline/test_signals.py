@@ -15,7 +15,7 @@ from lit_rlhf.training.trained_state import weights_fingerprint
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_LOCALID": "0",
          "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
-MORE = ["stage=sft", "run=job", "from_run=quickstart", "sft.trainer.max_epochs=20"]
+MORE = ["stage=sft", "run=job", "from_run=quickstart", "sft.trainer.max_epochs=8"]
 
 
 @pytest.fixture
