@@ -423,13 +423,13 @@ def check_stage(cfg: DictConfig, name: str) -> None:
 
 def resolved(cfg: DictConfig, name: str) -> dict[str, Any]:
     """The settings of a stage as plain values; raises ``UserError`` where one that must be given is not."""
-    # Another group (model, tokenizer) may leave open what the stage takes from there.
-    missing = [key for key in _missing(cfg) if not key.startswith("hydra.")]
     try:
         return OmegaConf.to_container(cfg[name], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         if "issing mandatory value" not in str(error) and not isinstance(error, MissingMandatoryValue):
             raise UserError(f"{error.full_key or name}: {_interpolation_error(error)}") from None
+        # Another group (model, tokenizer) may leave open what the stage takes from there.
+        missing = [key for key in _missing(cfg) if not key.startswith("hydra.")]
         own = [key for key in missing if key.startswith(f"{name}.")]
         key = (own or missing)[0]
         hint = f" ({cfg.hint})" if cfg.hint else ""

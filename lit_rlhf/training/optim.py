@@ -29,7 +29,7 @@ def adamw(
     lr: Annotated[float, Field(ge=0)] = 5e-5,
     betas: tuple[Beta, Beta] = (0.9, 0.95),
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
-    matrix_lr: Annotated[float, Field(gt=0)] | None = None,
+    matrix_lr: Annotated[float, Field(ge=0)] | None = None,
     offload: bool = False,
 ) -> AdamW:
     """AdamW in its fused form, one kernel for all parameters, the fastest on CPU and GPU alike.

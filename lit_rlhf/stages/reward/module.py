@@ -66,7 +66,7 @@ class RewardModule(RankingModule):
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule = warmup_decay,
         max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0,
-        head_lr: Annotated[float, Field(gt=0)] | None = 1e-3,
+        head_lr: Annotated[float, Field(ge=0)] | None = 1e-3,
         lm_coef: Annotated[float, Field(ge=0)] = 0.0,
         margin: Annotated[float, Field(ge=0)] = 0.0,
         label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
