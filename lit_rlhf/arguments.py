@@ -42,8 +42,10 @@ def check_arguments(kind: type, values: Mapping[str, Any]) -> None:
         given, (hint, adapter) = f"{kind.__name__}({name}={value!r})", _types(kind)[name]
         if isinstance(hint, type) and Protocol in hint.__mro__:
             raise UserError(f"{given}: an object was expected, as {hint.__module__}.{hint.__name__} describes it")
+        if adapter is None:
+            continue
         try:
-            _ = adapter is None or adapter.validate_python(value)
+            adapter.validate_python(value)
         except ValidationError as error:
             raise UserError(f"{given}: {reasons(error)}") from None
 
