@@ -18,7 +18,6 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.apps.sweep_reader import load_jobs
 from lit_rlhf.errors import UserError, first_line, say
 from lit_rlhf.files import make_folder, write_text, written_anew
 
@@ -228,6 +227,8 @@ def draw(study: Study, path: Path) -> None:
     from matplotlib.figure import Figure
     from optuna.importance import get_param_importances
     from optuna.trial import TrialState
+
+    from lit_rlhf.apps.sweep_reader import load_jobs
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     history, importance = figure.subplots(1, 2)
