@@ -34,6 +34,12 @@ FILL = [  # what a user must give
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    """A folder in which no run is remembered: someone may have made one where the tests are started."""
+    monkeypatch.chdir(tmp_path)
+
+
 def checked(*overrides):
     return check(compose_settings(list(overrides)))
 
@@ -53,8 +59,7 @@ def options():
 
 
 @pytest.mark.parametrize("option", list(options()))
-def test_every_option_composes_and_passes_the_check(option, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_option_composes_and_passes_the_check(option):
     stage = option.partition("/")[0]
     options = [option, *([f"stage={stage}"] if stage in all_stages() else [])]  # others do not see it
     cfg = compose_settings(options)
@@ -173,8 +178,7 @@ def test_every_target_can_be_imported():
         ("+nope/data=x", "+nope/data=x: nothing reads"),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_setting(override, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_are_one_line_that_names_the_setting(override, message):
     with pytest.raises(UserError) as error:
         checked(*override.split(" "))
     assert message in str(error.value)
@@ -202,15 +206,13 @@ def test_what_cannot_be_parsed_is_named(override):
         "+sft.models.mine=folder",
     ],
 )
-def test_what_something_takes_may_be_added_and_what_has_a_default_taken_away(overrides, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_something_takes_may_be_added_and_what_has_a_default_taken_away(overrides):
     cfg = compose_settings(overrides.split())
     name_loaders(cfg)
     check(cfg)
 
 
-def test_groups_of_the_users_own_may_be_added(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_groups_of_the_users_own_may_be_added(tmp_path):
     for name in ("mine/a.yaml", "sft/mine/b.yaml"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("lr: 1.0e-3\n")
@@ -252,8 +254,7 @@ def test_stages_run_in_their_order_and_a_checkpoint_replaces_pretraining():
         (["stage=lable"], "There are: pipeline, pretrain"),
     ],
 )
-def test_a_command_is_checked_like_a_stage_and_runs_alone(overrides, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_command_is_checked_like_a_stage_and_runs_alone(overrides, message):
     assert command_of(checked("stage=label")) == "label" and stages_of(checked("stage=label")) == []
     assert command_of(checked("stage=reward")) is None
     with pytest.raises(UserError) as error:
