@@ -197,7 +197,7 @@ def test_weights_that_no_step_has_left_are_not_exported(stage, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "classify"], indirect=True)
 def test_any_history_of_stops(stage, seed, request, tmp_path, stop_at):
     name = request.node.callspec.params["stage"]
@@ -205,7 +205,7 @@ def test_any_history_of_stops(stage, seed, request, tmp_path, stop_at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize("kind", [*PPO, "a budget that ends it"])
 def test_any_history_of_stops_of_ppo(kind, seed, world, policy, ppo, prompts, tmp_path, stop_at):
     def make():
