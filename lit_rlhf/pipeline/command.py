@@ -48,6 +48,7 @@ from lit_rlhf.pipeline.settings import (
     without_sweeps,
 )
 from lit_rlhf.processes import is_main_process, name_submitit_task
+from lit_rlhf.stages.stage import all_stages
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -175,10 +176,11 @@ def check_jobs(overrides: list[str], fitting_all: str | None) -> None:
             f"some jobs of this sweep start from a checkpoint ({weights_given(starting[0])}) and others do not; sweep "
             "over them apart, or set recipe=scratch or recipe=checkpoint for all"
         )
-    launcher = hydra_settings(overrides).launcher
+    hydras = hydra_settings(overrides)
     for cfg in jobs.values():
         check(cfg)
-        check_multirun(cfg, launcher)
+        check_multirun(cfg, hydras.launcher)
+        check_direction(cfg, hydras.sweeper)
 
 
 def run_one(cfg: DictConfig) -> None:
@@ -229,6 +231,17 @@ def check_multirun(cfg: DictConfig, launcher: DictConfig) -> None:
             f"{most}: {most}.trainer asks for {wanted} processes, and under multirun (-m) this launcher starts "
             f"{started} per job. Sweep with trainer.devices=1, or have as many started: hydra/launcher=submitit_slurm "
             "(or submitit_local) hydra.launcher.tasks_per_node=DEVICES hydra.launcher.nodes=NODES"
+        )
+
+
+def check_direction(cfg: DictConfig, sweeper: DictConfig) -> None:
+    """Raise ``UserError`` where a search would call the largest loss the best."""
+    last = [f"{name}.{all_stages()[name].objective}" for name in stages_of(cfg)][-1:]
+    objective = cfg.objective or "".join(last)
+    if sweeper.get("direction") == "maximize" and objective.endswith("loss"):
+        raise UserError(
+            f"hydra.sweeper.direction=maximize: {objective} is a loss, and the largest would be called the best; set "
+            "hydra.sweeper.direction=minimize, or another objective="
         )
 
 

@@ -176,3 +176,10 @@ def test_a_study_of_twelve_trials_that_is_killed(lit_rlhf, finished_run, tmp_pat
     named = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     assert rows == {t.number: named[t.state] for t in trials}
     assert "best of" in done.stdout and (tmp_path / "s/study.png").is_file() and (tmp_path / "s/sweep.png").is_file()
+
+
+def test_the_largest_loss_is_not_searched_for(lit_rlhf):
+    search = ["-m", "stage=sft", "hydra/sweeper=optuna", "sft.optimizer.lr=interval(1e-4,1e-2)"]
+    done = lit_rlhf(*search, check=False)
+    assert done.returncode == 2 and "maximize: sft.val_loss is a loss" in done.stderr
+    assert "set hydra.sweeper.direction=minimize" in done.stderr
