@@ -42,12 +42,8 @@ def check_arguments(kind: type, values: Mapping[str, Any]) -> None:
         given, (hint, adapter) = f"{kind.__name__}({name}={value!r})", _types(kind)[name]
         if isinstance(hint, type) and Protocol in hint.__mro__:
             raise UserError(f"{given}: an object was expected, as {hint.__module__}.{hint.__name__} describes it")
-        if adapter is None:
-            continue
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
-            raise UserError(f"{given}: {reasons(error)}") from None
+        if wrong := fault_of(adapter, value):
+            raise UserError(f"{given}: {wrong}")
 
 
 @cache
@@ -75,6 +71,17 @@ def adapter_of(hint: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except (PydanticUserError, SchemaError, TypeError):
         return None
+
+
+def fault_of(adapter: TypeAdapter[Any] | None, value: Any) -> str:
+    """What was expected in the place of a value; "" where it is as its type says, or nothing can tell."""
+    if adapter is None:
+        return ""
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        return reasons(error)
+    return ""
 
 
 def reasons(error: ValidationError, path: tuple[str, ...] = ()) -> str:

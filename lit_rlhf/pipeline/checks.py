@@ -12,7 +12,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from lit_rlhf.arguments import adapter_of, hints_of, reasons
+from lit_rlhf.arguments import adapter_of, fault_of, hints_of, reasons
 from lit_rlhf.errors import CREDENTIALS, UserError, first_line
 from lit_rlhf.stages.stage import all_stages
 
@@ -127,13 +127,8 @@ def check_value(kind: Any, value: Any, address: str) -> None:
         if not isinstance(value, kind):
             raise UserError(f"{address}={_shown(value)}: it should be an instance of {kind.__name__}")
         return
-    adapter = adapter_of(kind)
-    if adapter is None:
-        return
-    try:
-        adapter.validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{address}={_shown(value, address)}: {reasons(error)}") from None
+    if wrong := fault_of(adapter_of(kind), value):
+        raise UserError(f"{address}={_shown(value, address)}: {wrong}")
     # Python takes True for 1 and pydantic "3" for 3; a person who writes that has made a mistake.
     if isinstance(value, bool) and bool not in _kinds(kind) and typing.get_origin(kind) is not Literal:
         raise UserError(f"{address}={_shown(value)}: a number was expected, not true or false")

@@ -48,7 +48,6 @@ from lit_rlhf.pipeline.settings import (
     without_sweeps,
 )
 from lit_rlhf.processes import is_main_process, name_submitit_task
-from lit_rlhf.stages.stage import all_stages
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -236,8 +235,10 @@ def check_multirun(cfg: DictConfig, launcher: DictConfig) -> None:
 
 def check_direction(cfg: DictConfig, sweeper: DictConfig) -> None:
     """Raise ``UserError`` where a search would call the largest loss the best."""
-    last = [f"{name}.{all_stages()[name].objective}" for name in stages_of(cfg)][-1:]
-    objective = cfg.objective or "".join(last)
+    from lit_rlhf.pipeline.sweep import objective_address
+
+    names = stages_of(cfg)
+    objective = objective_address(cfg, names) if names or cfg.objective else ""
     if sweeper.get("direction") == "maximize" and objective.endswith("loss"):
         raise UserError(
             f"hydra.sweeper.direction=maximize: {objective} is a loss, and the largest would be called the best; set "

@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
-    """(address, value) of the figure that a sweeper optimizes. Raises ``UserError`` where there is no such figure."""
+def objective_address(cfg: DictConfig, names: list[str]) -> str:
+    """Address in ``summary.json`` of the figure that a sweeper optimizes: the one that is asked for, or the last
+    stage's own."""
     known = all_stages()
     aligning = [name for name, stage in known.items() if stage.aligns]
     trained = next((name for name in names if name in aligning), aligning[0])
-    address = cfg.objective or f"{names[-1]}.{known[names[-1]].objective.format(policy=trained)}"
+    return cfg.objective or f"{names[-1]}.{known[names[-1]].objective.format(policy=trained)}"
+
+
+def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
+    """(address, value) of the figure that a sweeper optimizes. Raises ``UserError`` where there is no such figure."""
+    address = objective_address(cfg, names)
     node: Any = summary
     for part in address.split("."):
         node = node.get(part) if isinstance(node, dict) else None

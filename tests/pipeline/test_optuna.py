@@ -48,14 +48,9 @@ def test_what_all_trials_have_and_what_is_searched():
 
 def test_a_setting_that_is_none_is_named_before_the_first_trial(lit_rlhf, tmp_path):
     done = lit_rlhf(
-        "-m",
-        "stage=pretrain",
-        "hydra/sweeper=optuna",
-        "hydra.sweep.dir=s",
-        "hydra.sweeper.direction=minimize",
-        "pretrain.data.nope=1,2",
-        check=False,
-    )
+        "-m", "stage=pretrain", "hydra/sweeper=optuna", "hydra.sweep.dir=s", "hydra.sweeper.direction=minimize",
+        "pretrain.data.nope=1,2", check=False,
+    )  # fmt: skip
     assert done.returncode == 2 and "nope" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("s/*/job.json"))
 
