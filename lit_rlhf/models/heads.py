@@ -125,7 +125,8 @@ def _load_classifier(
     )
     if fresh:
         start = (new_head or RewardHead()).start
-        start_head((cast_to_intended(model) if start == "normal" else model).score, start)
+        cast_to_intended(model, model.score)
+        start_head(model.score, start)
     return with_adapter(keep_layout(model), path)
 
 

@@ -80,6 +80,12 @@ def loading_as_stored() -> Iterator[None]:
         _as_stored.reset(token)
 
 
+def dtype_as_stored(path: str | Path) -> torch.dtype | None:
+    """The precision of a model's files within :func:`loading_as_stored`; None outside, and where they have several."""
+    form = format_of(path) if _as_stored.get() else None
+    return None if form is None or form.others else form.dtype
+
+
 def intend_dtype(model: Any, dtype: torch.dtype) -> None:
     """Note the precision that a model will have when it is sharded."""
     model.intended_dtype = model.base_model.intended_dtype = dtype
@@ -91,11 +97,13 @@ def intended_dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def cast_to_intended(model: Any) -> Any:
-    """``model``, cast now where it was to be cast when it is sharded: its numbers are about to change."""
+def cast_to_intended(model: Any, *parts: Any) -> Any:
+    """``model``, cast now where it was to be cast when it is sharded: its numbers are about to change, or those of
+    these ``parts`` alone."""
     if hasattr(model, "intended_dtype"):
-        model.to(model.intended_dtype)
-        for part in {model, model.base_model}:
+        for part in parts or (model,):
+            part.to(model.intended_dtype)
+        for part in () if parts else {model, model.base_model}:
             del part.intended_dtype
     return model
 
@@ -237,20 +245,18 @@ def read_pretrained(
 
     With ``meta`` as torch's default device the model has no values, and none are read."""
     settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    wanted, as_stored = getattr(torch, dtype), _as_stored.get() and "quantization_config" not in settings
+    wanted = getattr(torch, dtype)
     try:
+        stored = None if "quantization_config" in settings else dtype_as_stored(path)
         if torch.empty(0).is_meta:
             config = AutoConfig.from_pretrained(str(path), **{k: v for k, v in settings.items() if k == "num_labels"})
             nothing: dict[str, Any] = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
             model = kind.from_config(config, dtype=wanted)
-            if as_stored:
+            if stored is not None:
                 intend_dtype(model, wanted)
             return model, nothing
-        form = format_of(path) if as_stored else None
-        if form is None or form.others:
-            model, found = kind.from_pretrained(str(path), dtype=wanted, **settings)
-        else:
-            model, found = kind.from_pretrained(str(path), dtype=form.dtype, **settings)
+        model, found = kind.from_pretrained(str(path), dtype=stored or wanted, **settings)
+        if stored is not None:
             intend_dtype(model, wanted)
         return model, found
     except Exception as error:  # a config.json whose numbers make no model ends anywhere
@@ -338,7 +344,8 @@ def match_tokenizer(
             "they are no pair"
         )
     if new:
-        cast_to_intended(model)
+        layers = (embedding, model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        cast_to_intended(model, *filter(None, layers))
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
         how = f"; adapters do not train their rows, unless lora.trainable_token_indices={new} asks for it"
         grown = f"the vocabulary grows from {rows} tokens to {new[-1] + 1}, for {names}"

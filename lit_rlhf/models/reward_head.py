@@ -32,6 +32,8 @@ from lit_rlhf.models.loading import (
     check_files,
     check_tensors,
     checkpoint_format,
+    dtype_as_stored,
+    intend_dtype,
     intended_dtype,
     keep_format,
 )
@@ -169,7 +171,7 @@ class RewardTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> RewardTransformer:
-        """Load what :meth:`save_pretrained` wrote."""
+        """Load what :meth:`save_pretrained` wrote; within ``loading_as_stored()`` it is to be cast later."""
         folder = Path(folder)
         check_files(folder)
         settings = model_settings(folder)
@@ -177,23 +179,35 @@ class RewardTransformer(nn.Module):
         if "trunk" in settings:  # as it was called once
             settings["backbone"] = settings.pop("trunk")
             weights = {re.sub(r"^trunk\.", "backbone.", name): tensor for name, tensor in weights.items()}
-        backbone = AutoModel.from_config(AutoConfig.for_model(**settings["backbone"]))  # type: ignore[no-untyped-call]
+        config = AutoConfig.for_model(**settings["backbone"])
         spec = RewardHead(**settings["head"])
         own = weights.get("score.lm_head.weight")
         lm_head = None if own is None else nn.Linear(own.shape[1], own.shape[0], bias="score.lm_head.bias" in weights)
-        rows, width = backbone.get_input_embeddings().weight.shape
-        if not weights and spec.kind == "likelihood" and not backbone.config.tie_word_embeddings:
-            lm_head = nn.Linear(width, rows, bias=False)
-        model = cls(backbone, ScoreHead(spec, width, lm_head))
-        if not weights:  # on ``meta``, without values
-            return model.to(dtype)
-        of = model.state_dict()
-        wrong = [(n, weights[n].shape, of[n].shape) for n in of.keys() & weights if of[n].shape != weights[n].shape]
-        check_tensors(folder, of.keys() - weights.keys(), weights.keys() - of.keys(), wrong)
-        model.load_state_dict(weights)
-        check_finite(model, folder)
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+            rows, width = backbone.get_input_embeddings().weight.shape
+            if not weights and spec.kind == "likelihood" and not config.tie_word_embeddings:
+                lm_head = nn.Linear(width, rows, bias=False)
+            model = cls(backbone, ScoreHead(spec, width, lm_head))
+        stored = dtype_as_stored(folder)
+        if weights:
+            of = model.state_dict()
+            wrong = [(n, weights[n].shape, of[n].shape) for n in of.keys() & weights if of[n].shape != weights[n].shape]
+            check_tensors(folder, of.keys() - weights.keys(), weights.keys() - of.keys(), wrong)
+            parts = {
+                p: {n.removeprefix(p): t for n, t in weights.items() if n.startswith(p)}
+                for p in ("backbone.", "score.")
+            }
+            model.backbone = type(backbone).from_pretrained(
+                None, config=config, state_dict=parts["backbone."], dtype=stored or dtype
+            )
+            model.score.load_state_dict(parts["score."], assign=True)
+            check_finite(model, folder)
         model.config.update({name: settings[name] for name in SCALE & settings.keys()})
-        return model.to(dtype)
+        if stored is None:
+            return model.to(dtype)
+        intend_dtype(model, dtype)
+        return model
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write config.json, which names the head, and model.safetensors, of the weights or of ``state_dict``."""

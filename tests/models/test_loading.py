@@ -41,6 +41,7 @@ from lit_rlhf.models.loading import (
     match_tokenizer,
 )
 from lit_rlhf.models.reference import Reference, ReferenceUpdate
+from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.preference.annotators import RewardModelAnnotator
 from lit_rlhf.text import load_tokenizer
 from lit_rlhf.text.packing import pack
@@ -620,6 +621,40 @@ def test_a_head_of_our_own_on_what_is_to_be_sharded(policy, tokenizer, tmp_path)
         model = load_reward_model(tmp_path, tokenizer, new_head=True, head=RewardHead("mlp"))
     assert (model.backbone.dtype, model.backbone.intended_dtype) == (torch.bfloat16, torch.float32)
     assert {p.dtype for p in model.score.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("reward", [False, True], ids=["language model", "reward model"])
+def test_of_what_is_to_be_sharded_only_what_grows_is_cast(reward, policy, tokenizer, tmp_path):
+    policy.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path)
+
+    def load():
+        torch.manual_seed(0)
+        return load_reward_model(tmp_path, tokenizer, new_head=True) if reward else load_policy(tmp_path, tokenizer)
+
+    plain = load()
+    with loading_as_stored():
+        lent = load()
+    rows = plain.get_input_embeddings().num_embeddings
+    assert rows == lent.get_input_embeddings().num_embeddings > policy.get_input_embeddings().num_embeddings
+    assert {rows in p.shape for p in lent.base_model.parameters() if p.dtype == torch.float32} == {True}
+    assert intended_dtype(lent) == torch.float32
+    for name, weight in cast_to_intended(lent).state_dict().items():
+        assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "likelihood"])
+def test_a_saved_head_of_our_own_on_what_is_to_be_sharded(kind, model_config, tokenizer, tmp_path):
+    config = AutoConfig.for_model(**model_config, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model = RewardTransformer.from_policy(AutoModelForCausalLM.from_config(config), RewardHead(kind)).to(torch.bfloat16)
+    save_model(model, tokenizer, tmp_path / "model")
+    plain = load_reward_model(tmp_path / "model", tokenizer)
+    with loading_as_stored():
+        lent = load_reward_model(tmp_path / "model", tokenizer)
+    assert {p.dtype for p in lent.parameters()} == {torch.bfloat16} and lent.backbone.intended_dtype == torch.float32
+    for name, weight in lent.float().state_dict().items():
+        assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
 
 
 def test_what_is_no_folder_is_said_before_the_hub_is_asked(capsys):

@@ -149,9 +149,16 @@ def test_a_sharded_stage_is_the_same(stage, budget, stages, trained, monkeypatch
         close(mine, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("lora", [LoRA(), LoRA(r=2)], ids=["all weights", "adapters"])
-def test_what_is_stored_in_bfloat16_is_sharded_in_float32(lora, policy, tokenizer, optimizer, world, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("lora", "added"),
+    [(LoRA(), []), (LoRA(r=2), []), (LoRA(), ["<one>", "<two>"])],
+    ids=["all weights", "adapters", "a vocabulary that grows"],
+)
+def test_what_is_stored_in_bfloat16_is_sharded_in_float32(
+    lora, added, policy, tokenizer, optimizer, world, trained, tmp_path
+):
     save_model(policy.to(torch.bfloat16), tokenizer, tmp_path / "start")
+    tokenizer.add_tokens(added)
 
     def make(size=8):
         torch.manual_seed(0)
