@@ -100,14 +100,19 @@ class LoadedRun:
         return f"LoadedRun({str(self.path)!r}, stages={self.stages})"
 
     def _repr_html_(self) -> str:
+        from lit_rlhf.apps.report.comparison import headline
+
         titles, rows = all_stages(), []
         for stage in self.stages:
-            shown = {k: v for k, v in self._run.figures[stage].items() if isinstance(v, float)}
-            text = ", ".join(f"{name} {value:.3g}" for name, value in list(shown.items())[:5])
+            shown = {k: v for k, v in self._run.figures[stage].items() if isinstance(v, int | float)}
+            texts = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in list(shown.items())[:5])
+            text = ", ".join(texts)
             seconds = self._run.seconds.get(stage)
             took = "" if seconds is None else f"{seconds:.0f} s"
             rows.append(
                 f"<tr><td>{html.escape(titles[stage].title)}</td><td>{took}</td><td>{html.escape(text)}</td></tr>"
             )
         head = "<tr><th>stage</th><th>time</th><th>figures</th></tr>"
-        return f"<p>run <b>{html.escape(str(self.path))}</b></p><table>{head}{''.join(rows)}</table>"
+        result = headline(self._run)
+        said = "" if result is None else html.escape(f": {result.before}{result.number}{result.after}")
+        return f"<p>run <b>{html.escape(str(self.path))}</b>{said}</p><table>{head}{''.join(rows)}</table>"

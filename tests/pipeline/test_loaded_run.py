@@ -44,7 +44,9 @@ def test_models_are_those_of_the_stages(finished_run):
 
 def test_a_notebook_shows_figures_and_the_report(finished_run):
     run = package.load(finished_run / "runs/quickstart")
-    assert "<table>" in run._repr_html_() and "quickstart" in repr(run)
+    shown, wins = run._repr_html_(), run.summary["evaluate"]["win_rate"]["ppo_vs_sft"]["mean"]
+    assert "<table>" in shown and f"{wins:.1%}" in shown and "quickstart" in repr(run)
+    assert f"prompts {run.figures('evaluate')['prompts']}" in shown  # no stage's row is empty
     assert "<iframe" in run.show(300).data and "height: 300px" in run.show(300).data
 
 
