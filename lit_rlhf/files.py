@@ -33,6 +33,7 @@ CURES = {
     "run_id": "put it back, or delete it: W&B then has what follows as a run of its own",
     "job.json": "delete it: the sweep's table is then made without the job",
 }
+NEW = ".new"  # ends the name of the folder in which a stage is done again, until it takes the place of the old one
 
 
 class Checked(BaseModel):
@@ -170,6 +171,11 @@ def disk(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({reason}); make room for it or choose another folder, then run the same "
             "command again"
         ) from error
+
+
+def final(path: Path) -> Path:
+    """Where what is written to ``path`` will stand when its stage is whole."""
+    return Path(*(part.removesuffix(NEW) for part in path.parts))
 
 
 def make_folder(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.files import disk
+from lit_rlhf.files import disk, final
 from lit_rlhf.models.adapters import merged
 from lit_rlhf.models.finite import not_finite
 from lit_rlhf.models.loading import CheckpointFormat, checkpoint_format, listed, weight_files
@@ -125,7 +125,8 @@ def _name_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writte
     known = listed(settings.get("eos_token_id")) or listed(getattr(model.config, "eos_token_id", None))
     if new := sorted(end - {*known}):
         names = ", ".join(tokenizer.convert_ids_to_tokens(new))
-        say(f"{folder.parent}: generation_config.json names {names} as an end of answers, too: the template writes it")
+        where = f"{final(folder.parent)}: generation_config.json"
+        say(f"{where} names {names} as an end of answers, too: the template writes it")
         settings["eos_token_id"] = [*known, *new]
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
+from lit_rlhf.files import final
 from lit_rlhf.finished import check_unchanged
 from lit_rlhf.models.adapters import adapted_modules, changes, lora_layers, merged
 from lit_rlhf.models.checkpoint import identity, written_whole
@@ -28,6 +29,8 @@ from lit_rlhf.models.quantization import Model, is_quantized
 from lit_rlhf.text.model_folder import ADAPTER_CONFIG, base_of_adapter, check_regular_files, is_adapter
 
 WEIGHTS = "adapter_model.safetensors"
+# Kinds of models whose fused kernels take no adapter at out_proj; peft refuses it there
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 PREFIX = "base_model.model."  # of the names in an adapter folder
 # Weights that came with an adapter and are not trained: embedding and head of a base whose vocabulary had grown
 _frozen_within: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
@@ -132,6 +135,7 @@ def _inject(model: nn.Module, config: Any, written_by_peft: bool = False) -> Non
     Raises ``UserError`` for what could not be exported as a plain model."""
     from peft import inject_adapter_in_model
 
+    given = {*(config.rank_pattern or ()), *(config.alpha_pattern or ())}  # peft adds some of its own for experts
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -150,14 +154,18 @@ def _inject(model: nn.Module, config: Any, written_by_peft: bool = False) -> Non
             raise UserError(f"lora.lora_bias=true: {name} has no bias that the adapter's could be added to")
     for warning in [] if written_by_peft else said:
         text = str(warning.message)
+        if "_pattern keys did not match" in text and not any(repr(name) in text for name in given):
+            continue
         if any(part in text for part in ("did not match", "no module", "no parameter")):
             raise UserError(f"lora: {_line(text)}")
 
 
 def _matrices(model: Any) -> list[str]:
-    """Names of the linear modules between embedding and head."""
+    """Names of the linear modules between embedding and head, but those that peft refuses in a model of this kind."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return [prefix + n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    refused = ".out_proj" if model.config.model_type in MAMBA else "\0"
+    linear = (n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D))
+    return [prefix + name for name in linear if not name.endswith(refused)]
 
 
 def _targets(model: nn.Module, lora: LoRA) -> str | list[str]:
@@ -363,10 +371,10 @@ def save_adapter(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         return
     base = getattr(model, "name_or_path", "")
     if not isinstance(model, PreTrainedModel):
-        print(f"{folder}: not written, for peft knows no model with such a head; model/ is whole")
+        print(f"{final(folder)}: not written, for peft knows no model with such a head; model/ is whole")
     elif not base or is_adapter(base):
         began = f"{base}, an adapter itself" if base else "no folder"
-        print(f"{folder}: not written, for its base came from {began}; model/ is whole")
+        print(f"{final(folder)}: not written, for its base came from {began}; model/ is whole")
     else:
         with written_whole(folder) as temporary:
             _write_adapter(model, base, temporary)

@@ -62,4 +62,8 @@ def recipe_line(cfg: DictConfig) -> str:
     given = weights_given(cfg)
     if cfg.recipe == "checkpoint":
         return f"recipe: checkpoint ({given or 'as asked'}); the rates of models made from scratch: recipe=scratch"
-    return f"recipe: {cfg.recipe} ({f'as asked, though {given}' if given else 'weights are made from scratch'})"
+    if given:
+        return f"recipe: {cfg.recipe} (as asked, though {given})"
+    begun = next((run for run in lineage(cfg) if origin_of(run).checkpoint), None)
+    why = "weights are made from scratch" if begun is None else f"as {begun} has it, though it began with a checkpoint"
+    return f"recipe: {cfg.recipe} ({why})"

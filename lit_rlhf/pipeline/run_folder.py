@@ -13,13 +13,11 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import Checked, damaged, read_yaml
+from lit_rlhf.files import NEW, Checked, damaged, read_yaml
 from lit_rlhf.finished import digest_of
 from lit_rlhf.pipeline.failures import of_stage
 from lit_rlhf.pipeline.settings import resolved, stages_of
 from lit_rlhf.stages.stage import Stage, all_stages
-
-NEW = ".new"  # ends the name of the folder in which a stage is done again, until it takes the place of the old one
 
 
 class Seed(Checked):

@@ -12,13 +12,13 @@ from lit_rlhf.apps.report import write_report
 from lit_rlhf.apps.report.screen import print_screen
 from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
 from lit_rlhf.errors import UserError
-from lit_rlhf.files import write_json
+from lit_rlhf.files import NEW, write_json
 from lit_rlhf.finished import read_done
 from lit_rlhf.models.checkpoint import OLD
 from lit_rlhf.pipeline.loggers import log_report
 from lit_rlhf.pipeline.process_group import Processes, processes_of
 from lit_rlhf.pipeline.run import run_stage
-from lit_rlhf.pipeline.run_folder import NEW, check_inputs, check_records, checkpoint_of, read_settings, start_of
+from lit_rlhf.pipeline.run_folder import check_inputs, check_records, checkpoint_of, read_settings, start_of
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.processes import is_main_process

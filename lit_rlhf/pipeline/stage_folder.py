@@ -15,11 +15,11 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.files import damaged, disk, make_folder, write_yaml
+from lit_rlhf.files import NEW, damaged, disk, make_folder, write_yaml
 from lit_rlhf.finished import changes, check_unchanged, read_done, write_done
 from lit_rlhf.models.checkpoint import OLD, put_in_place
 from lit_rlhf.pipeline.process_group import processes_of
-from lit_rlhf.pipeline.run_folder import NEW, absolute, collecting_stage, fingerprint_of, input_paths, read_settings
+from lit_rlhf.pipeline.run_folder import absolute, collecting_stage, fingerprint_of, input_paths, read_settings
 from lit_rlhf.pipeline.settings import resolved
 
 # How a stage is watched, how a judge is reached, where tokens are kept and which processes share the work, does not

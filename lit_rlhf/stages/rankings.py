@@ -93,7 +93,7 @@ class RankingDataModule(ExampleDataModule):
     judge: ClassVar[Judge | None] = None
     parse_record, asked = staticmethod(parse_ranking), attrgetter("prompt")
     called, example = "rankings", EncodedRanking
-    counts = (*ExampleDataModule.counts, "alike")
+    counts = (*ExampleDataModule.counts, "alike", "tied")
 
     def rankings(self) -> Sequence[Ranking]:
         """All rankings."""
@@ -112,16 +112,22 @@ class RankingDataModule(ExampleDataModule):
 
     def encode(self) -> None:
         self.alike: list[str] = []  # where rankings stand, and what they say, whose answers are the same to a model
+        self.tied: list[str] = []  # or of one rank, which no ratings tell apart
         super().encode()
 
     def check_left(self, what: str, train: Sequence[Any] | None, held_out: Sequence[Any]) -> None:
-        if self.alike:
-            line = (
-                f"{self.source}: {len(self.alike)} rankings are left out, for their answers are the same tokens, of "
-                f"which none is better (the first: {self.alike[0]})"
-            )
-            if not (train and held_out):
-                raise UserError(f"{line}; none is left to {'test' if train else 'train'} on")
+        whys = (
+            ("are the same tokens, of which none is better", self.alike),
+            ("share a rank, so none is better", self.tied),
+        )
+        lines = [
+            f"{self.source}: {len(found)} rankings are left out, for their answers {why} (the first: {found[0]})"
+            for why, found in whys
+            if found
+        ]
+        if lines and not (train and held_out):
+            raise UserError(f"{lines[-1]}; none is left to {'test' if train else 'train'} on")
+        for line in lines:
             self.note(line)
         super().check_left(what, train, held_out)
 
@@ -150,9 +156,11 @@ class RankingDataModule(ExampleDataModule):
             if reason := refused.get(i) or (None if alike else _same_tokens(ranking, answered)):
                 self.refuse(ranking, reason)
                 continue
-            if alike:  # of a score less itself there is no gradient
+            tied = len(answered) > 1 and len(set(ranking.ranks)) == 1 and not ranking.ratings
+            if alike or tied:  # of a score less itself there is no gradient, nor any of a pair that is none
                 texts = " and ".join(repr(text[:30]) for text in ranking.responses[:2])
-                self.alike.append(f"{ranking.place or shown(ranking.prompt)[:60]}, {texts}")
+                which = self.alike if alike else self.tied
+                which.append(f"{ranking.place or shown(ranking.prompt)[:60]}, {texts}")
                 continue
             sequences = [[*prompt, *answer] for answer in answered]
             too_long = any(len(s) > self.max_length for s in sequences)

@@ -75,6 +75,7 @@ class FileDataModule(LightningDataModule):
         self.moved = Moved()  # prompts that are not where their hash puts them; a run hands on its own
         self.skipped: list[str] = []  # a line for each bad record
         self.long = 0  # records that were too long
+        self.fills_context = False  # whether max_length is all that a model has room for
         self.notes: list[str] = []  # what a person should know
         self.found: dict[str, None] = {}  # of ``fields``, those that some record has
         self.there: dict[str, None] = {}  # names of fields in the files
@@ -307,11 +308,13 @@ class RecordDataModule(FileDataModule):
         asked = self.max_length
         if room >= asked or room >= self.longest():
             return
-        known, self.max_length = list(self.skipped), room
+        known, long, self.max_length, self.fills_context = list(self.skipped), self.long, room, True
         self.encode()
         self.skipped = known  # the same records are refused once more
+        line = f"the model's context has room for {room} tokens, not max_length={asked}"
         longer = f"{self.long} records were longer" if self.long else "longer records count as too long"
-        self.note(f"the model's context has room for {room} tokens, not max_length={asked}: {longer} ({self.how_long})")
+        same = self.long and self.long == long  # which were counted already
+        self.note(f"{line}: the same records are longer" if same else f"{line}: {longer} ({self.how_long})")
 
     @property
     def how_long(self) -> str:
@@ -325,9 +328,11 @@ class RecordDataModule(FileDataModule):
         nothing = train is not None and not train
         if nothing or not held_out:
             short = "train on" if nothing else "test on"
+            ways = [] if self.fills_context else ["raise it (up to the model's context)"]
+            ways += ["set on_long=cut"] if self.on_long == "skip" else ["give shorter ones"]
             raise UserError(
                 f"{self.source}: {self.long} {what} are longer than max_length={self.max_length} tokens, and none is "
-                f"left to {short}; raise it (up to the model's context), or set on_long=cut"
+                f"left to {short}; {', or '.join(ways)}"
             )
 
     def load(self, path: Paths, parse: Callable[[dict[str, Any]], Record]) -> Sequence[Record]:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn, tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import (
@@ -465,6 +465,34 @@ def test_adapters_of_experts_are_those_of_peft(settings, tokenizer, tmp_path):
         ours = load_policy(tmp_path / "base", lora=LoRA(r=2, **settings))
         learned = {name for name, p in ours.named_parameters() if p.requires_grad}
         assert learned and all("experts" in name for name in learned)
+
+
+def test_adapters_of_experts_beside_dense_layers(tokenizer, tmp_path):
+    """peft adds patterns of its own for experts, which match nothing in a dense layer."""
+    policy_from_config({**EXPERTS, "mlp_only_layers": [1]}, tokenizer).save_pretrained(tmp_path)
+    model = stirred(load_policy(tmp_path, tokenizer, lora=LoRA(r=2))).eval()
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("experts" in name for name in learned) and any("layers.1.self_attn" in name for name in learned)
+    assert_close(merged(model)(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"lora: .*rank_pattern.*nothing_like_this"):
+        load_policy(tmp_path, tokenizer, lora=LoRA(r=2, rank_pattern={"nothing_like_this": 4}))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_by_default_no_adapter_stands_where_peft_takes_none(kind, tokenizer):
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "state_size": 4,
+        "expand": 2,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+    }
+    config = AutoConfig.for_model(kind, **sizes, vocab_size=len(tokenizer))
+    model = add_lora(AutoModelForCausalLM.from_config(config), LoRA(r=2))
+    learned = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert "in_proj" in learned and "out_proj" not in learned
 
 
 def test_an_adapter_has_its_own_settings(saved, tokenizer):

@@ -133,6 +133,29 @@ def test_answers_that_are_the_same_to_a_model_are_left_out_and_counted(tmp_path,
         kind(file_of(tmp_path, [{**row, "rejected": "I"} for row in rows[:4]]), tokenizer).setup()
 
 
+TIED = {
+    "ranking": {"prompt": "q", "responses": ["I", "No"], "ranks": [1, 1]},
+    "helpsteer": {"prompt": "q", "response_1": "I", "response_2": "No", "preference_strength": 0},
+    "scores": {"prompt": "q", "responses": ["I", "No"], "scores": [2.0, 2.0]},
+}
+
+
+@pytest.mark.parametrize("kind", [RewardDataModule, DPODataModule])
+@pytest.mark.parametrize("tied", TIED.values(), ids=TIED)
+def test_rankings_that_are_ties_alone_are_left_out_and_counted(tmp_path, tokenizer, kind, tied):
+    rows = [{"prompt": f"{i}?", "chosen": "I", "rejected": "No"} for i in range(20)]
+    data = kind(file_of(tmp_path, [*rows[:2], tied, *rows[2:], {**tied, "id": 1}]), tokenizer)
+    data.setup()
+    assert len(data.train_set) + len(data.val_set) == 20 and not data.skipped
+    [line] = [note for note in data.notes if "share a rank" in note]
+    assert "data.jsonl: 2 rankings are left out" in line and "data.jsonl:3, 'I' and 'No'" in line
+    ties = [{**tied, "prompt": f"{i}?"} for i in range(12)]
+    with pytest.raises(
+        UserError, match=r"data.jsonl: 12 rankings are left out.*share a rank.*none is left to train on"
+    ):
+        kind(file_of(tmp_path, ties), tokenizer).setup()
+
+
 def test_some_answers_that_become_the_same_tokens_are_a_bad_record(tmp_path, tokenizer):
     tokenizer.chat_template = CHATML.replace("+ m['content'] +", "+ m['content'].strip() +")
     rows = [{"prompt": f"{i}?", "chosen": "I", "rejected": "No"} for i in range(20)]

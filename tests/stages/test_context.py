@@ -97,7 +97,8 @@ def test_what_does_not_fit_is_cut_or_left_out_and_said(
     assert data.longest() <= room
     said = [note for note in data.notes if "context" in note]
     assert len(said) == 1 and f"room for {room} tokens, not max_length=512" in said[0]
-    assert f": {data.long} records were longer (on_long={on_long}" in said[0]
+    counted_before = any("max_length=512 tokens" in note for note in data.notes)
+    assert not counted_before and f": {data.long} records were longer (on_long={on_long}" in said[0]
     assert data.long >= 10 or (name == "evaluate" and data.long)
     read, long_ones = (40, 10) if name != "evaluate" else (len(data._held_out), data.long)
     # Of a prompt without its answer nothing can be learned.
@@ -182,3 +183,15 @@ def make_trainer(tmp_path):
 
     torch.manual_seed(0)
     return make
+
+
+def test_what_was_too_long_before_is_not_counted_once_more(long, tokenizer):
+    data = SFTDataModule(long, tokenizer, batch_size=4, max_length=CONTEXT + 8, on_long="skip", held_out=0.3)
+    data.setup()
+    before = data.long
+    data.fit_context(CONTEXT)
+    assert data.long == before >= 10
+    [said] = [note for note in data.notes if "context" in note]
+    assert said.endswith(f"room for {CONTEXT} tokens, not max_length={CONTEXT + 8}: the same records are longer")
+    with pytest.raises(UserError, match=r"none is left to train on; set on_long=cut$"):
+        data.fit_context(3)

@@ -336,6 +336,8 @@ def test_other_names(tmp_path):
     assert loaded.unread == ["info.by", "id"]
     with pytest.raises(UserError, match=r"x.jsonl:1: no field 'prompt', looked for as 'query' \(it has question, info"):
         load(tmp_path, rows, parse_demonstration, fields={"prompt": "query"})
+    with pytest.raises(UserError, match=r"or 'output', looked for as 'info.answr' among its fields"):
+        load(tmp_path, rows, parse_demonstration, fields={"prompt": "question", "response": "info.answr"})
 
 
 def test_a_name_that_hides_the_files_own(tmp_path):

@@ -80,7 +80,9 @@ def test_what_was_trained_on_is_never_held_out():
         moved = Moved(trained=trained)
         sides = split(prompts(40), 0.5, seed, moved=moved)
         assert not prints(sides[1]) & trained and prints(sides[1]) and moved.kept > 5
-    with pytest.raises(UserError, match=r"all 4 prompts were trained on by earlier stages, so that none can be held"):
+    with pytest.raises(
+        UserError, match=r"all 4 prompts were trained on by earlier stages, so that none can be held out; add prompts"
+    ):
         seed = next(s for s in range(99) if not any(is_held_out(p, 0.02, s) for p in prompts(4)))
         split(prompts(4), 0.02, seed, moved=Moved(trained=prints(prompts(4))))
 

@@ -88,7 +88,7 @@ class Chat:
 
     def _best(self) -> str:
         if not self._there():
-            looked = ", ".join(self.models.values())
+            looked = ", ".join(dict.fromkeys(self.models.values()))
             raise UserError(
                 f"chat: this run has no model yet (looked for {looked}). Run lit-rlhf first, name a run that has one "
                 "by run=, or a model by chat.model="

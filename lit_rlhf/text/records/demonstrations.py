@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from lit_rlhf.text.records.fields import WEIGHT, names_in, remark, short
+from lit_rlhf.text.records.fields import WEIGHT, looked_for, names_in, remark, short
 from lit_rlhf.text.records.messages import Messages, dialogue, dialogue_name, is_learned, messages_of, text_of, tools_of
 from lit_rlhf.text.records.prompts import parse_prompt
 
@@ -73,8 +73,9 @@ def answered(row: dict[str, Any]) -> tuple[Messages, Messages]:
             if not isinstance(response, str) or not response.strip():
                 raise ValueError(f"'{name}' is {short(response)}; a non-empty string was expected")
             return prompt, [{"role": "assistant", "content": response}]
+    looked = looked_for(row, "response", "completion", "output")
     raise ValueError(
-        f"no 'response', 'completion' or 'output' among its fields ({names_in(row)}); where the file calls it "
+        f"no 'response', 'completion' or 'output'{looked} among its fields ({names_in(row)}); where the file calls it "
         "otherwise, set <stage>.data.fields='{response: NAME}'"
     )
 

@@ -101,13 +101,17 @@ def require(row: Mapping[str, Any], name: str) -> Any:
     """The value of a field; ``ValueError`` where it is missing or null."""
     value = row.get(name)
     if value is None:
-        known = getattr(row, "names", {})
-        looked = f", looked for as {known[name]!r}" if name in known else ""
         raise ValueError(
-            f"no field '{name}'{looked} (it has {names_in(row) or 'none'}); where the file calls it otherwise, set "
-            f"<stage>.data.fields='{{{name}: NAME}}'"
+            f"no field '{name}'{looked_for(row, name)} (it has {names_in(row) or 'none'}); where the file calls it "
+            f"otherwise, set <stage>.data.fields='{{{name}: NAME}}'"
         )
     return value
+
+
+def looked_for(row: Mapping[str, Any], *names: str) -> str:
+    """For a message: what those of these fields are called in the file, as somebody said, which are not in a record."""
+    called = [known[name] for known in [getattr(row, "names", {})] for name in names if name in known]
+    return "".join(f", looked for as {name!r}" for name in called)
 
 
 def names_in(row: Mapping[str, Any]) -> str:

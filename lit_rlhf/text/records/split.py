@@ -87,8 +87,8 @@ class Moved:
         if not found:
             by = f" ({', '.join(self.trained_by)})" if self.trained_by else ""
             raise UserError(
-                f"all {len(places)} prompts were trained on by earlier stages{by}, so that none can be held out; give "
-                "prompts that are new to the models, or set allow_trained=true where a stage has it"
+                f"all {len(places)} prompts were trained on by earlier stages{by}, so that none can be held out; add "
+                "prompts that are new to the models (one is enough)"
             )
         self.held_out |= found
         self.train -= found
