@@ -6,7 +6,7 @@ import os
 import re
 from functools import cache
 
-from lit_rlhf.processes import is_main_process
+from lit_rlhf.processes import NoNumber, is_main_process
 
 # user:password@ of an address, or a key in its query.
 CREDENTIALS = re.compile(
@@ -66,9 +66,9 @@ STOPPED = 75  # exit code then, as sysexits.h has it for what may be tried again
 
 def users_mistake(error: BaseException | None) -> UserError | None:
     """The ``UserError`` that an exception is or came from: Hydra wraps what a constructor raises."""
-    while error is not None and not isinstance(error, UserError):
+    while error is not None and not isinstance(error, UserError | NoNumber):
         error = error.__cause__ or error.__context__
-    return error
+    return UserError(error) if isinstance(error, NoNumber) else error
 
 
 def say(line: str) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+NO_TASK = 2**32 - 16  # numbers of Slurm's steps from here on are the batch script, the shell of salloc and the like
+
+
+class NoNumber(ValueError):
+    """A launcher's variable in the environment is no number."""
+
 
 class Process(NamedTuple):
     """A process among those of one command."""
@@ -19,15 +25,32 @@ def this_process() -> Process:
     """This process, as its launcher says: torchrun, Slurm's srun, the command itself, or Lightning.
 
     Lightning tells the processes that it starts their rank on the node alone."""
-    env = os.environ
-    # As lightning.fabric.plugins.environments.SLURMEnvironment sees it; torchrun may run inside a job of Slurm's.
-    by_srun = "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    if by_srun and "RANK" not in env:
+    if by_srun():
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
-        rank, local_rank, node, world_size = (int(env.get(name, 0)) for name in names)
-        return Process(rank, local_rank, node, world_size)
-    local_rank, node = int(env.get("LOCAL_RANK", 0)), int(env.get("GROUP_RANK", env.get("NODE_RANK", 0)))
-    return Process(int(env.get("RANK", local_rank or node)), local_rank, node, int(env.get("WORLD_SIZE", 1)))
+        return Process(*(number_of(name) for name in names))
+    local_rank, node = number_of("LOCAL_RANK"), number_of("GROUP_RANK", number_of("NODE_RANK"))
+    return Process(number_of("RANK", local_rank or node), local_rank, node, number_of("WORLD_SIZE", 1))
+
+
+def by_srun() -> bool:
+    """Whether Slurm's srun has started this process as one of its tasks.
+
+    Of a step with a number that is sure; without one, a job's name tells as it does for Lightning: salloc's shell."""
+    env = os.environ
+    if "SLURM_NTASKS" not in env or "RANK" in env:  # torchrun may run inside a job of Slurm's
+        return False
+    step = env.get("SLURM_STEP_ID", "")
+    if step.isdecimal():
+        return int(step) < NO_TASK and number_of("SLURM_STEP_NUM_TASKS", 2) > 1  # srun --pty bash: one
+    return env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def number_of(name: str, default: int = 0) -> int:
+    """A whole number from the environment. Raises ``NoNumber`` where something else stands there."""
+    told = os.environ.get(name)
+    if told is not None and not told.isdecimal():
+        raise NoNumber(f"{name}={told} in the environment: a whole number from 0 on was expected")
+    return default if told is None else int(told)
 
 
 def is_main_process() -> bool:

@@ -55,6 +55,7 @@ MULTIRUN = ("-m", "--multirun")
 def main() -> None:
     """Run the command; whatever is raised ends it with one line, a user's mistake with exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers is imported, which is later
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that is gone is said by us, in one line
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with a traceback
     for stream in (sys.stdout, sys.stderr):  # texts have letters that a console of Windows may lack
         if isinstance(stream, TextIOWrapper):

@@ -8,8 +8,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +18,13 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_rlhf.errors import UserError, scrubbed, users_mistake
-from lit_rlhf.processes import is_main_process, this_process
+from lit_rlhf.processes import NoNumber, is_main_process, this_process
 
 DEBUG = "LIT_RLHF_DEBUG"  # set in the environment to 1, it has the traceback printed
 MISTAKE, UNEXPECTED, STOPPED_BY_HAND = 2, 1, 130  # exit codes; for a signal's see lit_rlhf.errors.STOPPED
 
 
+FIRST_SAID = ".first-said"  # in the run's folder
 PARENT = os.getppid()
 
 
@@ -35,22 +36,40 @@ def parent_gone() -> bool:
 def fail(said: Any, code: int = MISTAKE) -> NoReturn:
     """One line for the user, no traceback; of several processes the first one says it, or where that has been killed,
     which had started the others, the second. Before they have met, the first one of each node says it."""
-    here, who = this_process(), ""
-    if not is_main_process() and not (here.rank == 1 and parent_gone()):
-        time.sleep(3)  # a launcher ends the first process when it sees another one end
-        if _met or here.local_rank > 0:
-            sys.exit(code)
-        who = f"process {here.rank}: "
+    who = ""
+    with suppress(NoNumber):  # of what the environment says of this process, which is what is said then
+        here = this_process()
+        if here.rank > 0 and not (here.rank == 1 and parent_gone()):
+            time.sleep(3)  # a launcher ends the first process when it sees another one end
+            if here.local_rank > 0 if not _met else not (here.rank == 1 and _first_is_gone()):
+                sys.exit(code)
+            who = "" if _met else f"process {here.rank}: "
     print(f"lit-rlhf: {who}{one_line(said)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-_met: list[bool] = []  # whether this process has met the others, so that the first one gets to know why it ends
+def first_will_say() -> None:
+    """Let the others know that this process, the first one, says why they end."""
+    for file in _met:
+        with suppress(OSError):
+            file.touch()
 
 
-def others_met() -> None:
-    """Leave it to the first process to say why this one ends."""
-    _met.append(True)
+# Once this process has met the others, the file that says that the first one has said why they end
+_met: list[Path] = []
+_first_is_gone: Callable[[], bool] = lambda: False  # noqa: E731  whether the first process is there no more, silently
+
+
+def others_met(run: Path, first_listens: Callable[[], bool]) -> None:
+    """Leave it to the first process to say why this one ends, as long as it is there; the second one sees by
+    ``first_listens`` and the ``run``'s folder whether it went without a word."""
+    global _first_is_gone
+    said = run / FIRST_SAID
+    if is_main_process():
+        with suppress(OSError):
+            said.unlink(missing_ok=True)
+    _met[:] = [said]
+    _first_is_gone = lambda: not said.exists() and not first_listens()  # noqa: E731
 
 
 def fail_for(error: BaseException, run: Path | None = None) -> NoReturn:

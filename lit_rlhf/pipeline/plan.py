@@ -32,9 +32,10 @@ from lit_rlhf.rollouts.fast import cache_bytes, make_decoder, rows_that_fit
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.training.dry_run import Meter, bytes_of
+from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.memory import machine_bytes, resident_bytes
 from lit_rlhf.training.optim import HIDDEN, decay_groups
-from lit_rlhf.training.trainer import precision_of
+from lit_rlhf.training.trainer import precision_of, sharding_of
 
 MARGIN = 0.2  # of all tensors: holes between them that are too small for others, workspaces of libraries
 # 10^9 bytes per second that a process sends: NVLink of an H100, one direction, and a network of 400 Gbit/s per GPU.
@@ -131,7 +132,12 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         callback.setup(trainer, module, "fit")
     trained = [p for p in module.parameters() if p.requires_grad and "optimizer" in settings]
     count = processes_of(settings.trainer)
-    kind = "fsdp2" if "fsdp2" in str(settings.trainer.get("strategy")).lower() else "ddp"
+    strategy = settings.trainer.get("strategy", "auto")
+    strategy = strategy if isinstance(strategy, str) else instantiate(strategy)
+    strategy = sharding_of(strategy, precision, settings.trainer.get("compile", False))
+    if isinstance(strategy, FSDP2):
+        strategy.check_layers(module)
+    kind = "fsdp2" if isinstance(strategy, FSDP2) else "ddp"
     shards = count if kind == "fsdp2" else 1  # those that sample hold all of their models each
     state = _state_bytes(settings, module) if trained else 0
     weights, gradients = bytes_of([*module.parameters(), *module.buffers()]), bytes_of(trained)

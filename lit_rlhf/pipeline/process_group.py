@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +21,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 
-from lit_rlhf.errors import UserError, first_line, say
-from lit_rlhf.pipeline.failures import MISTAKE, fail, others_met, parent_gone, reason
-from lit_rlhf.processes import is_main_process, this_process
+from lit_rlhf.errors import UserError, first_line, say, users_mistake
+from lit_rlhf.pipeline.failures import MISTAKE, fail, first_will_say, others_met, parent_gone, reason
+from lit_rlhf.processes import by_srun, is_main_process, number_of, this_process
 from lit_rlhf.training.all_processes import patient_group
 
 Value = TypeVar("Value")
@@ -87,22 +87,27 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     lost = threading.Event()
     try:
         with _watched(cfg, others, lost):
-            processes = _joined(devices * nodes, nodes)
-            others_met()
+            processes = _joined(devices * nodes, nodes, others)
+            others_met(Path(cfg.paths.run_dir), _first_listens)
             processes.check_alike(cfg)
             yield processes
             for other in others:
                 other.wait()
     except (Exception, SystemExit) as error:
-        told = processes.group is not None and isinstance(error, RuntimeError) and GONE.search(str(error))
+        lost_one = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GONE.search(str(error)))
+        told = processes.group is not None and lost_one
         if told or lost.is_set():
             raise UserError(_who_has_gone(cfg, others)) from error
         if isinstance(error, SystemExit):
             raise
         if not is_main_process() and Path(cfg.paths.run_dir).is_dir():
-            Path(cfg.paths.run_dir, NOTE.format(this_process().rank)).write_text(reason(error), encoding="utf-8")
+            where = "" if users_mistake(error) else f" (where it happened: {cfg.paths.run_dir}/error.log)"
+            why = f"{reason(error)}{where}"
+            Path(cfg.paths.run_dir, NOTE.format(this_process().rank)).write_text(why, encoding="utf-8")
         raise
     finally:
+        if is_main_process() and sys.exc_info()[0] is not None:
+            first_will_say()
         processes.group = None  # whoever waits for this process in it hears of the end only if nothing holds it
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -144,7 +149,7 @@ def _leaves(node: Any, address: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{address}.{key}" if address else str(key))
 
 
-def _end_at_once(said: str, others: list[subprocess.Popen[bytes]]) -> NoReturn:
+def _end_at_once(said: str, others: Sequence[subprocess.Popen[bytes]]) -> NoReturn:
     """End this process from a thread of it, and those that it has started."""
     for other in others:
         other.kill()
@@ -159,12 +164,12 @@ def _notes(cfg: DictConfig) -> list[Path]:
 
 
 def _who_has_gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str:
-    return f"{_gone(cfg, others)}. Run the same command again to go on"
-
-
-def _gone(cfg: DictConfig, others: list[subprocess.Popen[bytes]]) -> str:
     for note in _notes(cfg):
         return f"process {note.name.rpartition('-')[2]}: {note.read_text(encoding='utf-8')}"
+    return f"{_gone(others)}. Run the same command again to go on"
+
+
+def _gone(others: list[subprocess.Popen[bytes]]) -> str:
     until = time.monotonic() + 2
     while others and all(other.poll() is None for other in others) and time.monotonic() < until:
         time.sleep(0.1)
@@ -193,9 +198,11 @@ def devices_of(trainer: DictConfig) -> int:
 
 def start_others(devices: int, nodes: int) -> list[subprocess.Popen[bytes]]:
     """Start the processes of this node but for this one; on each of several nodes the command is started by hand."""
+    node = number_of("NODE_RANK")
+    if node >= nodes:
+        raise UserError(f"NODE_RANK={node}: of trainer.num_nodes={nodes}, 0 to {nodes - 1} were expected")
     if devices * nodes == 1:
         return []
-    node = int(os.environ.get("NODE_RANK", 0))
     if nodes > 1 and (missing := {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}):
         raise UserError(
             f"trainer.num_nodes={nodes}: {', '.join(sorted(missing))} are not set; start the command "
@@ -226,7 +233,7 @@ def _to_start(nodes: int) -> timedelta:
     return timedelta(seconds=int(told))
 
 
-def _joined(wanted: int, nodes: int) -> Processes:
+def _joined(wanted: int, nodes: int, others: Sequence[subprocess.Popen[bytes]] = ()) -> Processes:
     rank, _, _, size = this_process()
     if size == 1:
         return Processes()
@@ -236,38 +243,74 @@ def _joined(wanted: int, nodes: int) -> Processes:
             "they were started"
         )
     host, port = _address()
-    by_slurm = "RANK" not in os.environ  # env:// knows the store that torchrun has begun
-    where = f"tcp://{host}:{port}" if by_slurm else "env://"
+    where = f"tcp://{host}:{port}" if by_srun() else "env://"  # which knows the store that torchrun has begun
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     patience = _to_start(nodes)
-    if nodes > 1:
+    longer = f"{TO_START}={max(600, 2 * patience.seconds)}"
+    if nodes > 1 or by_srun():
         some = "1 process" if size == 2 else f"{size - 1} processes"
-        say(f"waiting for {some} of {nodes} nodes, {patience.seconds} s at most ({TO_START}=600: longer)")
+        of = f"{nodes} nodes" if nodes > 1 else "this job"
+        srun = "; srun starts them" if by_srun() and "SLURM_STEP_ID" not in os.environ else ""
+        say(f"waiting for {some} of {of}, {patience.seconds} s at most ({longer}: longer){srun}")
+    again = (
+        f"See whether all {size} are started, by the same command, and reach the first one at {host}:{port} "
+        f"(MASTER_ADDR and MASTER_PORT); {longer} waits longer"
+    )
+    vain = f"waited {patience.seconds} s for the other processes in vain: what is there does not answer. {again}"
+    # What listens may be another program, or wait for another number of processes: torch would wait for ever.
+    limit = threading.Timer(patience.seconds + 5, _end_at_once, (vain, others))
+    limit.daemon = True
+    limit.start()
     try:
         if rank > 0:
             _wait_for_first(host, port, patience)
         store, *_ = next(dist.rendezvous(where, rank, size, timeout=patience))
+        _check_size(store, rank, size, patience)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, OSError) as error:  # dist.DistError is the former
         if "EADDRINUSE" in str(error):
             raise UserError(f"MASTER_PORT={port}: this port is in use; set another for all processes") from error
         raise UserError(
             f"waited {patience.seconds} s for the other processes in vain, or lost them: "
-            f"{first_line(error).removesuffix('.')}. See whether all {size} are started, and reach the first one at "
-            f"{host}:{port} (MASTER_ADDR and MASTER_PORT); {TO_START}=600 waits longer"
+            f"{first_line(error).removesuffix('.')}. {again}"
         ) from error
+    finally:
+        limit.cancel()
     return Processes(patient_group())
+
+
+def _check_size(store: Any, rank: int, size: int, patience: timedelta) -> None:
+    """Raise ``UserError`` where one of the processes waits for another number of them: torch would wait for ever."""
+    store.set(f"size/{rank}", str(size))
+    for other in range(size):
+        store.wait([f"size/{other}"], patience)
+        if (found := int(store.get(f"size/{other}"))) != size:
+            raise UserError(
+                f"process {other} is one of {found}, and process {rank} one of {size}; trainer.devices and "
+                "trainer.num_nodes must be alike in all processes of a run"
+            )
 
 
 def _address() -> tuple[str, int]:
     """Where the first process listens for the others."""
-    if "RANK" not in os.environ:
-        slurm = SLURMEnvironment()
-        return slurm.main_address, slurm.main_port
+    if by_srun():
+        if "MASTER_PORT" not in os.environ:  # of steps of one job that run at the same time, one's own
+            os.environ["MASTER_PORT"] = str(SLURMEnvironment().main_port + 17 * number_of("SLURM_STEP_ID") % 10_000)
+        return SLURMEnvironment().main_address, int(os.environ["MASTER_PORT"])
     host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if not (host and port.isdecimal() and int(port) < 2**16):
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_ADDR={host} and MASTER_PORT={port}: name and port of the first process were expected")
     return host, int(port)
+
+
+def _first_listens() -> bool:
+    """Whether the first process, or the launcher in its place, is there."""
+    host, port = _address()
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _wait_for_first(host: str, port: int, patience: timedelta) -> None:

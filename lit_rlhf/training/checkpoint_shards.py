@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -159,7 +160,8 @@ def read_shards(path: Path, into: Mapping[str, Tensor] | None = None, optimizers
             for name, found in saved.items()
             if optimizers or name.startswith("state_dict.")
         }
-        with own_errors():
+        with own_errors(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as asked
             dcp.load(tensors, storage_reader=reader, no_dist=into is None)
     except Exception as error:  # torch's readers have many kinds
         raise damaged(path, first_line(error)) from None

@@ -81,6 +81,12 @@ class FSDP2(ModelParallelStrategy):
             fully_shard(_cast(root, dtype), **settings)
             make_root(root)
 
+    def check_layers(self, module: nn.Module) -> None:
+        """Raise ``UserError`` where a model inside ``module`` has no decoder layers that could be sharded."""
+        for root in _roots(module):
+            for backbone in backbones(root):
+                self._layers(backbone)
+
     def _layers(self, backbone: PreTrainedModel) -> list[nn.Module]:
         if is_quantized(backbone):
             raise UserError("trainer.strategy=fsdp2 shards no weights of 4 bits; leave quantization at null")

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.kernels import Kernels
+from lit_rlhf.processes import by_srun
 from lit_rlhf.training.checkpoint_files import CheckpointFiles
 from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.model_settings import ModelSettings
@@ -60,7 +61,7 @@ def make_trainer(
     business of :class:`lit_rlhf.training.resuming.LastCheckpoint`."""
     torch.set_float32_matmul_precision(matmul_precision)
     precision = precision_of(precision, accelerator)
-    strategy = _sharding(strategy, precision, compile)
+    strategy = sharding_of(strategy, precision, compile)
     if isinstance(strategy, FSDP2):
         settings |= {"inference_mode": False}  # what is gathered in inference mode could not be trained later
     models = ModelSettings(kernels, activation_checkpointing, compile, kept_gib)
@@ -106,13 +107,14 @@ make_trainer.further_settings = tuple(
 def _plugins(given: list[Any] | None, alone: bool) -> list[Any]:
     if alone and given is None:
         return [LightningEnvironment()]  # one process, also where a launcher has started several
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Else Lightning saves in the middle of a step when Slurm takes the machine back.
+    if by_srun():  # else Lightning saves in the middle of a step when Slurm takes the machine back
         return [*(given or ()), SLURMEnvironment(auto_requeue=False)]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # in a job, and no task of srun's
+        return [*(given or ()), LightningEnvironment()]
     return given or []
 
 
-def _sharding(strategy: str | Strategy, precision: str, compile: bool) -> str | Strategy:
+def sharding_of(strategy: str | Strategy, precision: str, compile: bool) -> str | Strategy:
     """The strategy that "fsdp2" names; raises ``UserError`` where settings do not go together with sharding."""
     if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
         raise UserError(f"trainer.strategy={strategy}: sharded models are strategy=fsdp2 (or trainer=fsdp)")

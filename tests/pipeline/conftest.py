@@ -17,7 +17,8 @@ def warm(tmp_path_factory):
     warm.several(arguments, folder, environments) in as many, which run it together."""
     folder = tmp_path_factory.mktemp("said")
     command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
-    server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = {**environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the command sets it before torch is imported
+    server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def several(arguments, cwd, envs):
         files = [[folder / f"{name}-{i}" for name in ("stdout", "stderr")] for i in range(len(envs))]

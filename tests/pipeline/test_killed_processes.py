@@ -42,21 +42,21 @@ def start(warm, lit_rlhf, tmp_path):
 @pytest.mark.timeout(1200)
 def test_a_killed_process_ends_both_with_one_line_and_the_next_start_goes_on(start, warm, tmp_path):
     goes_on = ""
-    for stage, file in BEGUN.items():
+    for number, (stage, file) in enumerate(BEGUN.items()):
         running, done = start()
         deadline = time.monotonic() + 200
         while not (tmp_path / "runs/killed" / stage / file).exists():
             assert running.is_alive() and time.monotonic() < deadline, (stage, done)
             time.sleep(0.01)
-        _, second = subprocess.check_output(["pgrep", "-P", str(warm.pid)], text=True).split()
-        os.kill(int(second), signal.SIGKILL)
+        victim = number % 2  # the first of them is not the one that has started the other
+        os.kill(int(subprocess.check_output(["pgrep", "-P", str(warm.pid)], text=True).split()[victim]), signal.SIGKILL)
         running.join(60)
         assert not running.is_alive(), stage
-        first, killed = done
-        assert killed.returncode == -signal.SIGKILL and first.returncode == 2, stage
-        [line] = [line for line in first.stderr.splitlines() if line.startswith("lit-rlhf:")]
+        left, killed = done[1 - victim], done[victim]
+        assert killed.returncode == -signal.SIGKILL and left.returncode == 2, stage
+        [line] = [line for line in left.stderr.splitlines() if line.startswith("lit-rlhf:")]
         assert line.startswith("lit-rlhf: another process was killed or lost") and "Run the same command again" in line
-        assert first.stderr.count("\n") == 1 and goes_on in first.stdout, first
+        assert left.stderr.count("\n") == 1 and goes_on in done[0].stdout, done
         goes_on = f"\n{stage}: goes on from" if file.endswith(".ckpt") else ""  # a journal in silence
     running, done = start()
     running.join(200)

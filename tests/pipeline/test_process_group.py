@@ -81,6 +81,61 @@ def test_a_port_in_use_is_named(rank, listening):
         process_group._joined(2, 2)
 
 
+def joining(port, rank, size):
+    """A process that wants to join ``size`` of them."""
+    env = {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "LIT_RLHF_START_TIMEOUT": "3",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        f"from lit_rlhf.pipeline import process_group; process_group._joined({size}, {size})",
+    ]
+    return subprocess.Popen(command, env={**env, "MASTER_PORT": str(port)}, text=True, stderr=subprocess.PIPE)
+
+
+def test_a_program_that_listens_in_place_of_the_first_process_is_not_waited_for(listening):
+    other = joining(listening, 1, 2)
+    _, said = other.communicate(timeout=100)
+    assert other.returncode == 2 and said.count("\n") == 1, said
+    assert "waited 3 s for the other processes in vain" in said and f"127.0.0.1:{listening}" in said
+
+
+def test_nodes_that_were_told_of_other_numbers_do_not_wait_for_ever():
+    port = process_group._free_port()
+    begun = [joining(port, rank, size) for rank, size in ((0, 2), (1, 3))]
+    said = [process.communicate(timeout=100)[1] for process in begun]
+    assert all(process.returncode for process in begun)
+    assert "process 1 is one of 3, and process 0 one of 2; trainer.devices and trainer.num_nodes must be" in said[0]
+    assert "process 0 is one of 2, and process 1 one of 3" in said[1] or "waited 3 s for the other" in said[1]
+
+
+def test_a_node_that_there_is_not_is_named(monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "2")
+    for nodes in (1, 2):
+        with pytest.raises(
+            UserError, match=rf"NODE_RANK=2: of trainer.num_nodes={nodes}, 0 to {nodes - 1} were expected"
+        ):
+            process_group.start_others(1, nodes)
+    monkeypatch.delenv("NODE_RANK")
+    assert process_group.start_others(1, 1) == []
+
+
+def test_steps_of_one_job_do_not_meet(monkeypatch):
+    for name, value in {"NTASKS": 2, "NTASKS_PER_NODE": 2, "JOB_ID": 4711, "NODELIST": "a"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    found = set()
+    for step in range(20):
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        monkeypatch.delenv("MASTER_PORT", raising=False)
+        found.add(process_group._address())
+    assert len(found) == 20 and all(1024 < port < 2**16 for _, port in found)
+
+
 def test_settings_that_differ_between_processes_are_refused_by_all(rank, monkeypatch, tmp_path):
     monkeypatch.setenv("LIT_RLHF_START_TIMEOUT", "60")
     port = process_group._free_port()
@@ -208,7 +263,11 @@ def test_what_ends_one_process_ends_both_with_one_line_and_the_next_start_goes_o
     first = start(BREAK="1")
     _, said = first.communicate(timeout=400)
     assert first.returncode == 2 and said.count("\n") == 1, said
-    assert "lit-rlhf: process 1: unexpected ZeroDivisionError: by process 1 alone" in said
+    assert (
+        "lit-rlhf: process 1: unexpected ZeroDivisionError: by process 1 alone (where it happened: runs/two/error"
+        in said
+    )
+    assert "by process 1 alone" in (tmp_path / "runs/two/error.log").read_text()
     second = start()
     for line in second.stdout:
         if "goes on from" in line:

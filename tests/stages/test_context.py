@@ -185,13 +185,16 @@ def make_trainer(tmp_path):
     return make
 
 
-def test_what_was_too_long_before_is_not_counted_once_more(long, tokenizer):
-    data = SFTDataModule(long, tokenizer, batch_size=4, max_length=CONTEXT + 8, on_long="skip", held_out=0.3)
+@pytest.mark.parametrize(("on_long", "way"), [("cut", "give shorter ones"), ("skip", "set on_long=cut")])
+def test_what_was_too_long_before_is_not_counted_once_more(on_long, way, long, tokenizer):
+    data = SFTDataModule(long, tokenizer, batch_size=4, max_length=CONTEXT + 8, on_long=on_long, held_out=0.3)
     data.setup()
     before = data.long
-    data.fit_context(CONTEXT)
-    assert data.long == before >= 10
-    [said] = [note for note in data.notes if "context" in note]
-    assert said.endswith(f"room for {CONTEXT} tokens, not max_length={CONTEXT + 8}: the same records are longer")
-    with pytest.raises(UserError, match=r"none is left to train on; set on_long=cut$"):
+    if on_long == "cut":
+        data.fit_context(CONTEXT)
+        [said] = [note for note in data.notes if "context" in note]
+        assert data.long == before >= 10 and said.endswith(
+            f"room for {CONTEXT} tokens, not max_length={CONTEXT + 8}: the same records are longer"
+        )
+    with pytest.raises(UserError, match=rf"none is left to train on; {way}$"):
         data.fit_context(3)
