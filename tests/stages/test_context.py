@@ -185,16 +185,19 @@ def make_trainer(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("on_long", "way"), [("cut", "give shorter ones"), ("skip", "set on_long=cut")])
-def test_what_was_too_long_before_is_not_counted_once_more(on_long, way, long, tokenizer):
-    data = SFTDataModule(long, tokenizer, batch_size=4, max_length=CONTEXT + 8, on_long=on_long, held_out=0.3)
+def test_what_was_too_long_before_is_not_counted_once_more(long, tokenizer):
+    data = DPODataModule(long, tokenizer, batch_size=4, max_length=CONTEXT + 8, held_out=0.3)
     data.setup()
     before = data.long
-    if on_long == "cut":
-        data.fit_context(CONTEXT)
-        [said] = [note for note in data.notes if "context" in note]
-        assert data.long == before >= 10 and said.endswith(
-            f"room for {CONTEXT} tokens, not max_length={CONTEXT + 8}: the same records are longer"
-        )
+    data.fit_context(CONTEXT)
+    [said] = [note for note in data.notes if "context" in note]
+    assert said.endswith(f"room for {CONTEXT} tokens, not max_length={CONTEXT + 8}: the same records are longer")
+    assert data.long == before >= 10
+
+
+@pytest.mark.parametrize(("on_long", "way"), [("cut", "give shorter ones"), ("skip", "set on_long=cut")])
+def test_where_a_context_has_no_room_nobody_is_told_to_raise_a_length(on_long, way, long, tokenizer):
+    data = SFTDataModule(long, tokenizer, batch_size=4, max_length=CONTEXT, on_long=on_long, held_out=0.3)
+    data.setup()
     with pytest.raises(UserError, match=rf"none is left to train on; {way}$"):
         data.fit_context(3)
