@@ -88,7 +88,8 @@ def together(cfg: DictConfig, names: list[str]) -> Iterator[Processes]:
     try:
         with _watched(cfg, others, lost):
             processes = _joined(devices * nodes, nodes, others)
-            others_met(Path(cfg.paths.run_dir), _first_listens)
+            if processes.group is not None:
+                others_met(Path(cfg.paths.run_dir), _first_listens)
             processes.check_alike(cfg)
             yield processes
             for other in others:

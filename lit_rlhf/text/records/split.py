@@ -69,6 +69,7 @@ class Moved:
     train: set[str] = field(default_factory=set)
     trained: set[str] = field(default_factory=set)  # was trained on by some stage: is not held out by any other
     trained_by: list[str] = field(default_factory=list, compare=False)  # those stages
+    or_else: str = field(default="", compare=False)  # what else the stage's user may do where all were trained on
     kept: int = 0  # records that the latest split would hold out, but for that
 
     def change_sides(self, places: dict[str, float], all_held: bool, fraction: float, fold: int = 0) -> set[str]:
@@ -88,7 +89,7 @@ class Moved:
             by = f" ({', '.join(self.trained_by)})" if self.trained_by else ""
             raise UserError(
                 f"all {len(places)} prompts were trained on by earlier stages{by}, so that none can be held out; add "
-                "prompts that are new to the models (one is enough)"
+                f"prompts that are new to the models (one is enough){self.or_else}"
             )
         self.held_out |= found
         self.train -= found
