@@ -50,26 +50,29 @@ def fail(said: Any, code: int = MISTAKE) -> NoReturn:
 
 def first_will_say() -> None:
     """Let the others know that this process, the first one, says why they end."""
-    for file in _met:
+    for said, _ in _met:
         with suppress(OSError):
-            file.touch()
+            said.touch()
 
 
-# Once this process has met the others, the file that says that the first one has said why they end
-_met: list[Path] = []
-_first_is_gone: Callable[[], bool] = lambda: False  # noqa: E731  whether the first process is there no more, silently
+# Once this process has met the others: the file by which the first one says that it will tell why they end, and whether
+# that one listens
+_met: list[tuple[Path, Callable[[], bool]]] = []
+
+
+def _first_is_gone() -> bool:
+    """Whether the first process is there no more, and has not said why."""
+    return any(not said.exists() and not listens() for said, listens in _met)
 
 
 def others_met(run: Path, first_listens: Callable[[], bool]) -> None:
     """Leave it to the first process to say why this one ends, as long as it is there; the second one sees by
     ``first_listens`` and the ``run``'s folder whether it went without a word."""
-    global _first_is_gone
     said = run / FIRST_SAID
     if is_main_process():
         with suppress(OSError):
             said.unlink(missing_ok=True)
-    _met[:] = [said]
-    _first_is_gone = lambda: not said.exists() and not first_listens()  # noqa: E731
+    _met[:] = [(said, first_listens)]
 
 
 def fail_for(error: BaseException, run: Path | None = None) -> NoReturn:

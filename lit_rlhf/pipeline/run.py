@@ -88,10 +88,8 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
     seed_everything(settings.seed, verbose=False)
     os.environ.pop("PL_GLOBAL_SEED")  # from which several processes would begin anew when the models have been made
     check_models(name, settings)
-    moved = remembered_split(cfg, name, settings.get("allow_trained", False))
-    moved.or_else = f", or set {name}.allow_trained=true" if "allow_trained" in settings else ""
     with said_when_slow(f"{name}: reading the data"):
-        data = make_data(settings.data, name, moved)
+        data = make_data(settings.data, name, remembered_split(cfg, name, settings.get("allow_trained")))
     if is_main_process():
         remember_split(cfg, data.moved)
     trained_on = {}

@@ -24,10 +24,12 @@ class Sides(Checked):
     train: list[str] = Field(default_factory=list)
 
 
-def remembered_split(cfg: DictConfig, stage: str, allow_trained: bool = False) -> Moved:
+def remembered_split(cfg: DictConfig, stage: str, allow_trained: bool | None = None) -> Moved:
     """The prompts that changed sides in this run or in one that it starts from, by fingerprint, and, unless
-    ``allow_trained``, all that were trained on there, but by this ``stage`` of this run itself."""
-    moved, own = Moved(), (Path(cfg.paths.run_dir) / stage).resolve()
+    ``allow_trained``, all that were trained on there, but by this ``stage`` of this run itself; None: it has no such
+    setting."""
+    way = "" if allow_trained is None else f", or set {stage}.allow_trained=true"
+    moved, own = Moved(or_else=way), (Path(cfg.paths.run_dir) / stage).resolve()
     for run in _runs(cfg):
         known = read_json(run / FILE, Sides)
         # What this run says comes first: it took over what it knew of the others.

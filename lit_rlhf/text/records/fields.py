@@ -109,9 +109,9 @@ def require(row: Mapping[str, Any], name: str) -> Any:
 
 
 def looked_for(row: Mapping[str, Any], *names: str) -> str:
-    """For a message: what those of these fields are called in the file, as somebody said, which are not in a record."""
-    called = [known[name] for known in [getattr(row, "names", {})] for name in names if name in known]
-    return "".join(f", looked for as {name!r}" for name in called)
+    """For a message: what fields that a record does not have are called in the file, as somebody said; else ""."""
+    known = getattr(row, "names", {})
+    return "".join(f", looked for as {known[name]!r}" for name in names if name in known)
 
 
 def names_in(row: Mapping[str, Any]) -> str:
