@@ -128,11 +128,14 @@ def test_a_node_that_there_is_not_is_named(monkeypatch):
 def test_steps_of_one_job_do_not_meet(monkeypatch):
     for name, value in {"NTASKS": 2, "NTASKS_PER_NODE": 2, "JOB_ID": 4711, "NODELIST": "a"}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # what is set in the end is taken back with it
+        monkeypatch.delenv(name)
     found = set()
     for step in range(20):
         monkeypatch.setenv("SLURM_STEP_ID", str(step))
-        monkeypatch.delenv("MASTER_PORT", raising=False)
         found.add(process_group._address())
+        monkeypatch.delenv("MASTER_PORT")
     assert len(found) == 20 and all(1024 < port < 2**16 for _, port in found)
 
 
