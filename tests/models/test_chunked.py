@@ -208,6 +208,7 @@ def test_mixed_precision_and_onednn_are_those_of_the_forward_pass(mixed, monkeyp
     model = model_of(3000).float()
     monkeypatch.setattr(chunked, "PIECE", 700 * WIDTH)  # five pieces
     monkeypatch.setattr(onednn, "WIDTH", 8)
+    monkeypatch.setattr(onednn, "by_intel", lambda: False)
     use_fast_layers(model, on_cpu=True)
     assert isinstance(model.get_output_embeddings(), onednn.OneDNNLinear)
     hidden, tokens = asked(model)

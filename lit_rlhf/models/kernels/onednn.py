@@ -1,15 +1,18 @@
 """Matrix products by oneDNN on a CPU.
 
-PyTorch multiplies float32 matrices with MKL, which on processors of AMD is the slower of the two for wide layers
-(figures in docs/kernels.md); 16-bit ones with oneDNN. Precision is the same in both. Weights, names and checkpoints
-stay.
+PyTorch multiplies float32 matrices with MKL, which for wide layers is the slower of the two on processors of AMD, and
+the faster one on those of Intel (figures in docs/kernels.md); 16-bit ones with oneDNN. Precision is the same in both.
+Weights, names and checkpoints stay.
 
 oneDNN prepares a product for each shape that it meets. That takes as long as the product of a thousand rows of a small
 model, and half a MiB of memory, some of which it keeps for good: so rows are added until few numbers of them occur."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +43,7 @@ def rows_to_add(backbone: Any, count: int) -> int:
         return 0
     narrow = compute_dtype(backbone) in (torch.bfloat16, torch.float16)
     wide = (getattr(backbone.config.get_text_config(), "hidden_size", None) or 0) >= WIDTH
-    return rows_up_to(ROWS, count) if narrow or wide else 0
+    return rows_up_to(ROWS, count) if narrow or (wide and not by_intel()) else 0
 
 
 def with_rows_added(layer: Callable[[Tensor], Tensor], rows: Tensor, more: int) -> Tensor:
@@ -89,9 +92,16 @@ def has_onednn() -> bool:
     return bool(backend.is_available() and backend.enabled)
 
 
+@cache
+def by_intel() -> bool:
+    """Whether the processor is Intel's, for which MKL is made."""
+    known = Path("/proc/cpuinfo")  # on Linux, where `platform` knows the architecture alone
+    return "GenuineIntel" in (known.read_text() if known.is_file() else platform.processor())
+
+
 def multiplies(matrix: Tensor) -> bool:
     """Whether float32 products with a matrix of this shape should be oneDNN's, where PyTorch was built with it."""
-    return has_onednn() and min(matrix.shape) >= WIDTH
+    return has_onednn() and min(matrix.shape) >= WIDTH and not by_intel()
 
 
 def _suited(x: Tensor, matrix: Tensor) -> bool:

@@ -22,6 +22,7 @@ def narrow(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(onednn, "WIDTH", 8)
+    monkeypatch.setattr(onednn, "by_intel", lambda: False)
 
 
 def made(tokenizer, **settings):

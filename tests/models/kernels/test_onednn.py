@@ -8,6 +8,14 @@ from transformers.pytorch_utils import Conv1D
 from lit_rlhf.models.kernels import onednn, use_fast_layers, use_kernels
 from lit_rlhf.models.kernels.onednn import OneDNNConv1D, OneDNNLinear, rows_to_add
 
+BY_INTEL = onednn.by_intel
+
+
+@pytest.fixture(autouse=True)
+def not_by_intel(monkeypatch):
+    """A processor whose float32 products are oneDNN's, whatever is there."""
+    monkeypatch.setattr(onednn, "by_intel", lambda: False)
+
 
 def layers_of(kind, bias=True):
     """A layer as it is, and its copy by oneDNN."""
@@ -54,6 +62,26 @@ def test_in_other_precisions_pytorch_multiplies(kind, monkeypatch):
         assert torch.equal(ours(x), plain(x))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_on_a_processor_of_intel_mkl_multiplies(policy, monkeypatch):
+    monkeypatch.setattr(onednn, "by_intel", lambda: True)
+    monkeypatch.setattr(onednn, "WIDTH", 8)
+    model = nn.Sequential(nn.Linear(256, 384))
+    use_fast_layers(model, on_cpu=True)
+    assert type(model[0]) is nn.Linear
+    assert rows_to_add(policy.base_model, 33) == 0 and rows_to_add(policy.base_model.bfloat16(), 33) == 31
+
+
+@pytest.mark.parametrize(
+    ("known", "intel"), [("vendor_id\t: GenuineIntel\n", True), ("vendor_id\t: AuthenticAMD\n", False)]
+)
+def test_whose_processor_it_is(known, intel, tmp_path, monkeypatch):
+    monkeypatch.setattr(onednn, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(onednn.platform, "processor", lambda: f"Family 6, {known}")
+    for _ in range(2):  # read from the system, or asked of Python
+        assert BY_INTEL.__wrapped__() is intel
+        (tmp_path / "cpuinfo").write_text(known)
 
 
 def test_what_is_narrow_stays_and_what_is_frozen_gets_no_gradient():
