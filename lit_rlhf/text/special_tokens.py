@@ -30,6 +30,12 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)]
 
 
+def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for characters that a tokenizer cannot write; None: there is none, or it ends texts too."""
+    number = tokenizer.unk_token_id
+    return None if number in (tokenizer.bos_token_id, tokenizer.eos_token_id) else number
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: SpecialTokens = "plain"
 ) -> list[list[int]]:

@@ -45,8 +45,8 @@ class Template:
         self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain", note: Note = say
     ) -> None:
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
-        self.tokens = WrittenTokens(tokenizer, special_tokens)
         self._note, self._noted = note, set[str]()
+        self.tokens = WrittenTokens(tokenizer, special_tokens, self._say)
         self.form = RenderedForm(tokenizer) if special_tokens == "rendered" else TemplateForm(tokenizer)
         self._names = self.form.names
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import disk
-from lit_rlhf.text.special_tokens import SpecialTokens, cuts_anywhere, encode_texts, text_start
+from lit_rlhf.text.special_tokens import SpecialTokens, cuts_anywhere, encode_texts, text_start, unknown_token
 
 BATCH = 2**20  # characters that are tokenized at a time
 GIVEN = (".npy", ".bin")  # files of tokens that users may bring
@@ -89,6 +89,7 @@ class Stored(NamedTuple):
     train: Span
     held_out: Span
     skipped: list[str]  # a line for each record that was invalid
+    unknown: int = 0  # tokens that stand for characters that the tokenizer cannot write
 
 
 def given_tokens(path: Path, held_out: float, vocabulary: int) -> Stored:
@@ -143,7 +144,8 @@ def stored(
     )  # fmt: skip
     note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
     file, cut, count = folder / "tokens.bin", note["cut"], note["tokens"]
-    return Stored(Span(file, note["dtype"], 0, 0, cut), Span(file, note["dtype"], 0, cut, count), note["skipped"])
+    train, rest = (Span(file, note["dtype"], 0, *part) for part in ((0, cut), (cut, count)))
+    return Stored(train, rest, note["skipped"], note["unknown"])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -194,7 +196,8 @@ def kept(
 def _is_whole(folder: Path) -> bool:
     try:
         note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
-        return bool((folder / "tokens.bin").stat().st_size == note["tokens"] * np.dtype(note["dtype"]).itemsize)
+        size = note["tokens"] * np.dtype(note["dtype"]).itemsize
+        return "unknown" in note and (folder / "tokens.bin").stat().st_size == size
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -215,6 +218,7 @@ def _write(
     else:
         found = chain([first, second], found)
     dtype, count, start, begins = _dtype(len(tokenizer)), 0, text_start(tokenizer), True
+    cannot_write, unknown = unknown_token(tokenizer), 0
     # Where a text has other tokens behind another one, a document's further pieces are read behind a line break.
     before = "" if cuts_anywhere(tokenizer) else "\n"
     [break_ids] = encode_texts(tokenizer, [before])
@@ -232,12 +236,13 @@ def _write(
                     ends.write(np.int64(count + len(numbers)).tobytes())
             tokens.write(np.array(numbers, dtype).tobytes())
             count += len(numbers)
+            unknown += 0 if cannot_write is None else numbers.count(cannot_write)
         total = ends.tell() // 8
         cut = 1 if second is None else min(total - 1, int(total * (1 - held_out)))  # documents
         ends.seek(8 * max(0, cut - 1))
         cut = int(np.frombuffer(ends.read(8), np.int64)[0]) if cut else 0  # tokens
     (to / "ends.bin").unlink()
-    note = {"dtype": np.dtype(dtype).str, "tokens": count, "cut": cut, "skipped": skipped}
+    note = {"dtype": np.dtype(dtype).str, "tokens": count, "unknown": unknown, "cut": cut, "skipped": skipped}
     (to / "note.json").write_text(json.dumps(note), encoding="utf-8")
 
 

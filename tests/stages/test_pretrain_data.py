@@ -108,6 +108,18 @@ def test_a_name_of_the_text_that_no_record_has_is_said(files, bpe):
     assert data.notes == [f"{path}: no record has the field body of data.fields; its own 'text' is read"]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_the_tokenizer_cannot_write_is_counted(files, tmp_path, again):
+    (path, *_), [texts, *_] = files
+    known = "".join(texts).replace("e", "").replace("q", "")
+    for _ in range(1 + again):  # from the cache, too
+        data = PretrainDataModule(path, train_characters([known]), block_size=16, cache=tmp_path / "cache")
+        data.setup()
+    lost = sum(text.count("e") + text.count("q") for text in texts)
+    [said] = data.notes
+    assert said.startswith(f"the tokenizer cannot write {lost} characters of the text") and "<|unk|>" in said
+
+
 def counting(function, calls):
     def counted(texts, **settings):
         calls.append(1)

@@ -19,7 +19,7 @@ from lit_rlhf.text import (
 )
 from lit_rlhf.text.chat import BASE_TEMPLATE, ROLE_TEMPLATE, TRANSCRIPT_TEMPLATE, WORLD_MARK, behind_start, turn_end
 from lit_rlhf.text.special_tokens import text_start
-from lit_rlhf.text.tokenizer import load_tokenizer
+from lit_rlhf.text.tokenizer import load_tokenizer, train_characters
 from lit_rlhf.text.transcripts import HUMAN_TRANSCRIPT, WORLD_TRANSCRIPT
 
 ROOT = Path(__file__).parents[2]
@@ -388,6 +388,24 @@ def test_a_template_says_itself_what_is_learned(tokenizer):
         assert learned(tokenizer, encoded) == expected
         [line] = said
         assert "marks other text as the assistant's" in line and line.endswith("what it marks is learned")
+
+
+def test_what_a_tokenizer_cannot_write_is_said_once():
+    tokenizer, said = train_characters(["user assistant: yes no"]), []
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    one, two = ([user("yes"), assistant(f"no{text}")] for text in ("😀", "🎉"))
+    [[first], [other]] = encode_dialogues(tokenizer, [one, two], [0, 0], note=said.append)
+    assert first.tokens == other.tokens
+    assert said == [
+        "the tokenizer cannot write some characters of the texts: '<|unk|>' stands for each, and texts that differ in "
+        "them alone are the same to the model"
+    ]
+    encode_responses(tokenizer, [one[:1]], ["no"], note=said.append)
+    encode_prompts(tokenizer, [one[:1]], note=said.append)
+    assert len(said) == 1
+    encode_responses(tokenizer, [one[:1]], ["NO"], note=said.append)
+    encode_prompts(tokenizer, [[user("Yes")]], note=said.append)
+    assert len(said) == 3
 
 
 def test_turns_of_weight_0_are_shown_and_not_learned(tokenizer):

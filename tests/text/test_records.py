@@ -313,6 +313,11 @@ def error(path, parse, on_bad_record="fail"):
             {"messages": [{"role": "bot", "content": "q"}]},
             "has the role 'bot'; system, developer, user, assistant or tool was expected",
         ),
+        (
+            parse_prompt,
+            {"conversations": [{"from": "bing", "value": "q"}]},
+            "'conversations' has the speaker ('from') 'bing'; human, gpt, system, function_call or tool was expected",
+        ),
         (parse_prompt, {"messages": [{"content": "q"}]}, "each message needs 'role' and 'content'"),
         (parse_prompt, {"instruction": ""}, "'instruction' is ''; a non-empty string was expected"),
         (parse_prompt, {"instruction": "i", "input": 5}, "'input' is 5; a string was expected"),

@@ -55,7 +55,7 @@ def test_pickled_tokens_are_as_small_as_their_path(tmp_path):
 @pytest.mark.parametrize("held_out", [0.1, 0.5])
 def test_what_is_stored_is_what_is_tokenized_in_memory(tmp_path, texts, bpe, held_out, monkeypatch):
     monkeypatch.setattr(token_file, "BATCH", 700)  # many batches, some of them within a document
-    train, rest, skipped = stored(lambda skipped: ((text,) for text in texts), "a", bpe, held_out, tmp_path)
+    train, rest, skipped, _ = stored(lambda skipped: ((text,) for text in texts), "a", bpe, held_out, tmp_path)
     cut = int(len(texts) * (1 - held_out))
     assert Tokens([train])[:].equal(in_memory(bpe, texts[:cut]).long())
     assert Tokens([rest])[:].equal(in_memory(bpe, texts[cut:]).long())
@@ -64,7 +64,7 @@ def test_what_is_stored_is_what_is_tokenized_in_memory(tmp_path, texts, bpe, hel
 
 def test_a_single_document_is_split_by_its_characters(tmp_path, texts, bpe):
     book = "\n\n".join(texts)
-    train, rest, _ = stored(lambda skipped: iter([(book,)]), "a", bpe, 0.3, tmp_path)
+    train, rest, *_ = stored(lambda skipped: iter([(book,)]), "a", bpe, 0.3, tmp_path)
     cut = int(len(book) * 0.7)
     assert Tokens([train])[:].equal(in_memory(bpe, [book[:cut]]).long())
     assert Tokens([rest])[:].equal(in_memory(bpe, [book[cut:]]).long())
@@ -79,7 +79,7 @@ def test_pieces_of_a_long_text_are_tokenized_as_the_whole(tmp_path, texts, bpe, 
     pieces = list(read_pieces(file))
     assert "".join(pieces) == text[1:] and len(pieces) > 40 and max(map(len, pieces)) < 3100
     tokenizer = {"bpe": bpe, "characters": train_characters(pieces), "sentencepiece": sentencepiece}[kind]
-    train, rest, _ = stored(lambda skipped: iter([read_pieces(file)]), kind, tokenizer, 0.25, tmp_path)
+    train, rest, *_ = stored(lambda skipped: iter([read_pieces(file)]), kind, tokenizer, 0.25, tmp_path)
     cut = int((len(text) - 1) * 0.75)
     assert Tokens([train])[:].equal(in_memory(tokenizer, [text[1:][:cut]]).long())
     assert Tokens([rest])[:].equal(in_memory(tokenizer, [text[1:][cut:]]).long())
@@ -166,7 +166,7 @@ def test_tokens_of_the_users_own(tmp_path, name):
     file = tmp_path / name
     values = np.arange(1000, dtype="uint16" if name.endswith("bin") else "int32")
     values.tofile(file) if name.endswith("bin") else np.save(file, values)
-    train, rest, _ = given_tokens(file, 0.2, 1000)
+    train, rest, *_ = given_tokens(file, 0.2, 1000)
     assert Tokens([train])[:].tolist() == list(range(800)) and Tokens([rest])[:].tolist() == list(range(800, 1000))
     with pytest.raises(UserError, match="holds token 799, and the tokenizer has 500"):
         given_tokens(file, 0.2, 500)

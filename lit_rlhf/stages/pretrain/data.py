@@ -160,6 +160,9 @@ class PretrainDataModule(FileDataModule):
         self.val_stream = Tokens([part.held_out for part in parts])
         for source, tokens in zip(sources, self.train_streams):
             self._check_length(source.name, tokens)
+        if unknown := sum(part.unknown for part in [*parts, *old]):
+            made = f"{self.tokenizer.unk_token!r} stands for each"
+            self.note(f"the tokenizer cannot write {unknown} characters of the text or runs of them: {made}")
         self._check_length("the validation text", self.val_stream)
         if self.old_stream is not None:
             self._check_length(", ".join(self.old_paths), self.old_stream)

@@ -61,7 +61,9 @@ def messages_of(value: Any, name: str) -> Messages:
 
 
 def _message(value: Any, name: str) -> Message:
+    called, expected = "role", ", ".join(ROLES[:-1])
     if isinstance(value, dict) and "from" in value and "role" not in value:
+        called, expected = "speaker ('from')", "human, gpt, system, function_call"
         value = {"role": value["from"], "content": value.get("value"), **value}
         value = {key: v for key, v in value.items() if key not in ("from", "value")}
         if value["role"] in ("function_call", "tool_call"):
@@ -71,7 +73,7 @@ def _message(value: Any, name: str) -> Message:
     role = value["role"]
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise ValueError(f"'{name}' has the role {short(role)}; {', '.join(ROLES[:-1])} or tool was expected")
+        raise ValueError(f"'{name}' has the {called} {short(role)}; {expected} or tool was expected")
     # Arrow gives all messages the fields of each of them: null is as good as absent.
     message = {**{key: v for key, v in value.items() if v is not None}, "role": role}
     calls = message.pop("function_call", None)  # what OpenAI had before there were several
