@@ -12,6 +12,9 @@ else
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
+# pip compiles what it installs, uv only if it is told to: else each start of a command may compile torch anew.
+export UV_COMPILE_BYTECODE ?= 1
+
 .PHONY: help quickstart test install check docs wheel clean
 .DEFAULT_GOAL := help
 

@@ -1,5 +1,7 @@
 import os
 
+# Containers set it; each command that a test starts would compile this package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported
 os.environ["WANDB_MODE"] = "offline"
 
