@@ -5,6 +5,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported
 os.environ["WANDB_MODE"] = "offline"
 
+import gc
 import shutil
 import signal
 import time
@@ -46,6 +47,11 @@ FAMILIES = {
         "initializer_range": 0.3, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+
+
+def pytest_collection_finish():
+    """What imports and collected tests have made stays to the end: collections of garbage need not look at it."""
+    gc.freeze()
 
 
 class Killed(Exception):
