@@ -121,13 +121,23 @@ def of_stage(name: str) -> Iterator[None]:
         raise
 
 
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """``error``, or what it came from, where that is memory that ran out: files are read into memory, too."""
+    while error is not None:
+        known = re.search("can(?:'|no)t allocate memory|out of memory", str(error), re.IGNORECASE)
+        if isinstance(error, MemoryError) or (known and not isinstance(error, UserError)):
+            return error
+        error = error.__cause__
+    return None
+
+
 def reason(error: BaseException) -> str:
     """An exception as one line."""
+    if (memory := _out_of_memory(error)) is not None:
+        said = f" ({shortened(memory, 200)})" if str(memory) else ""
+        return f"memory ran out{said}; stage=plan says what a stage takes, and docs/memory.md what needs less"
     if mistake := users_mistake(error):
         return one_line(mistake)
-    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
-        said = f" ({shortened(error, 200)})" if str(error) else ""
-        return f"memory ran out{said}; stage=plan says what a stage takes, and docs/memory.md what needs less"
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, OSError):
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import GPT2LMHeadModel
 
 from lit_rlhf import __version__
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.loading import read_pretrained
 from lit_rlhf.pipeline.failures import DEBUG, code_of, reason
 from lit_rlhf.pipeline.run import make_trainer
 
@@ -42,6 +44,17 @@ def test_memory_that_runs_out_is_called_so(allocate):
     with pytest.raises((MemoryError, RuntimeError)) as found:
         allocate()
     assert reason(found.value).startswith("memory ran out") and "stage=plan" in reason(found.value)
+
+
+def test_memory_that_runs_out_while_a_model_is_read_is_called_so(tmp_path, monkeypatch):
+    def starved(*_, **__):
+        raise OSError("Cannot allocate memory (os error 12)")
+
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", starved)
+    with pytest.raises(UserError) as found:
+        read_pretrained(GPT2LMHeadModel, tmp_path, "float32")
+    assert reason(found.value).startswith("memory ran out (Cannot allocate memory")
 
 
 @pytest.mark.parametrize(
