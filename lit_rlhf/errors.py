@@ -27,6 +27,18 @@ def scrubbed(text: str, *secrets: str) -> str:
     return CREDENTIALS.sub("[secret]", text)
 
 
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, but tab and line feed
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of what follows
+    "\u2028\u2029\ud800-\udfff]"  # separators; halves of a surrogate pair, which UTF-8 does not know
+)
+
+
+def printable(text: str) -> str:
+    """Text in which every character can be seen (an escape as ``\\x1b``): none tells a terminal what to do."""
+    return UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], text)
+
+
 class UserError(ValueError):
     """Something that the user can fix: what was found, where, what was expected, what to do.
 

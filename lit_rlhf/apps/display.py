@@ -13,23 +13,17 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from lit_rlhf import errors
 from lit_rlhf.stages.stage import GRADES, all_stages
 
 COLOURED = ("base", "prompted", "sft", "ppo", "dpo", "best_of_n")  # models with a colour of their own
 LABELS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MEASURES, FIGURES, DATA = LABELS["measures"], LABELS["figures"], LABELS["data"]
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls, but tab and line feed
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of what follows
-    "\u2028\u2029\ud800-\udfff]"  # separators; halves of a surrogate pair, which UTF-8 does not know
-)
 
 
 def printable(value: Any) -> Any:
-    """Text in which every character can be seen (an escape as ``\\x1b``); markup and other values as they are."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return _UNPRINTABLE.sub(lambda m: ascii(m[0])[1:-1], value)
+    """:func:`lit_rlhf.errors.printable` of a text; markup and other values as they are."""
+    return errors.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def number(value: Any) -> str:

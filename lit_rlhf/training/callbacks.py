@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from pydantic import Field
 from tqdm import tqdm
 
-from lit_rlhf.errors import TrainingDiverged
+from lit_rlhf.errors import TrainingDiverged, printable
 from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.metrics_file import append_rows
 
@@ -137,7 +137,7 @@ class TextSamples(Callback):
         append_rows(self.path, step, rows)
         for row in rows[:2]:
             line = " ".join(f"{row['prompt']} → {row['text']}".split())
-            say_above_bar(trainer, f"  step {step}: {line[:150]}")
+            say_above_bar(trainer, f"  step {step}: {printable(line[:150])}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)

@@ -515,6 +515,9 @@ def test_text_samples_are_written_and_shown(tmp_path, capsys):
     assert [(row["step"], row["text"]) for row in rows] == expected
     assert rows[1]["prompt"] == "Why\n1?"
     out = capsys.readouterr().out
+    module.write_samples = lambda: [("\x1b]0;title\x07", "a\u202eb\x00\n"), ("", "")]
+    samples.show(trainer, module)
+    assert r"step 9: \x1b]0;title\x07 → a\u202eb\x00" in capsys.readouterr().out
     assert "step 4: Why 0? → because 4\n" in out and "step 8: Why 1? → because 8\n" in out and "Why 2?" not in out
 
 
