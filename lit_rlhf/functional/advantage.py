@@ -23,6 +23,7 @@ def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
     tensor([[-0.5000,  1.7500,  0.0000]])
     """
     check_shapes(penalties=penalties, mask=mask)
+    check_shapes(**{"scores": scores, "rows of penalties": penalties[:, 0]})
     rewards = torch.where(mask, -penalties, torch.zeros_like(penalties))
     last = last_position(mask)
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))

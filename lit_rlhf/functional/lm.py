@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_rlhf.functional.masking import masked_mean
+from lit_rlhf.functional.masking import check_shapes, masked_mean
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -18,6 +18,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     >>> token_logprobs(logits, torch.tensor([1, 0])).exp()
     tensor([0.7500, 0.5000])
     """
+    check_shapes(**{"targets": targets, "logits without the vocabulary": logits[..., 0]})
     flat = F.cross_entropy(_full(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
     return -flat.view(targets.shape)
 

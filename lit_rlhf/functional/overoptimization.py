@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_rlhf.functional.masking import check_shapes
+
 
 class GainFit(NamedTuple):
     """A curve of gains, ``d (alpha - beta log d)`` for RL and ``d (alpha - beta d)`` for best-of-n."""
@@ -69,7 +71,10 @@ def expected_best_of_n(worth: Tensor, scores: Tensor, n: int) -> Tensor:
     >>> expected_best_of_n(worth, scores, n=2)  # the best of three pairs: 2, 6 and 2
     tensor([3.3333], dtype=torch.float64)
     """
+    check_shapes(worth=worth, scores=scores)
     size = scores.shape[1]
+    if not 1 <= n <= size:
+        raise ValueError(f"n={n} of {size} answers; 1 to {size} was expected")
     weights = [math.comb(rank - 1, n - 1) / math.comb(size, n) for rank in range(1, size + 1)]
     ranked = worth.double().gather(1, torch.sort(scores, dim=1, stable=True).indices)
     return ranked @ torch.tensor(weights, dtype=torch.float64, device=worth.device)

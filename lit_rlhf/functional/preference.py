@@ -31,6 +31,7 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> Pairs:
     >>> pairs.better, pairs.worse, pairs.weight
     (tensor([1, 1]), tensor([0, 2]), tensor([0.5000, 0.5000]))
     """
+    check_shapes(ranks=ranks, prompt_index=prompt_index)
     same_prompt = prompt_index[:, None] == prompt_index[None, :]
     better, worse = torch.nonzero(same_prompt & (ranks[:, None] < ranks[None, :]), as_tuple=True)
     owner = prompt_index[better]
@@ -56,6 +57,7 @@ def ranking_loss(
     if margin:
         gaps = gaps - margin * pairs.distance
     if margins is not None:
+        check_shapes(margins=margins, gaps=gaps)
         gaps = gaps - margins
     right = (1 - label_smoothing) * F.logsigmoid(gaps) + label_smoothing * F.logsigmoid(-gaps)
     return -(right * pairs.weight).sum() / max(pairs.prompts, 1)
@@ -72,6 +74,7 @@ def feedback_loss(scores: Tensor, ratings: Tensor, form: Literal["logistic", "sq
     tensor(0.2500)
     """
     check_choice("form", form, ("logistic", "squared"))
+    check_shapes(scores=scores, ratings=ratings)
     rated = ~ratings.isnan()
     targets, given = ratings[rated], scores[rated]
     if form == "squared":
@@ -100,6 +103,7 @@ def calibration(probabilities: Tensor, outcomes: Tensor, bins: int = 10, low: fl
     >>> found.observed, found.counts, found.error
     (tensor([0.7500], dtype=torch.float64), tensor([4]), tensor(0.0500, dtype=torch.float64))
     """
+    check_shapes(probabilities=probabilities, outcomes=outcomes)
     if not probabilities.numel():
         raise ValueError("there is no prediction to calibrate")
     probabilities, outcomes = probabilities.double(), outcomes.double()
@@ -122,6 +126,7 @@ def correlation(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
     >>> correlation(x, y, group)  # inside both groups y rises with x, though it is lower in the second
     tensor(1., dtype=torch.float64)
     """
+    check_shapes(x=x, y=y, group=group)
     _, member, counts = torch.unique(group, return_inverse=True, return_counts=True)
 
     def centred(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.functional.interval import FEW, Z95, middle_95, resampled, wilson_interval
+from lit_rlhf.functional.masking import check_shapes
 
 Texts = Sequence[Sequence[str]]  # (P, A): what a model wrote, A answers to each of P prompts
 
@@ -33,6 +34,8 @@ def comparisons(ours: Tensor, theirs: Tensor, texts: tuple[Texts, Texts] | None 
     tensor([[[1.0000,    nan],
              [0.5000,    nan]]], dtype=torch.float64)
     """
+    if len(ours) != len(theirs):
+        raise ValueError(f"ours {tuple(ours.shape)} and theirs {tuple(theirs.shape)}: one row per prompt was expected")
     difference = ours[:, :, None] - theirs[:, None, :]
     wins = (difference > 0).double() + 0.5 * (difference == 0).double()
     if texts is not None:
@@ -220,6 +223,7 @@ def best_of_n(grades: Tensor, scores: Tensor) -> Tensor:
     >>> best_of_n(grades=torch.tensor([[1.0, 5.0, 3.0]]), scores=torch.tensor([[0.2, 0.1, 0.9]]))
     tensor([3.])
     """
+    check_shapes(grades=grades, scores=scores)
     return grades.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
 
 

@@ -6,6 +6,7 @@ import torch
 from lit_rlhf import functional as F
 
 ONES, SHORT, MASK = torch.ones(4, 5), torch.ones(4, 3), torch.ones(4, 5, dtype=torch.bool)
+PAIRS = F.ranking_pairs(torch.tensor([1, 2]), torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,20 @@ ONES, SHORT, MASK = torch.ones(4, 5), torch.ones(4, 3), torch.ones(4, 5, dtype=t
         (lambda: F.clipped_value_loss(ONES, ONES, ONES[:, :1], MASK, 0.2), r"values \(4, 5\) and returns \(4, 1\)"),
         (lambda: F.kl_estimate(ONES, ONES[:1]), r"logprobs \(4, 5\) and ref_logprobs \(1, 5\)"),
         (lambda: F.masked_mean(ONES, MASK[:, :1]), r"values \(4, 5\) and mask \(4, 1\)"),
+        (
+            lambda: F.token_logprobs(torch.ones(2, 3, 7), torch.ones(3, 2).long()),
+            r"targets \(3, 2\) and logits .*\(2, 3\)",
+        ),
+        (lambda: F.token_rewards(torch.ones(5), ONES, MASK), r"scores \(5,\) and rows of penalties \(4,\)"),
+        (lambda: F.best_of_n(SHORT, SHORT[:, :2]), r"grades \(4, 3\) and scores \(4, 2\)"),
+        (lambda: F.expected_best_of_n(SHORT, SHORT[:, :2], 2), r"worth \(4, 3\) and scores \(4, 2\)"),
+        (lambda: F.expected_best_of_n(SHORT, SHORT, 4), "n=4 of 3 answers"),
+        (lambda: F.win_rate(SHORT, SHORT[:1]), r"ours \(4, 3\) and theirs \(1, 3\)"),
+        (lambda: F.feedback_loss(torch.ones(3, 1), torch.ones(3)), r"scores \(3, 1\) and ratings \(3,\)"),
+        (lambda: F.ranking_loss(torch.ones(2), PAIRS, margins=torch.ones(3)), r"margins \(3,\) and gaps \(1,\)"),
+        (lambda: F.calibration(torch.ones(3), torch.ones(2)), r"probabilities \(3,\) and outcomes \(2,\)"),
+        (lambda: F.correlation(torch.ones(3), torch.ones(2), torch.ones(3)), r"x \(3,\) and y \(2,\)"),
+        (lambda: F.ranking_pairs(torch.ones(3), torch.ones(2)), r"ranks \(3,\) and prompt_index \(2,\)"),
         (lambda: F.implicit_rewards(ONES, SHORT, 0.1), r"logprobs \(4, 5\) and ref_logprobs \(4, 3\)"),
     ],
 )
