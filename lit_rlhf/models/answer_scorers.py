@@ -274,13 +274,17 @@ def _reads_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -
     """Whether a reward model reads the tokens of ``tokenizer`` as they are; without one of its own it does."""
     if tokenizer is None or (saved_head(path) is None and not reads_as_ours(base_path(path))):
         return False
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if Path(path).is_dir() and not _has_tokenizer(path):
         return True
     own = load_reader(path)
     return same_tokens(own, tokenizer) and (is_base(own) or own.chat_template == tokenizer.chat_template)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+def _has_tokenizer(path: str | Path) -> bool:
+    return any(file.name.startswith(TOKENIZER_FILES) for file in Path(path).iterdir())
+
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # how the names of a tokenizer's files begin
 
 
 def _load_reader(
@@ -300,6 +304,8 @@ def _load_reader(
         model: Any = load_reward_model(path, tokenizer, dtype)
         scorer = TextRewardModel(model, tokenizer, batch_size)
     else:
+        if Path(path).is_dir() and not _has_tokenizer(path):
+            raise UserError(f"{path}: there is no tokenizer beside this classifier, by which it could read a text")
         tokenizer = load_reader(path)
         scorer = Classifier(load_any_classifier(base_path(path), dtype), tokenizer, label, layout, batch_size)
     if score_std is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lit_rlhf.apps.report import write_report
-from lit_rlhf.apps.report.screen import print_screen
+from lit_rlhf.apps.report.screen import print_screen, print_warning
 from lit_rlhf.apps.run_reader import newest, read_summary, round_folders
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import NEW, write_json
@@ -39,6 +39,8 @@ def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
         if main:
             summary = write_summary(run)
             print(headline(name, summary[name], summary["seconds"][name]), flush=True)
+            if warning := summary[name].get("warning"):
+                print_warning(f"{name}: {warning}")
         processes.meet()
     if not main:
         return {}

@@ -93,7 +93,7 @@ def asked(
             "expected, a number or None"
         )
     for i, score in enumerate(scores):
-        if score is not None and not math.isfinite(score):
+        if score is not None and not abs(score) <= torch.finfo(torch.float32).max:
             raise UserError(
                 f"reward function {name} returned {score}, not a finite number, for {_place(prompts, responses, i)}; "
                 "where it has nothing to say, None"

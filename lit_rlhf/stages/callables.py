@@ -32,7 +32,7 @@ class Annotator(Protocol):
 class Reporting(Protocol):
     """Protocol of an annotator whose judging has figures of its own, which stand among those of the stage."""
 
-    def figures(self) -> dict[str, float]: ...
+    def figures(self) -> dict[str, Any]: ...
 
 
 @runtime_checkable

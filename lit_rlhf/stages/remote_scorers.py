@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ INSTRUCTION = """\
 You rate an answer of an assistant to a dialogue. A good answer is helpful, truthful and harmless; length and tone \
 alone do not make it better. Reply with one number, from {lowest:g} (worst) to {highest:g} (best)."""
 ASKED = "The dialogue:\n{dialogue}\n\nThe answer:\n{answer}\n\nYour rating, from {lowest:g} to {highest:g}:"
+LARGEST = torch.finfo(torch.float32).max  # of a score
 SETTING = "reward_model"  # where the settings of all of them stand, in a stage's
 
 
@@ -250,6 +250,6 @@ class HTTPScorer(RemoteScorer):
             found = f"a list of {len(reply)}" if isinstance(reply, list) else f"a {type(reply).__name__}"
             raise ValueError(f"{found} where {count} scores were expected ({self.where or 'the reply itself'})")
         scores = [None if score is None else float(score) for score in reply]
-        if wrong := [score for score in scores if score is not None and not math.isfinite(score)]:
+        if wrong := [score for score in scores if score is not None and not abs(score) <= LARGEST]:
             raise ValueError(f"{wrong[0]} is no score")
         return scores

@@ -251,6 +251,14 @@ def test_a_judge_that_goes_by_the_place_ties(server, judge):
     asked = judge()
     assert asked(PROMPTS, ANSWERS)[1] == [1, 1]
     assert asked.figures()["judge_by_place"] == 0.1  # one of ten pairs
+    assert "warning" not in asked.figures()
+
+
+def test_a_judge_that_always_goes_by_the_place_is_none(server, judge):
+    server.reply = lambda *_: "A"
+    asked = judge()
+    assert asked(PROMPTS, ANSWERS)[1] == [1, 1]
+    assert "prefers the place and not the answer in 100% of the pairs" in asked.figures()["warning"]
     assert len(server.asked) == sum(map(asked.questions, map(len, ANSWERS))) == 20
 
 

@@ -261,6 +261,15 @@ def test_what_a_classifier_must_be_told(mistake, folder, tokenizer):
         load_scorer(path, tokenizer, **settings)
 
 
+def test_a_classifier_without_a_tokenizer_is_refused(folder, tokenizer):
+    path = folder(bert(word_pieces()), word_pieces())
+    for file in path.iterdir():
+        if file.name.startswith(("tokenizer", "vocab")):
+            file.unlink()
+    with pytest.raises(UserError, match="there is no tokenizer beside this classifier"):
+        load_scorer(path, tokenizer, label=0)
+
+
 def test_scorers_of_different_makes_score_together(capsys):
     def silent_on_no(prompts, responses, **_):
         return [None if text == "no" else 4.0 * len(text) for text in responses]

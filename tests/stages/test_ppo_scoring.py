@@ -348,7 +348,10 @@ def test_rollouts_without_a_score_take_no_step_and_say_so(ppo, train, capsys):
     progress = module.progress
     assert progress.score_first.item() == progress.score_last.item() == module.logged["ppo/score"][1]
     silent = Scoring(functions=[lambda p, r, **_: [None] * len(r)], reward_model_weight=0.0)
-    progress = train(ppo(scoring=silent)).progress
+    module = ppo(scoring=silent)
+    with pytest.raises(UserError, match="no answer of any rollout has a score, so nothing was learned"):
+        train(module)
+    progress = module.progress
     assert progress.unscored == 8 and progress.score_first.isnan() and progress.score_last.isnan()
 
 

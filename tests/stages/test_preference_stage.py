@@ -146,6 +146,13 @@ def test_a_stopped_collection_goes_on_and_ranks_nothing_twice(collect, tmp_path)
     assert not progress_file.exists() and not ranks.exists()
 
 
+def test_pairs_that_all_tie_are_a_warning(collect):
+    module, _ = collect(lambda prompts, responses: [[1] * len(texts) for texts in responses], progress_file=None)
+    pairs = module.figures()["ties"]
+    assert pairs and module.figures()["warning"].startswith(f"all {pairs} pairs of answers tie")
+    assert "warning" not in collect(progress_file=None)[0].figures()
+
+
 def test_answers_that_are_there_are_ranked_by_somebody_else(collect, tmp_path, tokenizer):
     module, folder = collect()
     module.export(folder)

@@ -111,6 +111,7 @@ def test_replies_that_are_no_scores(server, tmp_path):
         ({"scores": "many"}, "a str where 3 scores were expected"),
         ({"scores": [1.0, "x", 2.0]}, "could not convert string to float: 'x'"),
         ({"scores": [1.0, float("nan"), 2.0]}, "nan is no score"),
+        ({"scores": [1.0, 1e39, 2.0]}, r"1e\+39 is no score"),  # infinity, as float32
     ):
         server.reply = lambda said, reply=reply: reply
         with pytest.raises(UserError, match=rf"did not answer \(.*{message}.*the last on 3 answers, the first to the"):

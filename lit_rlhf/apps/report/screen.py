@@ -42,6 +42,11 @@ def print_screen(folder: Path, console: Console | None = None) -> None:
         console.print()
 
 
+def print_warning(line: str, console: Console | None = None) -> None:
+    """Print a line in red; in a file, as it is."""
+    (console or Console()).print(Text(line, "bold red"), soft_wrap=True)
+
+
 def _screen(run: Run, ours: str, theirs: str) -> Iterator[RenderableType]:
     models = [name for name in run.figures["evaluate"]["models"] if name in ("base", theirs, ours)]
     yield ""

@@ -62,11 +62,10 @@ class LMEval:
         self.include_path = include_path
         self.include_defaults = include_path is None if include_defaults is None else include_defaults
         self.num_fewshot, self.limit, self.batch_size, self.chat = num_fewshot, limit, batch_size, chat
+        self._known()  # a task that is not there is said before anything is sampled
 
-    def __call__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
-        """Task -> its metrics, their standard errors (``<metric>_stderr``) and ``n``, the questions."""
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+    def _known(self) -> Any:
+        """The harness' index of tasks; raises ``UserError`` where one of ours is not among them."""
         from lm_eval.tasks import TaskManager
 
         path = None if self.include_path is None else str(self.include_path)
@@ -75,6 +74,14 @@ class LMEval:
             hint = "include_path finds one of your own" if path is None else f"not in {path}"
             more = "" if self.include_defaults else "; include_defaults=true adds the harness' own"
             raise UserError(f"tasks (evaluate.benchmark): there is no task {unknown[0]!r}; {hint}{more}")
+        return known
+
+    def __call__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
+        """Task -> its metrics, their standard errors (``<metric>_stderr``) and ``n``, the questions."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        known = self._known()
         try:
             with _said_once(), redirect_stderr(StringIO()):  # it has a progress bar for every kind of request
                 found = simple_evaluate(

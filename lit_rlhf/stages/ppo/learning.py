@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import UserError
 from lit_rlhf.models.gathering import sharded_root
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.micro_batches import tokens_at_once
@@ -89,6 +90,13 @@ class LearnsFromRollouts(TrainedState):
                 if self.kl.stop is not None and updates[-1]["approx_kl"].item() > self.kl.stop:
                     return updates
         return updates
+
+    def on_train_end(self) -> None:
+        if self.iteration > 0 and self.lr_schedulers().last_epoch == 0:
+            raise UserError(
+                "no answer of any rollout has a score, so nothing was learned; see what <stage>.reward_model and "
+                "<stage>.scoring.functions say of an answer"
+            )
 
     def update(self, minibatch: Rollout, number: int = 0) -> dict[str, Tensor]:
         """Optimizer step ``number`` of a rollout, on a minibatch of all processes; returns what is to be watched."""

@@ -35,6 +35,7 @@ from lit_rlhf.text.template_form import Tools
 
 Verdict = Literal["A", "B", "tie", "?"]  # ?: the reply said none of them, however often it was asked
 
+BY_PLACE = 0.8  # share of pairs in which a judge that prefers the same place in both orders is said to be none
 INSTRUCTION = """\
 You compare two answers of an assistant to the same dialogue. The better one is more helpful, truthful and harmless; \
 length, order and tone alone do not make it better. Reply with one word: A, B, or tie."""
@@ -118,12 +119,16 @@ class LLMJudge:
         self._check_sense(questions)
         return [self._ranks(*each) for each in asked]
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """Figures of the judging: verdicts asked for, how many were none, and the share of pairs in which both orders
-        preferred the same place."""
+        preferred the same place; a ``warning`` where that is nearly all of them."""
         said, by_place = list(self.verdicts.values()), list(self._compared.values())
         figures = {"judge_verdicts": len(said), "judge_nonsense": said.count("?")}
-        return figures | ({"judge_by_place": sum(by_place) / len(by_place)} if by_place else {})
+        if not by_place:
+            return figures
+        share = sum(by_place) / len(by_place)
+        warning = f"{self.model} prefers the place and not the answer in {share:.0%} of the pairs, which tie: no judge"
+        return figures | {"judge_by_place": share} | ({"warning": warning} if share > BY_PLACE else {})
 
     @staticmethod
     def questions(answers: int) -> int:

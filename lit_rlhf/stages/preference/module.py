@@ -322,8 +322,14 @@ class PreferenceModule(LightningModule):
             ),
             **self._gold_agreement(),
             **self._agreement(),
+            **self._warning(sum(a != b for a, b in pairs), len(pairs)),
             **(self.annotator.figures() if isinstance(self.annotator, Reporting) else {}),
         }
+
+    @staticmethod
+    def _warning(untied: int, pairs: int) -> dict[str, str]:
+        nothing = f"all {pairs} pairs of answers tie: a reward model has nothing to learn from them"
+        return {} if untied or not pairs else {"warning": nothing}
 
     def _gold_agreement(self) -> dict[str, Any]:
         """How often the annotator agrees with the gold judge, over the pairs that gold does not tie."""

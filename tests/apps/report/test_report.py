@@ -283,6 +283,16 @@ def test_ppo_and_dpo_of_one_run(tmp_path):
     assert page.text.count("not in this run") == 0
 
 
+def test_a_warning_stands_on_top_in_red(tmp_path):
+    write_sft(tmp_path)
+    done = json.loads((tmp_path / "sft/done.json").read_text())
+    done["figures"]["warning"] = "all 7 pairs <tie>"
+    (tmp_path / "sft/done.json").write_text(json.dumps(done))
+    report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert '<span class="badge bad">sft</span> all 7 pairs &lt;tie&gt;' in page
+
+
 def test_an_unfinished_stage_is_shown_as_such(tmp_path, capsys):
     write_sft(tmp_path)
     (tmp_path / "sft/done.json").unlink()
