@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError, say_once
 from lit_rlhf.models.classifier_loading import load_any_classifier, reads_as_ours
 from lit_rlhf.models.finite import finite
@@ -201,6 +202,7 @@ class Classifier(TextRewardModel):
         return self._logits(rows), torch.cat([self._logits([row]) for row in rows])
 
 
+@checked
 class ScorerEnsemble(nn.Module):
     """Several scorers that score together, each by itself: of any make, with tokenizers of their own.
 
@@ -215,6 +217,8 @@ class ScorerEnsemble(nn.Module):
 
     def __init__(self, members: Sequence[AnswerScorer], combine: Literal["mean", "worst"] = "mean") -> None:
         super().__init__()
+        if not members:
+            raise UserError("ScorerEnsemble(members=[]): at least one scorer was expected")
         self.members, self.combine = list(members), combine
         self.models = nn.ModuleList([member for member in members if isinstance(member, nn.Module)])
         self.stds = [scale_of(member)[1] for member in members]

@@ -82,7 +82,9 @@ def fail_for(error: BaseException, run: Path | None = None) -> NoReturn:
         print(scrubbed("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, BrokenPipeError):  # `lit-rlhf --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes
-    fail(f"{reason(error)}{kept_traceback(error, run)}{going_on()}", code_of(error))
+    said = reason(error)
+    how = "" if re.search("hydra[./]sweep", said) else going_on()  # what is to be done about the sweep is said
+    fail(f"{said}{kept_traceback(error, run)}{how}", code_of(error))
 
 
 _sweeps: list[str] = []  # folders of those that this process has begun

@@ -157,7 +157,7 @@ def check_study(study: Study, direction: str, fixed: list[str], space: dict[str,
     settings that all trials have."""
     from optuna.distributions import check_distribution_compatibility
 
-    another = "begin another one with another hydra.sweep.dir="
+    another, changed = "begin another one with another hydra.sweep.dir=", dict[str, str]()
     if (before := study.direction.name.lower()) != direction:
         raise UserError(f"hydra.sweeper.direction={direction}: the study that goes on has {before}; {another}")
     for trial in study.get_trials(deepcopy=False):
@@ -166,11 +166,29 @@ def check_study(study: Study, direction: str, fixed: list[str], space: dict[str,
                 check_distribution_compatibility(trial.distributions[name], space[name])
             except ValueError:
                 was = trial.distributions[name]
-                raise UserError(f"{name}={space[name]}: the study that goes on has {was}; {another}") from None
+                raise UserError(
+                    f"{name}={_shown(space[name])}: the study that goes on has {_shown(was)}; {another}"
+                ) from None
+        if other := [n for n in space.keys() & trial.distributions.keys() if trial.distributions[n] != space[n]]:
+            changed[other[0]] = (
+                f"{_shown(trial.distributions[other[0]])} so far, {_shown(space[other[0]])} from here on"
+            )
+    for name, how in changed.items():
+        say(f"study {study.study_name}: {name} is drawn from {how}; the best is the best of both")
     known = study.user_attrs.get(FIXED, fixed)
     if {*known} != {*fixed}:
         say(f"study {study.study_name}: its trials so far had {' '.join(known)}; those to come are compared with them")
     study.set_user_attr(FIXED, fixed)
+
+
+def _shown(values: BaseDistribution) -> str:
+    """What is drawn from, as it is written on the command line."""
+    known: Any = values
+    return (
+        f"choice({','.join(known.choices)})"
+        if hasattr(values, "choices")
+        else f"interval({known.low:g},{known.high:g})"
+    )
 
 
 def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:

@@ -211,7 +211,8 @@ def sweep_jobs(overrides: list[str]) -> list[list[str]]:
     try:
         batches = BasicSweeper.split_arguments(_parsed([*asked, *overrides]), max_batch_size=None)
     except HydraException as error:
-        raise UserError(_composition_error(error, overrides)) from None
+        hint = "; hydra/sweeper=optuna draws from intervals" if "INTERVAL" in str(error) else ""
+        raise UserError(f"{_composition_error(error, overrides)}{hint}") from None
     return [list(job) for batch in batches for job in batch]
 
 

@@ -174,11 +174,13 @@ class Endpoint:
         hints = {
             401: f"set the key: export {self.api_key_env}=...",
             403: f"set the key: export {self.api_key_env}=...",
-            404: "the URL ends with the API's version, http://127.0.0.1:8000/v1 say, and model= is a name it knows",
+            404: "the URL ends with the API's version, http://127.0.0.1:8000/v1 say, and model= is a name it knows"
+            if response.request.url.path.endswith("/chat/completions")
+            else "the URL is the server's own, with the path",
         }
         if response.has_redirect_location:
             hints[code] = f"it points to {self.scrubbed(response.headers['Location'])}, where nothing was sent"
-        hint = hints.get(code, "the prompt may be longer than the judge's context")
+        hint = hints.get(code, "what is asked about may be longer than it takes")
         return UserError(f"{self.setting}: {self.url} refused the question (HTTP {code}: {said}) on {about}; {hint}")
 
     def _down(self, error: Exception, about: str) -> UserError:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import httpx
 import torch
 
+from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.processes import this_process
 from lit_rlhf.stages.callables import place
@@ -92,6 +93,7 @@ class RemoteScorer(ABC):
         """Ask for the scores that are not known, and keep them."""
 
 
+@checked
 class LLMScorer(RemoteScorer):
     """Scores answers by asking a language model behind an OpenAI-compatible URL for a rating of each.
 
@@ -186,6 +188,7 @@ def rating_of(reply: str, lowest: float, highest: float) -> float | None:
     return next(iter(numbers)) if len(numbers) == 1 and lowest <= min(numbers) <= highest else None
 
 
+@checked
 class HTTPScorer(RemoteScorer):
     """Scores answers by a server of yours: POST ``{"prompts": [...], "responses": [...]}`` to the URL, a list of
     numbers back, null where it says nothing of an answer.
@@ -245,10 +248,15 @@ class HTTPScorer(RemoteScorer):
 
     def _read(self, reply: Any, count: int) -> list[float | None]:
         for part in filter(None, self.where.split(".")):
+            if not isinstance(reply, dict) or part not in reply:
+                found = f"has {', '.join(reply) or 'nothing'}" if isinstance(reply, dict) else f"is {str(reply)[:60]!r}"
+                raise ValueError(f"no {part!r} in its reply, which {found}; reply= says where the scores are")
             reply = reply[part]
         if not isinstance(reply, list) or len(reply) != count:
             found = f"a list of {len(reply)}" if isinstance(reply, list) else f"a {type(reply).__name__}"
             raise ValueError(f"{found} where {count} scores were expected ({self.where or 'the reply itself'})")
+        if others := [score for score in reply if isinstance(score, bool | list | dict)]:
+            raise ValueError(f"{others[0]} is no score")
         scores = [None if score is None else float(score) for score in reply]
         if wrong := [score for score in scores if score is not None and not abs(score) <= LARGEST]:
             raise ValueError(f"{wrong[0]} is no score")

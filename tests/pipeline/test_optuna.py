@@ -104,7 +104,10 @@ def test_a_study_goes_on_with_what_it_was_begun_with(search, capsys):
     assert search(killed=1) == [0] and search() == [1, 2]
     for asked, said in (
         ({"direction": "minimize"}, "direction=minimize: the study that goes on has maximize"),
-        ({"arguments": ["x=interval(0,1)", "y=choice(a,b,c)"]}, "y=Categorical.*: the study that goes on has"),
+        (
+            {"arguments": ["x=interval(0,1)", "y=choice(a,b,c)"]},
+            r"y=choice\(a,b,c\): the study that goes on has choice\(a,b\)",
+        ),
         ({"arguments": ["x=interval(1,0)"]}, r"x=interval\(1,0\): no value can be drawn"),
         ({"arguments": ["x=tag(log,interval(0,1))"]}, "no value can be drawn"),
         ({"n_trials": 0}, "at least one trial"),
@@ -113,6 +116,9 @@ def test_a_study_goes_on_with_what_it_was_begun_with(search, capsys):
             search(**{"n_trials": 4, **asked})
     assert search(["stage=ppo", *SEARCH[1:]], 4) == [3]  # those that were refused have left no trial
     assert "its trials so far had stage=sft; those to come are compared with them" in capsys.readouterr().out
+    assert search(["stage=ppo", "x=interval(0,9)", "y=choice(a,b)"], 5) == [4]
+    said = "study study: x is drawn from interval(0,1) so far, interval(0,9) from here on; the best is the best of both"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

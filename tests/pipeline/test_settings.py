@@ -273,6 +273,11 @@ def test_a_setting_has_one_address_alone_in_the_pipeline_and_in_a_sweep():
     ]
 
 
+def test_an_interval_is_nothing_for_the_basic_sweeper():
+    with pytest.raises(UserError, match=r"hydra/sweeper=optuna draws from intervals"):
+        sweep_jobs(["ppo.module.kl_coef=interval(0.02,0.2)"])
+
+
 def test_trainer_settings_reach_every_stage_and_one_stage_alone():
     cfg = checked("trainer.precision=bf16-mixed", "sft.trainer.precision=32-true")
     assert cfg.ppo.trainer.precision == "bf16-mixed"

@@ -32,6 +32,7 @@ from lit_rlhf.rollouts import Sampling
 from lit_rlhf.stages import EvaluateModule, PPOModule, WorldEvaluateDataModule, WorldPPODataModule
 from lit_rlhf.stages.ppo import MonteCarlo, Scoring
 from lit_rlhf.stages.preference import RewardModelAnnotator
+from lit_rlhf.stages.remote_scorers import HTTPScorer
 from lit_rlhf.text.chat import ROLE_TEMPLATE, ensure_chat_template
 from lit_rlhf.text.tokenizer import load_reader
 
@@ -268,6 +269,14 @@ def test_a_classifier_without_a_tokenizer_is_refused(folder, tokenizer):
             file.unlink()
     with pytest.raises(UserError, match="there is no tokenizer beside this classifier"):
         load_scorer(path, tokenizer, label=0)
+
+
+def test_an_ensemble_is_held_against_its_arguments():
+    for members, combine, said in (([], "mean", "at least one"), ([len], "best", "'mean' or 'worst'")):
+        with pytest.raises(UserError, match=f"ScorerEnsemble.*{said}"):
+            ScorerEnsemble(members, combine)
+    with pytest.raises(UserError, match=r"HTTPScorer\(batch_size=0\)"):
+        HTTPScorer("http://127.0.0.1:1/score", batch_size=0)
 
 
 def test_scorers_of_different_makes_score_together(capsys):

@@ -107,7 +107,10 @@ def test_replies_that_are_no_scores(server, tmp_path):
     wrong = HTTPScorer(f"{server.address}/score", **FAST)
     for reply, message in (
         ({"scores": [1.0]}, r"a list of 1 where 3 scores were expected \(scores\)"),
-        ({"points": [1.0]}, "KeyError: 'scores'"),
+        ({"points": [1.0]}, "no 'scores' in its reply, which has points; reply= says where the scores are"),
+        ([1.0, 2.0, 3.0], r"no 'scores' in its reply, which is '\[1.0, 2.0, 3.0\]'"),
+        ({"scores": [1.0, True, 2.0]}, "True is no score"),
+        ({"scores": [[1.0], [1.0], [2.0]]}, r"\[1.0\] is no score"),
         ({"scores": "many"}, "a str where 3 scores were expected"),
         ({"scores": [1.0, "x", 2.0]}, "could not convert string to float: 'x'"),
         ({"scores": [1.0, float("nan"), 2.0]}, "nan is no score"),
