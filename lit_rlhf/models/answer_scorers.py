@@ -284,11 +284,11 @@ def _reads_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -
     return same_tokens(own, tokenizer) and (is_base(own) or own.chat_template == tokenizer.chat_template)
 
 
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # how the names of a tokenizer's files begin
+
+
 def _has_tokenizer(path: str | Path) -> bool:
     return any(file.name.startswith(TOKENIZER_FILES) for file in Path(path).iterdir())
-
-
-TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # how the names of a tokenizer's files begin
 
 
 def _load_reader(

@@ -162,17 +162,13 @@ def check_study(study: Study, direction: str, fixed: list[str], space: dict[str,
         raise UserError(f"hydra.sweeper.direction={direction}: the study that goes on has {before}; {another}")
     for trial in study.get_trials(deepcopy=False):
         for name in space.keys() & trial.distributions.keys():
+            was, now = _shown(trial.distributions[name]), _shown(space[name])
             try:
                 check_distribution_compatibility(trial.distributions[name], space[name])
             except ValueError:
-                was = trial.distributions[name]
-                raise UserError(
-                    f"{name}={_shown(space[name])}: the study that goes on has {_shown(was)}; {another}"
-                ) from None
-        if other := [n for n in space.keys() & trial.distributions.keys() if trial.distributions[n] != space[n]]:
-            changed[other[0]] = (
-                f"{_shown(trial.distributions[other[0]])} so far, {_shown(space[other[0]])} from here on"
-            )
+                raise UserError(f"{name}={now}: the study that goes on has {was}; {another}") from None
+            if was != now:
+                changed[name] = f"{was} so far, {now} from here on"
     for name, how in changed.items():
         say(f"study {study.study_name}: {name} is drawn from {how}; the best is the best of both")
     known = study.user_attrs.get(FIXED, fixed)
@@ -184,11 +180,10 @@ def check_study(study: Study, direction: str, fixed: list[str], space: dict[str,
 def _shown(values: BaseDistribution) -> str:
     """What is drawn from, as it is written on the command line."""
     known: Any = values
-    return (
-        f"choice({','.join(known.choices)})"
-        if hasattr(values, "choices")
-        else f"interval({known.low:g},{known.high:g})"
-    )
+    if hasattr(known, "choices"):
+        return f"choice({','.join(known.choices)})"
+    interval = f"interval({known.low:g},{known.high:g})"
+    return f"tag(log,{interval})" if known.log else interval
 
 
 def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:

@@ -59,6 +59,11 @@ def scores_by(
     return scores / std if scale else scores
 
 
+def is_score(number: float) -> bool:
+    """Whether a number can be a score: float32 holds it."""
+    return abs(number) <= torch.finfo(torch.float32).max
+
+
 def record_of(prompts: PromptBatch, finished: Sequence[bool]) -> dict[str, list[Any]]:
     """What scorers get to know besides prompts and responses, a list each."""
     names = dict.fromkeys(name for record in prompts.records for name in record if name not in OWN)
@@ -93,7 +98,7 @@ def asked(
             "expected, a number or None"
         )
     for i, score in enumerate(scores):
-        if score is not None and not abs(score) <= torch.finfo(torch.float32).max:
+        if score is not None and not is_score(score):
             raise UserError(
                 f"reward function {name} returned {score}, not a finite number, for {_place(prompts, responses, i)}; "
                 "where it has nothing to say, None"

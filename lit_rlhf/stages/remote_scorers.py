@@ -17,6 +17,7 @@ import torch
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.processes import this_process
+from lit_rlhf.stages.answer_scores import is_score
 from lit_rlhf.stages.callables import place
 from lit_rlhf.stages.endpoint import (
     API_KEY,
@@ -41,7 +42,6 @@ INSTRUCTION = """\
 You rate an answer of an assistant to a dialogue. A good answer is helpful, truthful and harmless; length and tone \
 alone do not make it better. Reply with one number, from {lowest:g} (worst) to {highest:g} (best)."""
 ASKED = "The dialogue:\n{dialogue}\n\nThe answer:\n{answer}\n\nYour rating, from {lowest:g} to {highest:g}:"
-LARGEST = torch.finfo(torch.float32).max  # of a score
 SETTING = "reward_model"  # where the settings of all of them stand, in a stage's
 
 
@@ -258,6 +258,6 @@ class HTTPScorer(RemoteScorer):
         if others := [score for score in reply if isinstance(score, bool | list | dict)]:
             raise ValueError(f"{others[0]} is no score")
         scores = [None if score is None else float(score) for score in reply]
-        if wrong := [score for score in scores if score is not None and not abs(score) <= LARGEST]:
+        if wrong := [score for score in scores if score is not None and not is_score(score)]:
             raise ValueError(f"{wrong[0]} is no score")
         return scores

@@ -252,6 +252,7 @@ def test_a_judge_that_goes_by_the_place_ties(server, judge):
     assert asked(PROMPTS, ANSWERS)[1] == [1, 1]
     assert asked.figures()["judge_by_place"] == 0.1  # one of ten pairs
     assert "warning" not in asked.figures()
+    assert len(server.asked) == sum(map(asked.questions, map(len, ANSWERS))) == 20
 
 
 def test_a_judge_that_always_goes_by_the_place_is_none(server, judge):

@@ -42,9 +42,9 @@ def print_screen(folder: Path, console: Console | None = None) -> None:
         console.print()
 
 
-def print_warning(line: str, console: Console | None = None) -> None:
+def print_warning(line: str) -> None:
     """Print a line in red; in a file, as it is."""
-    (console or Console()).print(Text(line, "bold red"), soft_wrap=True)
+    Console().print(Text(line, "bold red"), soft_wrap=True)
 
 
 def _screen(run: Run, ours: str, theirs: str) -> Iterator[RenderableType]:

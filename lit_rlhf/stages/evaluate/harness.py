@@ -62,9 +62,9 @@ class LMEval:
         self.include_path = include_path
         self.include_defaults = include_path is None if include_defaults is None else include_defaults
         self.num_fewshot, self.limit, self.batch_size, self.chat = num_fewshot, limit, batch_size, chat
-        self._known()  # a task that is not there is said before anything is sampled
+        self.known = self._index()  # a task that is not there is said before anything is sampled
 
-    def _known(self) -> Any:
+    def _index(self) -> Any:
         """The harness' index of tasks; raises ``UserError`` where one of ours is not among them."""
         from lm_eval.tasks import TaskManager
 
@@ -81,12 +81,11 @@ class LMEval:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        known = self._known()
         try:
             with _said_once(), redirect_stderr(StringIO()):  # it has a progress bar for every kind of request
                 found = simple_evaluate(
                     HFLM(pretrained=policy, tokenizer=tokenizer, batch_size=self.batch_size),
-                    tasks=self.tasks, task_manager=known, num_fewshot=self.num_fewshot, limit=self.limit,
+                    tasks=self.tasks, task_manager=self.known, num_fewshot=self.num_fewshot, limit=self.limit,
                     apply_chat_template=self.chat, log_samples=False,
                 )  # fmt: skip
         except Exception as error:  # of a task file, its data or its template, of any kind

@@ -307,12 +307,14 @@ class PreferenceModule(LightningModule):
         rows, answers, records = self._rows, self.answers, self.records
         texts = [text for row in answers for text in row["responses"]]
         pairs = [(a, b) for r in records for a, b in combinations(r["ranks"], 2)]
+        untied = sum(a != b for a, b in pairs)
+        nothing = f"all {len(pairs)} pairs of answers tie: a reward model has nothing to learn from them"
         ranked = {(str(r["prompt"]), text) for r in records for text in r["responses"]}
         return {
             "rankings": len(records),
             "answers": len(texts),
-            "pairs": sum(a != b for a, b in pairs),
-            "ties": sum(a == b for a, b in pairs),
+            "pairs": untied,
+            "ties": len(pairs) - untied,
             "words": sum(len(text.split()) for text in texts) / max(len(texts), 1),
             "cut_off": sum(not f for row in answers for f in row["finished"]),
             "equal": sum(row["equal"] for row in rows),
@@ -322,14 +324,9 @@ class PreferenceModule(LightningModule):
             ),
             **self._gold_agreement(),
             **self._agreement(),
-            **self._warning(sum(a != b for a, b in pairs), len(pairs)),
+            **({"warning": nothing} if pairs and not untied else {}),
             **(self.annotator.figures() if isinstance(self.annotator, Reporting) else {}),
         }
-
-    @staticmethod
-    def _warning(untied: int, pairs: int) -> dict[str, str]:
-        nothing = f"all {pairs} pairs of answers tie: a reward model has nothing to learn from them"
-        return {} if untied or not pairs else {"warning": nothing}
 
     def _gold_agreement(self) -> dict[str, Any]:
         """How often the annotator agrees with the gold judge, over the pairs that gold does not tie."""
