@@ -181,7 +181,9 @@ def _shown(values: BaseDistribution) -> str:
     """What is drawn from, as it is written on the command line."""
     known: Any = values
     if hasattr(known, "choices"):
-        return f"choice({','.join(known.choices)})"
+        return f"choice({','.join(map(str, known.choices))})"
+    if known.step:
+        return f"range({known.low:g},{known.high + known.step:g},{known.step:g})"
     interval = f"interval({known.low:g},{known.high:g})"
     return f"tag(log,{interval})" if known.log else interval
 

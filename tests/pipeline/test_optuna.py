@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -119,6 +120,24 @@ def test_a_study_goes_on_with_what_it_was_begun_with(search, capsys):
     assert search(["stage=ppo", "x=interval(0,9)", "y=choice(a,b)"], 5) == [4]
     said = "study study: x is drawn from interval(0,1) so far, interval(0,9) from here on; the best is the best of both"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "shown"),
+    [
+        ("1e-9,1e-3", "1e-9,0.1", "x=choice(1e-09,0.1): the study that goes on has choice(1e-09,0.001)"),
+        ("true,2,a", "false,2,a", "x=choice(False,2,a): the study that goes on has choice(True,2,a)"),
+        ("null,'a b'", "null,c", "x=choice(null,c): the study that goes on has choice(null,'a b')"),
+        ("range(1,9,2)", "interval(1,9)", "x=interval(1,9): the study that goes on has range(1,9,2)"),
+        ("range(0.0,1.0,0.25)", "choice(1,2)", "x=choice(1,2): the study that goes on has range(0,1,0.25)"),
+        ("int(interval(1,8))", "choice(1,2)", "x=choice(1,2): the study that goes on has range(1,9,1)"),
+        ("tag(log,interval(1,8))", "choice(1,2)", "x=choice(1,2): the study that goes on has tag(log,interval(1,8))"),
+    ],
+)
+def test_values_of_each_form_go_on_and_others_are_refused(search, was, now, shown):
+    assert search([f"x={was}"], 1) == [0] and search([f"x={was}"], 2) == [1]
+    with pytest.raises(UserError, match=re.escape(shown)):
+        search([f"x={now}"], 3)
 
 
 @pytest.mark.parametrize(
