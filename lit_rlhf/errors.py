@@ -65,6 +65,10 @@ class Pruned(UserError):
     """A trial of a study that its pruner ended, for it is behind others; the message says how far."""
 
 
+class NoFigure(UserError):
+    """A figure that is asked for is none of those that the work ends with."""
+
+
 class Interrupted(UserError):
     """A signal (Ctrl-C is one) ended the work, and what was reached is on disk: the same command goes on."""
 

@@ -26,9 +26,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf import __version__
-from lit_rlhf.errors import STOPPED, Interrupted, Pruned, UserError, Waiting, users_mistake
+from lit_rlhf.errors import STOPPED, Interrupted, NoFigure, Pruned, UserError, Waiting, users_mistake
 from lit_rlhf.pipeline.checks import check_no_credentials
-from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, kept_traceback, reason, stopped_line
+from lit_rlhf.pipeline.failures import STOPPED_BY_HAND, fail, fail_for, going_on, kept_traceback, reason, stopped_line
 from lit_rlhf.pipeline.optuna_sweeper import TRIAL
 from lit_rlhf.pipeline.recipe import CHECKPOINT, fitted_settings, recipe_line, unfitted, weights_given
 from lit_rlhf.pipeline.run_folder import register_resolvers, remember_world
@@ -138,6 +138,8 @@ def fit_options(arguments: list[str]) -> None:
     parser = get_args_parser()
     parser.error = _refuse_option
     asked = parser.parse_args(arguments)
+    if len(ways := [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(asked, name)]) > 1:
+        raise UserError(f"{' '.join(ways)}: each asks for something else; give one of them")
     if asked.config_dir and not Path(asked.config_dir).is_dir():
         raise UserError(f"--config-dir={asked.config_dir}: there is no such folder")
     if asked.cfg or asked.config_dir:
@@ -290,6 +292,8 @@ def run(cfg: DictConfig, checked: bool = False) -> float | None:
             note_failure(cfg, error)
             if isinstance(error, Interrupted):  # the person meant the sweep
                 fail(stopped_line(HydraConfig.get().sweep.dir), code=STOPPED)
+            if isinstance(error, NoFigure):  # nor will another job have it
+                fail(f"the sweep ends here{going_on(HydraConfig.get().sweep.dir)}, with an objective= that is there")
             return float("nan")
         if isinstance(error, Waiting) and len(stages_of(cfg)) == 1:  # what was asked for is done as far as it can be
             print(error)

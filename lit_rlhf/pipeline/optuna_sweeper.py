@@ -5,13 +5,12 @@ Hydra imports this with every command, so what takes long is imported where it i
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_rlhf.errors import UserError, first_line, say
 from lit_rlhf.files import make_folder, write_text, written_anew
+from lit_rlhf.pipeline.search_space import search_space
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -188,41 +188,6 @@ def _shown(values: BaseDistribution) -> str:
     return f"tag(log,{interval})" if known.log else interval
 
 
-def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
-    """(the overrides that all trials have, address -> what it is drawn from).
-
-    Later ones replace those before them. Raises ``UserError`` where nothing is to be searched."""
-    parsed = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(overrides)}
-    space = {}
-    for name, override in parsed.items():
-        if override.is_sweep_override():
-            try:
-                space[name] = distribution(override)
-            except ValueError as error:
-                raise UserError(f"{override.input_line}: no value can be drawn ({first_line(error)})") from None
-    if not space:
-        raise UserError(
-            "hydra/sweeper=optuna: nothing is to be searched; give a setting several values, as in "
-            "'ppo.module.kl_coef=interval(0.02,0.2)'"
-        )
-    return [o.input_line for name, o in parsed.items() if name not in space], space
-
-
-def distribution(override: Override) -> BaseDistribution:
-    """What the values of one setting are drawn from: an interval, the steps of a range, or a list of values."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    values: Any = override.value()
-    if isinstance(values, IntervalSweep):
-        kind = IntDistribution if isinstance(values.start, int) else FloatDistribution
-        return kind(values.start, values.end, log="log" in values.tags)
-    if isinstance(values, RangeSweep) and not values.shuffle:
-        kind = IntDistribution if isinstance(values.start, int) and isinstance(values.step, int) else FloatDistribution
-        steps = math.ceil((values.stop - values.start) / values.step - 1e-9) - 1  # the end is not one of them
-        return kind(values.start, values.start + steps * values.step, step=values.step)
-    return CategoricalDistribution([*override.sweep_iterator(transformer=Transformer.encode)])
-
-
 def report(study: Study, folder: Path) -> None:
     """Print the best trial, and draw ``study.png``."""
     from optuna.trial import TrialState
@@ -262,11 +227,13 @@ def draw(study: Study, path: Path) -> None:
     history.legend()
     evaluator = PedAnovaImportanceEvaluator()  # asks for no further package, as fANOVA does
     told = len(done) > 1 and len({t.value for t in done}) > 1
-    shares = get_param_importances(study, evaluator=evaluator) if told else {}
+    with warnings.catch_warnings(record=True) as rough:  # Optuna's, of values that few trials had
+        warnings.simplefilter("always")
+        shares = get_param_importances(study, evaluator=evaluator) if told else {}
     importance.barh([*shares][::-1], [*shares.values()][::-1], height=0.5, color="#1f4e9c")
     importance.set(
         xlabel="share of what tells the best trials from the others (PED-ANOVA)",
-        title="importance" if shares else "importance: too few trials",
+        title="importance: too few trials" if not shares else f"importance{', roughly: few trials' if rough else ''}",
     )
     with written_anew(path, "wb") as file:
         figure.savefig(file, dpi=150)

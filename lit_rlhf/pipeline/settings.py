@@ -27,6 +27,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.pipeline.checks import RunName, check_model, check_no_credentials, check_node, check_value, left_out
 from lit_rlhf.pipeline.failures import shortened
 from lit_rlhf.pipeline.overrides import addresses, changes_structure, check_structure, chooses_group, exists
+from lit_rlhf.pipeline.search_space import outermost_jobs
 from lit_rlhf.stages.stage import Stage, all_stages
 
 COMMANDS = ("label", "chat")  # pages and the like: an object with launch(), which ends when a person ends it
@@ -199,15 +200,17 @@ def name_loaders(cfg: DictConfig) -> None:
 
 
 def sweep_jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun with the basic sweeper, those that the settings sweep over included.
-
-    Of another sweeper, which alone knows its jobs: what they have in common."""
+    """The overrides of each job of a multirun with the basic sweeper, those that the settings sweep over included; of
+    our Optuna sweeper, the outermost jobs; of another one, which alone knows its jobs, what they have in common."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     sweeper = hydra_settings(overrides).sweeper
-    if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
-        return [without_sweeps(overrides)]
     asked = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
+    kind = sweeper._target_.rpartition(".")[2]
+    if kind == "OptunaSweeper":
+        return outermost_jobs([*asked, *overrides])
+    if kind != BasicSweeper.__name__:
+        return [without_sweeps(overrides)]
     try:
         batches = BasicSweeper.split_arguments(_parsed([*asked, *overrides]), max_batch_size=None)
     except HydraException as error:

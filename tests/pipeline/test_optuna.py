@@ -18,7 +18,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from lit_rlhf.errors import UserError
-from lit_rlhf.pipeline.optuna_sweeper import OptunaSweeper, distribution, search_space
+from lit_rlhf.pipeline.optuna_sweeper import OptunaSweeper
+from lit_rlhf.pipeline.search_space import distribution, outermost_jobs, search_space
 from lit_rlhf.pipeline.stage_folder import held
 
 
@@ -47,13 +48,29 @@ def test_what_all_trials_have_and_what_is_searched():
         search_space(["stage=sft"])
 
 
-def test_a_setting_that_is_none_is_named_before_the_first_trial(lit_rlhf, tmp_path):
-    done = lit_rlhf(
-        "-m", "stage=pretrain", "hydra/sweeper=optuna", "hydra.sweep.dir=s", "hydra.sweeper.direction=minimize",
-        "pretrain.data.nope=1,2", check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "nope" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("searched", "said"),
+    [
+        ("pretrain.data.nope=1,2", "pretrain.data.nope: there is no such setting"),
+        ("pretrain.optimizer.lrr=interval(1e-4,1e-3)", "Did you mean pretrain.optimizer.lr"),
+        ("pretrain.optimizer.lr=choice(1e-3,high)", "pretrain.optimizer.lr=high: it should be a valid number"),
+        ("pretrain.optimizer.weight_decay=interval(-1,1)", "pretrain.optimizer.weight_decay=-1.0"),
+    ],
+)
+def test_what_cannot_be_searched_is_named_before_the_first_trial(lit_rlhf, tmp_path, searched, said):
+    study = "hydra/sweeper=optuna", "hydra.sweep.dir=s", "hydra.sweeper.direction=minimize"
+    done = lit_rlhf("-m", "stage=pretrain", *study, "pretrain.seed=1,2,3", searched, check=False)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("s/*/job.json"))
+
+
+def test_each_value_of_a_list_and_both_ends_of_an_interval_are_checked():
+    jobs = outermost_jobs(["stage=sft", "a=1,2,3", "b=interval(0,1)", "c=range(1,9,2)"])
+    assert jobs == [
+        ["stage=sft", "a=1", "b=0.0", "c=1"],
+        ["stage=sft", "a=2", "b=1.0", "c=7"],
+        ["stage=sft", "a=3", "b=0.0", "c=1"],
+    ]
 
 
 def test_pruning_outside_of_a_study_is_refused(lit_rlhf):

@@ -206,10 +206,16 @@ def test_failed_job_is_named_and_takes_nobody_along(lit_rlhf, run_copy):
     assert "job 1 (" in done.stdout and "failed: ppo: at step" in done.stdout
 
 
-def test_objective_is_what_a_sweeper_gets(lit_rlhf, run_copy):
-    lit_rlhf("-m", "stage=ppo", "seed=1", "objective=ppo.kl")
-    job = json.loads(next((run_copy / "sweeps").glob("*/0/job.json")).read_text())
-    summary = json.loads(next((run_copy / "sweeps").glob("*/0/summary.json")).read_text())
+def test_objective_is_what_a_sweeper_gets_and_one_that_is_not_there_ends_the_sweep(lit_rlhf, run_copy):
+    sweep = "-m", "stage=ppo", "seed=1,2", "hydra.sweep.dir=swept"
+    done, folder = lit_rlhf(*sweep, "objective=ppo.kkl", check=False), run_copy.parents[1] / "swept"
+    assert done.returncode == 2 and "objective=ppo.kkl: there is no such number" in done.stderr
+    assert "the sweep ends here; to go on, add hydra.sweep.dir=swept to the same command" in done.stderr
+    trained = (folder / "0/ppo/done.json").stat().st_mtime_ns
+    assert not (folder / "1").exists()
+    lit_rlhf(*sweep, "objective=ppo.kl")
+    assert (folder / "0/ppo/done.json").stat().st_mtime_ns == trained and (folder / "1/ppo/done.json").is_file()
+    job, summary = (json.loads((folder / "0" / name).read_text()) for name in ("job.json", "summary.json"))
     assert (job["objective"], job["value"]) == ("ppo.kl", summary["ppo"]["kl"])
 
 
