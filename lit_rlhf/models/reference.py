@@ -33,7 +33,7 @@ class ReferenceUpdate:
 
     def __post_init__(self) -> None:
         if self.ema is not None and self.refresh_every is not None:
-            raise UserError("ppo.reference.ema and ppo.reference.refresh_every exclude each other; give one of them")
+            raise UserError("ema and refresh_every (ppo.reference) exclude each other; give one of them")
 
 
 class Reference(nn.Module):

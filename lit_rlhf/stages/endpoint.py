@@ -74,8 +74,8 @@ class Endpoint:
     ) -> None:
         if not url.startswith(("http://", "https://")) or CREDENTIALS.search(url):
             raise UserError(
-                f"{setting}.url: http://... or https://... was expected, without a password or key, which "
-                f"{setting}.api_key_env names"
+                f"url ({setting}): http://... or https://... was expected, without a password or key, which "
+                "api_key_env names"
             )
         self.setting, self.url, self.kept, self.api_key_env = setting, url.rstrip("/"), kept, variable(api_key_env)
         self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff

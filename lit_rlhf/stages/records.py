@@ -288,7 +288,7 @@ class RecordDataModule(FileDataModule):
             return shuffled(len(examples), self.seed, length)
         if not isinstance(examples, Rows) or len(self.weights) != len(examples.parts):
             found = len(examples.parts) if isinstance(examples, Rows) else 0
-            raise UserError(f"data.weights has {len(self.weights)} entries for {found} sources in {self.source}")
+            raise UserError(f"weights (data) has {len(self.weights)} entries for {found} sources in {self.source}")
         if 0 in examples.parts:
             raise UserError(
                 f"{self.source}: nothing to train on in source {examples.parts.index(0) + 1} of data.weights"

@@ -43,7 +43,7 @@ def adamw(
     lies in the CPU's memory."""
     if offload and matrix_lr is not None:
         raise UserError(
-            "optimizer.offload keeps AdamW's state on the CPU, and not Muon's: set optimizer.matrix_lr=null"
+            "offload=True (optimizer) keeps AdamW's state on the CPU, and not Muon's: leave matrix_lr at None (null)"
         )
     given = list(params)
     groups = [dict(group) for group in given] if given and isinstance(given[0], dict) else [{"params": given}]

@@ -85,7 +85,7 @@ def test_values_that_cannot_be_are_refused_before_anything_is_loaded(overrides, 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("ppo/advantage=rloo ppo.module.answers_per_prompt=1", "ppo.module.answers_per_prompt is 1, and this"),
+        ("ppo/advantage=rloo ppo.module.answers_per_prompt=1", "answers_per_prompt=1 (ppo.module): this"),
         ("ppo.kl.in_loss=true", "estimator='k1' with in_loss=True (ppo.kl)"),
         ("ppo.reward_model=null ppo.scoring.functions=[my_rewards.brief]", "(ppo/critic=reward_model) needs a reward"),
         (

@@ -335,7 +335,7 @@ def test_no_server_at_all(tmp_path):
     server.close()
     with pytest.raises(UserError, match=r"did not answer \(ConnectError: All connection"):
         LLMJudge(server.url, "m", retries=1, backoff=0.01)(PROMPTS, ANSWERS)
-    with pytest.raises(UserError, match=r"annotator.url: http://"):
+    with pytest.raises(UserError, match=r"url \(annotator\): http://"):
         LLMJudge("localhost:8000", "m")
 
 

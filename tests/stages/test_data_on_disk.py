@@ -162,7 +162,7 @@ def test_weights_are_shares_of_an_epoch(tmp_path, tokenizer):
     counts = [seen.count(i) for i in range(len(learned)) if of_b[i]]
     assert max(counts) - min(counts) <= 1 < max(counts)  # each is read before one is read again
     assert order(1) != seen and sorted(set(order(1))) != sorted(set(seen))
-    with pytest.raises(UserError, match=r"data.weights has 3 entries for 2 sources"):
+    with pytest.raises(UserError, match=r"weights \(data\) has 3 entries for 2 sources"):
         made(SFTDataModule, path, tokenizer, weights=[1, 3, 1]).train_dataloader()
     prompts = made(PPODataModule, path, tokenizer, weights=[0.1, 9.9], max_length=500)
     chosen = [prompts.train_prompts[i].record["n"] for i in prompts.train_dataloader().order(0)]

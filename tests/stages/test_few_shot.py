@@ -155,7 +155,7 @@ def test_the_worlds_tasks_are_asked(world, tokenizer, policy, ask):
     ("rows", "settings", "reason"),
     [
         ([*ROWS, *OPEN], {}, "holds open questions and others"),
-        (ROWS, {"shots": [999]}, "few_shot.data.shots: 999 examples are asked for, and there are"),
+        (ROWS, {"shots": [999]}, "shots (few_shot.data): 999 examples are asked for, and there are"),
         (ROWS, {"shots": []}, "shots=[] (few_shot.data)"),
         (ROWS, {"template": "{answer} {question}"}, "{question} once and {answer} once, at its end"),
     ],

@@ -80,7 +80,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(tasks, policy, tokenizer):
     with pytest.raises(UserError, match=r"there is no task 'numbers'; not in .*; .*include_defaults=true"):
         LMEval(["colours", "numbers"], include_path=tasks)  # before anything is sampled
     (tasks / "questions.jsonl").unlink()
-    with pytest.raises(UserError, match=r"evaluate.benchmark: colours: FileNotFoundError: .*questions.jsonl"):
+    with pytest.raises(UserError, match=r"tasks \(evaluate.benchmark\): colours: FileNotFoundError: .*questions.jsonl"):
         LMEval("colours", include_path=tasks)(policy, tokenizer)
     with pytest.raises(UserError, match=r"include_path=nowhere \(evaluate.benchmark\): there is no such folder"):
         LMEval("colours", include_path="nowhere")

@@ -165,7 +165,7 @@ def test_ratings(reply, rating):
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(UserError, match=r"reward_model.url: http://... or https://... was expected"):
+    with pytest.raises(UserError, match=r"url \(reward_model\): http://... or https://... was expected"):
         HTTPScorer("localhost:8000")
     with pytest.raises(UserError, match="lowest=5 and highest=5; the highest rating must be above"):
         LLMScorer("http://x", "m", lowest=5, highest=5)

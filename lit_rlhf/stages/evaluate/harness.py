@@ -90,7 +90,7 @@ class LMEval:
                 )  # fmt: skip
         except Exception as error:  # of a task file, its data or its template, of any kind
             raise UserError(
-                f"evaluate.benchmark: {', '.join(self.tasks)}: {type(error).__name__}: {first_line(error)}"
+                f"tasks (evaluate.benchmark): {', '.join(self.tasks)}: {type(error).__name__}: {first_line(error)}"
             ) from error
         return {task: _plain(row) | _count(found, task) for task, row in found["results"].items()}
 

@@ -124,7 +124,7 @@ class FewShotDataModule(RecordDataModule):
         drawable = [shots for shots in self.shots if shots <= len(self.train_set)]
         if not drawable:
             raise UserError(
-                f"few_shot.data.shots: {self.shots[0]} examples are asked for, and there are {len(self.train_set)} "
+                f"shots (few_shot.data): {self.shots[0]} examples are asked for, and there are {len(self.train_set)} "
                 "to draw from"
             )
         return drawable, self.shots[len(drawable) :]

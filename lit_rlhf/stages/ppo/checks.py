@@ -30,18 +30,18 @@ def check(
             )
     if getattr(advantage, "compares_answers", False) and answers_per_prompt < 2:
         raise UserError(
-            "ppo.module.answers_per_prompt is 1, and this advantage (RLOO, GRPO, a mean over the prompt) compares the "
+            "answers_per_prompt=1 (ppo.module): this advantage (RLOO, GRPO, a mean over the prompt) compares the "
             "answers to a prompt with each other: give 2 or more, 4 say"
         )
     if sampling.temperature == 0:
-        raise UserError("ppo.module.sampling.temperature is 0: PPO learns from samples; give it a value above 0")
+        raise UserError("sampling.temperature=0 (ppo.module): PPO learns from samples; give it a value above 0")
     if sampling.top_k or sampling.top_p < 1:
         raise UserError(
-            "ppo.sampling.top_k and top_p must be 0 and 1: what is cut off could not be drawn, so the samples would "
-            "not be those of the policy that learns from them"
+            "sampling (ppo.module): top_k and top_p must be 0 and 1: what is cut off could not be drawn, so "
+            "the samples would not be those of the policy that learns from them"
         )
     if sampling.min_new_tokens:
         raise UserError(
-            "ppo.sampling.min_new_tokens must be 0: an end that could not be drawn is one that the policy never learns "
-            "from; short answers are held off by ppo.scoring"
+            "sampling (ppo.module): min_new_tokens must be 0: an end that could not be drawn is one that the policy "
+            "never learns from; short answers are held off by scoring (ppo.scoring)"
         )

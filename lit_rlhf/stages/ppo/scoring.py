@@ -50,7 +50,7 @@ class Scoring:
         object.__setattr__(self, "functions", [resolve(f, "ppo.scoring.functions") for f in given])
         weights = [1.0] * len(self.functions) if self.weights is None else list(self.weights)
         if len(weights) != len(self.functions):
-            raise UserError(f"ppo.scoring.weights has {len(weights)} entries for {len(self.functions)} functions")
+            raise UserError(f"weights (ppo.scoring) has {len(weights)} entries for {len(self.functions)} functions")
         object.__setattr__(self, "weights", weights)
 
 
@@ -60,7 +60,7 @@ class Scorer(nn.Module):
     def __init__(self, reward_model: RewardModel | None, scoring: Scoring) -> None:
         super().__init__()
         if (reward_model is None or scoring.reward_model_weight == 0) and not scoring.functions:
-            raise UserError("nothing scores the answers: give a reward model, or functions as ppo.scoring.functions")
+            raise UserError("nothing scores the answers: give a reward model, or functions (ppo.scoring)")
         self.reward_model = frozen(reward_model)
         self.scoring = scoring
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))

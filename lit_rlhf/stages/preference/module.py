@@ -109,7 +109,7 @@ class PreferenceModule(LightningModule):
     ) -> None:
         super().__init__()
         if name in (others or {}):
-            raise UserError(f"preference.models has {name!r}, which is the policy's name; call one of them otherwise")
+            raise UserError(f"others (preference.models) has {name!r}, the policy's name; call one of them otherwise")
         writers = {name: (policy, tokenizer), **(others or {})}
         self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in writers.items()})
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
@@ -229,7 +229,7 @@ class PreferenceModule(LightningModule):
             known = {name: record.get(name) or [default] * len(responses) for name, default in defaults.items()}
             if wrong := [name for name, values in known.items() if len(values) != len(responses)]:
                 raise UserError(
-                    f"preference.module.answers=given: {place(messages)} has {len(responses)} responses, and "
+                    f"answers='given' (preference.module): {place(messages)} has {len(responses)} responses, and "
                     f"'{wrong[0]}' {len(known[wrong[0]])} entries; one per response was expected"
                 )
             rows.append(self._row(batch, i, responses, **known))

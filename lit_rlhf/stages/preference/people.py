@@ -72,7 +72,7 @@ class Labels:
     def read(self) -> list[Ranking]:
         there = [path for path in self.paths if path.exists() and path.stat().st_size > 0]
         if missing := [path for path in self.paths[1:] if path not in there]:
-            raise UserError(f"preference.annotator.path: {missing[0]} is not there, or empty")
+            raise UserError(f"path (preference.annotator): {missing[0]} is not there, or empty")
         return [record for path in there for record in load_records(path, parse_ranking).records]
 
 

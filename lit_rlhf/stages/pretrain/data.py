@@ -95,7 +95,7 @@ class PretrainDataModule(FileDataModule):
         self.entries, self.old_paths = entries_of(self.path or []), files_of(self.old_path or [])
         self.train_streams: list[Tokens] = []  # a source each
         if self.weights is not None and len(self.weights) != len(self.entries):
-            raise UserError(f"pretrain.data.weights has {len(self.weights)} entries for {len(self.entries)} sources")
+            raise UserError(f"weights (pretrain.data) has {len(self.weights)} entries for {len(self.entries)} sources")
 
     def sizes(self) -> dict[str, int]:
         return {}

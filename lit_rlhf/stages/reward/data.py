@@ -58,7 +58,7 @@ class RewardDataModule(RankingDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.path is None and self.feedback is None:
-            raise UserError("reward.data: neither path (rankings) nor feedback is given; one of them is needed")
+            raise UserError("neither path (rankings) nor feedback is given (reward.data); one of them is needed")
         self.path = self.path or []
         if self.score_margin:
             self.parse_record = partial(parse_ranking, margin=True, score_margin=self.score_margin)
