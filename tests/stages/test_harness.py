@@ -52,7 +52,10 @@ def by_hand(folder):
     return [n / len(QUESTIONS) for n in right]
 
 
-def test_tasks_are_asked_as_the_harness_and_plain_transformers_do(tasks, policy, tokenizer, world, tmp_path, capsys):
+def test_tasks_are_asked_as_the_harness_and_plain_transformers_do(
+    tasks, policy, tokenizer, world, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # no repository of git's, as most people's folders
     folder = tmp_path / "model"  # as a stage exports it
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -67,7 +70,10 @@ def test_tasks_are_asked_as_the_harness_and_plain_transformers_do(tasks, policy,
     found = module.figures()["models"]["sft"]["benchmark"]["colours"]
     assert found["n"] == len(QUESTIONS) and found["acc_stderr"] > 0
     assert [found["acc"], found["acc_norm"]] == pytest.approx(by_hand(folder))
-    said = [line for line in capsys.readouterr().out.splitlines() if "higher_is_better is not" in line]
+    out, err = capfd.readouterr()
+    assert f"evaluate: sft: colours: acc {found['acc']:.3g}, acc_norm {found['acc_norm']:.3g}, n {found['n']}" in out
+    assert "fatal: not a git repository" not in err
+    said = [line for line in out.splitlines() if "higher_is_better is not" in line]
     assert len(said) == 1 and said[0].startswith("evaluate.benchmark: [Task: colours] metric acc")  # of two that warn
     own = simple_evaluate(
         "hf", {"pretrained": str(folder)}, ["colours"], device="cpu", log_samples=False,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -82,7 +82,7 @@ class LMEval:
         from lm_eval.models.huggingface import HFLM
 
         try:
-            with _said_once(), redirect_stderr(StringIO()):  # it has a progress bar for every kind of request
+            with _said_once(), _unheard():  # it has a progress bar for every kind of request
                 found = simple_evaluate(
                     HFLM(pretrained=policy, tokenizer=tokenizer, batch_size=self.batch_size),
                     tasks=self.tasks, task_manager=self.known, num_fewshot=self.num_fewshot, limit=self.limit,
@@ -93,6 +93,20 @@ class LMEval:
                 f"tasks (evaluate.benchmark): {', '.join(self.tasks)}: {type(error).__name__}: {first_line(error)}"
             ) from error
         return {task: _plain(row) | _count(found, task) for task, row in found["results"].items()}
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Nothing on standard error, nor from processes begun meanwhile: the harness asks git for a commit of the current
+    folder's, which calls it fatal where that is none of git's."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, float]:

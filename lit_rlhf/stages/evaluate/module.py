@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.arguments import checked
-from lit_rlhf.errors import UserError, say_once
+from lit_rlhf.errors import UserError, say, say_once
 from lit_rlhf.functional import masked_sum, sequence_kl
 from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.models.micro_batches import tokens_at_once
@@ -303,6 +303,10 @@ class EvaluateModule(LightningModule):
         if self.benchmark is not None:
             for name, policy in inner_bar(self.trainer, list(self.policies.items()), "evaluate: benchmark"):
                 self.benchmarked[name] = self.benchmark(policy, self.tokenizers[name])
+        for name, tasks in self.benchmarked.items():
+            for task, metrics in tasks.items():
+                shown = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if not k.endswith("_stderr"))
+                say(f"evaluate: {name}: {task}: {shown}")
         self.log_dict({f"evaluate/{name}": rate["mean"] for name, rate in self.comparison().win_rates().items()})
 
     def comparison(self) -> Comparison:
