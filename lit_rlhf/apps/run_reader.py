@@ -79,6 +79,14 @@ def newest(run: Path, inside: str) -> Path:
     return next((folder / inside for folder in folders if (folder / inside).exists()), run / inside)
 
 
+def _meant(path: Path) -> str:
+    """What a folder is where a run was expected."""
+    if path.name in all_stages() and (path / "done.json").is_file():
+        return f"it is a stage of the run {path.parent}, which was expected"
+    runs = sorted({str(file.parents[1]) for file in path.glob("*/*/done.json")})
+    return f"it holds runs: {', '.join(runs[:5])}; name one" if runs else "run one first"
+
+
 def load_run(path: Path) -> Run:
     """Read a run's folder; of stages that were gone through in rounds, the last round's."""
     summary = read_summary(path)
@@ -88,7 +96,7 @@ def load_run(path: Path) -> Run:
     metrics = {stage: read_metrics(folder / "metrics.csv") for stage, folder in folders.items()}
     metrics = {stage: rows for stage, rows in metrics.items() if rows}
     if not done and not metrics:
-        raise UserError(f"{path}: no stage of a run is in this folder, so there is nothing to report on; run one first")
+        raise UserError(f"{path}: no stage of a run is in this folder; {_meant(path)}")
     files = [f for folder in folders.values() for f in (folder / "done.json", folder / "metrics.csv") if f.is_file()]
     seconds = {stage: record["seconds"] for stage, record in done.items() if record.get("seconds") is not None}
     if round_folders(path):  # of all rounds together

@@ -67,3 +67,8 @@ def test_what_is_not_there_is_named(finished_run, tmp_path):
         run.policy("dpo")
     with pytest.raises(UserError, match="dpo has none of this here; one of pretrain, sft"):
         run.figures("dpo")
+    runs = finished_run / "runs"
+    with pytest.raises(UserError, match=f"it is a stage of the run {runs}/quickstart, which was expected"):
+        package.load(runs / "quickstart/ppo")
+    with pytest.raises(UserError, match=f"it holds runs: {runs}/quickstart; name one"):
+        package.load(runs)

@@ -410,7 +410,7 @@ def test_writing_again_gives_the_same_page(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nothing to report on"):
+    with pytest.raises(UserError, match="no stage of a run is in this folder; run one first"):
         write_report(tmp_path)
 
 
