@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lit_rlhf.functional.lm import token_logprobs
 
 
 def added(hidden: Tensor, example: Tensor) -> Tensor:
@@ -44,4 +45,4 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     >>> classification_loss(logits, torch.tensor([2])).exp()
     tensor(2.)
     """
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    return -token_logprobs(logits, labels).mean()

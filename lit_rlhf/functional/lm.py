@@ -12,15 +12,16 @@ from lit_rlhf.functional.masking import check_shapes, masked_mean
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability, in nats, of each of ``targets`` (...) under ``logits`` (..., V); same shape as targets.
 
-    ``cross_entropy`` is the fastest way to it on a CPU, and never holds a second (..., V) tensor of probabilities.
+    ``cross_entropy`` is the fastest way to it on a CPU, and never holds a second (..., V) tensor of probabilities. A
+    target that is no token, -100 among them, is an error (``IndexError`` on a CPU), where that would say 0 of it.
 
     >>> logits = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     >>> token_logprobs(logits, torch.tensor([1, 0])).exp()
     tensor([0.7500, 0.5000])
     """
     check_shapes(**{"targets": targets, "logits without the vocabulary": logits[..., 0]})
-    flat = F.cross_entropy(_full(logits).reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
-    return -flat.view(targets.shape)
+    rows, none = _full(logits).reshape(-1, logits.shape[-1]), torch.iinfo(torch.int64).min
+    return -F.cross_entropy(rows, targets.reshape(-1), ignore_index=none, reduction="none").view(targets.shape)
 
 
 def lm_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -30,6 +30,14 @@ def test_token_logprobs_against_loops():
     assert_close(token_logprobs(logits.float(), targets), tensor(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", [-100, -1, 2])
+def test_a_target_that_is_no_token_has_no_logprob(target):
+    with pytest.raises(IndexError):
+        token_logprobs(torch.zeros(3, 2), tensor([0, target, 1]))
+    with pytest.raises(IndexError):
+        lm_loss(torch.zeros(1, 3, 2), tensor([[0, target, 1]]))
+
+
 def test_token_logprobs_of_large_logits_stay_finite():
     assert_close(token_logprobs(tensor([[500.0, 0.0, -500.0]]), tensor([2])), tensor([-1000.0]))
 
