@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Of a polynomial of degree 5 that is steep at 0: small singular values grow fast, and all end between 0.7 and 1.2.
@@ -30,5 +31,5 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x: Tensor = (matrix if wide else matrix.T) / matrix.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.T

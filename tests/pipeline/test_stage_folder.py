@@ -209,28 +209,28 @@ def test_bad_data_destroys_nothing(lit_rlhf, run_copy, tmp_path):
     assert {file: file.read_bytes() for file in before} == before
 
 
-@pytest.mark.parametrize("how", ["deleted", "renamed"])
-def test_a_folder_that_goes_while_it_trains_is_rescued(lit_rlhf, run_copy, tmp_path, same_weights, how):
+def test_a_folder_that_goes_while_it_trains_is_rescued(lit_rlhf, run_copy, tmp_path, same_weights):
     more = ["stage=sft", "from_run=quickstart", "sft.trainer.max_epochs=8", "sft.checkpoint_every=1000"]
-    lost = run_copy.parent / "lost"
-    command = lit_rlhf.command(*more, "run=lost")
-    process = subprocess.Popen(command, cwd=tmp_path, env=lit_rlhf.env, stderr=subprocess.PIPE, text=True)
-    while not (lost / "sft" / "checkpoints").is_dir() and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGSTOP)  # or the training may end before the folder has gone
-    shutil.rmtree(lost) if how == "deleted" else lost.rename(tmp_path / "elsewhere")
-    process.send_signal(signal.SIGCONT)
-    said = process.communicate(timeout=300)[1]
-    assert process.returncode == 2 and said.count("\n") == 1
-    assert "was deleted or renamed while it was written; the last step is saved in runs/lost-rescue/sft" in said
-    assert "goes on from" in lit_rlhf(*more, "run=lost-rescue").stdout
     lit_rlhf(*more, "run=whole")
-    stages = [run_copy.parent / run / "sft" for run in ("lost-rescue", "whole")]
-    assert same_weights(*stages)
-    assert read_metrics(stages[0] / "metrics.csv") == read_metrics(stages[1] / "metrics.csv")
-    figures = [json.loads((stage / "done.json").read_text())["figures"] for stage in stages]
-    assert figures[0] == figures[1]
+    for how in ("deleted", "renamed"):
+        lost = run_copy.parent / how
+        command = lit_rlhf.command(*more, f"run={how}")
+        process = subprocess.Popen(command, cwd=tmp_path, env=lit_rlhf.env, stderr=subprocess.PIPE, text=True)
+        while not (lost / "sft" / "checkpoints").is_dir() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGSTOP)  # or the training may end before the folder has gone
+        shutil.rmtree(lost) if how == "deleted" else lost.rename(tmp_path / "elsewhere")
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 2 and said.count("\n") == 1
+        assert f"was deleted or renamed while it was written; the last step is saved in runs/{how}-rescue/sft" in said
+        assert "goes on from" in lit_rlhf(*more, f"run={how}-rescue").stdout
+        stages = [run_copy.parent / run / "sft" for run in (f"{how}-rescue", "whole")]
+        assert same_weights(*stages)
+        assert read_metrics(stages[0] / "metrics.csv") == read_metrics(stages[1] / "metrics.csv")
+        figures = [json.loads((stage / "done.json").read_text())["figures"] for stage in stages]
+        assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize(

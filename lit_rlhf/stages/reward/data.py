@@ -127,5 +127,5 @@ class WorldRewardDataModule(WorldRankingDataModule, RewardDataModule):
     score_margin: ClassVar[float] = 0.0
 
     def answered(self, train: Sequence[Ranking]) -> Sequence[Demonstration]:
-        rows = self.world.demonstrations(1000, self.split_seed, split="train", split_seed=self.split_seed)
+        rows = self.world.demonstrations(len(train), self.split_seed, split="train", split_seed=self.split_seed)
         return [Demonstration([*row["prompt"], answer_turn(row["response"])], len(row["prompt"])) for row in rows]
