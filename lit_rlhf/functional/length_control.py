@@ -38,7 +38,7 @@ def length_controlled_win_rate(ours: Tensor, theirs: Tensor, texts: tuple[Texts,
         return WinRate(math.nan, math.nan, math.nan, 0, 0)
     longer = _length_differences(texts).flatten(1)
     weights = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    spread = longer[counts].std().nan_to_num(0.0)
+    spread = float(longer[counts].std()) if counts.sum() > 1 else 0.0
     inputs = torch.stack([torch.ones_like(longer), torch.tanh(longer / spread) if spread > 0 else 0 * longer], -1)
     theta, error = _intercept(inputs[asked], wins[asked].nan_to_num(0.5), weights[asked])
     mean, low, high = torch.sigmoid(theta + error * torch.tensor([0.0, -Z95, Z95], dtype=torch.float64)).tolist()
