@@ -182,7 +182,7 @@ def _shown(values: BaseDistribution) -> str:
     known: Any = values
     if hasattr(known, "choices"):
         return f"choice({','.join(map(str, known.choices))})"
-    if known.step:
+    if known.step and not known.log:
         return f"range({known.low:g},{known.high + known.step:g},{known.step:g})"
     interval = f"interval({known.low:g},{known.high:g})"
     return f"tag(log,{interval})" if known.log else interval

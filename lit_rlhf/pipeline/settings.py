@@ -206,10 +206,9 @@ def sweep_jobs(overrides: list[str]) -> list[list[str]]:
 
     sweeper = hydra_settings(overrides).sweeper
     asked = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
-    kind = sweeper._target_.rpartition(".")[2]
-    if kind == "OptunaSweeper":
+    if sweeper._target_ == "hydra_plugins.lit_rlhf_optuna.OptunaSweeper":
         return outermost_jobs([*asked, *overrides])
-    if kind != BasicSweeper.__name__:
+    if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
         return [without_sweeps(overrides)]
     try:
         batches = BasicSweeper.split_arguments(_parsed([*asked, *overrides]), max_batch_size=None)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lit_rlhf.apps.run_reader import numbers
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
-from lit_rlhf.errors import NoFigure
+from lit_rlhf.errors import NoFigure, UserError
 from lit_rlhf.files import make_folder, write_json, written_anew
 from lit_rlhf.pipeline.failures import sweep_begins
 from lit_rlhf.stages.stage import all_stages
@@ -35,15 +35,18 @@ def objective_address(cfg: DictConfig, names: list[str]) -> str:
 
 
 def objective_of(cfg: DictConfig, summary: dict[str, Any], names: list[str]) -> tuple[str, float]:
-    """(address, value) of the figure that a sweeper optimizes. Raises ``NoFigure`` where there is no such one."""
+    """(address, value) of the figure that a sweeper optimizes. Raises ``NoFigure`` where there is no such one,
+    ``UserError`` where it is no number."""
     address = objective_address(cfg, names)
     node: Any = summary
     for part in address.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
+        there = isinstance(node, dict) and part in node
+        node = node[part] if there else None
     if not isinstance(node, int | float):
         if cfg.objective is None:
             return address, math.nan
-        raise NoFigure(
+        kind = UserError if there and node is None else NoFigure  # which may be a number in other jobs
+        raise kind(
             f"objective={address}: there is no such number in summary.json; it has {', '.join(numbers(summary))}"
         )
     return address, float(node)

@@ -148,6 +148,7 @@ def test_a_study_goes_on_with_what_it_was_begun_with(search, capsys):
         ("range(1,9,2)", "interval(1,9)", "x=interval(1,9): the study that goes on has range(1,9,2)"),
         ("range(0.0,1.0,0.25)", "choice(1,2)", "x=choice(1,2): the study that goes on has range(0,1,0.25)"),
         ("int(interval(1,8))", "choice(1,2)", "x=choice(1,2): the study that goes on has range(1,9,1)"),
+        ("tag(log,int(interval(1,8)))", "choice(1,2)", "has tag(log,interval(1,8))"),
         ("tag(log,interval(1,8))", "choice(1,2)", "x=choice(1,2): the study that goes on has tag(log,interval(1,8))"),
     ],
 )

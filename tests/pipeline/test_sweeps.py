@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+from omegaconf import OmegaConf
 
-from lit_rlhf.errors import UserError
+from lit_rlhf.errors import NoFigure, UserError
 from lit_rlhf.pipeline.command import check_jobs
 from lit_rlhf.pipeline.run_folder import register_resolvers
+from lit_rlhf.pipeline.sweep import objective_of
 from lit_rlhf.processes import name_submitit_task, this_process
 
 register_resolvers()
@@ -41,6 +43,25 @@ def test_jobs_in_as_many_processes_as_a_launcher_starts_are_run(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["lit-rlhf"])
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=4", "hydra.launcher.nodes=2"]
     check_jobs(["stage=sft", "seed=1,2", "trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2", *launcher], None)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [
+        ("ppo.kll", NoFigure),
+        ("ppo.rate", NoFigure),
+        ("ppo.kl.mean", NoFigure),
+        ("nope", NoFigure),
+        ("ppo.gold", UserError),
+    ],
+)
+def test_an_objective_that_is_no_number_ends_the_sweep_unless_another_job_may_have_it(objective, kind):
+    summary = {"ppo": {"kl": 0.5, "gold": None, "rate": {"mean": 0.75}}}
+    cfg = OmegaConf.create({"objective": objective})
+    with pytest.raises(UserError, match=rf"objective={objective}: .* it has ppo\.kl, ppo\.rate\.mean") as found:
+        objective_of(cfg, summary, ["ppo"])
+    assert type(found.value) is kind
+    assert objective_of(OmegaConf.create({"objective": "ppo.rate.mean"}), summary, ["ppo"]) == ("ppo.rate.mean", 0.75)
 
 
 def test_a_task_of_submitits_local_executor_knows_its_rank(monkeypatch):
