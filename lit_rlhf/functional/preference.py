@@ -64,7 +64,7 @@ def ranking_loss(
 
 
 def feedback_loss(scores: Tensor, ratings: Tensor, form: Literal["logistic", "squared"] = "logistic") -> Tensor:
-    """What is learned from answers that were rated alone; a scalar, the mean over them, 0 without one.
+    """Mean loss of answers that were rated one by one, a scalar; 0 where none was.
 
     ``scores`` (N,); ``ratings`` (N,) ``y`` from 0 (worst) to 1 (best), NaN where an answer was not rated. Logistic:
     ``-y log sigmoid(r) - (1 - y) log sigmoid(-r)``, for thumbs; squared: ``(r - (2 y - 1))^2``, for ratings that the

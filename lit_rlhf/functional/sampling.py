@@ -35,7 +35,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def sample_index(probs: Tensor, generator: Generator | None = None, uniform: Tensor | None = None) -> Tensor:
     """One index (B,) from each row of ``probs`` (B, V), by inverting the cumulative distribution.
 
-    The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw a row. The
+    The same distribution as ``torch.multinomial``, at a fraction of its cost for one draw per row. The
     numbers drawn from [0, 1) can be given as ``uniform`` (B,) float64. Raises ``FloatingPointError``
     where a row is no distribution (a NaN: its logits were not finite).
 

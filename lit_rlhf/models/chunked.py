@@ -86,11 +86,11 @@ def token_logprobs_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor, te
 
 @contextmanager
 def adds_to_gradients(module: nn.Module) -> Iterator[None]:
-    """What the models inside ``module`` compute within it adds the gradients of large embeddings, and of heads, where
-    ``backward`` keeps them (``weight.grad``).
+    """Context manager that accumulates gradients of large embeddings and of output heads of the models inside
+    ``module`` directly into ``weight.grad``.
 
-    Otherwise both fill a matrix of tokens times width, which is added then. Only for losses whose ``backward`` is
-    called: ``torch.autograd.grad`` would not see what is added, nor would hooks of a head's matrix."""
+    Without it each pass makes a gradient as large as the weight and adds it afterwards. For losses whose ``backward``
+    is called only: neither ``torch.autograd.grad`` nor hooks on a head's weight see what is accumulated."""
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
     here = [m for m in embeddings if not isinstance(m.weight, DTensor)]  # a sharded one is there where it is gathered
     large = [m for m in here if m.weight.nbytes > LOGITS and not m.sparse]

@@ -80,7 +80,7 @@ def load_reward_model(
         members = [load_reward_model(m, tokenizer, dtype, quantization=quantization) for m in path]
         return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
     found, wanted = saved_head(path), head or RewardHead()
-    adapters = lora is not None and lora.wanted
+    adapters = lora is not None and lora.enabled
     if new_head:
         check_quantization(quantization, lora, path)
     if quantization is not None and (found is not None or not wanted.is_classifier(load_config(base_path(path)))):
@@ -306,10 +306,10 @@ CriticFactory = Callable[[PreTrainedModel, Any], Critic]
 
 
 def critic_from_reward_model(policy: PreTrainedModel, reward_model: Any, lora: LoRA | None = None) -> Critic:
-    """A critic that begins as the reward model (InstructGPT, appendix C.4), of an ensemble as its first member; where
-    that reads text and not the policy's tokens, as the policy, and a line says so.
+    """Critic initialized from the reward model (InstructGPT, appendix C.4), or from the first member of an ensemble.
 
-    ``lora`` gives it adapters."""
+    A reward model that does not read the policy's tokens cannot be a critic: it is initialized from the policy then,
+    and a line says so. ``lora`` gives it adapters."""
     if reward_model is None:
         raise UserError(
             "critic=critic_from_reward_model (ppo/critic=reward_model) needs a reward model, and there is none; take "

@@ -98,8 +98,9 @@ def intended_dtype(model: Any) -> torch.dtype:
 
 
 def cast_to_intended(model: Any, *parts: Any) -> Any:
-    """``model``, cast now where it was to be cast when it is sharded: its numbers are about to change, or those of
-    these ``parts`` alone."""
+    """Cast ``model``, or only these ``parts`` of it, to its intended precision now instead of when it is sharded.
+
+    Called before weights change, which would else be rounded afterwards."""
     if hasattr(model, "intended_dtype"):
         for part in parts or (model,):
             part.to(model.intended_dtype)
@@ -110,8 +111,8 @@ def cast_to_intended(model: Any, *parts: Any) -> Any:
 
 @contextmanager
 def as_sharded(model: Any) -> Iterator[None]:
-    """Within it weights that are cast when they are sharded have that precision already, and no values: what is put
-    beside them is made as precise."""
+    """Context manager that gives weights the precision that they will have when they are sharded, without values, so
+    that new modules are made in that precision."""
     stored = {p: p.data for p in model.parameters()} if hasattr(model, "intended_dtype") else {}
     for parameter, data in stored.items():
         parameter.data = data.new_empty((), dtype=model.intended_dtype).expand_as(data)

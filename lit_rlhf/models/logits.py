@@ -123,7 +123,7 @@ class _Given(nn.Module):
 
     @property
     def decoder(self) -> nn.Module:
-        """Some models call their backbone's decoder."""
+        """This object: some models apply their backbone's decoder."""
         return self
 
     def forward(self, *inputs: Any, **settings: Any) -> _States:

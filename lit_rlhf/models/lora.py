@@ -64,7 +64,7 @@ class LoRA:
     path: str | Path | None = None  # an adapter folder that goes on being trained, with its own settings
 
     @property
-    def wanted(self) -> bool:
+    def enabled(self) -> bool:
         """Whether there are to be adapters."""
         return self.r > 0 or self.path is not None
 
@@ -80,7 +80,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
 
     Fresh ones start as no change. Nothing is done where ``lora`` is None or of rank 0. Raises ``UserError`` where its
     names match nothing in the model, or the adapter in ``lora.path`` is for another one."""
-    if lora is None or not lora.wanted:
+    if lora is None or not lora.enabled:
         return model
     if lora.reads_weights:
         cast_to_intended(model)
@@ -232,7 +232,7 @@ def check_quantization(
     quantization: str | None, lora: LoRA | None, path: str | Path, setting: str = "<stage>.lora.r"
 ) -> None:
     """Raise ``UserError``, with the ``setting`` to change, where weights of 4 bits would have to be trained."""
-    if quantization is not None and not (lora and lora.wanted):
+    if quantization is not None and not (lora and lora.enabled):
         raise UserError(f"{path}: weights of {quantization} are frozen; train adapters on them ({setting}=16, say)")
 
 

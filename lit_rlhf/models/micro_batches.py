@@ -25,11 +25,11 @@ def limit_kept(backbone: PreTrainedModel, gib: float) -> None:
 
 
 def tokens_at_once(module: nn.Module, learning: bool) -> int:
-    """Tokens that the models inside ``module`` may be given in a pass: ``learning``, those that are trained, all in one
-    backward pass, which may keep what :func:`limit_kept` says for it (``LEARNING`` at first); else one after another,
-    without gradients.
+    """Maximum number of tokens per pass of the models inside ``module``.
 
-    What a token takes is estimated by what enters and leaves the matrices."""
+    ``learning``: of those that are trained, in one backward pass, by the GiB of activations that :func:`limit_kept`
+    allows (``LEARNING`` unless it was called). Else by the memory of one layer, without gradients. Memory per token is
+    estimated from the inputs and outputs of matrices."""
     models = list(backbones(module))
     if learning:
         trained = [m for m in models if any(p.requires_grad for p in m.parameters())]

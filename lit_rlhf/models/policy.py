@@ -99,7 +99,7 @@ def load_policy(
     model = load_language_model(base_path(path), dtype, export_dtype, **quantized)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
-        match_tokenizer(model, tokenizer, path, adapters=lora is not None and lora.wanted)
+        match_tokenizer(model, tokenizer, path, adapters=lora is not None and lora.enabled)
     model = with_adapter(keep_layout(model), path)
     check_logits(model)
     packs(model.base_model)  # how it is computed is said when it is loaded

@@ -25,9 +25,11 @@ from lit_rlhf.models.policy import freeze
 @checked
 @dataclass(frozen=True)
 class ReferenceUpdate:
-    """Whether the reference of the penalty follows the policy, which figures against SFT never do; its precision."""
+    """Update settings and precision of the reference policy of the KL penalty.
 
-    ema: Annotated[float, Field(ge=0, lt=1)] | None = None  # decay an iteration of its average of the policy
+    Figures against the SFT model are of the model that training started from, whatever these settings are."""
+
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None  # decay per iteration of its average of the policy
     refresh_every: Annotated[int, Field(ge=1)] | None = None  # iterations between two copies of the policy
     dtype: Literal["bfloat16", "float16"] | None = None  # of the frozen copy of the SFT model; None: the policy's
 

@@ -38,9 +38,9 @@ def agrees(model: PreTrainedModel, form: str, compare: Compare, instead: str | N
 
 
 def difference(model: PreTrainedModel, form: str, compare: Compare, instead: str | None = None) -> str | None:
-    """How ``model`` in this ``form`` differs from its own forward pass; None: it does not.
+    """Description of how ``model`` in this ``form`` differs from its own forward pass; None where it does not.
 
-    Models of one class and config are asked once. A model without numbers (device "meta") is believed."""
+    Found once per class and config. A model on the "meta" device has no values to compare and is not checked."""
     if model.device.type == "meta":
         return None
     known = _answers.setdefault(model.base_model, {})  # a language model around it may be made anew for each use

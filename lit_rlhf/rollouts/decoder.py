@@ -35,12 +35,12 @@ class Decoder(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Only ``rows`` (int64) go on, in this order."""
+        """Keep only these ``rows`` (int64) of the batch, in this order."""
         ...
 
 
 class TransformersDecoder:
-    """Any causal language model, by its own forward pass and transformers' growing cache."""
+    """Decoder of any causal language model: its own forward pass, with the key-value cache of transformers."""
 
     joins = False
 

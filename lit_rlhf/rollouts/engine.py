@@ -107,9 +107,11 @@ class Responses(NamedTuple):
 
 
 class Engine(Protocol):
-    """Protocol of a rollout engine, which draws responses.
+    """Protocol of a rollout engine, which generates responses.
 
-    :class:`FastEngine`, :class:`TransformersEngine`, :class:`VLLMEngine`, or your own."""
+    :class:`FastEngine`, :class:`TransformersEngine`, :class:`VLLMEngine`, or your own. Two attributes may say more:
+    ``reads_shards``, whether ``sync`` takes sharded weights as they are (False without it: it gets whole ones), and
+    ``settings``, from which ``stage=plan`` takes ``rows`` and ``cache_gib`` (without it one row is planned)."""
 
     exact: bool  # whether log-probs are those of a training pass in the policy's precision, up to rounding
     gives_states: bool  # whether ``generate`` can return ``Responses.states``
@@ -155,8 +157,10 @@ def sample(
 def draw_seeds(
     count: int, generator: Generator | None = None, shard: tuple[int, int] = (0, 1), together: int = 1
 ) -> list[int]:
-    """Seeds of the ``count`` responses of this process out of those of all, ``shard`` = (rank, number of ranks): what a
-    response draws does not depend on how a batch is dealt out to ranks, so many responses ``together``."""
+    """Seeds of the ``count`` responses of this rank; ``shard`` is (rank, number of ranks).
+
+    A seed depends on the response's place in the whole batch alone. ``together`` consecutive responses, those to one
+    prompt say, stay on one rank."""
     rank, ranks = shard
     device = "cpu" if generator is None else generator.device
     drawn = torch.randint(2**31, (count * ranks,), generator=generator, device=device)

@@ -81,7 +81,7 @@ class EvaluatesPrompts(Protocol):
 
 @runtime_checkable
 class Planned(Protocol):
-    """A module whose need for memory ``stage=plan`` finds out: of each stage of the pipeline, and that aligns."""
+    """Protocol of modules whose memory ``stage=plan`` measures: those of the pipeline and of stages that align."""
 
     def dry_run(self, meter: Any, data: Any) -> list[dict[str, Any]] | None:
         """Do once what takes most memory, inside of a :class:`lit_rlhf.training.Meter`, with models without values.

@@ -115,7 +115,7 @@ class Template:
             self._say("this tokenizer's chat template knows no 'developer': it is written as the system's message")
         if self.special_tokens == "refuse":
             check(self._names, (messages, tools))
-        return marked(self.tokenizer, self._names, ([self.form.as_wanted(m) for m in messages], tools))
+        return marked(self.tokenizer, self._names, ([self.form.as_expected(m) for m in messages], tools))
 
     def _prompt(self, messages: list[Message], tools: Tools) -> str:
         if not any(message["role"] in ("user", "tool") for message in messages):
@@ -158,7 +158,7 @@ class Template:
                 f"this tokenizer's chat template ends a prompt with {prompt[asked:].strip()!r}, behind which it cannot "
                 "write what an answer thinks; take that out of the data, or set another template"
             )
-        blank = self.form.write([*before, self.form.as_wanted({**answer, "content": ANSWER})], tools)
+        blank = self.form.write([*before, self.form.as_expected({**answer, "content": ANSWER})], tools)
         start = shared(prompt, blank)
         said = content_of(answer)
         written = asked <= start and whole.startswith(blank[:start]) and _squeezed(said) in _squeezed(whole[start:])

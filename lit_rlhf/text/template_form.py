@@ -75,7 +75,7 @@ class RenderedForm:
         {% endgeneration %}; None where it has no such marks."""
         return None
 
-    def as_wanted(self, message: Message) -> Message:
+    def as_expected(self, message: Message) -> Message:
         """Content as a text, or as a list of parts; arguments of calls as an object, or as JSON; a role it knows."""
         if self.developer_as_system and message["role"] == "developer":
             message = {**message, "role": "system"}
@@ -160,7 +160,7 @@ class TemplateForm(RenderedForm):
         refused = []
         for self.in_parts in FORMS:
             asked, answer = (
-                self.as_wanted({"role": role, "content": text})
+                self.as_expected({"role": role, "content": text})
                 for role, text in (("user", QUESTION), ("assistant", ANSWER))
             )
             try:
@@ -179,17 +179,17 @@ class TemplateForm(RenderedForm):
     def _choose_forms(self, asked: Message) -> None:
         """Other roles are written as the user, or, where the template shows them in the other form alone, in that."""
         for self._calls_as_text in (False, True, False):
-            if CALL["name"] in self._write_if_it_can([asked, self.as_wanted(CALLING)]):
+            if CALL["name"] in self._write_if_it_can([asked, self.as_expected(CALLING)]):
                 break
-        call = self.as_wanted(CALLING)
+        call = self.as_expected(CALLING)
         for roles, before, behind in ((["system", "developer"], [], [asked]), (["tool"], [asked, call], [])):
             usual = self.in_parts
             for self.in_parts in (usual, usual ^ {*roles}, usual):
-                said = self.as_wanted({"role": roles[0], "content": OTHER})
+                said = self.as_expected({"role": roles[0], "content": OTHER})
                 written = self._write_if_it_can([*before, said, *behind])
                 if OTHER in written and not AS_PARTS.search(written):
                     break
-        system, developer = (self.as_wanted({"role": role, "content": OTHER}) for role in ("system", "developer"))
+        system, developer = (self.as_expected({"role": role, "content": OTHER}) for role in ("system", "developer"))
         known = (OTHER in self._write_if_it_can([message, asked]) for message in (system, developer))
         self.developer_as_system = [*known] == [True, False]
 
@@ -203,7 +203,7 @@ class TemplateForm(RenderedForm):
         between = _behind(self._write_if_it_can([asked, answer, asked]), ANSWER)
         if asking != self.write([asked], generation_prompt=True) or between.startswith(closed):
             return ""
-        begun = self._write_if_it_can([self.as_wanted({"role": "system", "content": OTHER}), asked])
+        begun = self._write_if_it_can([self.as_expected({"role": "system", "content": OTHER}), asked])
         begins = [text.partition(mark)[0] for text, mark in ((begun, OTHER), (asking, QUESTION)) if mark in text]
         turns = [self._pieces(text.removeprefix(self.tokenizer.bos_token or "")) for text in begins]
         ending, following = self._pieces(closed), self._pieces(between)
@@ -219,16 +219,16 @@ class TemplateForm(RenderedForm):
 
         Others, <think> and <tool_call> say, are left to those who write them: in an assistant's turn they mean what
         they say."""
-        wanted, write, tokens = self.as_wanted, self._write_if_it_can, self._added.findall
-        asked, said = wanted({"role": "user", "content": QUESTION}), {"role": "assistant", "content": OTHER}
-        system, developer, tool = (wanted({**said, "role": role}) for role in ("system", "developer", "tool"))
+        formed, write, tokens = self.as_expected, self._write_if_it_can, self._added.findall
+        asked, said = formed({"role": "user", "content": QUESTION}), {"role": "assistant", "content": OTHER}
+        system, developer, tool = (formed({**said, "role": role}) for role in ("system", "developer", "tool"))
         user, prompt = write([asked]), self.write([asked], generation_prompt=True)
         alone = [user, write([system, asked]), write([developer, asked]), write([asked, tool])]
-        answered = prompt[: shared(prompt, write([asked, wanted(said)]))]
+        answered = prompt[: shared(prompt, write([asked, formed(said)]))]
         opening = self._run.search(answered, in_common(user, prompt))
         closing = self.up_to_end(self.after or "")
         marks = tokens("".join([*alone, opening[0] if opening else "", closing or ""]))
-        calling, thinking = [asked, wanted(CALLING)], [asked, wanted({**said, **dict.fromkeys(REASONING, OTHER)})]
+        calling, thinking = [asked, formed(CALLING)], [asked, formed({**said, **dict.fromkeys(REASONING, OTHER)})]
         around = write([*calling, tool]) + write([asked], [{"type": "function", "function": TOOL}])
         own = "".join(text[in_common(user, text) :] for text in map(write, (calling, thinking)))
         return {*marks} | {*tokens(around)} - {*tokens(own)}

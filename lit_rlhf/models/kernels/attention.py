@@ -138,8 +138,8 @@ def use_block_attention(model: PreTrainedModel) -> None:
 
 
 def sees_before_it(model: Any) -> bool:
-    """Whether all layers of ``model`` are attention to what stands before a token, all of it or within a window, whose
-    parts are given as arguments, so that it may be :func:`block_attention`."""
+    """Whether every layer of ``model`` is causal attention, full or within a sliding window, that
+    :func:`block_attention` can replace."""
     text = model.config.get_text_config()
     return (
         model.config._attn_implementation in SDPA

@@ -99,7 +99,7 @@ class ForwardPass:
 
     @staticmethod
     def knows(model: PreTrainedModel) -> bool:
-        """Whether ``model`` is of a kind of which one can be made."""
+        """Whether this class supports the architecture and settings of ``model``."""
         config = model.config
         if config._attn_implementation not in SDPA or has_window(model):
             return False

@@ -29,8 +29,8 @@ ROWS = 32  # of which the number of rows of a product is a multiple; of many row
 
 
 def rows_up_to(multiple: int, count: int) -> int:
-    """How many rows to add to ``count``: up to a multiple of ``multiple``; from 16 times as many rows on, of that
-    doubled as often as rows double."""
+    """Number of rows that pads ``count`` to a multiple of ``multiple``, which is doubled until ``count`` is at most 16
+    times as large."""
     while 16 * multiple < count:
         multiple *= 2
     return -count % multiple

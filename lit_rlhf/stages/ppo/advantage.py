@@ -18,7 +18,10 @@ from lit_rlhf.functional import Baseline, baseline, gae, group_std, reward_to_go
 
 
 class AdvantageEstimator(Protocol):
-    """What :class:`PPOModule` asks for advantages. ``needs_critic`` is True for one that does not say."""
+    """Protocol of what :class:`PPOModule` asks for advantages.
+
+    Two attributes may say more: ``needs_critic`` (True without it), and ``compares_answers``, whether it needs at least
+    two answers per prompt (False without it)."""
 
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int

@@ -191,8 +191,8 @@ class Collector:
         responses = answered.responses
         found = self.token_figures(answered.batches)
         if responses.states is not None:
-            values = gathered(self.critic, lambda: self.critic.head(responses.states).squeeze(-1).float())
-            found["values"] = torch.where(responses.mask, values, 0.0)
+            from_states = gathered(self.critic, lambda: self.critic.head(responses.states).squeeze(-1).float())
+            found["values"] = torch.where(responses.mask, from_states, 0.0)
         logprobs, ref_logprobs = found.get("logprobs", responses.logprobs), found["ref_logprobs"]
         if "kl" not in found:  # of what was drawn; where the loss has the full one, a rollout needs none
             estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator

@@ -43,7 +43,7 @@ class Scoring:
     center: bool = False  # also subtract that mean; False: the mean is not moved
     clip: Annotated[float, Field(gt=0)] | None = None  # largest absolute score; None: no limit
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0  # for an answer that was cut off
-    length_penalty: Annotated[float, Field(ge=0)] = 0.0  # a token
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0  # per token
 
     def __post_init__(self) -> None:
         given = [self.functions] if isinstance(self.functions, str) or callable(self.functions) else self.functions
@@ -99,7 +99,7 @@ class Scorer(nn.Module):
     def raw(
         self, packed: Sequence[Packed], prompts: list[Messages], responses: list[str], record: dict[str, list[Any]]
     ) -> Tensor:
-        """Raw scores of N answers, which end the sequences of the ``packed`` batches: (N,), before it is shaped.
+        """Unscaled scores (N,) of the N responses at the ends of the sequences in the ``packed`` batches.
 
         NaN: nobody says anything of this one."""
         settings = self.scoring
@@ -137,9 +137,9 @@ class Scorer(nn.Module):
 def critic_in_units(
     make: CriticFactory, policy: PreTrainedModel, reward_model: RewardModel | None, scoring: Scoring
 ) -> Any:
-    """The critic; one that begins as the reward model predicts what that one's scores become by ``scoring``.
+    """Make the critic. One that starts as the reward model is rescaled to the units that ``scoring`` gives its scores.
 
-    Of a running scale nothing is known yet: as if there were none."""
+    A running scale is not known yet and is left out."""
     critic = make(policy, reward_model)
     if isinstance(critic, Critic) and isinstance(reward_model, AnyRewardModel) and scoring.reward_model_weight > 0:
         reference = scoring.scale == "reference"

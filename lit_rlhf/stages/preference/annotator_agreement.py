@@ -66,9 +66,9 @@ def latest(rankings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def majority(rankings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One ranking for the same answers to a prompt: of each pair the answer that more annotators prefer wins.
+    """Majority ranking of each prompt's answers: of each pair the answer that more annotators prefer wins.
 
-    As many for as against is a tie; ranks follow from the pairs won, a tie counting half."""
+    An equal vote is a tie. Ranks follow from the number of pairs won; a tie counts half."""
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for record in latest(rankings):
         groups[_answers(record)].append(record)

@@ -109,7 +109,9 @@ class PreferenceModule(LightningModule):
     ) -> None:
         super().__init__()
         if name in (others or {}):
-            raise UserError(f"others (preference.models) has {name!r}, the policy's name; call one of them otherwise")
+            raise UserError(
+                f"others (preference.models) has {name!r}, which is the policy's name; call one of them otherwise"
+            )
         writers = {name: (policy, tokenizer), **(others or {})}
         self.policies = torch.nn.ModuleDict({name: freeze(policy) for name, (policy, _) in writers.items()})
         self.tokenizers = {name: tokenizer for name, (_, tokenizer) in writers.items()}
