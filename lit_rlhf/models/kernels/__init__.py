@@ -1,6 +1,7 @@
 """All that only makes models faster, on a CPU or a GPU: the same functions of the same weights, to rounding.
 
-``trainer.kernels=plain`` computes everything by transformers' own modules; docs/kernels.md says what each file does."""
+``trainer.kernels=plain`` computes everything by transformers' own modules, with logits of some tokens at a time as ever
+(``models/chunked.py``, which is for memory); docs/kernels.md says what each file does."""
 
 from lit_rlhf.models.kernels.allocator import keep_freed_memory
 from lit_rlhf.models.kernels.attention import use_block_attention
