@@ -8,6 +8,7 @@ from lit_rlhf.functional.advantage import (
     baseline as baseline,
     gae as gae,
     group_std as group_std,
+    monte_carlo as monte_carlo,
     reward_to_go as reward_to_go,
     token_rewards as token_rewards,
     whole_answer as whole_answer,
@@ -52,7 +53,7 @@ from lit_rlhf.functional.masking import (
     population_std as population_std,
     position_ids as position_ids,
     power_sums as power_sums,
-    scale_of as scale_of,
+    std_from_moments as std_from_moments,
     whiten as whiten,
 )
 from lit_rlhf.functional.orthogonal import orthogonalize as orthogonalize
@@ -103,3 +104,4 @@ from lit_rlhf.functional.sampling import (
     filter_logits as filter_logits,
     sample_index as sample_index,
 )
+from lit_rlhf.functional.scores import ScoreScale as ScoreScale, shaped_scores as shaped_scores

@@ -128,6 +128,34 @@ def group_std(returns: Tensor, answers_per_prompt: int, mask: Tensor | None = No
     return variance.sqrt()[:, None].expand_as(groups).reshape(-1)
 
 
+def monte_carlo(
+    rewards: Tensor,
+    mask: Tensor,
+    gamma: float = 1.0,
+    kind: Baseline = "none",
+    answers_per_prompt: int = 1,
+    divide_by_std: bool = False,
+) -> Tensor:
+    """Advantages (B, T): rewards to go less a baseline, ``A_t = G_t - b`` of each answer, without a critic.
+
+    REINFORCE with the baseline ``kind`` "none", RLOO with "others", GRPO (arXiv:2402.03300, section 4.1) with "prompt"
+    and ``divide_by_std``: divided by 1e-4 plus :func:`group_std`. The baseline is one of the answers' whole returns;
+    arguments as in :func:`reward_to_go` and :func:`baseline`. A row without a True in the mask is in no baseline.
+
+    >>> mask = torch.ones(2, 2, dtype=torch.bool)
+    >>> monte_carlo(torch.tensor([[0.0, 1.0], [-1.0, 4.0]]), mask, kind="others", answers_per_prompt=2)
+    tensor([[-2., -2.],
+            [ 2.,  3.]])
+    """
+    returns = reward_to_go(rewards, mask, gamma)
+    first = mask.int().argmax(-1, keepdim=True)  # token of each answer
+    totals, scored = returns.gather(1, first).squeeze(1), mask.any(-1)
+    advantages = returns - baseline(totals, kind, answers_per_prompt, scored)[:, None]
+    if divide_by_std:
+        advantages = advantages / (group_std(totals, answers_per_prompt, scored)[:, None] + 1e-4)
+    return torch.where(mask, advantages, 0.0)
+
+
 def _groups(returns: Tensor, k: int) -> Tensor:
     if k < 2 or returns.shape[0] % k:
         raise ValueError(

@@ -102,11 +102,11 @@ def moments(sums: Tensor) -> tuple[Tensor, Tensor]:
     return first / count.clamp(min=1), second / count.clamp(min=1)
 
 
-def scale_of(mean: Tensor, square: Tensor) -> Tensor:
+def std_from_moments(mean: Tensor, square: Tensor) -> Tensor:
     """Standard deviation that values may be divided by, from :func:`moments`: 1 where all values are alike, for their
     variance is a rounding error then.
 
-    >>> scale_of(torch.tensor(2.0), torch.tensor(8.0)), scale_of(torch.tensor(2.0), torch.tensor(4.0))
+    >>> std_from_moments(torch.tensor(2.0), torch.tensor(8.0)), std_from_moments(torch.tensor(2.0), torch.tensor(4.0))
     (tensor(2.), tensor(1.))
     """
     variance = square - mean**2

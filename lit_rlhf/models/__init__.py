@@ -6,6 +6,7 @@ from lit_rlhf.models.answer_scorers import (
     ScorerEnsemble as ScorerEnsemble,
     TextRewardModel as TextRewardModel,
     load_scorer as load_scorer,
+    load_scorer_tokenizer as load_scorer_tokenizer,
 )
 from lit_rlhf.models.checkpoint import save_model as save_model
 from lit_rlhf.models.heads import (

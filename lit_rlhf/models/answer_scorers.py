@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError, say_once
+from lit_rlhf.functional import ScoreScale
 from lit_rlhf.models.classifier_loading import load_any_classifier, reads_as_ours
 from lit_rlhf.models.finite import finite
 from lit_rlhf.models.gathering import whole
-from lit_rlhf.models.heads import AnyRewardModel, load_reward_model, score_answers, score_mean, score_std
+from lit_rlhf.models.heads import AnyRewardModel, load_reward_model, score_answers, score_scale
 from lit_rlhf.models.loading import Dtype, match_tokenizer
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.micro_batches import tokens_at_once
@@ -75,12 +76,12 @@ class TextRewardModel(nn.Module):
     @property
     def score_std(self) -> float | None:
         """Standard deviation of its scores of sampled answers; None where the model does not say."""
-        return score_std(self.model) if hasattr(self.model.config, "score_std") else None
+        return score_scale(self.model).std if hasattr(self.model.config, "score_std") else None
 
     @property
     def score_mean(self) -> float:
         """Their mean; 0 where the model does not say."""
-        return score_mean(self.model)
+        return score_scale(self.model).mean
 
     def forward(
         self, prompts: list[Messages], responses: list[str], tools: Sequence[Tools] | None = None, **record: Any
@@ -221,26 +222,25 @@ class ScorerEnsemble(nn.Module):
             raise UserError("ScorerEnsemble(members=[]): at least one scorer was expected")
         self.members, self.combine = list(members), combine
         self.models = nn.ModuleList([member for member in members if isinstance(member, nn.Module)])
-        self.stds = [scale_of(member)[1] for member in members]
-        self.score_mean = sum(scale_of(m)[0] / std for m, std in zip(members, self.stds)) / len(members)
+        self.scales = [scale_of(member) for member in members]
+        self.score_mean = sum(scale.mean / scale.std for scale in self.scales) / len(members)
 
     def forward(self, prompts: list[Messages], responses: list[str], **record: Any) -> list[float | None]:
         columns = [member(prompts, responses, **record) for member in self.members]
         found: list[float | None] = []
         for scores in zip(*columns, strict=True):
-            said = [score / std for score, std in zip(scores, self.stds) if score is not None]
+            said = [scale(score, divide=True) for score, scale in zip(scores, self.scales) if score is not None]
             found.append(None if not said else min(said) if self.combine == "worst" else sum(said) / len(said))
         return found
 
 
-def scale_of(scorer: AnswerScorer) -> tuple[float, float]:
-    """(mean, standard deviation) of a scorer's scores of sampled answers; where it does not say, 0 and 1, and a line
-    says so."""
+def scale_of(scorer: AnswerScorer) -> ScoreScale:
+    """The scale that a scorer's attributes tell; where it does not say, 0 and 1, and a line says so."""
     std: float | None = getattr(scorer, "score_std", None)
     if std is None:
         named = getattr(getattr(scorer, "model", None), "name_or_path", None) or getattr(scorer, "name", "a scorer")
         say_once(f"{named}: the spread of its scores is not known (score_std), so they count as they are")
-    return float(getattr(scorer, "score_mean", None) or 0.0), float(std or 1.0)
+    return ScoreScale(mean=float(getattr(scorer, "score_mean", None) or 0.0), std=float(std or 1.0))
 
 
 def load_scorer(
@@ -272,6 +272,13 @@ def load_scorer(
         )
     members = [_load_reader(p, dtype, label, layout, score_std, batch_size) for p in paths]
     return members[0] if len(members) == 1 else ScorerEnsemble(members, combine)
+
+
+def load_scorer_tokenizer(path: str | Path | Sequence[str | Path] | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a reward model of any make, of several that of the first; None without a path: who scores is
+    behind a URL."""
+    first = path if isinstance(path, str | Path) else next(iter(path or ()), None)
+    return None if first is None else load_reader(first)
 
 
 def _reads_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
+from lit_rlhf.functional import ScoreScale
 from lit_rlhf.models.adapters import effective_weight, merged
 from lit_rlhf.models.classifier_loading import load_classifier
 from lit_rlhf.models.finite import finite
@@ -27,6 +28,7 @@ from lit_rlhf.models.loading import (
     format_of,
     intend_dtype,
     intended_dtype,
+    is_intended,
     keep_format,
     load_config,
     load_language_model,
@@ -153,7 +155,7 @@ def packed_scores(model: AnyRewardModel, batch: Packed) -> Tensor:
 
     A likelihood head must know where the answers begin: ``batch.response_lengths``."""
     if isinstance(model, RewardEnsemble):
-        members = [(packed_scores(m, batch).float() + score_shift(m)) / score_std(m) for m in model.members]
+        members = [score_scale(m)(packed_scores(m, batch).float(), divide=True) for m in model.members]
         return model.combined(torch.stack(members))
     return scores_and_hidden(model, batch, batch.ends[:0])[0]
 
@@ -163,11 +165,9 @@ def scores_of(model: AnyRewardModel, batches: Iterable[Packed], scale: bool = Fa
     """Scores (N,) of all sequences of packed ``batches``, shifted so that demonstrations average 0.
 
     ``scale`` divides them by the standard deviation of the scores of sampled answers, ``center`` subtracts their
-    mean."""
+    mean: see :class:`lit_rlhf.functional.ScoreScale`."""
     read = torch.cat([packed_scores(model, batch).float() for batch in batches])
-    scores = finite(read, "the scores of the reward model") + score_shift(model)
-    scores = scores - score_mean(model) if center else scores
-    return scores / score_std(model) if scale else scores
+    return score_scale(model)(finite(read, "the scores of the reward model"), divide=scale, center=center)
 
 
 @gathers
@@ -219,19 +219,11 @@ def score_answers(
     return scores_of(model, batches).cpu()
 
 
-def score_shift(model: AnyRewardModel) -> float:
-    """Constant added to the raw score so that demonstrations average 0; 0 for a model that does not say."""
-    return float(getattr(model.config, "score_shift", 0.0))
-
-
-def score_std(model: AnyRewardModel) -> float:
-    """Standard deviation of the scores of sampled answers; 1 for a model that does not say."""
-    return float(getattr(model.config, "score_std", 1.0))
-
-
-def score_mean(model: AnyRewardModel) -> float:
-    """Mean of the shifted scores of sampled answers; 0 for a model that does not say."""
-    return float(getattr(model.config, "score_mean", 0.0))
+def score_scale(model: AnyRewardModel) -> ScoreScale:
+    """The scale that a reward model's config.json tells, by ``score_shift``, ``score_mean`` and ``score_std``; of what
+    it does not tell 0, 0 and 1."""
+    told = {name: getattr(model.config, f"score_{name}", None) for name in ScoreScale._fields}
+    return ScoreScale(**{name: float(value) for name, value in told.items() if value is not None})
 
 
 def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequence[str]) -> PreTrainedModel:
@@ -271,16 +263,15 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.scale_of_scores = None if begins_as is None else (score_shift(begins_as), score_std(begins_as))
+        self.score_scale = None if begins_as is None else score_scale(begins_as)
 
     def in_units(self, weight: float, scaled: bool, mean: float) -> None:
         """Begin with values in the units of what is learned from: ``weight * ((score + shift) / std - mean)``.
 
         ``scaled``: whether scores are divided by the reward model's own ``score_std``."""
-        if self.scale_of_scores is not None:
-            shift, std = self.scale_of_scores
-            self.factor = weight / std if scaled else weight
-            self.shift = self.factor * shift - weight * mean
+        if self.score_scale is not None:
+            self.factor = weight / self.score_scale.std if scaled else weight
+            self.shift = self.factor * self.score_scale.shift - weight * mean
 
     def forward(self, packed: Packed, at: Tensor, policy_hidden: Tensor | None) -> Tensor:
         """Values (M,) at the tokens ``at`` (M,), flat indices.
@@ -335,7 +326,7 @@ def _trainable(model: Any, policy: PreTrainedModel, lora: LoRA | None) -> Any:
         check_quantization("4bit", lora, "the critic, which begins as they are", "ppo.critic.lora.r")
     else:
         # A frozen model may be in half precision; small steps of one that learns would be rounded away.
-        if hasattr(model, "intended_dtype"):
+        if is_intended(model):
             intend_dtype(model, intended_dtype(policy))
         else:
             cast_to_intended(model).to(intended_dtype(policy))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.functional import ScoreScale
 from lit_rlhf.models.answer_scorers import AnswerScorer, scale_of
 from lit_rlhf.models.heads import AnyRewardModel, scores_of
 from lit_rlhf.models.policy import freeze
@@ -53,10 +54,9 @@ def scores_by(
     text."""
     if isinstance(reward_model, AnyRewardModel):
         return scores_of(reward_model, packed, scale=scale, center=center)
-    mean, std = scale_of(reward_model) if scale or center else (0.0, 1.0)
+    units = scale_of(reward_model) if scale or center else ScoreScale()
     said = [math.nan if score is None else score for score in asked(reward_model, prompts, responses, record)]
-    scores = torch.tensor(said, device=device) - (mean if center else 0.0)
-    return scores / std if scale else scores
+    return units(torch.tensor(said, device=device), divide=scale, center=center)
 
 
 def is_score(number: float) -> bool:

@@ -8,7 +8,15 @@ from hypothesis import given, strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.advantage import baseline, gae, group_std, reward_to_go, token_rewards, whole_answer
+from lit_rlhf.functional.advantage import (
+    baseline,
+    gae,
+    group_std,
+    monte_carlo,
+    reward_to_go,
+    token_rewards,
+    whole_answer,
+)
 
 NAN = float("nan")
 ALL3 = torch.ones(1, 3, dtype=torch.bool)
@@ -316,3 +324,28 @@ def test_a_dialogue_is_its_actions_in_a_row():
     assert_close(returns, tensor([[0.0, 1.125, 2.5, 0.0, 0.0, 4.0, 0.0]]))
     assert_close(reward_to_go(rewards, mask, gamma=0.5), tensor([[0.0, 1.5, 3.0, 0.0, 0.0, 4.0, 0.0]]))
     assert_close(token_rewards(tensor([4.0]), torch.zeros(1, 7), mask)[0], tensor([0.0, 0, 0, 0, 0, 4, 0]))
+
+
+def test_monte_carlo_by_hand():
+    """Two prompts of two answers: whole returns 3 and 1, then 2 and 6; the first action of the last one is masked."""
+    rewards = tensor([[1.0, 2.0], [0.0, 1.0], [2.0, 0.0], [9.0, 6.0]])
+    mask = tensor([[True, True], [True, True], [True, False], [False, True]])
+    reinforce = tensor([[3.0, 2.0], [1.0, 1.0], [2.0, 0.0], [0.0, 6.0]])
+    assert_close(monte_carlo(rewards, mask), reinforce)
+    rloo = tensor([[2.0, 1.0], [-2.0, -2.0], [-4.0, 0.0], [0.0, 4.0]])
+    assert_close(monte_carlo(rewards, mask, kind="others", answers_per_prompt=2), rloo)
+    # Means 2 and 4, deviations (divided by K - 1) sqrt(2) and sqrt(8).
+    first, second = 2**0.5 + 1e-4, 8**0.5 + 1e-4
+    grpo = tensor([[1 / first, 0.0], [-1 / first, -1 / first], [-2 / second, 0.0], [0.0, 2 / second]])
+    assert_close(monte_carlo(rewards, mask, kind="prompt", answers_per_prompt=2, divide_by_std=True), grpo)
+
+
+def test_monte_carlo_discounts():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert_close(monte_carlo(tensor([[0.0, 0.0, 4.0]]), mask, gamma=0.5), tensor([[1.0, 2.0, 4.0]]))
+
+
+def test_what_nobody_has_scored_is_in_no_baseline():
+    rewards, mask = tensor([[1.0], [3.0], [50.0]]), tensor([[True], [True], [False]])
+    settings = {"kind": "prompt", "answers_per_prompt": 3}
+    assert_close(monte_carlo(rewards, mask, **settings), tensor([[-1.0], [1.0], [0.0]]))

@@ -14,7 +14,7 @@ from lit_rlhf.functional.masking import (
     population_std,
     position_ids,
     power_sums,
-    scale_of,
+    std_from_moments,
     whiten,
 )
 
@@ -142,8 +142,8 @@ def test_means_of_micro_batches_add_up_by_their_share(one, other):
 
 def test_a_scale_is_never_a_rounding_error():
     alike = torch.full((100,), 0.1)
-    assert scale_of(*moments(power_sums(alike))) == 1 == scale_of(*moments(power_sums(alike[:0])))
-    assert_close(scale_of(*moments(power_sums(tensor([1.0, 3.0])))), torch.ones((), dtype=torch.float64))
+    assert std_from_moments(*moments(power_sums(alike))) == 1 == std_from_moments(*moments(power_sums(alike[:0])))
+    assert_close(std_from_moments(*moments(power_sums(tensor([1.0, 3.0])))), torch.ones((), dtype=torch.float64))
 
 
 def test_whiten_adds_eps_to_the_variance():

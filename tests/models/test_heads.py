@@ -16,7 +16,7 @@ from lit_rlhf.models import (
     reward_model_from_config,
     save_model,
 )
-from lit_rlhf.models.heads import packed_scores, score_shift, score_std
+from lit_rlhf.models.heads import packed_scores, score_scale
 from lit_rlhf.text import pack
 
 TEXTS = ["What is 42?", "I am the cat", "12", "You are  30, 👍🏽 and the cat! Who?", "It"]
@@ -115,11 +115,11 @@ def test_the_saved_folder_gives_the_same_scores_in_plain_transformers(reward_mod
 
 
 def test_shift_and_deviation_come_back(reward_model, tokenizer, tmp_path):
-    assert (score_shift(reward_model), score_std(reward_model)) == (0.0, 1.0)  # a model that does not say
+    assert score_scale(reward_model)[::2] == (0.0, 1.0)  # a model that does not say
     reward_model.config.score_shift, reward_model.config.score_std = -1.25, 0.5
     save_model(reward_model, tokenizer, tmp_path / "model")
     loaded = load_reward_model(tmp_path / "model", tokenizer)
-    assert (score_shift(loaded), score_std(loaded)) == (-1.25, 0.5)
+    assert score_scale(loaded)[::2] == (-1.25, 0.5)
     assert_close(packed_scores(loaded, packed(tokenizer)), packed_scores(reward_model, packed(tokenizer)))
 
 

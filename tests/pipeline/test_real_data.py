@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lit_rlhf.models import load_reward_model
-from lit_rlhf.models.heads import score_shift
+from lit_rlhf.models.heads import score_scale
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def test_reward_model_on_human_preferences(lit_rlhf, test_data, tmp_path):
     assert 0.4 < figures["val_accuracy"] < 0.75
     assert figures["gold_accuracy"] is None
     model = load_reward_model(tmp_path / "runs" / "hh_rlhf" / "reward" / "model")
-    assert model.score.spec.pooling == "answer" and score_shift(model) != 0
+    assert model.score.spec.pooling == "answer" and score_scale(model).shift != 0
 
 
 def test_instructions_with_gpt2s_tokenizer(lit_rlhf, test_data, tmp_path):

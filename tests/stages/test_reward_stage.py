@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import RewardHead, load_reward_model, score_answers
-from lit_rlhf.models.heads import packed_scores, score_shift
+from lit_rlhf.models.heads import packed_scores, score_scale
 from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.rankings import RankedAnswers
@@ -168,7 +168,7 @@ def test_plain_transformers_scores_batches_alike(tmp_path, data, tokenizer, rewa
         batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
         with torch.no_grad():
             plain = model(**batch).logits[:, 0]
-        assert_close(plain + score_shift(module.reward_model), module.scores(sequences), atol=1e-5, rtol=0)
+        assert_close(plain + score_scale(module.reward_model).shift, module.scores(sequences), atol=1e-5, rtol=0)
 
 
 def test_transcripts_as_in_hh_rlhf(tmp_path, tokenizer):

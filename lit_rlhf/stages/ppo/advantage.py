@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from lit_rlhf.arguments import checked
-from lit_rlhf.functional import Baseline, baseline, gae, group_std, reward_to_go
+from lit_rlhf.functional import Baseline, gae, monte_carlo
 
 
 class AdvantageEstimator(Protocol):
@@ -63,10 +62,5 @@ class MonteCarlo:
     def __call__(
         self, rewards: Tensor, values: Tensor, mask: Tensor, answers_per_prompt: int = 1
     ) -> tuple[Tensor, None]:
-        returns = reward_to_go(rewards, mask, self.gamma)
-        first = mask.int().argmax(-1, keepdim=True)  # action of each answer
-        totals, scored = returns.gather(1, first).squeeze(1), mask.any(-1)
-        advantages = returns - baseline(totals, self.baseline, answers_per_prompt, scored)[:, None]
-        if self.divide_by_std:
-            advantages = advantages / (group_std(totals, answers_per_prompt, scored)[:, None] + 1e-4)
-        return torch.where(mask, advantages, 0.0), None
+        settings = self.gamma, self.baseline, answers_per_prompt, self.divide_by_std
+        return monte_carlo(rewards, mask, *settings), None

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import moments, power_sums, scale_of
-from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_mean, score_std
+from lit_rlhf.functional import moments, power_sums, shaped_scores, std_from_moments
+from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_scale
 from lit_rlhf.models.reward_head import RewardEnsemble
 from lit_rlhf.stages.answer_scores import RewardModel, asked, frozen, knows_scale, scores_by, title_of
 from lit_rlhf.stages.callables import name_of, resolve
@@ -103,18 +103,19 @@ class Scorer(nn.Module):
 
         NaN: nobody says anything of this one."""
         settings = self.scoring
-        said = torch.zeros(len(responses), device=packed[0].tokens.device)
-        scored = torch.zeros_like(said, dtype=torch.bool)
+        total = torch.zeros(len(responses), device=packed[0].tokens.device)
+        scored = torch.zeros_like(total, dtype=torch.bool)
         if self._asks_model:
             scale, answers = settings.scale == "reference", (packed, prompts, responses, record)
             center = scale and settings.center
-            found = scores_by(self.reward_model, *answers, scale=scale, center=center, device=said.device)
-            said, scored = said + settings.reward_model_weight * found.nan_to_num(), ~found.isnan()
+            found = scores_by(self.reward_model, *answers, scale=scale, center=center, device=total.device)
+            total += settings.reward_model_weight * found.nan_to_num()
+            scored |= ~found.isnan()
         for function, weight in zip(settings.functions, settings.weights or ()):
-            scores = asked(function, prompts, responses, record)
-            said = said + weight * said.new_tensor([0.0 if score is None else score for score in scores])
-            scored |= scored.new_tensor([score is not None for score in scores])
-        return said.masked_fill(~scored, math.nan)
+            said = asked(function, prompts, responses, record)
+            total += weight * total.new_tensor([0.0 if score is None else score for score in said])
+            scored |= scored.new_tensor([score is not None for score in said])
+        return total.masked_fill(~scored, math.nan)
 
     def observe(self, raw: Tensor) -> None:
         """Take a rollout's ``raw`` scores (N,) into the running statistics."""
@@ -125,13 +126,16 @@ class Scorer(nn.Module):
         """Scores (N,) from the ``raw`` ones, for answers of ``lengths`` (N,) tokens, ``finished`` (N,) or cut off.
 
         NaN stays NaN: penalties alone are no score."""
-        settings, scores = self.scoring, raw
-        if settings.scale == "running":
-            mean, square = moments(torch.stack([self.count, self.total, self.squares]))
-            scores = ((raw - mean if settings.center else raw) / scale_of(mean, square)).float()
-        if settings.clip is not None:
-            scores = scores.clamp(-settings.clip, settings.clip)
-        return scores - settings.missing_eos_penalty * (~finished).float() - settings.length_penalty * lengths
+        settings = self.scoring
+        penalties = settings.missing_eos_penalty, settings.length_penalty
+        return shaped_scores(self._scaled(raw), lengths, finished, settings.clip, *penalties)
+
+    def _scaled(self, raw: Tensor) -> Tensor:
+        """By the running scale, where that is the one."""
+        if self.scoring.scale != "running":
+            return raw
+        mean, square = moments(torch.stack([self.count, self.total, self.squares]))
+        return ((raw - mean if self.scoring.center else raw) / std_from_moments(mean, square)).float()
 
 
 def critic_in_units(
@@ -143,7 +147,8 @@ def critic_in_units(
     critic = make(policy, reward_model)
     if isinstance(critic, Critic) and isinstance(reward_model, AnyRewardModel) and scoring.reward_model_weight > 0:
         reference = scoring.scale == "reference"
-        mean = score_mean(reward_model) / score_std(reward_model) if reference and scoring.center else 0.0
+        units = score_scale(reward_model)
+        mean = units.mean / units.std if reference and scoring.center else 0.0
         # The members of an ensemble are scaled whatever the settings say.
         critic.in_units(scoring.reward_model_weight, reference or isinstance(reward_model, RewardEnsemble), mean)
     return critic
