@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_rlhf.models.loading import checkpoint_format, keep_format
+from lit_rlhf.models.loading import checkpoint_format, keep_format, keep_intended
 from lit_rlhf.models.quantization import is_quantized, plain_weight
 
 Layer = Any  # a module, plain or wrapped by peft: torch gives the attributes of modules no types
@@ -168,6 +168,7 @@ def _shell(model: Layer) -> Layer:
         memo[id(parameter)] = own
     shell = copy.deepcopy(model, memo)
     keep_format(shell, checkpoint_format(model))
+    keep_intended(shell, model)
     return shell
 
 

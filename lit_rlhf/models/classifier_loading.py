@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.loading import (
     Dtype,
-    checked,
+    check_loaded,
     classifier_name,
     format_of,
     is_classifier,
@@ -55,7 +55,7 @@ def load_classifier(
     loading["missing_keys"] -= fresh
     if loading["unexpected_keys"]:
         loading["unexpected_keys"] -= _language_head(config)
-    return checked(_with_bias(model, path, loading), path, loading, export_dtype), bool(fresh)
+    return check_loaded(_with_bias(model, path, loading), path, loading, export_dtype), bool(fresh)
 
 
 def load_any_classifier(path: str | Path, dtype: Dtype) -> PreTrainedModel:
@@ -64,7 +64,7 @@ def load_any_classifier(path: str | Path, dtype: Dtype) -> PreTrainedModel:
     if not is_classifier(config):
         return load_classifier(path, dtype, new_head=False)[0]  # which says what it is
     model, loading = read_pretrained(AutoModelForSequenceClassification, path, dtype)
-    return checked(_with_bias(model, path, loading), path, loading, None)
+    return check_loaded(_with_bias(model, path, loading), path, loading, None)
 
 
 def reads_as_ours(path: str | Path) -> bool:

@@ -29,6 +29,7 @@ _reading: set[int] = set()  # roots whose weights are whole now
 def make_root(root: nn.Module) -> None:
     """Let what is asked of a sharded ``root``, or of a model inside of it, gather the weights of the root."""
     module: Any = root
+    # torch gathers for a method of the root, of which none calls a function: it has one while it is sharded.
     module.reading = lambda function: function()
     register_fsdp_forward_method(root, "reading")
     for inner in root.modules():
@@ -54,7 +55,7 @@ def end_root(root: nn.Module, keep: bool) -> None:
         state = part._get_fsdp_state()
         for hook in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
             hook.remove()
-        part.__class__ = plain_class(part)
+        part.__class__ = plain_class(part)  # the one that fully_shard had exchanged
         states = part.__dict__[STATE_KEY]  # of what torch has put around a module; process groups cannot be copied
         part.__dict__[STATE_KEY] = {wrapper: other for wrapper, other in states.items() if other is not state}
     del root.reading

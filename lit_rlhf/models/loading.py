@@ -86,14 +86,22 @@ def dtype_as_stored(path: str | Path) -> torch.dtype | None:
     return None if form is None or form.others else form.dtype
 
 
+_intended: WeakKeyDictionary[torch.nn.Module, torch.dtype] = WeakKeyDictionary()  # of models about to be sharded
+
+
 def intend_dtype(model: Any, dtype: torch.dtype) -> None:
     """Note the precision that a model will have when it is sharded."""
-    model.intended_dtype = model.base_model.intended_dtype = dtype
+    _intended[model] = _intended[model.base_model] = dtype
+
+
+def is_intended(model: torch.nn.Module) -> bool:
+    """Whether ``model`` is about to be sharded, and has its precision from then on."""
+    return model in _intended
 
 
 def intended_dtype(model: Any) -> torch.dtype:
     """The precision that a model has, or will have when it is sharded."""
-    dtype: torch.dtype = getattr(model, "intended_dtype", None) or model.dtype
+    dtype: torch.dtype = _intended.get(model) or model.dtype
     return dtype
 
 
@@ -101,11 +109,11 @@ def cast_to_intended(model: Any, *parts: Any) -> Any:
     """Cast ``model``, or only these ``parts`` of it, to its intended precision now instead of when it is sharded.
 
     Called before weights change, which would else be rounded afterwards."""
-    if hasattr(model, "intended_dtype"):
+    if model in _intended:
         for part in parts or (model,):
-            part.to(model.intended_dtype)
+            part.to(_intended[model])
         for part in () if parts else {model, model.base_model}:
-            del part.intended_dtype
+            _intended.pop(part, None)
     return model
 
 
@@ -113,9 +121,9 @@ def cast_to_intended(model: Any, *parts: Any) -> Any:
 def as_sharded(model: Any) -> Iterator[None]:
     """Context manager that gives weights the precision that they will have when they are sharded, without values, so
     that new modules are made in that precision."""
-    stored = {p: p.data for p in model.parameters()} if hasattr(model, "intended_dtype") else {}
+    stored = {p: p.data for p in model.parameters()} if model in _intended else {}
     for parameter, data in stored.items():
-        parameter.data = data.new_empty((), dtype=model.intended_dtype).expand_as(data)
+        parameter.data = data.new_empty((), dtype=_intended[model]).expand_as(data)
     try:
         yield
     finally:
@@ -125,8 +133,16 @@ def as_sharded(model: Any) -> Iterator[None]:
 
 def copied(model: Any) -> Any:
     """A copy of ``model``; of one that is about to be sharded it shares the numbers, which are taken apart then."""
-    lent = [p for p in model.parameters() if hasattr(model, "intended_dtype") and not p.is_meta]
-    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in lent})
+    lent = [p for p in model.parameters() if model in _intended and not p.is_meta]
+    twin = copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in lent})
+    keep_intended(twin, model)
+    return twin
+
+
+def keep_intended(twin: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Let ``twin``, a copy of ``model``, have the precision that ``model`` will have when it is sharded."""
+    if model in _intended:
+        intend_dtype(twin, _intended[model])
 
 
 def load_language_model(
@@ -144,7 +160,7 @@ def load_language_model(
             "text); give the model that it was made from"
         )
     model, loading = read_pretrained(AutoModelForCausalLM, path, dtype, **settings)
-    return checked(model, path, loading, export_dtype)
+    return check_loaded(model, path, loading, export_dtype)
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -272,7 +288,7 @@ def _unloadable(path: str | Path, error: Exception) -> UserError:
     )
 
 
-def checked(
+def check_loaded(
     model: PreTrainedModel, path: str | Path, loading: dict[str, Any], export_dtype: Dtype | None
 ) -> PreTrainedModel:
     """A model that was read: with all of its file's tensors, finite ones, and its format noted."""

@@ -24,16 +24,18 @@ from lit_rlhf.errors import UserError, users_mistake
 from lit_rlhf.files import make_folder, write_json
 from lit_rlhf.functional import drawn_figures
 from lit_rlhf.models.kernels.decoding import CachedDecoder
+from lit_rlhf.models.loading import is_intended
 from lit_rlhf.pipeline.process_group import devices_of, processes_of
 from lit_rlhf.pipeline.run import make_data, make_module
 from lit_rlhf.pipeline.settings import MissingSetting, planned_stages, resolved
 from lit_rlhf.rollouts.engine import Engine, Request, Responses
 from lit_rlhf.rollouts.fast import cache_bytes, make_decoder, rows_that_fit
+from lit_rlhf.stages.contract import SamplesResponses
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import write_jsonl
-from lit_rlhf.training.dry_run import Meter, bytes_of
+from lit_rlhf.training.dry_run import Meter
 from lit_rlhf.training.fsdp import FSDP2
-from lit_rlhf.training.memory import machine_bytes, resident_bytes
+from lit_rlhf.training.memory import bytes_of, machine_bytes, resident_bytes
 from lit_rlhf.training.optim import HIDDEN, decay_groups
 from lit_rlhf.training.trainer import precision_of, sharding_of
 
@@ -135,21 +137,20 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     strategy = settings.trainer.get("strategy", "auto")
     strategy = strategy if isinstance(strategy, str) else instantiate(strategy)
     strategy = sharding_of(strategy, precision, settings.trainer.get("compile", False))
-    if isinstance(strategy, FSDP2):
+    if sharded := isinstance(strategy, FSDP2):
         strategy.check_layers(module)
-    kind = "fsdp2" if isinstance(strategy, FSDP2) else "ddp"
-    shards = count if kind == "fsdp2" else 1  # those that sample hold all of their models each
+    shards = count if sharded else 1
     state = _state_bytes(settings, module) if trained else 0
     weights, gradients = bytes_of([*module.parameters(), *module.buffers()]), bytes_of(trained)
     checkpoint = bytes_of(module.state_dict().values()) + state
-    stored = bytes_of(p for m in module.modules() if hasattr(m, "intended_dtype") for p in m.parameters())
+    stored = bytes_of(p for m in module.modules() if is_intended(m) for p in m.parameters())
     loading = weights - stored + stored // shards  # what comes from files is cast part by part where it is sharded
     held = state // shards
     offloaded = held if on_gpu and trained and settings.optimizer.get("offload") else 0
     meter = Meter(module, precision, plan.device, shards)
     meter.adds = count == shards
     meter.live += held - offloaded + (0 if meter.adds else gradients)  # DDP's buckets
-    if hasattr(module, "engine"):
+    if isinstance(module, SamplesResponses):
         module.engine = DryEngine(module.engine, meter)
     with meter:
         records = module.dry_run(meter, data)
@@ -163,7 +164,8 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
     speed = WITHIN_A_MACHINE if on_gpu and settings.trainer.get("num_nodes", 1) == 1 else BETWEEN_MACHINES
     own = weights // shards, gradients // shards, held, meter.activations, meter.cache, checkpoint, loading
     most = tensors if on_gpu else 0, first, first + (devices_of(settings.trainer) - 1) * host
-    need = Need(name, *own, *most, sent, f"{count} processes ({kind})", sent / speed / 1e9, speed, advice="")
+    how = f"{count} processes ({'fsdp2' if sharded else 'ddp'})"
+    need = Need(name, *own, *most, sent, how, sent / speed / 1e9, speed, advice="")
     if need.node > plan.host or (on_gpu and 0 < plan.gpu < tensors):
         need.advice = _advice(need, on_gpu, "lora" in settings, count)
     if all_stages()[name].in_pipeline:

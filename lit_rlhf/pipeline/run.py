@@ -47,6 +47,9 @@ from lit_rlhf.stages.contract import (
     WritesSamples,
     check_contract,
 )
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.pretrain import STAGE as PRETRAIN
+from lit_rlhf.stages.sft import STAGE as SFT
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import Moved
 from lit_rlhf.training.callbacks import FirstSteps, StageProgressBar, TextSamples, said_when_slow
@@ -56,7 +59,7 @@ from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.memory import Peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState, check_training
-from lit_rlhf.training.trained_state import weights_fingerprint
+from lit_rlhf.training.trained_state import TrainedState, weights_fingerprint
 
 PROFILE = "profile"  # folder of a stage into which ``profiler`` writes
 
@@ -114,8 +117,8 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
             return {}
         lost = None if settings.run == "fit" else move_if_gone(folder, loggers)
         notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
-        if sharded:
-            trainer.strategy.end_sharding()
+        if isinstance(module, TrainedState):
+            module.end_sharding()
         if not trainer.is_global_zero:
             return {}
         with said_when_slow(f"{name}: writing what came out"):
@@ -228,9 +231,10 @@ def _policies(settings: DictConfig) -> dict[str, DictConfig]:
     """The models to evaluate. A checkpoint that nothing was fine-tuned from is SFT model and base in one: it competes
     once, and a line says so."""
     there = {key: node for key, node in settings.policies.items() if _there(node)}
-    if "base" in there and "sft" in there and there["base"].path == there["sft"].path:
-        say(f"evaluate: base and sft are one model, {there['sft'].path}; it is called sft")
-        del there["base"]
+    base, sft = PRETRAIN.called, SFT.called
+    if base in there and sft in there and there[base].path == there[sft].path:
+        say(f"{EVALUATE.name}: {base} and {sft} are one model, {there[sft].path}; it is called {sft}")
+        del there[base]
     return there
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.rollouts.engine import Engine
 from lit_rlhf.text.records import Messages, Moved
 
 
@@ -77,6 +78,13 @@ class EvaluatesPrompts(Protocol):
     def evaluated_prompts(self) -> Iterable[Messages]:
         """The prompts that no model of the stage may have been trained on."""
         ...
+
+
+@runtime_checkable
+class SamplesResponses(Protocol):
+    """A module that samples responses; ``stage=plan`` puts an engine without values in the place of its own."""
+
+    engine: Engine
 
 
 @runtime_checkable

@@ -13,14 +13,14 @@ from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.chat import ensure_chat_template
 from lit_rlhf.text.packing import runs
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order, sharding
+from lit_rlhf.training.parts import DataInParts
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class ExampleDataModule(RecordDataModule):
+class ExampleDataModule(RecordDataModule, DataInParts):
     """Batches of the examples in ``train_set``, shuffled, and of those in ``val_set``, in order.
 
-    A batch is learned in parts of at most ``learned_at_once`` tokens, and those of validation have at most
-    ``read_at_once``: see :func:`lit_rlhf.training.parts.fit_memory`. Arguments as in :class:`RecordDataModule`, and
+    Arguments as in :class:`RecordDataModule`, and
 
     Args:
         max_length: tokens; longer examples are handled as ``on_long`` says, and counted.
@@ -35,7 +35,6 @@ class ExampleDataModule(RecordDataModule):
     packing: bool = True
     weights: list[Annotated[float, Field(gt=0)]] | None = None
 
-    learned_at_once = read_at_once = 2**31
     limits_both: ClassVar[bool] = False  # whether ``limit`` is also one of what is held out
     called: ClassVar[str]  # what an example is, in a message
 

@@ -18,7 +18,8 @@ from lit_rlhf.models.lora import save_adapter
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training.all_processes import gather_step, mean_of_all
-from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.batches import largest
+from lit_rlhf.training.dry_run import Meter
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, decay_groups, optimizer_and_schedule
 from lit_rlhf.training.parts import LearnsInParts, Part, losses_of
 

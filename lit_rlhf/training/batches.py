@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, Generic, TypeVar
 
 import torch
 from lightning import Trainer
-from torch import Generator
+from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 
 from lit_rlhf.text.packing import divided
 from lit_rlhf.training.parts import Part
@@ -180,3 +181,13 @@ def seeded(*numbers: int) -> Generator:
     """A random generator, on the CPU, that depends on ``numbers`` alone (a seed and a place, say)."""
     digest = hashlib.blake2b(",".join(str(int(number)) for number in numbers).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def largest(loaders: Any) -> Any:
+    """The batch that holds most (tokens, above all) among the first of a loader, or of several."""
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+
+    def size(batch: Any) -> int:
+        return sum(x.numel() if isinstance(x, Tensor) else 1 for x in tree_leaves(batch))
+
+    return max((batch for loader in loaders for batch in islice(loader, 64)), key=size)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lit_rlhf.errors import TrainingDiverged, printable
 from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.metrics_file import append_rows
+from lit_rlhf.training.parts import LearnsInParts
 
 Item = TypeVar("Item")
 SLOW_STEP = 1.0  # seconds after which a bar is brought up to date at the next step
@@ -77,7 +78,7 @@ class FirstSteps(Callback):
             self._say(trainer, f"is {loss.item():.3g} at step {trainer.global_step}: {cure}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        loss = getattr(pl_module, "latest_loss", None)
+        loss = pl_module.latest_loss if isinstance(pl_module, LearnsInParts) else None
         if loss is None or self.first is None or self.finding is not None:
             return
         self.begun = loss.item() if self.begun is None else self.begun

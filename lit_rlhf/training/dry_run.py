@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.models.chunked import adds_to_gradients
 from lit_rlhf.models.loading import intend_dtype
 from lit_rlhf.models.policy import layers
+from lit_rlhf.training.memory import bytes_of
 
 aten = torch.ops.aten
 PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, Tensor.__matmul__}
@@ -205,22 +205,3 @@ def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
 def _real_integers(x: Any) -> Any:
     values = not isinstance(x, Tensor) or not x.is_meta or x.is_floating_point() or x.is_complex()
     return x if values else torch.zeros(x.shape, dtype=x.dtype)
-
-
-def largest(loaders: Any) -> Any:
-    """The batch with most tokens among the first of a loader, or of several."""
-    loaders = loaders if isinstance(loaders, list) else [loaders]
-    return max((batch for loader in loaders for batch in islice(loader, 64)), key=_size)
-
-
-def _size(batch: Any) -> int:
-    if isinstance(batch, list):
-        return sum(map(_size, batch))
-    batch = getattr(batch, "batch", batch)  # of a part
-    tokens = (batch.packed if hasattr(batch, "packed") else batch).tokens
-    return tokens.numel() if isinstance(tokens, Tensor) else sum(map(len, tokens))
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind some tensors on ``meta``, shared memory counted once."""
-    return sum({s: s.nbytes() for s in (t.untyped_storage() for t in tensors if t.is_meta)}.values())

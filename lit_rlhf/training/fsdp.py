@@ -19,6 +19,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.gathering import end_root, make_root
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.kernels.allocator import give_back_freed_memory
+from lit_rlhf.models.loading import intended_dtype, is_intended
 from lit_rlhf.models.logits import check_logits
 from lit_rlhf.models.micro_batches import backbones
 from lit_rlhf.models.policy import layers, packs
@@ -72,8 +73,8 @@ class FSDP2(ModelParallelStrategy):
                 continue
             if isinstance(root, PreTrainedModel) and root.can_generate():
                 check_logits(root)
-            dtypes = (getattr(part, "intended_dtype", None) for part in root.modules())
-            dtype = None if precision == "bf16-true" else next(filter(None, dtypes), None)
+            dtypes = (intended_dtype(part) for part in root.modules() if is_intended(part))
+            dtype = None if precision == "bf16-true" else next(dtypes, None)
             for backbone in backbones(root):
                 packs(backbone)  # how it is computed is asked while its weights are whole
                 for layer in self._layers(backbone):
@@ -103,13 +104,10 @@ class FSDP2(ModelParallelStrategy):
             )
         return found
 
-    def end_sharding(self) -> None:
-        """Make what was trained plain models again, in the first process, on the CPU, for they are to be exported.
-
-        A module's ``before_whole()`` is called before, in all processes; what it names as ``not_exported`` stays."""
-        module: Any = self.lightning_module
-        getattr(module, "before_whole", lambda: None)()
-        for root in _roots(module, without=getattr(module, "not_exported", ())):
+    def end_sharding(self, module: nn.Module, without: Sequence[str] = ()) -> None:
+        """Make what was trained inside of ``module`` plain models again, in the first process, on the CPU; what is
+        called as in ``without`` stays. All processes call it."""
+        for root in _roots(module, without):
             if isinstance(root, FSDPModule) and any(p.requires_grad for p in root.parameters()):
                 end_root(root, keep=self.is_global_zero)
 

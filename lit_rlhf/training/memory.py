@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux alone
 
@@ -67,3 +69,8 @@ def _status(name: str) -> int:
     import resource  # of POSIX alone
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind some tensors on ``meta``, shared memory counted once."""
+    return sum({s: s.nbytes() for s in (t.untyped_storage() for t in tensors if t.is_meta)}.values())

@@ -14,7 +14,7 @@ from lit_rlhf.errors import say_once
 from lit_rlhf.models.kernels import Kernels, use_block_attention, use_fast_layers, use_kernels
 from lit_rlhf.models.micro_batches import LEARNING, backbones, limit_kept
 from lit_rlhf.models.policy import layers
-from lit_rlhf.training.parts import fit_memory
+from lit_rlhf.training.parts import DataInParts
 
 
 class ModelSettings(Callback):
@@ -41,8 +41,8 @@ class ModelSettings(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.apply(pl_module, on_cpu=trainer.strategy.root_device.type == "cpu")
-        if trainer.datamodule is not None:
-            fit_memory(trainer.datamodule, pl_module)
+        if isinstance(trainer.datamodule, DataInParts):
+            trainer.datamodule.fit_memory(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trained = {p.dtype for p in pl_module.parameters() if p.requires_grad}

@@ -216,13 +216,14 @@ def check_batches(loader: BatchLoader[Any]) -> None:
         )
 
 
-def batches_and_size(trainer: Trainer) -> tuple[int, int]:
-    """(training batches per epoch, their size), of a trainer whose data module makes a ``BatchLoader``.
+def training_loader(trainer: Trainer) -> Any:
+    """What a trainer is about to read: of a data module, of the module, or given as it is.
 
-    Raises ``UserError`` where an epoch would have no batch."""
-    loader = trainer.datamodule.train_dataloader()
-    check_batches(loader)
-    return len(loader), loader.batch_size
+    Raises ``UserError`` where it is a ``BatchLoader`` and an epoch would have no batch."""
+    loader = trainer.fit_loop._data_source.dataloader()
+    if isinstance(loader, BatchLoader):
+        check_batches(loader)
+    return loader
 
 
 def total_steps(trainer: Trainer) -> int:
@@ -230,9 +231,7 @@ def total_steps(trainer: Trainer) -> int:
 
     Lightning's own ``estimated_stepping_batches`` sets up the loader before a checkpoint is read, and the loader's
     place is then never restored: a run that is resumed would begin its data anew."""
-    loader = trainer.fit_loop._data_source.dataloader()  # of a data module, of the module, or given as it is
-    if isinstance(loader, BatchLoader):
-        check_batches(loader)
+    loader = training_loader(trainer)
     if trainer.max_steps > 0:
         return trainer.max_steps
     if not isinstance(loader, BatchLoader):

@@ -29,11 +29,17 @@ class Part(NamedTuple, Generic[Batch]):
     share: float  # of its batch: losses of the parts, weighted so, add up to that of the whole
 
 
-def fit_memory(data: LightningDataModule, module: nn.Module) -> None:
-    """Let ``data`` know how many tokens the models inside ``module`` may be given at once; see
-    :func:`lit_rlhf.models.micro_batches.tokens_at_once`."""
-    data.learned_at_once = tokens_at_once(module, learning=True)
-    data.read_at_once = tokens_at_once(module, learning=False)
+class DataInParts(LightningDataModule):
+    """A data module whose batches of training come in parts of at most ``learned_at_once`` tokens, and those of
+    validation have at most ``read_at_once``."""
+
+    learned_at_once = read_at_once = 2**31  # tokens
+
+    def fit_memory(self, module: nn.Module) -> None:
+        """Give the models inside ``module`` as many tokens at once as there is memory for; see
+        :func:`lit_rlhf.models.micro_batches.tokens_at_once`."""
+        self.learned_at_once = tokens_at_once(module, learning=True)
+        self.read_at_once = tokens_at_once(module, learning=False)
 
 
 def losses_of(module: LightningModule, models: Sequence[Any], losses: Callable[[], Found]) -> Found:
@@ -58,6 +64,7 @@ class LearnsInParts(TrainedState):
     Gradients are clipped to the norm ``max_grad_norm``, where a module sets it, or as the trainer is told."""
 
     max_grad_norm: float | None = None
+    latest_loss: Tensor | None = None  # of the step before, as validation has it
     _zeroed = False  # whether the gradients of the step before are gone, and there may be some of this one
 
     def in_parts(

@@ -28,6 +28,7 @@ class TrainedState(LightningModule):
     of the base that its adapters belong on: to go on from it with another base raises ``UserError``."""
 
     frozen_models: tuple[str, ...] = ()
+    not_exported: tuple[str, ...] = ()  # names of models that :meth:`end_sharding` may leave as they are
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -39,6 +40,11 @@ class TrainedState(LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         if isinstance(strategy, FSDP2):
             strategy.shard(self)
+
+    def end_sharding(self) -> None:
+        """Make sharded models plain ones, which can be exported, in the first process; all processes call it."""
+        if isinstance(self.trainer.strategy, FSDP2):
+            self.trainer.strategy.end_sharding(self, self.not_exported)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         left_out = (*self.frozen_models, *self._base_names())

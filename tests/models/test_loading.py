@@ -37,6 +37,7 @@ from lit_rlhf.models.loading import (
     check_finite,
     copied,
     intended_dtype,
+    is_intended,
     loading_as_stored,
     match_tokenizer,
 )
@@ -589,9 +590,9 @@ def test_what_is_to_be_sharded_stays_as_it_is_stored(policy, tokenizer, tmp_path
     assert copied(plain).lm_head.weight.data_ptr() != plain.lm_head.weight.data_ptr()
     reference = Reference(lent, ReferenceUpdate()).start
     critic = critic_from_policy(lent)
-    assert intended_dtype(reference) == critic.backbone.intended_dtype == critic.head.weight.dtype == torch.float32
+    assert intended_dtype(reference) == intended_dtype(critic.backbone) == critic.head.weight.dtype == torch.float32
     assert Reference(lent, ReferenceUpdate(dtype="float16")).start.dtype == torch.float16
-    assert cast_to_intended(lent).dtype == intended_dtype(lent) == torch.float32 and not hasattr(lent, "intended_dtype")
+    assert cast_to_intended(lent).dtype == intended_dtype(lent) == torch.float32 and not is_intended(lent)
     for name, weight in cast_to_intended(reference).state_dict().items():
         assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
 
@@ -619,7 +620,7 @@ def test_a_head_of_our_own_on_what_is_to_be_sharded(policy, tokenizer, tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with loading_as_stored():
         model = load_reward_model(tmp_path, tokenizer, new_head=True, head=RewardHead("mlp"))
-    assert (model.backbone.dtype, model.backbone.intended_dtype) == (torch.bfloat16, torch.float32)
+    assert (model.backbone.dtype, intended_dtype(model.backbone)) == (torch.bfloat16, torch.float32)
     assert {p.dtype for p in model.score.parameters()} == {torch.float32}
 
 
@@ -652,7 +653,7 @@ def test_a_saved_head_of_our_own_on_what_is_to_be_sharded(kind, model_config, to
     plain = load_reward_model(tmp_path / "model", tokenizer)
     with loading_as_stored():
         lent = load_reward_model(tmp_path / "model", tokenizer)
-    assert {p.dtype for p in lent.parameters()} == {torch.bfloat16} and lent.backbone.intended_dtype == torch.float32
+    assert {p.dtype for p in lent.parameters()} == {torch.bfloat16} and intended_dtype(lent.backbone) == torch.float32
     for name, weight in lent.float().state_dict().items():
         assert_close(weight, plain.state_dict()[name], rtol=0, atol=0)
 

@@ -91,7 +91,7 @@ def trained(fit, in_processes, tmp_path, monkeypatch):
             assert module.parameters() and all(isinstance(p, DTensor) for p in module.parameters())
             names = [n for n, p in module.named_parameters() if p.requires_grad and not n.startswith("critic.")]
             digest = weights_fingerprint(module.state_dict()[name] for name in names)
-            trainer.strategy.end_sharding()
+            module.end_sharding()
             if is_main_process():
                 assert digest == weights_fingerprint(module.state_dict()[name] for name in names)
                 module.export(tmp_path / "two")

@@ -9,7 +9,9 @@ from lit_rlhf.models import next_token_logits, packed_hidden, policy_from_config
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import layers
 from lit_rlhf.text.packing import pack
-from lit_rlhf.training.dry_run import Meter, bytes_of, largest
+from lit_rlhf.training.batches import largest
+from lit_rlhf.training.dry_run import Meter
+from lit_rlhf.training.memory import bytes_of
 from lit_rlhf.training.parts import Part
 
 FLOAT = 4  # bytes

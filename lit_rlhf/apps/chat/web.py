@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from lit_rlhf.apps.chat.conversation import Answer, Choice, Conversation
 from lit_rlhf.apps.display import printable
 from lit_rlhf.errors import UserError
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 try:
     import gradio as gr
     from fastapi import FastAPI

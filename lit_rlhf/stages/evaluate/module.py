@@ -40,12 +40,12 @@ from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.text.world import Grade
 from lit_rlhf.training.all_processes import distributed_map, gather_step, global_batch_index
-from lit_rlhf.training.batches import seeded
+from lit_rlhf.training.batches import largest, seeded
 from lit_rlhf.training.callbacks import inner_bar
-from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.dry_run import Meter
 
 
-class Written(NamedTuple):
+class BatchAnswers(NamedTuple):
     """Answers of all models to the prompts of one batch."""
 
     batch: PromptBatch
@@ -188,9 +188,9 @@ class EvaluateModule(LightningModule):
         for written in gather_step(self.trainer, own, batch_idx):
             self._take(written)
 
-    def _written(self, batch: PromptBatch, number: int) -> Written:
+    def _written(self, batch: PromptBatch, number: int) -> BatchAnswers:
         """What the models answer to the batch of that number."""
-        written = Written(batch, *({name: Answers() for name in self.answers} for _ in range(2)), Answers())
+        written = BatchAnswers(batch, *({name: Answers() for name in self.answers} for _ in range(2)), Answers())
         # Places are those of the policies as they were given: one more does not change what the others draw.
         places = {name: place for place, name in enumerate(self.policies)}
         for name in inner_bar(self.trainer, list(self.answers), "evaluate: models"):
@@ -201,7 +201,7 @@ class EvaluateModule(LightningModule):
             self._answer("sft", batch, self.best_of, self.sampling, (number, -1), written.candidates)
         return written
 
-    def _take(self, written: Written) -> None:
+    def _take(self, written: BatchAnswers) -> None:
         batch = written.batch
         self.prompts += [{"prompt": m, "kind": k} for m, k in zip(batch.messages, batch.kinds)]
         for name in self.answers:

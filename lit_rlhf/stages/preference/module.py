@@ -33,8 +33,8 @@ from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
 from lit_rlhf.text.transcripts import transcript_for
 from lit_rlhf.training.all_processes import gather_step, global_batch_index
-from lit_rlhf.training.batches import seeded
-from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.batches import largest, seeded
+from lit_rlhf.training.dry_run import Meter
 
 
 class Turn(NamedTuple):

@@ -39,6 +39,7 @@ from lit_rlhf.text.token_file import GIVEN, Document, Stored, Tokens, given_toke
 from lit_rlhf.text.tokenizer import TokenizerTrainer, load_tokenizer, train_bpe, train_characters
 from lit_rlhf.text.world import World, world_fingerprint
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order, seeded, sharding
+from lit_rlhf.training.parts import DataInParts
 
 
 class Source(NamedTuple):
@@ -50,7 +51,7 @@ class Source(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class PretrainDataModule(FileDataModule):
+class PretrainDataModule(FileDataModule, DataInParts):
     """Text from files: .txt (one document), or records with a field ``text``; or tokens that the user has made.
 
     Text is tokenized once and read where it lies on disk: it may be larger than memory.
@@ -88,7 +89,6 @@ class PretrainDataModule(FileDataModule):
 
     parse_record = staticmethod(parse_text)
     base_template = BASE_TEMPLATE
-    learned_at_once = read_at_once = 2**31  # tokens; see lit_rlhf.training.parts.fit_memory
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.rankings import RankedAnswers, RankingBatch, RankingModule
 from lit_rlhf.stages.records import FitContext
-from lit_rlhf.stages.reward.data import Answered, Calibration
+from lit_rlhf.stages.reward.data import CalibrationSet, PromptAndAnswer
 from lit_rlhf.stages.reward.diagnosis import diagnosis
 from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.text.records import Ranking
@@ -73,7 +73,7 @@ class RewardModule(RankingModule):
         feedback_coef: Annotated[float, Field(ge=0)] = 1.0,
         feedback_loss: Literal["logistic", "squared"] = "logistic",
         bag_of_words: bool = False,
-        calibration: Calibration | None = None,
+        calibration: CalibrationSet | None = None,
         rankings: tuple[Sequence[Ranking], Sequence[Ranking]] | None = None,
     ) -> None:
         super().__init__(tokenizer, optimizer, schedule, max_grad_norm)
@@ -157,9 +157,10 @@ class RewardModule(RankingModule):
         self.reward_model.train(training)
         return scores
 
-    def before_whole(self) -> None:
-        """Calibrate while the model is sharded, in all processes."""
+    def end_sharding(self) -> None:
+        """Calibrate while the model is sharded, in all processes, and make it a plain one in the first."""
         self.calibrate()
+        super().end_sharding()
 
     def calibrate(self) -> None:
         """Shift the scores so that demonstrations average 0 (InstructGPT, section 3.5), and note how they are spread.
@@ -177,7 +178,7 @@ class RewardModule(RankingModule):
         self.reward_model.config.score_mean = scores.mean().item()
         self.reward_model.config.score_std = max(scores.std().item(), 1e-6)
 
-    def _scored(self, answered: Sequence[Answered]) -> Tensor:
+    def _scored(self, answered: Sequence[PromptAndAnswer]) -> Tensor:
         room = FitContext().room(self.reward_model)
         cut = [(sequence[-room:], min(length, room - 1)) for sequence, length in answered]
         return self.scores([sequence for sequence, _ in cut], [length for _, length in cut])
