@@ -1,6 +1,6 @@
 """Policy optimization against a reward model: PPO, and the simpler algorithms on the way to it."""
 
-from lit_rlhf.stages.stage import GRADES, SFT_STD, Panel, RoundFigure, Stage, exports
+from lit_rlhf.stages.stage import GRADES, SFT_STD, Model, Panel, RoundFigure, Stage, exports
 
 STAGE = Stage(
     name="ppo",
@@ -49,7 +49,7 @@ STAGE = Stage(
         Panel("Learning rate", "", {"ppo/lr": "policy"}, folded=True),
     ),
     x_axis=("ppo/episodes", "episodes"),
-    model=("ppo", "PPO"),
+    model=Model("ppo", "PPO", "orange"),
     own_section=True,
     note="{episodes} episodes",
     in_sweeps=("kl", "score_last", "gold"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -42,9 +43,21 @@ class LearnsFromRollouts(TrainedState):
     kl: KLPenalty
     kl_coef: Tensor  # () reward units per nat
     iteration: Tensor  # () int64
+    value_clip_range: float | None  # reward units
+    value_coef: float
     action: Literal["token", "answer"]
     sampling: Sampling
+    ppo_epochs: int
+    minibatch_size: int  # answers per optimizer step and process
+    micro_batch_size: int | None  # answers per pass through a model
+    max_grad_norm: float
+    critic_warmup: int  # iterations in which the critic alone learns
     ptx: PretrainingText | None
+    ptx_coef: float
+    ptx_ratio: float  # rows of text per answer
+    packing: bool
+    share_prompts: bool
+    seed: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +140,12 @@ class LearnsFromRollouts(TrainedState):
         )
         ratio = self.trainer.strategy.reduce(watched.pop("ratio"), reduce_op="max")
         return {**mean_of_all(self.trainer, watched), "ratio": ratio}
+
+    def policy_losses(self, minibatch: Rollout) -> Iterator[Tensor]:
+        """This process's losses of the policy on a minibatch of all processes, which add up, by micro-batch."""
+        own, share = self.own_part(minibatch)
+        for part, weight in self.objective.micro_batches(own):
+            yield self.objective.losses(part)[0] * weight * share
 
     def own_part(self, minibatch: Rollout) -> tuple[Rollout, Tensor | float]:
         """(what this process learns from a minibatch of all of them, its share of the actions over that of the average

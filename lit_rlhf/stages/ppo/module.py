@@ -41,10 +41,10 @@ from lit_rlhf.stages.ppo.scoring import Scorer, Scoring, critic_in_units
 from lit_rlhf.stages.prompts import Judge, PromptBatch, SamplePrompt, sample_texts
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.training.all_processes import gather_all, gather_step
-from lit_rlhf.training.batches import seeded
-from lit_rlhf.training.dry_run import Meter, largest
+from lit_rlhf.training.batches import largest, seeded
+from lit_rlhf.training.dry_run import Meter
 from lit_rlhf.training.fsdp import FSDP2
-from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, batches_and_size, decay_groups, warmup_decay
+from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, training_loader, warmup_decay
 
 
 class PPOModule(LearnsFromRollouts):
@@ -201,7 +201,8 @@ class PPOModule(LearnsFromRollouts):
                 self.minibatch_size * self.trainer.world_size, seeded(self.seed, i, PROBE)
             )
         )
-        return probe(self.objective, minibatches, self.own_part, self.mean)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        return probe(trained, minibatches, self.policy_losses, self.mean)
 
     # ------------------------------------------------------------ optimization
 
@@ -267,15 +268,15 @@ class PPOModule(LearnsFromRollouts):
             head = head_parameters(self.critic)
             groups += decay_groups(self.critic, head, self.critic_head_lr, lr=self.critic_lr)
         optimizer = self.optimizer(groups)
-        iterations, prompts = batches_and_size(self.trainer)
-        rollout = prompts * self.answers_per_prompt
+        loader = training_loader(self.trainer)
+        rollout = loader.batch_size * self.answers_per_prompt
         if self.minibatch_size > rollout:
             self.print(
                 f"ppo: ppo.module.minibatch_size is {self.minibatch_size} and a rollout has {rollout} answers "
                 "(ppo.data.batch_size times ppo.module.answers_per_prompt): each optimizer step takes them all"
             )
         per_rollout = -(-rollout // self.minibatch_size) * self.ppo_epochs
-        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, iterations * per_rollout)}
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, len(loader) * per_rollout)}
 
     # ---------------------------------------------------------------- watching
 

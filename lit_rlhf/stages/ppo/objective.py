@@ -87,22 +87,20 @@ class Objective:
         flat_logprobs, flat_kl = self._logprobs_and_kl(packed, response, hidden)  # (M,)
         logprobs = self._actions(flat_logprobs, response.mask)  # (N, A)
         actions, old = minibatch.mask, minibatch.old_logprobs
-        policy_loss = self.loss(logprobs, old, minibatch.advantages, actions)
+        surrogate = self.loss(logprobs, old, minibatch.advantages, actions)
         detached = logprobs.detach()
         watched = {
-            "policy_loss": policy_loss.detach(),
+            "policy_loss": surrogate.detach(),
             "clip_fraction": clip_fraction(detached, old, actions, getattr(self.loss, "clip_range", 0.2)),
             "approx_kl": masked_mean(kl_estimate(old, detached, "k3"), actions),
             "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
         }
+        penalty = surrogate.new_zeros(())
         if self.kl.in_loss:
-            if flat_kl is None:
-                kl = kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
-            else:
-                kl = self._actions(flat_kl, response.mask)
-            mean_kl = masked_mean(kl, actions)  # from the reference, in nats per action; its gradient is the penalty
+            mean_kl = masked_mean(self._kl(logprobs, flat_kl, response, minibatch), actions)  # nats per action
             watched["kl_loss"] = mean_kl.detach()
-            policy_loss = policy_loss + self.kl_coef * mean_kl
+            penalty = self.kl_coef * mean_kl
+        policy_loss = surrogate + penalty
         blame(policy_loss, "the log-probs of the policy", detached)
         if self.critic is None:
             return policy_loss, policy_loss.new_zeros(()), watched
@@ -111,6 +109,13 @@ class Objective:
         blame(value_loss, "the values of the critic", values)
         watched["value_loss"] = value_loss.detach()
         return policy_loss, value_loss, watched
+
+    def _kl(self, logprobs: Tensor, flat_kl: Tensor | None, response: Responding, minibatch: Rollout) -> Tensor:
+        """Divergence (N, A) from the reference, whose gradient is the penalty: over all tokens where ``flat_kl`` is
+        given, else estimated from what was drawn."""
+        if flat_kl is None:
+            return kl_estimate(logprobs, minibatch.ref_logprobs, self.kl.estimator)
+        return self._actions(flat_kl, response.mask)
 
     def _actions(self, x: Tensor, mask: Tensor) -> Tensor:
         """Per action (N, A) from per token (M,), which stand where ``mask`` (N, T) is True."""

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_rlhf.functional import gradient_noise
-from lit_rlhf.stages.ppo.objective import Objective
 from lit_rlhf.stages.ppo.rollout import Rollout
 
 
 def probe(
-    objective: Objective,
+    parameters: Sequence[nn.Parameter],
     minibatches: Iterable[Rollout],
-    own_part: Callable[[Rollout], tuple[Rollout, Tensor | float]],
+    losses: Callable[[Rollout], Iterable[Tensor]],
     mean: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Noise of a minibatch's policy gradient, ``ppo/gradient_variance``, ``_signal`` and ``_noise``: see
-    :class:`lit_rlhf.functional.GradientNoise`. ``own_part`` is what this process reads of a minibatch, and its share,
-    ``mean`` one over the processes."""
-    parameters = [p for p in objective.policy.parameters() if p.requires_grad]
+    """Noise of a minibatch's gradient, ``ppo/gradient_variance``, ``_signal`` and ``_noise``: see
+    :class:`lit_rlhf.functional.GradientNoise`.
+
+    ``losses`` (scalars) of a minibatch, whose sum is this process's; ``mean`` is one over the processes."""
 
     def gradients() -> Iterator[list[Tensor]]:
         for minibatch in minibatches:
             total = [torch.zeros_like(p) for p in parameters]
-            own, share = own_part(minibatch)
-            for part, weight in objective.micro_batches(own):
-                loss, *_ = objective.losses(part)
-                found = torch.autograd.grad(loss * weight * share, parameters, allow_unused=True)
+            for loss in losses(minibatch):
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for known, new in zip(total, found):
                     if new is not None:
                         known += new
