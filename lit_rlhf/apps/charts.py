@@ -11,7 +11,9 @@ from typing import NamedTuple
 from lit_rlhf.apps.display import model_name, number, tone
 from lit_rlhf.apps.run_reader import Run
 from lit_rlhf.functional import best_of_n_kl
-from lit_rlhf.stages.stage import SFT_STD, all_stages
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.ppo import STAGE as PPO
+from lit_rlhf.stages.stage import SFT_STD, Tone, all_stages
 
 POINTS_DRAWN = 300  # of a line; more are averaged
 
@@ -24,7 +26,7 @@ class Line(NamedTuple):
     """A line of a chart: its label, the end of its CSS class, its points."""
 
     label: str
-    tone: str
+    tone: Tone
     points: Points
     style: str = "measured"  # with a trend or dots, as there are many points or few; "dots", "curve" or "dashed"
 
@@ -53,7 +55,7 @@ def panels(run: Run, stage: str, folded: bool = False) -> Iterator[Chart]:
             values = {step: row.get(metric, math.nan) for step, row in sorted(rows.items())}
             points = [(places[step], scale * value) for step, value in values.items() if math.isfinite(value)]
             held_out = metric.startswith("val/")
-            tone = ("val" if place < 2 else "gold") if held_out else ("train" if place == 0 else "other")
+            tone: Tone = ("pink" if place < 2 else "amber") if held_out else ("teal" if place == 0 else "grey")
             if points:
                 lines.append(Line(label, tone, points))
         if any(len(line.points) > 1 for line in lines):
@@ -67,22 +69,22 @@ def frontier(run: Run) -> Iterator[Chart]:
 
     Beside PPO's rollouts and validations stand the models that were evaluated, and the best of n, in so far as they
     were scored alike."""
-    rows = run.metrics.get("ppo", {})
-    evaluation = run.figures.get("evaluate", {})
+    rows = run.course(PPO)
+    evaluation = run.of(EVALUATE)
     best = evaluation.get("best_of_n") or {}
     scores = run.score_unit if rows else SFT_STD
     alike = scores == SFT_STD  # as in evaluation, which has the reward model's scores
     for key, title, unit in (("score", "Score against KL", scores), ("gold", "Gold grade against KL", "points")):
         lines = [
-            Line("PPO's rollouts", "train", _against_kl(rows, f"ppo/{key}", "ppo/kl"), "dots"),
-            Line("held out", "val", _against_kl(rows, f"val/ppo/{key}", "val/ppo/kl")),
+            Line("PPO's rollouts", "teal", _against_kl(rows, f"ppo/{key}", "ppo/kl"), "dots"),
+            Line("held out", "pink", _against_kl(rows, f"val/ppo/{key}", "val/ppo/kl")),
         ]
         for name, figures in (evaluation.get("models") or {}).items():
             if figures.get("kl") is not None and figures.get(key) is not None and (alike or key != "score"):
                 lines.append(Line(model_name(name), tone(name), [(figures["kl"], figures[key])]))
         if best.get(key) is not None and (alike or key != "score"):
             point = (best_of_n_kl(best["n"]), best[key])
-            lines.append(Line(model_name("best_of_n", best["n"]), "best_of_n", [point]))
+            lines.append(Line(model_name("best_of_n", best["n"]), tone("best_of_n"), [point]))
         lines = [line for line in lines if line.points]
         if sum(len(line.points) for line in lines) > 2:
             yield Chart(title, unit, "KL to SFT, nats per answer", lines)
@@ -115,7 +117,7 @@ class Stroke(NamedTuple):
     """A line of a chart, in the drawing's units."""
 
     label: str
-    tone: str
+    tone: Tone
     path: str
     trend: str  # smoothed, where it is noisy
     dots: list[tuple[float, float, str]]  # where there are few

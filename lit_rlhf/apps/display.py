@@ -14,9 +14,10 @@ import yaml
 from markupsafe import Markup
 
 from lit_rlhf import errors
-from lit_rlhf.stages.stage import GRADES, all_stages
+from lit_rlhf.stages.stage import GRADES, Model, Tone, all_stages
 
-COLOURED = ("base", "prompted", "sft", "ppo", "dpo", "best_of_n")  # models with a colour of their own
+# What evaluation has beside the models of stages
+OTHERS = (Model("prompted", "Prompted base", "teal"), Model("best_of_n", "Best of n", "violet"))
 LABELS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MEASURES, FIGURES, DATA = LABELS["measures"], LABELS["figures"], LABELS["data"]
 
@@ -79,15 +80,17 @@ def model_name(name: str, best_of: Any = None) -> str:
         return f"Round {name.removeprefix('round_')}"
     if name == "best_of_n":
         return f"Best of {best_of or 'n'}"
-    titles = dict(stage.model for stage in all_stages().values() if stage.model is not None)
-    return {**titles, "prompted": "Prompted base"}.get(name, name)
+    return _models()[name].title if name in _models() else name
 
 
-def tone(name: str) -> str:
+def tone(name: str) -> Tone:
     """The colour of a model: the end of a CSS class."""
-    if name == "prompted":
-        return "train"
-    return name if name in COLOURED else "other"
+    return _models()[name].tone if name in _models() else "grey"
+
+
+def _models() -> dict[str, Model]:
+    known = [stage.model for stage in all_stages().values() if stage.model is not None]
+    return {model.name: model for model in (*known, *OTHERS)}
 
 
 def fill_template(template: str, figures: Mapping[str, Any]) -> str | None:

@@ -15,11 +15,14 @@ from lit_rlhf.apps.run_reader import load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
+from lit_rlhf.stages.few_shot import STAGE as FEW_SHOT
+from lit_rlhf.stages.pretrain import STAGE as PRETRAIN
+from lit_rlhf.stages.stage import Tone
 
-TONES = ("sft", "ppo", "dpo", "best_of_n", "train", "val", "gold", "other")
+TONES: tuple[Tone, ...] = ("blue", "orange", "green", "violet", "teal", "pink", "amber", "grey")
 
 
-class Asked(NamedTuple):
+class Accuracies(NamedTuple):
     """Accuracies of one model for every number of examples."""
 
     job: str  # the settings in which it differs from the other jobs
@@ -36,9 +39,9 @@ def write_few_shot(sweep: Path) -> Path:
     """Write ``few_shot.html`` into the folder of a sweep, with what its jobs left there; returns its path."""
     jobs = load_jobs(Path(sweep))
     differ = varied(jobs)
-    models = [asked(job.folder, _settings(job, differ)) for job in jobs if job.done]
+    models = [accuracies(job.folder, _settings(job, differ)) for job in jobs if job.done]
     if not any(model.shots for model in models):
-        raise UserError(f"{sweep}: no job of a sweep has asked a model anything, so there is nothing to show")
+        raise UserError(f"{sweep}: no job of a sweep has accuracies a model anything, so there is nothing to show")
     page = render(
         "few_shot.html.jinja",
         name="/".join(Path(sweep).resolve().parts[-3:]),
@@ -50,17 +53,19 @@ def write_few_shot(sweep: Path) -> Path:
     return write_text(Path(sweep) / "few_shot.html", page)
 
 
-def asked(folder: Path, job: str) -> Asked:
+def accuracies(folder: Path, job: str) -> Accuracies:
     """The results of one job."""
     run = load_run(folder)
-    figures, pretrain = run.figures.get("few_shot", {}), run.figures.get("pretrain", {})
+    figures, pretrain = run.of(FEW_SHOT), run.of(PRETRAIN)
     shots = {
         int(k): (row["accuracy"], row["low"], row["high"], row["n"], row["too_long"])
         for k, row in figures.get("shots", {}).items()
     }
-    steps = max(run.metrics.get("pretrain", {}), default=0)
+    steps = max(run.course(PRETRAIN), default=0)
     known = (figures.get("task", ""), figures.get("parameters", 0), steps)
-    return Asked(job, *known, pretrain.get("tokens"), pretrain.get("val_loss"), figures.get("guessing", 0.0), shots)
+    return Accuracies(
+        job, *known, pretrain.get("tokens"), pretrain.get("val_loss"), figures.get("guessing", 0.0), shots
+    )
 
 
 def _settings(job: Job, names: list[str]) -> str:
@@ -69,7 +74,7 @@ def _settings(job: Job, names: list[str]) -> str:
     return ", ".join(f"{name} {value.removesuffix('/model')[-40:]}" for name, value in last.items())
 
 
-def against_size(models: list[Asked]) -> list[Drawing]:
+def against_size(models: list[Accuracies]) -> list[Drawing]:
     """Accuracy against the doublings of the parameters, a line for each number of examples, after most steps."""
     steps, smallest = max(model.steps for model in models), min(model.parameters for model in models)
     longest = [model for model in models if model.steps == steps]
@@ -78,7 +83,7 @@ def against_size(models: list[Asked]) -> list[Drawing]:
     return [_chart(title, f"doublings of {smallest:,} parameters", lines, models)] if lines else []
 
 
-def against_steps(models: list[Asked]) -> list[Drawing]:
+def against_steps(models: list[Accuracies]) -> list[Drawing]:
     """Accuracy against pretraining steps, a line for each size, behind each number of examples."""
     sizes = sorted({model.parameters for model in models})
     drawings = []
@@ -92,15 +97,15 @@ def against_steps(models: list[Asked]) -> list[Drawing]:
     return drawings
 
 
-def _chart(title: str, x_name: str, lines: list[Line], models: list[Asked]) -> Drawing:
+def _chart(title: str, x_name: str, lines: list[Line], models: list[Accuracies]) -> Drawing:
     return draw(Chart(title, "%", x_name, lines, (100 * models[0].guessing, "guessing")))
 
 
-def _ks(models: list[Asked]) -> list[int]:
+def _ks(models: list[Accuracies]) -> list[int]:
     return sorted({k for model in models for k, row in model.shots.items() if row[3]})
 
 
-def _points(models: list[Asked], k: int, place: Callable[[Asked], float]) -> Points:
+def _points(models: list[Accuracies], k: int, place: Callable[[Accuracies], float]) -> Points:
     """(place, mean accuracy of the models there), in percent."""
     values: dict[float, list[float]] = {}
     for model in models:

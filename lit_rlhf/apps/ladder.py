@@ -16,14 +16,18 @@ from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs, varied
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
-from lit_rlhf.stages.stage import SFT_STD
+from lit_rlhf.stages.dpo import STAGE as DPO
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.ppo import STAGE as PPO
+from lit_rlhf.stages.sft import STAGE as SFT
+from lit_rlhf.stages.stage import SFT_STD, Tone
 
 CURVES = {  # metric: what it is called, its unit
     "ppo/score": ("Score", SFT_STD),
     "ppo/gold": ("Gold grade", "points"),
     "ppo/kl": ("KL to SFT", "nats per answer"),
 }
-TONES = ("sft", "ppo", "train", "val", "gold", "best_of_n", "dpo", "other")
+TONES: tuple[Tone, ...] = ("blue", "orange", "teal", "pink", "amber", "violet", "green", "grey")
 
 
 class Rung(NamedTuple):
@@ -33,7 +37,7 @@ class Rung(NamedTuple):
     title: str
     adds: str
     formula: str
-    tone: str  # the end of its CSS class
+    tone: Tone  # the end of its CSS class
     runs: list[Run]
 
 
@@ -41,7 +45,7 @@ class Outcome(NamedTuple):
     """Held-out figures of a rung; the mean over seeds, the interval around all of theirs."""
 
     title: str
-    tone: str
+    tone: Tone
     win: float | None
     low: float | None
     high: float | None
@@ -57,7 +61,7 @@ class Noise(NamedTuple):
     """Gradient noise: minibatches to average until the gradient is as long as its error; None: more than were tried."""
 
     title: str
-    tone: str
+    tone: Tone
     value: float | None
     share: float  # of the width of the drawing
 
@@ -121,34 +125,38 @@ def outcome(rung: Rung) -> Outcome:
 
 
 def _outcome(run: Run) -> dict[str, Any]:
-    if ppo := run.figures.get("ppo"):
-        figures, rate, episodes_seen, stage = ppo, ppo.get("win_rate") or {}, ppo.get("episodes"), "ppo"
+    if ppo := run.of(PPO):
+        figures, rate, episodes_seen, stage = ppo, ppo.get("win_rate") or {}, ppo.get("episodes"), PPO
         score = ppo.get("val_score")
     else:
-        evaluation = run.figures.get("evaluate", {})
-        figures = (evaluation.get("models") or {}).get("dpo") or {}
-        rate, episodes_seen, stage = (evaluation.get("win_rate") or {}).get("dpo_vs_sft") or {}, None, "dpo"
+        evaluation = run.of(EVALUATE)
+        figures = (evaluation.get("models") or {}).get(DPO.called) or {}
+        rate, episodes_seen, stage = (
+            (evaluation.get("win_rate") or {}).get(f"{DPO.called}_vs_{SFT.called}") or {},
+            None,
+            DPO,
+        )
         score = figures.get("score")
     known = {key: figures.get(key) for key in ("gold", "correct", "kl")}
     wins = {"win": rate.get("mean"), "low": rate.get("low"), "high": rate.get("high")}
-    return {**known, **wins, "score": score, "episodes": episodes_seen, "seconds": run.seconds.get(stage)}
+    return {**known, **wins, "score": score, "episodes": episodes_seen, "seconds": run.seconds.get(stage.name)}
 
 
 def other_models(rungs: list[Rung]) -> list[Outcome]:
     """The SFT model, and its best of n by the reward model, where a job has evaluated them."""
-    evaluations = [run.figures["evaluate"] for rung in rungs for run in rung.runs if "evaluate" in run.figures]
+    evaluations = [found for rung in rungs for run in rung.runs if (found := run.of(EVALUATE))]
     rows = []
-    models = [(e.get("models") or {}).get("sft") or {} for e in evaluations]
+    models = [(e.get("models") or {}).get(SFT.called) or {} for e in evaluations]
     if any(models):
         known = {key: _mean([m.get(key) for m in models]) for key in ("gold", "correct", "score", "kl")}
-        rows.append(Outcome("SFT model", "base", None, None, None, **known, episodes=None, seconds=None))
+        rows.append(Outcome("SFT model", "grey", None, None, None, **known, episodes=None, seconds=None))
     best_of = [e["best_of_n"] for e in evaluations if e.get("best_of_n")]
     if best_of:
-        rates = [(b.get("win_rate") or {}).get("best_of_n_vs_sft") or {} for b in best_of]
+        rates = [(b.get("win_rate") or {}).get(f"best_of_n_vs_{SFT.called}") or {} for b in best_of]
         win, low, high = (_mean([rate.get(key) for rate in rates]) for key in ("mean", "low", "high"))
         gold, correct = (_mean([b.get(key) for b in best_of]) for key in ("gold", "correct"))
         title = f"SFT model, best of {best_of[0]['n']}"
-        rows.append(Outcome(title, "base", win, low, high, gold, correct, None, None, None, None))
+        rows.append(Outcome(title, "grey", win, low, high, gold, correct, None, None, None, None))
     return rows
 
 
@@ -179,7 +187,7 @@ def curve(runs: list[Run], metric: str) -> Points:
     """A metric against episodes, the mean over the seeds."""
     values: dict[float, list[float]] = {}
     for run in runs:
-        rows = run.metrics.get("ppo", {})
+        rows = run.course(PPO)
         places = reached(rows, "ppo/episodes")
         for step, row in sorted(rows.items()):
             if math.isfinite(row.get(metric, math.nan)):
@@ -204,7 +212,7 @@ def noises(rungs: list[Rung]) -> tuple[list[Noise], list[tuple[float, str]]]:
 
 def gradient_noise(runs: list[Run]) -> float | None:
     """Variance over squared mean of a minibatch's gradient; infinite where no mean was found, None: not measured."""
-    rows = [row for run in runs for row in run.metrics.get("ppo", {}).values() if "ppo/gradient_variance" in row]
+    rows = [row for run in runs for row in run.course(PPO).values() if "ppo/gradient_variance" in row]
     if not rows:
         return None
     variance, signal = (sum(row[f"ppo/gradient_{name}"] for row in rows) for name in ("variance", "signal"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lit_rlhf.apps.run_reader import load_run, newest, read_summary, round_folders
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import read_jsonl
+from lit_rlhf.stages.reward import STAGE as REWARD
 from lit_rlhf.stages.stage import all_stages
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class LoadedRun:
         """The reward model, which scores ``input_ids`` and ``attention_mask``; see ``lit_rlhf.models``."""
         from lit_rlhf.models import load_reward_model
 
-        self._known("reward", [name for name in self.stages if self._model(name).is_dir()])
-        return load_reward_model(self._model("reward"))
+        self._known(REWARD.name, [name for name in self.stages if self._model(name).is_dir()])
+        return load_reward_model(self._model(REWARD.name))
 
     def show(self, height: int = 800) -> HTML:
         """The report, inside the notebook; ``height`` in pixels."""

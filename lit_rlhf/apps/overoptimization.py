@@ -21,11 +21,15 @@ from lit_rlhf.apps.sweep_reader import Job, load_jobs
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
 from lit_rlhf.functional import GainFit, best_of_n_kl, expected_best_of_n, fit_best_of_n_gain, fit_rl_gain, rl_gain
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.ppo import STAGE as PPO
+from lit_rlhf.stages.reward import STAGE as REWARD
+from lit_rlhf.stages.stage import Tone
 
 FITS = 0.8  # R squared from which a fitted curve is drawn
 NEAR = 0.01  # nats per answer: a rollout no further away tells where gains begin
-WHAT = {"proxy": ("sft", "proxy"), "gold": ("ppo", "gold")}  # tone, what it is called
-COEF_TONES = ("ppo", "gold", "dpo", "train", "val", "other")
+WHAT: dict[str, tuple[Tone, str]] = {"proxy": ("blue", "proxy"), "gold": ("orange", "gold")}  # what it is called
+COEF_TONES: tuple[Tone, ...] = ("orange", "amber", "green", "teal", "pink", "grey")
 
 
 class Course(NamedTuple):
@@ -121,8 +125,8 @@ def studies_of(jobs: list[Job]) -> list[Study]:
     groups: dict[int, list[Run]] = {}
     for job in jobs:
         run = load_run(job.folder)
-        rankings = run.data.get("reward", {}).get("train_set")
-        if isinstance(rankings, int) and _gold_std(run) and "ppo" in run.figures:
+        rankings = run.data.get(REWARD.name, {}).get("train_set")
+        if isinstance(rankings, int) and _gold_std(run) and run.of(PPO):
             groups.setdefault(rankings, []).append(run)
     return [_study(f"{number(rankings)} rankings", runs) for rankings, runs in sorted(groups.items())]
 
@@ -130,13 +134,13 @@ def studies_of(jobs: list[Job]) -> list[Study]:
 def _study(name: str, runs: list[Run]) -> Study:
     by_coef: dict[float, list[Course]] = {}
     for run in runs:
-        by_coef.setdefault(float(run.figures["ppo"]["kl_coef"]), []).append(_course(run))
+        by_coef.setdefault(float(run.of(PPO)["kl_coef"]), []).append(_course(run))
     pursuits = [Pursuit(coef, courses) for coef, courses in sorted(by_coef.items())]
     best_of, size = _best_of(runs[0])
     measured = {("RL", what): pursuits[0].points(what) for what in WHAT}
     measured |= {("best of n", what): best_of[what] for what in WHAT}
     fits = {key: fit for key, points in measured.items() if (fit := _fit(key[0], points)) is not None}
-    return Study(name, runs[0].figures.get("reward", {}).get("val_accuracy"), pursuits, best_of, size, fits)
+    return Study(name, runs[0].of(REWARD).get("val_accuracy"), pursuits, best_of, size, fits)
 
 
 def _fit(method: str, points: Points) -> Fitted | None:
@@ -148,7 +152,7 @@ def _fit(method: str, points: Points) -> Fitted | None:
 
 def _course(run: Run) -> Course:
     """Gains begin at the mean of the rollouts that are hardly away from the SFT model."""
-    rows = [row for _, row in sorted(run.metrics["ppo"].items()) if "ppo/gold" in row]
+    rows = [row for _, row in sorted(run.course(PPO).items()) if "ppo/gold" in row]
     first = [row for i, row in enumerate(rows) if i == 0 or row["ppo/kl"] < NEAR]
     gains = []
     for metric, scale in (("ppo/score", 1.0), ("ppo/gold", _gold_std(run))):
@@ -158,7 +162,7 @@ def _course(run: Run) -> Course:
 
 
 def _candidates(run: Run) -> list[dict[str, list[float]]]:
-    rows = [row["candidates"] for row in run.samples.get("evaluate", []) if row.get("candidates")]
+    rows = [row["candidates"] for row in run.samples.get(EVALUATE.name, []) if row.get("candidates")]
     return [row for row in rows if row["gold"]]
 
 

@@ -12,7 +12,8 @@ from pydantic import Field
 from lit_rlhf.errors import UserError, say
 from lit_rlhf.files import Checked, read_json, read_jsonl, read_text, read_yaml
 from lit_rlhf.finished import changes, read_done
-from lit_rlhf.stages.stage import SFT_STD, all_stages
+from lit_rlhf.stages.ppo import STAGE as PPO
+from lit_rlhf.stages.stage import SFT_STD, Stage, all_stages
 from lit_rlhf.training.metrics_file import read_metrics
 
 
@@ -53,15 +54,23 @@ class Run:
     rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
     checkpoint: str = ""  # name of that which took the place of pretraining; "": there was none
 
+    def of(self, stage: Stage) -> dict[str, Any]:
+        """The figures of a stage; none where it is not finished."""
+        return self.figures.get(stage.name, {})
+
+    def course(self, stage: Stage) -> dict[int, dict[str, float]]:
+        """The metrics of a stage by step; none where it has not begun."""
+        return self.metrics.get(stage.name, {})
+
     @property
     def scored_by(self) -> str:
         """The source of PPO's scores; "" where it is not finished."""
-        return self.figures["ppo"].get("scored_by", "reward model") if "ppo" in self.figures else ""
+        return self.of(PPO).get("scored_by", "reward model") if PPO.name in self.figures else ""
 
     @property
     def score_unit(self) -> str:
         """The unit of PPO's scores."""
-        return self.figures["ppo"].get("score_unit", SFT_STD) if "ppo" in self.figures else "reward units"
+        return self.of(PPO).get("score_unit", SFT_STD) if PPO.name in self.figures else "reward units"
 
     @property
     def total_seconds(self) -> float:
@@ -120,7 +129,7 @@ def load_run(path: Path) -> Run:
         versions={name: v for record in done.values() for name, v in (record.get("versions") or {}).items()},
         settings={stage: read_text(folders[stage] / "config.yaml") or "" for stage in settings},
         samples={stage: read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
-        health=read_jsonl(watch) if (watch := folders["ppo"] / "health.jsonl").exists() else None,
+        health=read_jsonl(watch) if (watch := folders[PPO.name] / "health.jsonl").exists() else None,
         cost={stage: {**record["cost"], **record["memory"]} for stage, record in done.items()},
         rounds={f.name: known for f in round_folders(path) if (known := read_summary(f))},
         checkpoint=next((Path(origin["checkpoint"]).name for origin in origins if origin.get("checkpoint")), ""),

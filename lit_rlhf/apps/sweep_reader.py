@@ -12,7 +12,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.files import Checked, read_json
 
 
-class Ended(Checked):
+class EndedJob(Checked):
     """``job.json``: how a job of a sweep ended."""
 
     status: str
@@ -28,7 +28,7 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
         try:
-            self.record: dict[str, Any] = read_json(folder / "job.json", Ended)
+            self.record: dict[str, Any] = read_json(folder / "job.json", EndedJob)
             figures = read_summary(folder)
         except UserError as error:
             self.record, figures = {"status": "damaged", "overrides": [], "error": str(error)}, {}

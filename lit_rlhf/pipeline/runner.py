@@ -22,6 +22,7 @@ from lit_rlhf.pipeline.run_folder import check_inputs, check_records, checkpoint
 from lit_rlhf.pipeline.settings import stages_of
 from lit_rlhf.pipeline.stage_folder import StageFolder
 from lit_rlhf.processes import is_main_process
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
 from lit_rlhf.stages.stage import all_stages
 
 
@@ -48,7 +49,7 @@ def run_chain(cfg: DictConfig, processes: Processes) -> dict[str, Any]:
         raise UserError(f"{run}: there is no finished stage to report on; run one first")
     summary = write_summary(run)
     report = write_report(run)
-    if "evaluate" in names and run == Path(cfg.paths.runs) / cfg.run:  # jobs of a sweep have their own place
+    if EVALUATE.name in names and run == Path(cfg.paths.runs) / cfg.run:  # jobs of a sweep have their own place
         print_screen(run)
     print(f"report: {report}", flush=True)
     log_report(cfg, report, summary)

@@ -11,12 +11,13 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_rlhf.errors import UserError
 
 GROUP = "lit_rlhf.stages"  # entry points of other distributions that name a Stage
 SFT_STD = "SFT std"  # unit of the reward model's scores; PPO says in which unit its own are
+Tone = Literal["grey", "blue", "orange", "green", "violet", "teal", "pink", "amber"]  # colours of the pages
 GRADES = "\N{MINUS SIGN}1 to 1"  # unit of the gold judge's grades of one aspect
 
 
@@ -53,6 +54,14 @@ class Card(NamedTuple):
     label: str
     value: str
     note: str
+
+
+class Model(NamedTuple):
+    """A model on the pages, where evaluation has several side by side."""
+
+    name: str  # what evaluation calls it
+    title: str
+    tone: Tone = "grey"
 
 
 class RoundFigure(NamedTuple):
@@ -97,12 +106,17 @@ class Stage:
     # The report.
     panels: tuple[Panel, ...] = ()
     x_axis: tuple[str, str] | None = None  # (metric, its label) that curves are drawn against; None: optimizer steps
-    model: tuple[str, str] | None = None  # what evaluation and report call its model: (name, title)
+    model: Model | None = None  # what it makes, where that is evaluated beside others
     own_section: bool = False  # the report has a section about it; else it is shown among the stages
     note: str = ""  # template: what it reached, in a few words
     headline: str = ""  # template: the same as a sentence, the main figure between **; the page has the last stage's
     cards: tuple[Card, ...] = ()  # the first that has its figures is shown
     in_sweeps: tuple[str, ...] = ()  # addresses of figures in a sweep's table, beside the objective
+
+    @property
+    def called(self) -> str:
+        """What evaluation calls its model."""
+        return self.name if self.model is None else self.model.name
 
     @property
     def trained(self) -> str:

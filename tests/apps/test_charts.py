@@ -4,7 +4,7 @@ from lit_rlhf.apps.charts import Chart, Line, _noisy, _smoothed, draw, ticks
 def test_a_line_by_hand():
     """The plot reaches from (46, 152), bottom left, to (328, 10)."""
     points = [(0.0, 0.0), (5.0, 25.0), (10.0, 100.0)]
-    drawing = draw(Chart("Right", "%", "steps", [Line("held out", "val", points)], (50.0, "chance")))
+    drawing = draw(Chart("Right", "%", "steps", [Line("held out", "pink", points)], (50.0, "chance")))
     assert drawing.strokes[0].path == "M46.0 152.0L187.0 116.5L328.0 10.0"
     assert drawing.strokes[0].last == "100%" and drawing.reference.at == 81
     assert [tick.label for tick in drawing.y_ticks] == ["0", "25", "50", "75", "100"]

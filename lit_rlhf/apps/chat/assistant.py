@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.policy import context_length, freeze, load_policy_and_tokenizer
-from lit_rlhf.rollouts import Growing, Sampling, stream
+from lit_rlhf.rollouts import Growing, Sampling, stream_response
 from lit_rlhf.text import Transcript, encode_prompts, is_base, transcript_for
 from lit_rlhf.text.records import Messages
 from lit_rlhf.text.special_tokens import SpecialTokens
@@ -31,7 +31,7 @@ class Assistant:
         """The answer after each token; the same numbers in ``seed`` give the same answer."""
         generator = seeded(*seed)
         settings = replace(sampling, stop=self.stops)
-        return stream(self.policy, self.tokenizer, messages, settings, generator, self.special_tokens)
+        return stream_response(self.policy, self.tokenizer, messages, settings, generator, self.special_tokens)
 
     def fits(self, messages: Messages, new_tokens: int) -> bool:
         """Whether the model can see the whole prompt and write so many tokens."""
@@ -61,7 +61,7 @@ def load_assistant(
     return Assistant(name, policy, tokenizer, special_tokens=special_tokens)
 
 
-def fitted(messages: Messages, assistants: Sequence[Assistant], sampling: Sampling) -> tuple[Messages, int]:
+def fit_dialogue(messages: Messages, assistants: Sequence[Assistant], sampling: Sampling) -> tuple[Messages, int]:
     """(the dialogue without its oldest turns, so that it fits each model's context; how many messages were dropped).
 
     The system message stays. Raises ``UserError`` where the last turn alone is too long."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lit_rlhf.apps.chat.assistant import Assistant, fitted
+from lit_rlhf.apps.chat.assistant import Assistant, fit_dialogue
 from lit_rlhf.apps.chat.judgements import Judgements
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import json_value
@@ -240,7 +240,7 @@ class Conversation:
                 self.answers[place] = answer
 
     def _reply(self, together: bool) -> Iterator[list[Answer]]:
-        prompt, self.dropped = fitted(self._with_system(self.messages), self.assistants, self.sampling)
+        prompt, self.dropped = fit_dialogue(self._with_system(self.messages), self.assistants, self.sampling)
         order = self.shuffle.sample(range(len(self.assistants)), len(self.assistants))
         written = [Answer(self.assistants[i].name, prompt, self.sampling) for i in order]
         streams = [self._write(i, answer) for i, answer in zip(order, written)]

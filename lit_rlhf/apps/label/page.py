@@ -12,6 +12,7 @@ from lit_rlhf.apps.label.modes import Item, Rank, Rate, Task, Write
 from lit_rlhf.apps.label.queue import Labelling
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import read_yaml
+from lit_rlhf.stages.preference import STAGE as PREFERENCE
 from lit_rlhf.stages.stage import all_stages
 from lit_rlhf.text.records import OnBadRecord, load_records
 
@@ -119,8 +120,8 @@ class LabellingPage:
         data = f"{stage}.data.path={records}"
         if self.task.mode == "rate":  # what was said of single answers stands beside rankings, or alone
             data = f"{stage}.data.path=null {stage}.data.feedback={records}"
-        begun = self.folder.parent / "preference"
-        asked = (read_yaml(begun / "config.yaml").get("preference") or {}).get("annotator")
+        begun = self.folder.parent / PREFERENCE.name
+        asked = (read_yaml(begun / "config.yaml").get(PREFERENCE.name) or {}).get("annotator")
         waits = self.path.parent == self.folder and asked is not None and not (begun / "done.json").exists()
         return {
             "mode": self.task.mode,

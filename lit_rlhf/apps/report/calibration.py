@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from lit_rlhf.apps.charts import Chart, Line
 from lit_rlhf.apps.display import number
 from lit_rlhf.apps.run_reader import Run
+from lit_rlhf.stages.reward import STAGE as REWARD
 
 GROUPS = {  # of done.json: what they are called
     "kind": "Kind of prompt",
@@ -28,7 +29,7 @@ class Group(NamedTuple):
 
 def groups(run: Run) -> list[tuple[str, list[Group]]]:
     """(heading, groups); only groupings with more than one group."""
-    by = run.figures.get("reward", {}).get("by") or {}
+    by = run.of(REWARD).get("by") or {}
     found = []
     for key, heading in GROUPS.items():
         gold = by.get(f"gold_{key}") or {}
@@ -44,15 +45,15 @@ def groups(run: Run) -> list[tuple[str, list[Group]]]:
 
 def calibration_chart(run: Run) -> Chart | None:
     """How often the better-scored answer wins, against how sure the scores are; None where it was not worked out."""
-    figures: dict[str, Any] = run.figures.get("reward", {})
+    figures: dict[str, Any] = run.of(REWARD)
     curve = figures.get("calibration")
     if not curve:
         return None
     points = [(100 * b["predicted"], 100 * b["observed"]) for b in curve]
     error = f"held out, {number(100 * figures['calibration_error'])} points off on average"
     lines = [
-        Line("as right as sure", "other", [(50.0, 50.0), (100.0, 100.0)], "dashed"),
-        Line(error, "val", points, "curve"),
-        Line("", "val", points, "dots"),
+        Line("as right as sure", "grey", [(50.0, 50.0), (100.0, 100.0)], "dashed"),
+        Line(error, "pink", points, "curve"),
+        Line("", "pink", points, "dots"),
     ]
     return Chart("Calibration", "%", "how sure: sigmoid of the difference of scores, %", lines, x_from=50.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lit_rlhf.apps.charts import Chart, Drawing, Line, draw
+from lit_rlhf.stages.stage import Tone
 
 NUMBERED = 12  # labels; of more, the cells are too small for numbers
 LONGEST = 16  # characters of a label's name in the drawing
@@ -60,7 +61,7 @@ def by_shots(figures: dict[str, Any]) -> Shots | None:
         ShotsRow(int(k), [row["by"].get(way) for way in ways], row["low"], row["high"], row["n"], row["too_long"])
         for k, row in shots.items()
     ]
-    tones = ("train", "val", "gold")
+    tones: tuple[Tone, ...] = ("teal", "pink", "amber")
     lines = [
         Line(way, tone, [(row.k, 100 * row.by[i]) for row in rows if row.by[i] is not None])
         for i, (way, tone) in enumerate(zip(ways, tones))

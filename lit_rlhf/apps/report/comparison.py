@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 from lit_rlhf.apps.charts import tick_step, ticks
 from lit_rlhf.apps.display import MEASURES, figure, fill_template, model_name, number, percent
 from lit_rlhf.apps.run_reader import Run
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.ppo import STAGE as PPO
+from lit_rlhf.stages.pretrain import STAGE as PRETRAIN
+from lit_rlhf.stages.sft import STAGE as SFT
 from lit_rlhf.stages.stage import SFT_STD, all_stages
 
 PROXY = " (proxy)"  # behind the name of what scores where there is no judge
@@ -32,20 +36,20 @@ class Card(NamedTuple):
 
 def judge_of(run: Run) -> str:
     """The name of the judge: "gold", "reward model (proxy)", an annotator's name, or "" where nothing was compared."""
-    evaluation = run.figures.get("evaluate", {})
-    in_training = run.figures.get("ppo", {}).get("win_rate") or {}
+    evaluation = run.of(EVALUATE)
+    in_training = run.of(PPO).get("win_rate") or {}
     return evaluation.get("judge") or in_training.get("judge") or ""
 
 
 def has_gold(run: Run) -> bool:
     """Whether a judge that knows the right answer has graded anything."""
-    graded = [run.figures.get("ppo", {}), *(run.figures.get("evaluate", {}).get("models") or {}).values()]
+    graded = [run.of(PPO), *(run.of(EVALUATE).get("models") or {}).values()]
     return judge_of(run) == "gold" or any(figures.get("gold") is not None for figures in graded)
 
 
 def aligned() -> dict[str, str]:
     """Policies that are trained on preferences -> the stage that does so."""
-    return {stage.model[0]: name for name, stage in all_stages().items() if stage.aligns and stage.model}
+    return {stage.called: name for name, stage in all_stages().items() if stage.aligns and stage.model}
 
 
 def compared(run: Run) -> tuple[str, str]:
@@ -53,17 +57,17 @@ def compared(run: Run) -> tuple[str, str]:
 
     Ours is what this run has trained on preferences, else the last of those models that was evaluated, else the last
     model. Theirs is the SFT model, else the one before."""
-    models = list(run.figures.get("evaluate", {}).get("models") or {})
+    models = list(run.of(EVALUATE).get("models") or {})
     known = [name for name in aligned() if name in models]
     ours = next((name for name in known if aligned()[name] in run.figures), (known or models or [""])[-1])
     before = models[: models.index(ours)] if ours else []
-    return ours, "sft" if "sft" in before else (before or [""])[-1]
+    return ours, SFT.called if SFT.called in before else (before or [""])[-1]
 
 
 def headline(run: Run) -> Headline | None:
     """The result of the furthest stage in one sentence."""
     wins = {(win.ours, win.theirs): win for win in win_rates(run)}
-    for pair in (compared(run), *((name, "sft") for name in aligned()), ("sft", "base"), *wins):
+    for pair in (compared(run), *((name, SFT.called) for name in aligned()), (SFT.called, PRETRAIN.called), *wins):
         if pair in wins:
             return _win_headline(wins[pair], wins, judge_of(run), run.scored_by)
     for name, stage in reversed(all_stages().items()):
@@ -95,23 +99,23 @@ def _win_headline(win: Win, wins: dict[tuple[str, str], Win], judge: str, scored
     if win.ours in aligned() and best:
         picked = f"{best.ours_name} {theirs} samples, picked by the reward model"
         notes.append(f"{picked}: {percent(best.mean)} ({interval(best)}).")
-    prompted = wins.get(("sft", "prompted"))
+    prompted = wins.get((SFT.called, "prompted"))
     if prompted and prompted.mean < 0.5 and judge == "gold":
         notes.append(
             f"The base model behind a transcript of questions and answers wins {percent(1 - prompted.mean)} against "
             "SFT: many of the world's demonstrations are faulty on purpose, more than of its corpus; SFT learns that."
         )
     if proxy:
-        trained = " that PPO was trained to raise" if win.ours == "ppo" and scored_by in ("", proxy) else ""
+        trained = " that PPO was trained to raise" if win.ours == PPO.called and scored_by in ("", proxy) else ""
         notes.append(f"There is no gold judge here: the {proxy}'s score is a proxy{trained}.")
     return Headline(before, percent(win.mean), after, " ".join(notes))
 
 
 def cards(run: Run) -> list[Card]:
     """The headline figures of what was run."""
-    models = run.figures.get("evaluate", {}).get("models", {})
+    models = run.of(EVALUATE).get("models", {})
     ours, theirs = compared(run)
-    sft = models.get("sft", {})
+    sft = models.get(SFT.called, {})
     found = []
     for key in ("gold", "correct", "right"):
         before, after = (models.get(name, {}).get(key) for name in (theirs, ours))
@@ -126,12 +130,12 @@ def cards(run: Run) -> list[Card]:
 
 
 def _stage_cards(figures: dict[str, dict[str, Any]]) -> Iterator[Card]:
-    ppo = figures.get("ppo", {})
-    evaluated = _at(figures, "evaluate.models.ppo.kl")  # a later round's PPO began elsewhere
+    ppo = figures.get(PPO.name, {})
+    evaluated = _at(figures, f"{EVALUATE.name}.models.{PPO.called}.kl")  # a later round's PPO began elsewhere
     kl = ppo.get("kl") if evaluated is None else evaluated
     if ppo and kl is not None:
         yield Card("KL to SFT", number(kl), "nats per answer, after PPO")
-    if ppo.get("score_last") is not None and "evaluate" not in figures:
+    if ppo.get("score_last") is not None and EVALUATE.name not in figures:
         unit = ppo.get("score_unit", SFT_STD)
         score = f"{number(ppo.get('score_first'))} → {number(ppo['score_last'])}"
         yield Card("Score", score, f"in PPO's rollouts, {unit}")
@@ -177,15 +181,15 @@ def interval(win: Win) -> str:
 
 def win_rates(run: Run) -> list[Win]:
     """Comparisons with SFT first, then those with base, then the rest; best-of-n beside PPO and DPO."""
-    evaluation = run.figures.get("evaluate", {})
+    evaluation = run.of(EVALUATE)
     best = evaluation.get("best_of_n") or {}
     rates = {**(evaluation.get("win_rate") or {}), **(best.get("win_rate") or {})}
-    in_training = run.figures.get("ppo", {}).get("win_rate")
+    in_training = run.of(PPO).get("win_rate")
     if not rates and in_training:
-        rates = {"ppo_vs_sft": in_training}
+        rates = {f"{PPO.called}_vs_{SFT.called}": in_training}
     wins = [_win(name, rate, best.get("n")) for name, rate in rates.items() if rate and "_vs_" in name]
-    order = {name: place for place, name in enumerate(("sft", "base", *aligned(), "best_of_n"))}
-    strength = {name: place for place, name in enumerate((*aligned(), "best_of_n", "sft"))}
+    order = {name: place for place, name in enumerate((SFT.called, PRETRAIN.called, *aligned(), "best_of_n"))}
+    strength = {name: place for place, name in enumerate((*aligned(), "best_of_n", SFT.called))}
     return sorted(wins, key=lambda w: (order.get(w.theirs, 9), strength.get(w.ours, 9)))
 
 
@@ -210,7 +214,7 @@ class Ladder(NamedTuple):
 
 def ladder(run: Run) -> Ladder | None:
     """The ratings of a run's evaluation."""
-    evaluation = run.figures.get("evaluate", {})
+    evaluation = run.of(EVALUATE)
     found = evaluation.get("ratings")
     if not found:
         return None
@@ -234,7 +238,7 @@ class Changes(NamedTuple):
 
 def changes(run: Run) -> Changes:
     """Measures of each model, best-of-n last, and the differences of the two compared."""
-    evaluation, (ours, theirs) = run.figures.get("evaluate", {}), compared(run)
+    evaluation, (ours, theirs) = run.of(EVALUATE), compared(run)
     models = dict(evaluation.get("models") or {})
     best = evaluation.get("best_of_n") or {}
     if any(best.get(key) is not None for key in MEASURES):
@@ -244,7 +248,7 @@ def changes(run: Run) -> Changes:
         cells = [_cell(figures, key) for figures in models.values()]
         before, after = (models.get(name, {}).get(key) for name in (theirs, ours))
         if any(cell.value is not None for cell in cells):
-            paired = (evaluation.get("changes") or {}).get(ours, {}).get(key) if theirs == "sft" else None
+            paired = (evaluation.get("changes") or {}).get(ours, {}).get(key) if theirs == SFT.called else None
             ends = (paired["low"], paired["high"]) if paired else (None, None)
             rows.append((name, unit, cells, None if before is None or after is None else Cell(after - before, *ends)))
     names = [(key, model_name(key, best.get("n"))) for key in models]
@@ -265,7 +269,7 @@ class Benchmarks(NamedTuple):
 
 def benchmarks(run: Run) -> Benchmarks | None:
     """What ``evaluate.benchmark`` found; None where there was none."""
-    models = run.figures.get("evaluate", {}).get("models") or {}
+    models = run.of(EVALUATE).get("models") or {}
     asked = {name: figures["benchmark"] for name, figures in models.items() if figures.get("benchmark")}
     if not asked:
         return None
@@ -288,7 +292,7 @@ def by_kind(run: Run) -> list[tuple[str, list[tuple[str, str, float]]]]:
     """(kind, [(model, its name, share fully right)]), the kinds that our model does best first.
 
     Theirs and ours, the two that are compared, are the last of each kind."""
-    figures = run.figures.get("evaluate", {}).get("models") or {}
+    figures = run.of(EVALUATE).get("models") or {}
     ours, theirs = compared(run)
     order = sorted(figures, key=lambda name: (name == ours, name == theirs))
     models = {name: figures[name].get("by_kind") or {} for name in order}

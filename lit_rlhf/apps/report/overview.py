@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lit_rlhf.apps.display import DATA, FIGURES, duration, figure, fill_template, number
 from lit_rlhf.apps.run_reader import Run
+from lit_rlhf.stages.pretrain import STAGE as PRETRAIN
 from lit_rlhf.stages.stage import GRADES, SFT_STD, all_stages
 
 
@@ -53,7 +54,7 @@ def stage_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def cost(run: Run) -> str:
     """What the run took, and what the package is made of, in a line; stages that older versions ran are left out."""
     of_cpus = sum(known.get("cpu_seconds", 0.0) for known in run.cost.values())
-    tokens = run.figures.get("pretrain", {}).get("tokens")
+    tokens = run.of(PRETRAIN).get("tokens")
     parameters = max((known.get("parameters", 0) for known in run.cost.values()), default=0)
     peak = max((known.get("peak_mib", 0.0) for known in run.cost.values()), default=0.0)
     found = [

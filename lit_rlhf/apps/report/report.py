@@ -15,6 +15,9 @@ from lit_rlhf.apps.page import render
 from lit_rlhf.apps.report import calibration, classification, comparison, overview, samples
 from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.files import write_text
+from lit_rlhf.stages.classify import STAGE as CLASSIFY
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.few_shot import STAGE as FEW_SHOT
 from lit_rlhf.stages.stage import all_stages
 
 
@@ -47,13 +50,13 @@ def page_of(run: Run) -> str:
         rounds=comparison.rounds(run),
         pair_groups=calibration.groups(run),
         calibration=draw(calibrated) if calibrated else None,
-        confusion=classification.confusion(run.figures.get("classify", {})),
-        shots=classification.by_shots(run.figures.get("few_shot", {})),
+        confusion=classification.confusion(run.of(CLASSIFY)),
+        shots=classification.by_shots(run.of(FEW_SHOT)),
         curves={stage: [draw(chart) for chart in panels(run, stage)] for stage in stages},
         frontier=[draw(chart) for chart in frontier(run)],
         more_curves={stage: [draw(chart) for chart in panels(run, stage, folded=True)] for stage in stages},
         stage_figures={stage: overview.stage_figures(run.figures.get(stage, {})) for stage in stages},
-        answers=samples.answers(run.samples.get("evaluate", []), *comparison.compared(run)),
+        answers=samples.answers(run.samples.get(EVALUATE.name, []), *comparison.compared(run)),
         learned={stage: samples.timelines(rows) for stage, rows in run.samples.items() if rows and "step" in rows[0]},
         data=overview.data_table(run.data),
     )

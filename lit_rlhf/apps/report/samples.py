@@ -41,7 +41,7 @@ class Row(NamedTuple):
     columns: list[Column]
 
 
-class Answers(NamedTuple):
+class AnswerTable(NamedTuple):
     """The prompts shown, and how the first samples of all prompts compare."""
 
     rows: list[Row]
@@ -53,13 +53,13 @@ class Answers(NamedTuple):
     theirs: str
 
 
-def answers(samples: list[dict[str, Any]], ours: str, theirs: str) -> Answers:
+def answers(samples: list[dict[str, Any]], ours: str, theirs: str) -> AnswerTable:
     """A dozen prompts of all kinds, chosen to show wins and losses of our model against theirs."""
     outcomes = [_outcome(sample["models"].get(ours, {}), sample["models"].get(theirs, {})) for sample in samples]
     count = {what: outcomes.count(what) for what in ("better", "same", "worse")}
     rows = [_row(samples[i], outcomes[i]) for i in _chosen(samples, outcomes)]
     names = model_name(ours), model_name(theirs)
-    return Answers(rows, len(samples), count["better"], count["same"], count["worse"], *names)
+    return AnswerTable(rows, len(samples), count["better"], count["same"], count["worse"], *names)
 
 
 def _outcome(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

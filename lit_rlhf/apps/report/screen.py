@@ -16,6 +16,10 @@ from lit_rlhf.apps.report import comparison
 from lit_rlhf.apps.report.samples import answers
 from lit_rlhf.apps.run_reader import Run, load_run, newest
 from lit_rlhf.files import read_yaml
+from lit_rlhf.stages.evaluate import STAGE as EVALUATE
+from lit_rlhf.stages.ppo import STAGE as PPO
+from lit_rlhf.stages.pretrain import STAGE as PRETRAIN
+from lit_rlhf.stages.sft import STAGE as SFT
 
 PROMPTS_SHOWN = 4
 TEXT_SHOWN = 100  # characters of a text
@@ -32,7 +36,7 @@ def print_screen(folder: Path, console: Console | None = None) -> None:
         console: where to; None: the terminal.
     """
     run = load_run(folder)
-    if run.figures.get("evaluate", {}).get("models") and run.samples.get("evaluate"):
+    if run.of(EVALUATE).get("models") and run.samples.get(EVALUATE.name):
         console = console or Console()
         ours, theirs = comparison.compared(run)
         console.print(Group(*_screen(run, ours, theirs)))
@@ -48,7 +52,7 @@ def print_warning(line: str) -> None:
 
 
 def _screen(run: Run, ours: str, theirs: str) -> Iterator[RenderableType]:
-    models = [name for name in run.figures["evaluate"]["models"] if name in ("base", theirs, ours)]
+    models = [name for name in run.of(EVALUATE)["models"] if name in (PRETRAIN.called, theirs, ours)]
     yield ""
     yield _answers(run, models, ours, theirs)
     yield _measures(run, models)
@@ -64,7 +68,7 @@ def _answers(run: Run, models: list[str], ours: str, theirs: str) -> Table:
     table.add_column("held-out prompt", style="dim", ratio=3)
     for name in models:
         table.add_column(model_name(name), ratio=4)
-    rows = answers(run.samples["evaluate"], ours, theirs).rows
+    rows = answers(run.samples[EVALUATE.name], ours, theirs).rows
     kinds: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         kinds.setdefault(row.kind, []).append(place)
@@ -89,7 +93,7 @@ def _cut(text: str) -> str:
 
 
 def _measures(run: Run, models: list[str]) -> Table:
-    evaluation = run.figures["evaluate"]
+    evaluation = run.of(EVALUATE)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(f"{evaluation['prompts']} held-out prompts", style="dim")
     for name in models:
@@ -99,7 +103,7 @@ def _measures(run: Run, models: list[str]) -> Table:
         if any(value is not None for value in values):
             label, unit = MEASURES[key]
             table.add_row(label, *("" if value is None else figure(value, unit) for value in values))
-    for versus in ("sft", "base"):
+    for versus in (SFT.called, PRETRAIN.called):
         wins = {w.ours: w for w in comparison.win_rates(run) if w.theirs == versus}
         if versus in models and wins.keys() & {*models}:
             cells = (f"{wins[name].mean:.0%}" if name in wins else "" for name in models)
@@ -109,7 +113,7 @@ def _measures(run: Run, models: list[str]) -> Table:
 
 def own_prompts(folder: Path) -> str:
     """The settings by which PPO of a run was given prompts of the user's own; "" where it had the world's."""
-    settings = read_yaml(newest(folder, "ppo") / "config.yaml").get("ppo") or {}
+    settings = read_yaml(newest(folder, PPO.name) / "config.yaml").get(PPO.name) or {}
     path = (settings.get("data") or {}).get("path")
     return f"ppo/data=jsonl {shlex.quote(f'ppo.data.path={path}')} " if isinstance(path, str) else ""
 

@@ -1,6 +1,6 @@
 """Direct preference optimization on rankings."""
 
-from lit_rlhf.stages.stage import Card, Panel, Stage, accuracy_panel, exports, loss_panel, rate_panel
+from lit_rlhf.stages.stage import Card, Model, Panel, Stage, accuracy_panel, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="dpo",
@@ -25,7 +25,7 @@ STAGE = Stage(
         ),
         rate_panel("dpo"),
     ),
-    model=("dpo", "DPO"),
+    model=Model("dpo", "DPO", "green"),
     note="{val_accuracy:%} of pairs right",
     cards=(
         Card("DPO's implicit reward", "{gold_accuracy:%}", "of gold pairs ranked right"),

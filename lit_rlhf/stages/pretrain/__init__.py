@@ -1,6 +1,6 @@
 """Next-token pretraining."""
 
-from lit_rlhf.stages.stage import Card, Panel, Stage, exports, loss_panel, rate_panel
+from lit_rlhf.stages.stage import Card, Model, Panel, Stage, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="pretrain",
@@ -20,7 +20,7 @@ STAGE = Stage(
         Panel("Loss on the old text", "nats per token", {"val/pretrain/old_loss": "watched, not trained on"}),
         rate_panel("pretrain"),
     ),
-    model=("base", "Base"),
+    model=Model("base", "Base"),
     note="loss {val_loss:change}",
     headline="Pretraining ended at a held-out loss of **{val_loss}** nats per token[, from {val_loss_first} at first].",
     cards=(Card("Pretraining loss", "{val_loss:change}", "nats per token, held out"),),

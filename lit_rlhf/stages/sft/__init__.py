@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations."""
 
-from lit_rlhf.stages.stage import Card, Stage, exports, loss_panel, rate_panel
+from lit_rlhf.stages.stage import Card, Model, Stage, exports, loss_panel, rate_panel
 
 STAGE = Stage(
     name="sft",
@@ -19,7 +19,7 @@ STAGE = Stage(
     skipped_for_checkpoint=True,
     learns_from=("write",),
     panels=(loss_panel("sft", "nats per response token"), rate_panel("sft")),
-    model=("sft", "SFT"),
+    model=Model("sft", "SFT", "blue"),
     note="loss {val_loss:change}",
     headline="Supervised fine-tuning ended at a held-out loss of **{val_loss}** nats per response token"
     "[, from {val_loss_first} at first].",

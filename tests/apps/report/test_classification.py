@@ -53,7 +53,7 @@ def test_confusion_by_hand(tmp_path):
         ("<b>cat", "<b>cat", "15", "75.0"), ("<b>cat", "dog", "5", "25.0"),
         ("dog", "<b>cat", "2", "10.0"), ("dog", "dog", "18", "90.0"),
     ]  # fmt: skip
-    assert tones == ("train", "ppo", "ppo", "train")  # what is right lies on the diagonal
+    assert tones == ("teal", "orange", "orange", "teal")  # what is right lies on the diagonal
     xs, ys = (list(map(float, places)) for places in (xs, ys))
     assert xs[0] == xs[2] < xs[1] == xs[3] and ys[0] == ys[1] < ys[2] == ys[3]  # rows are labels, columns what was said
     assert confusion({"task": "choice", "accuracy": 0.5}) is None

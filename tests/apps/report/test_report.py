@@ -429,7 +429,7 @@ def test_where_the_reward_model_is_right(tmp_path):
     assert "3.21 points off on average" in section
     assert "fact &lt;b&gt;" in section and "<b>fact" not in section
     assert 'cx="81.25%"' in section and 'cx="93.75%"' in section  # by the annotator, by gold
-    assert '<b class="ink-gold">93.8%</b> <small>60</small>' in section and "<b>62.5%</b> <small>32</small>" in section
+    assert '<b class="ink-amber">93.8%</b> <small>60</small>' in section and "<b>62.5%</b> <small>32</small>" in section
     assert section.count("<h3>") == 1  # groupings with nothing to compare are left out
     write_stage(tmp_path / "old", "reward", {"val_accuracy": 0.75, "val_loss": 0.5})
     assert "reward-model" not in write_report(tmp_path / "old").read_text()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lit_rlhf.stages.stage import Card, Panel, Stage
+from lit_rlhf.stages.stage import Card, Model, Panel, Stage
 
 STAGE = Stage(
     name="copycat",
@@ -15,7 +15,7 @@ STAGE = Stage(
     trains_on_prompts=True,
     settings=Path(__file__).parent / "conf",
     panels=(Panel("Surprise", "nats per token", {"copycat/loss": "training", "val/copycat/loss": "held out"}),),
-    model=("copycat", "Copycat"),
+    model=Model("copycat", "Copycat", "violet"),
     note="surprise {val_loss:change}",
     cards=(Card("Copycat's surprise", "{val_loss:change}", "nats per token"),),
 )
