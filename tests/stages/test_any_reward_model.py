@@ -25,15 +25,24 @@ from lit_rlhf.models import (
     TextRewardModel,
     load_policy_and_tokenizer,
     load_scorer,
+    load_scorer_tokenizer,
     save_model,
 )
 from lit_rlhf.models.heads import critic_from_reward_model, score_answers
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages import EvaluateModule, PPOModule, WorldEvaluateDataModule, WorldPPODataModule
+from lit_rlhf.stages import (
+    EvaluateModule,
+    PPOModule,
+    RewardBenchDataModule,
+    RewardBenchModule,
+    WorldEvaluateDataModule,
+    WorldPPODataModule,
+)
 from lit_rlhf.stages.ppo import MonteCarlo, Scoring
 from lit_rlhf.stages.preference import RewardModelAnnotator
 from lit_rlhf.stages.remote_scorers import HTTPScorer
 from lit_rlhf.text.chat import ROLE_TEMPLATE, ensure_chat_template
+from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.tokenizer import load_reader
 
 PROMPTS = [
@@ -41,6 +50,7 @@ PROMPTS = [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you? And who am I to you?"}],
     [{"role": "user", "content": "Name a fruit."}],
 ]
+SIDES = ("chosen", "rejected")
 ANSWERS = ["2 plus 3 is 5.", "A cat, and you are a friend of mine, I think.", ""]
 WORDS = "Human Assistant System : . , ? is plus 2 3 5 What A cat you Name a"
 CHATML = (
@@ -405,3 +415,27 @@ def test_a_real_checkpoint_learns_from_a_reward_model_of_another_tokenizer(
     ours = score_answers(reward_model, tokenizer, prompts.messages, texts) / 0.5
     expected = (ours + torch.tensor(judge(prompts.messages, texts))) / 2
     assert_close(rollout.rewards.sum(-1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "ensemble"])
+def test_a_benchmark_asks_a_classifier_about_one_of_its_labels(several, tmp_path):
+    tokenizer = word_pieces()
+    model = bert(tokenizer)
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [{"prompt": "What is 2 plus 3 ?", "chosen": "5 .", "rejected": answer} for answer in ("A cat", "you", "2 .")]
+    write_jsonl(tmp_path / "bench.jsonl", rows)
+    path = [tmp_path / "bert"] * 2 if several else tmp_path / "bert"
+    own = load_scorer_tokenizer(path)
+    data = RewardBenchDataModule(tmp_path / "bench.jsonl", own)
+    data.setup()
+    scorer = load_scorer(path, own, label="kind", layout="pair", score_std=2.0)
+    module = RewardBenchModule(scorer, **data.for_module())
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).test(module, datamodule=data, verbose=False)
+    logits = [
+        [model(**tokenizer(row["prompt"], row[side], return_tensors="pt")).logits[0, 2].item() for side in SIDES]
+        for row in rows
+    ]
+    for each, expected in zip(module.scored, logits):
+        assert each.scores == pytest.approx([x / 2 if several else x for x in expected], abs=1e-5)
+    assert module.figures()["accuracy"] == sum(chosen > rejected for chosen, rejected in logits) / 3

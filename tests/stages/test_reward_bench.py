@@ -7,7 +7,7 @@ from lightning import Trainer
 from lit_rlhf.errors import UserError
 from lit_rlhf.models.heads import score_answers
 from lit_rlhf.stages import RewardBenchDataModule, RewardBenchModule
-from lit_rlhf.stages.reward_bench.data import Question
+from lit_rlhf.stages.reward_bench.data import BenchQuestion
 from lit_rlhf.stages.reward_bench.module import Scored
 from lit_rlhf.text.records import Ranking, write_jsonl
 
@@ -51,7 +51,7 @@ def test_accuracy_by_subset_is_that_of_the_scores(reward_model, tokenizer, tmp_p
 
 def test_ties_count_half_and_long_answers_are_told(reward_model, tokenizer, tmp_path):
     ranking = Ranking([], ["a", "b", "c"], [1, 2, 2])
-    of = lambda *scores: Scored(Question(ranking, ""), list(scores), 0).right  # noqa: E731
+    of = lambda *scores: Scored(BenchQuestion(ranking, ""), list(scores), 0).right  # noqa: E731
     assert (of(1.0, 0.0, 0.5), of(1.0, 1.0, 0.0), of(0.0, 1.0, 1.0)) == (1.0, 0.5, 0.0)
     write_jsonl(tmp_path / "bench.jsonl", [{**ROWS[0], "rejected": "word " * 500}])
     torch.nn.init.zeros_(next(m for m in reward_model.modules() if getattr(m, "out_features", 0) == 1).weight)
@@ -82,3 +82,26 @@ def test_names_of_special_tokens_mean_what_is_set(reward_model, tokenizer, tmp_p
         expected = score_answers(reward_model, tokenizer, prompt * 2, answers, special_tokens=kind)
         assert named.scores == pytest.approx(expected.tolist(), abs=1e-5)
     assert named.scores[0] != pytest.approx(scored(reward_model, read()).scored[1].scores[0])
+
+
+def test_what_scores_texts_is_asked_by_text(tokenizer, tmp_path):
+    """Longer answers are better, and of one answer nothing is said: its question is left out."""
+    write_jsonl(tmp_path / "bench.jsonl", [*ROWS, TWO, {**ROWS[0], "rejected": "no idea"}])
+    seen = []
+
+    def length(prompts, responses, tools, **_):
+        seen.extend(zip((prompt[-1]["content"] for prompt in prompts), responses))
+        return [None if text == "no idea" else len(text) for text in responses]
+
+    data = RewardBenchDataModule(tmp_path / "bench.jsonl", batch_size=3)
+    figures = scored(length, data).figures()
+    # "It is 0." is shorter than "No 0 here."; "This one." longer than all but "Who knows?", by one character
+    assert (figures["accuracy"], figures["questions"], figures["incomplete"], figures["cut"]) == (0.0, 7, 1, 0)
+    assert len(seen) == 2 * 7 + 4 and ("Which?", "Who knows?") in seen
+    assert "1 questions are left out" in data.notes[0]
+
+
+def test_nothing_said_of_any_question_is_an_error(tmp_path):
+    write_jsonl(tmp_path / "bench.jsonl", ROWS)
+    with pytest.raises(UserError, match="none of the 6 questions has a score for each of its answers"):
+        scored(lambda prompts, responses, **_: [None] * len(responses), RewardBenchDataModule(tmp_path / "bench.jsonl"))

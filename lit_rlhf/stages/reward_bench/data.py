@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.records import Ranking, parse_ranking
@@ -16,7 +17,7 @@ from lit_rlhf.training.batches import BatchLoader, dealing, in_order
 BESIDE = ("id", "chosen_model", "rejected_model", "models", "num_correct", "num_incorrect", "total_completions")
 
 
-class Question(NamedTuple):
+class BenchQuestion(NamedTuple):
     """A question of a benchmark; answers of rank 1 are the right ones."""
 
     ranking: Ranking
@@ -24,7 +25,7 @@ class Question(NamedTuple):
     place: str = ""  # file and line
 
 
-def parse_question(row: dict[str, Any]) -> Question:
+def parse_question(row: dict[str, Any]) -> BenchQuestion:
     """``prompt``, ``chosen``, ``rejected`` and ``subset``; lists of answers, too, as in RewardBench 2."""
     subset = str(row.get("subset") or "all")
     for name in BESIDE:  # known, and not needed
@@ -37,7 +38,7 @@ def parse_question(row: dict[str, Any]) -> Question:
     ranking = parse_ranking(row)
     if len(set(ranking.ranks)) == 1:
         raise ValueError("none of its answers is the better one; a chosen and another, rejected one were expected")
-    return Question(ranking, subset)
+    return BenchQuestion(ranking, subset)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -47,7 +48,7 @@ class RewardBenchDataModule(RecordDataModule):
     Args:
         path: a file, a folder, a pattern (``data/*.jsonl``), a Hub name, or a list of them: ``prompt``, ``chosen``,
             ``rejected``, ``subset``.
-        tokenizer: of the reward model.
+        tokenizer: of the reward model, whose special tokens ``special_tokens`` is about; None: it is asked by text.
         batch_size: questions per batch.
         limit: at most so many questions, to try things out; None: all.
         special_tokens: what their names mean in the records: "plain" text; "refuse": a bad record; "rendered": tokens.
@@ -55,6 +56,7 @@ class RewardBenchDataModule(RecordDataModule):
         fields: our name of a field -> its name in the file ("a.b": ``b`` inside ``a``), where it has others.
     """
 
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, kw_only=False)  # type: ignore[assignment]
     batch_size: Annotated[int, Field(ge=1)] = 32
     special_tokens: SpecialTokens = "plain"
 
@@ -66,13 +68,14 @@ class RewardBenchDataModule(RecordDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.questions: Sequence[Question] = []
+        self.questions: Sequence[BenchQuestion] = []
 
     def setup(self, stage: str | None = None) -> None:
         if not self.questions:
             questions = self.load(self.path, parse_question)[: self.limit]
             self.check_fields()
-            self.questions = self.allowed(questions, lambda q: [q.ranking.prompt, q.ranking.turns, q.ranking.tools])
+            texts = lambda q: [q.ranking.prompt, q.ranking.turns, q.ranking.tools]  # noqa: E731
+            self.questions = questions if self.tokenizer is None else self.allowed(questions, texts)
 
     def sizes(self) -> dict[str, int]:
         return {"questions": len(self.questions)}
@@ -80,11 +83,11 @@ class RewardBenchDataModule(RecordDataModule):
     def for_module(self) -> dict[str, Any]:
         return {**super().for_module(), "special_tokens": self.special_tokens, "note": self.note}
 
-    def transfer_batch_to_device(self, batch: list[Question], *_: Any) -> list[Question]:
+    def transfer_batch_to_device(self, batch: list[BenchQuestion], *_: Any) -> list[BenchQuestion]:
         """Questions are text."""
         return batch
 
-    def test_dataloader(self) -> BatchLoader[list[Question]]:
+    def test_dataloader(self) -> BatchLoader[list[BenchQuestion]]:
         collate = lambda mine, _: [self.questions[i] for i in mine]  # noqa: E731
         return BatchLoader(
             in_order(len(self.questions)), self.batch_size, collate, keep_rest=True, **dealing(self.trainer)
