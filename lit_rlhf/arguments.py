@@ -35,11 +35,20 @@ def checked(kind: Class) -> Class:
 def check_arguments(kind: type, values: Mapping[str, Any]) -> None:
     """Raise ``UserError`` where a number or text is none that the constructor of ``kind`` takes.
 
-    Objects are left to what they are used for."""
+    Objects are left to what they are used for, but for a model in the place of a tokenizer."""
     for name, value in values.items():
-        if not isinstance(value, int | float | str) or name not in _types(kind):
+        if name not in _types(kind):
             continue
-        given, (hint, adapter) = f"{kind.__name__}({name}={value!r})", _types(kind)[name]
+        hint, adapter = _types(kind)[name]
+        if getattr(hint, "__name__", "") == "PreTrainedTokenizerBase" and hasattr(value, "parameters"):
+            order = ", ".join(n for n, p in inspect.signature(kind).parameters.items() if p.kind is not p.KEYWORD_ONLY)
+            raise UserError(
+                f"{kind.__name__}({name}={type(value).__name__}(...)): a model, where a tokenizer was expected; the "
+                f"arguments are {kind.__name__}({order})"
+            )
+        if not isinstance(value, int | float | str):
+            continue
+        given = f"{kind.__name__}({name}={value!r})"
         if isinstance(hint, type) and Protocol in hint.__mro__:
             raise UserError(f"{given}: an object was expected, as {hint.__module__}.{hint.__name__} describes it")
         if wrong := fault_of(adapter, value):

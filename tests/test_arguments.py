@@ -4,6 +4,7 @@ from functools import partial
 from typing import Annotated
 
 import pytest
+import torch
 from pydantic import Field
 
 from lit_rlhf.arguments import checked
@@ -51,6 +52,15 @@ ppo = partial(PPOModule, None, None, None)
 def test_what_a_constructor_does_not_take_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_model_in_the_place_of_a_tokenizer_is_named():
+    model = torch.nn.Linear(1, 1)
+    said = r"PPOModule\(tokenizer=Linear\(...\)\): a model, where a tokenizer was expected; the arguments are "
+    with pytest.raises(UserError, match=said + r"PPOModule\(policy, reward_model, tokenizer\)"):
+        PPOModule(None, None, model)
+    with pytest.raises(UserError, match=r"SFTModule\(tokenizer=Linear\(...\)\)"):
+        SFTModule(None, tokenizer=model)
 
 
 def test_a_class_of_ones_own_is_checked_by_its_annotations_and_keeps_its_signature():

@@ -8,12 +8,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, RangeSweep, Transformer
 
 from lit_rlhf.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+
+CONTROL = frozenset(",[]{}()'\"")  # in a text that is not quoted they mean something
 
 
 def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
@@ -59,4 +61,10 @@ def distribution(override: Override) -> BaseDistribution:
         kind = IntDistribution if isinstance(values.start, int) and isinstance(values.step, int) else FloatDistribution
         steps = math.ceil((values.stop - values.start) / values.step - 1e-9) - 1  # the end is not one of them
         return kind(values.start, values.start + steps * values.step, step=values.step)
-    return CategoricalDistribution([*override.sweep_iterator(transformer=Transformer.encode)])
+    return CategoricalDistribution([_written(value) for value in override.sweep_iterator()])
+
+
+def _written(value: Any) -> Any:
+    """A value of a list as an override has it: of a text, Hydra has taken the quotes off that its commas need."""
+    quoted = isinstance(value, str) and not CONTROL.isdisjoint(value)
+    return Transformer.encode(QuotedString(value, Quote.single) if quoted else value)

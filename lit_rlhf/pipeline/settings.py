@@ -234,17 +234,19 @@ def _parsed(overrides: list[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([override])
         except Exception as error:  # Python's own, too: of a number of thousands of digits
-            raise UserError(f"{shortened(override, 80)}: {shortened(error).partition(' See https')[0]}") from None
+            hint = "" if override.isascii() else "; letters beyond ASCII stand in quotes: 'name=\"value\"'"
+            raise UserError(f"{shortened(override, 80)}: {shortened(error).partition(' See https')[0]}{hint}") from None
     return parsed
 
 
-# Addresses of earlier versions, which scripts may still have.
+# Addresses of earlier versions, and of others' commands.
 RENAMED = {
     r"(\w+)\.trainer\.gradient_clip_val": r"\1.module.max_grad_norm",
     r"ppo\.trainer\.accumulate_grad_batches": "ppo.module.minibatch_size",  # answers per optimizer step
     r"evaluate\.data\.limit": "evaluate.data.limit_held_out",  # of training prompts, of which there are none
     r"preference\.(module|annotator)\.journal": r"preference.\1.progress_file",
     r"\w+\.optimizer\.fused": "automatic",
+    r"(?:[\w.]+\.)?ckpt_path": "automatic (a stage goes on from its own checkpoints; overwrite=true: from the start)",
     r"((?:\w+\.)?trainer)\.(?:onednn|whole_last_layer|batched_attention|row_multiple)": r"\1.kernels (fast or plain)",
     r"keep_freed_memory|engine\.lean|(?:[\w.]+\.)?fused": "trainer.kernels (fast or plain)",
 }
@@ -282,7 +284,7 @@ def _composition_error(error: Exception, overrides: list[str]) -> str:
         key = match[1]
         for old, new in RENAMED.items():
             if renamed := re.fullmatch(old, key):
-                return f"{key}: there is no such setting any more; it is {renamed.expand(new)} now"
+                return f"{key}: there is no such setting; it is {renamed.expand(new)} now"
         kept = ("hydra.searchpath=", *outside_groups())
         base = compose("config", overrides=[o for o in overrides if "/" in o.split("=")[0] or o.startswith(kept)])
         known = list(addresses(base))

@@ -34,6 +34,7 @@ from lit_rlhf.pipeline.stage_folder import held
         ("choice(gae,rloo)", CategoricalDistribution(["gae", "rloo"])),
         ("1,2,null", CategoricalDistribution([1, 2, "null"])),
         ("'a b',c", CategoricalDistribution(["'a b'", "c"])),
+        ("choice('a,b','[c]',[d,e])", CategoricalDistribution(["'a,b'", "'[c]'", "[d,e]"])),
     ],
 )
 def test_each_form_of_a_search(values, expected):

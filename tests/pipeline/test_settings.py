@@ -95,17 +95,18 @@ def test_every_target_can_be_imported():
         ("sft.optimizer.lr=fast", "sft.optimizer.lr=fast: it should be a valid number"),
         ("sft.optimizer.lr=-1", "sft.optimizer.lr=-1: it should be greater than or equal to 0"),
         ("model.config={num_experts:4}", "config.num_experts: there is no such setting, and model.config={...}"),
-        ("sft.trainer.gradient_clip_val=2", "there is no such setting any more; it is sft.module.max_grad_norm now"),
-        ("ppo.trainer.onednn=128", "there is no such setting any more; it is ppo.trainer.kernels (fast or plain) now"),
-        ("trainer.row_multiple=1", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
-        ("keep_freed_memory=false", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
-        ("engine.lean=false", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
-        ("ppo.policy.fused=false", "there is no such setting any more; it is trainer.kernels (fast or plain) now"),
+        ("sft.trainer.gradient_clip_val=2", "there is no such setting; it is sft.module.max_grad_norm now"),
+        ("ppo.trainer.onednn=128", "there is no such setting; it is ppo.trainer.kernels (fast or plain) now"),
+        ("trainer.row_multiple=1", "there is no such setting; it is trainer.kernels (fast or plain) now"),
+        ("keep_freed_memory=false", "there is no such setting; it is trainer.kernels (fast or plain) now"),
+        ("engine.lean=false", "there is no such setting; it is trainer.kernels (fast or plain) now"),
+        ("ppo.policy.fused=false", "there is no such setting; it is trainer.kernels (fast or plain) now"),
         (
             "preference.module.journal=x",
-            "there is no such setting any more; it is preference.module.progress_file now",
+            "there is no such setting; it is preference.module.progress_file now",
         ),
-        ("sft.optimizer.fused=false", "there is no such setting any more; it is automatic now"),
+        ("sft.optimizer.fused=false", "there is no such setting; it is automatic now"),
+        ("ckpt_path=last.ckpt", r"ckpt_path: there is no such setting; it is automatic (a stage goes on from its own"),
         ("ppo.trainer.kernels=slow", "ppo.trainer.kernels=slow: it should be 'fast' or 'plain'"),
         ("ppo.advantage.lam=1.5", "ppo.advantage.lam=1.5: it should be less than or equal to 1"),
         ("ppo.module.ppo_epochs=2.5", "ppo.module.ppo_epochs=2.5: it should be a valid integer"),
@@ -119,6 +120,7 @@ def test_every_target_can_be_imported():
         ("seed=-1", "seed=-1: it should be greater than or equal to 0"),
         ("seed=x", "seed=x: it should be a valid integer"),
         ("run=../elsewhere", "run=../elsewhere:"),
+        ("run=ünï", "letters beyond ASCII stand in quotes: 'name=\"value\"'"),
         ("stage=sfft", "there is no stage 'sfft'. Did you mean sft?"),
         ("stage=[]", "an empty list"),
         ("model=nanoo", "Could not find 'model/nanoo' Available options in 'model': gpt2"),
@@ -312,7 +314,7 @@ def test_a_trainer_has_the_settings_that_do_something_in_its_stage():
     assert fitting <= cfg.ppo.trainer.keys() and "accumulate_grad_batches" not in cfg.ppo.trainer
     for stage in ("preference", "evaluate", "few_shot"):
         assert not fitting & cfg[stage].trainer.keys() and cfg[stage].trainer.devices == 1
-    with pytest.raises(UserError, match=r"no such setting any more; it is ppo\.module\.minibatch_size now"):
+    with pytest.raises(UserError, match=r"no such setting; it is ppo\.module\.minibatch_size now"):
         compose_settings(["ppo.trainer.accumulate_grad_batches=2"])
-    with pytest.raises(UserError, match=r"no such setting any more; it is evaluate\.data\.limit_held_out now"):
+    with pytest.raises(UserError, match=r"no such setting; it is evaluate\.data\.limit_held_out now"):
         compose_settings(["evaluate.data.limit=1"])
