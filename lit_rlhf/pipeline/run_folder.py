@@ -34,7 +34,7 @@ class Begun(Checked):
     recipe: str | None = None
 
 
-class Written(Checked):
+class StageConfig(Checked):
     """The fields of ``config.yaml`` that others read; beside them stand the stage's own settings."""
 
     __pydantic_extra__: dict[str, dict[str, Any]]
@@ -45,7 +45,7 @@ class Written(Checked):
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings with which the stage in ``folder`` was begun; nothing where it was not."""
-    return read_yaml(folder / "config.yaml", Written)
+    return read_yaml(folder / "config.yaml", StageConfig)
 
 
 class Origin(NamedTuple):

@@ -112,7 +112,7 @@ def text_table(jobs: list[Job]) -> str:
     for job in jobs:
         asked = [_short(job.settings.get(name, "")) for name in settings]
         lines.append([job.name, job.status, *asked, *(_mean([job], name) for name in [*figures, "seconds.total"])])
-    for group in repeated(jobs).values():
+    for group in by_settings(jobs).values():
         if len(group) > 1:
             asked = ["" if _repeats(name) else _short(group[0].settings.get(name, "")) for name in settings]
             means = [_mean(group, name) for name in [*figures, "seconds.total"]]
@@ -125,7 +125,7 @@ def plot(jobs: list[Job], path: Path) -> None:
     """The objective by what was tried; each setting apart where there is no room for all labels beside each other."""
     from matplotlib.figure import Figure
 
-    tried = repeated(jobs)
+    tried = by_settings(jobs)
     if len("".join(tried)) > 150:
         names = [name for name in varied(jobs) if not _repeats(name)]
         figure = Figure(figsize=(4.0 * len(names) + 1, 4), layout="constrained")
@@ -176,7 +176,7 @@ def _plot_setting(axes: Axes, name: str, jobs: list[Job]) -> None:
     axes.set_xlabel(name)
 
 
-def repeated(jobs: list[Job]) -> dict[str, list[Job]]:
+def by_settings(jobs: list[Job]) -> dict[str, list[Job]]:
     """The jobs that came to a figure, by what they were to try; those of one entry differ in seed or fold alone."""
     names = [n for n in varied(jobs) if not _repeats(n)]
     groups: dict[str, list[Job]] = {}

@@ -9,8 +9,8 @@ from lit_rlhf.rollouts.engine import (
     Sampling as Sampling,
     Temperature as Temperature,
     draw_seeds as draw_seeds,
+    padded_responses as padded_responses,
     sample as sample,
-    side_by_side as side_by_side,
 )
 from lit_rlhf.rollouts.fast import (
     FastEngine as FastEngine,
@@ -19,7 +19,7 @@ from lit_rlhf.rollouts.fast import (
     fitted as fitted,
     generate as generate,
     rows_that_fit as rows_that_fit,
-    stream as stream,
+    stream_response as stream_response,
 )
 from lit_rlhf.rollouts.transformers import TransformersEngine as TransformersEngine
 from lit_rlhf.rollouts.vllm import VLLMEngine as VLLMEngine

@@ -196,7 +196,7 @@ def by_sampling(
     )
 
 
-def side_by_side(
+def padded_responses(
     responses: Sequence[Response],
     requests: Sequence[Request],
     pad_id: int,

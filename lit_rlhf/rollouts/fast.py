@@ -193,7 +193,7 @@ class Growing(NamedTuple):
     finished: bool  # the model has ended it; False in the last one means that it was cut off at max_new_tokens
 
 
-def stream(
+def stream_response(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.models.policy import end_tokens
-from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, side_by_side
+from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, padded_responses
 
 
 class TransformersEngine:
@@ -34,7 +34,7 @@ class TransformersEngine:
         ends = end_tokens(self.policy, self.tokenizer)
         responses = [self._one(request, sorted(ends)) for request in requests]
         pad_id, device = self.tokenizer.pad_token_id, self.policy.device
-        return side_by_side(responses, requests, pad_id, ends, self.version, device)
+        return padded_responses(responses, requests, pad_id, ends, self.version, device)
 
     def _one(self, request: Request, ends: list[int]) -> Response:
         prompt, sampling, seed = request

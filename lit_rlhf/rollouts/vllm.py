@@ -21,7 +21,7 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.models.adapters import plain_weights
 from lit_rlhf.models.policy import context_length, end_tokens
 from lit_rlhf.models.precision import compute_dtype
-from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, side_by_side
+from lit_rlhf.rollouts.engine import Ended, Request, Response, Responses, check_room, padded_responses
 
 
 class VLLMEngine:
@@ -66,7 +66,7 @@ class VLLMEngine:
         asked = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         outputs = self._model(self.policy, self.tokenizer).generate(asked, params, use_tqdm=False)
         drawn = [response_of(output.outputs[0], ends) for output in outputs]
-        return side_by_side(drawn, requests, self.tokenizer.pad_token_id, ends, self.version, self.policy.device)
+        return padded_responses(drawn, requests, self.tokenizer.pad_token_id, ends, self.version, self.policy.device)
 
     def _model(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         config = copy.deepcopy(policy.config)

@@ -20,7 +20,7 @@ class Foreign(Checked):
     format: Any = None
 
 
-class ModelSettings(Foreign):
+class ModelConfig(Foreign):
     """Fields of config.json that are read before transformers makes a model of it."""
 
     architectures: list[str] | None = None
@@ -37,7 +37,7 @@ def model_settings(folder: str | Path, name: str = "config.json") -> dict[str, A
     """Contents of config.json (or the file ``name``) of a folder; empty where there is none.
 
     Raises ``UserError`` where it is damaged."""
-    return read_json(Path(folder) / name, ModelSettings if name.endswith("config.json") else Foreign)
+    return read_json(Path(folder) / name, ModelConfig if name.endswith("config.json") else Foreign)
 
 
 def check_regular_files(folder: str | Path) -> None:

@@ -33,7 +33,7 @@ from lit_rlhf.rollouts import (
     fast,
     generate,
     sample,
-    stream,
+    stream_response,
 )
 from lit_rlhf.text import encode_prompts, ensure_chat_template, pack, train_characters
 from lit_rlhf.text.chat import ROLE_TEMPLATE
@@ -319,7 +319,7 @@ def test_a_stream_ends_with_the_answer_of_the_same_seed(policy, tokenizer, sampl
             row = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(4)).tokens[0].tolist()
             as_an_end(tokenizer, row[end])
         whole = whole_answer(policy, tokenizer, prompt, sampling, Generator().manual_seed(4))
-        *growing, last = stream(policy, tokenizer, QUESTION, sampling, Generator().manual_seed(4))
+        *growing, last = stream_response(policy, tokenizer, QUESTION, sampling, Generator().manual_seed(4))
         assert [last.text] == whole.texts(tokenizer)
         assert [last.finished] == whole.finished.tolist() == [end is not None]
         assert len(growing) + 1 == whole.tokens.shape[1]  # something after each token
@@ -344,16 +344,20 @@ def test_texts_are_those_of_the_answers_to_each_dialogue(policy, tokenizer):
 
 def test_a_stream_ends_before_a_stop_text_and_shows_no_part_of_it(policy, tokenizer):
     tokenizer.chat_template = ROLE_TEMPLATE
-    whole = [*stream(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1))][-1].text
+    whole = [*stream_response(policy, tokenizer, QUESTION, Sampling(30), Generator().manual_seed(1))][-1].text
     at = next(i for i in range(8, 20) if whole.index(whole[i : i + 5]) == i and whole[i - 1].strip())
-    seen = [*stream(policy, tokenizer, QUESTION, Sampling(30, stop=[whole[at : at + 5]]), Generator().manual_seed(1))]
+    seen = [
+        *stream_response(
+            policy, tokenizer, QUESTION, Sampling(30, stop=[whole[at : at + 5]]), Generator().manual_seed(1)
+        )
+    ]
     assert seen[-1] == (whole[:at].strip(), True)
     assert all(len(g.text) <= at for g in seen)
 
 
 def test_a_stream_leaves_gradients_on_outside(policy, tokenizer):
     tokenizer.chat_template = ROLE_TEMPLATE
-    growing = stream(policy, tokenizer, QUESTION, Sampling(3))
+    growing = stream_response(policy, tokenizer, QUESTION, Sampling(3))
     next(growing)
     assert torch.is_grad_enabled()
     growing.close()
@@ -511,7 +515,7 @@ def test_end_tokens_come_from_model_tokenizer_and_template(policy, tokenizer):
         assert drawn.texts(tokenizer)[i] == tokenizer.decode(said, skip_special_tokens=True).strip()
     for seed in range(8):
         alone = whole_answer(policy, tokenizer, prompts[:1], Sampling(40), Generator().manual_seed(seed))
-        *_, last = stream(policy, tokenizer, QUESTION, Sampling(40), Generator().manual_seed(seed))
+        *_, last = stream_response(policy, tokenizer, QUESTION, Sampling(40), Generator().manual_seed(seed))
         assert ([last.text], [last.finished]) == (alone.texts(tokenizer), alone.finished.tolist())
 
 

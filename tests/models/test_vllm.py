@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import LoRA, add_lora, policy_from_config
 from lit_rlhf.models.adapters import adapters_off, lora_layers, merged, plain_weights
-from lit_rlhf.rollouts import Ended, FastEngine, Request, Sampling, VLLMEngine, draw_seeds, sample, side_by_side
+from lit_rlhf.rollouts import Ended, FastEngine, Request, Sampling, VLLMEngine, draw_seeds, padded_responses, sample
 from lit_rlhf.rollouts.vllm import response_of, settings_of
 
 THERE = importlib.util.find_spec("vllm") is not None
@@ -49,7 +49,7 @@ def test_what_vllm_answers():
     outputs = [completion([4, 5, 2], [-1.0, -2.0, -0.5], "stop"), completion([7], [-3.0], "length")]
     drawn = [response_of(output, {2}) for output in outputs]
     requests = [Request([5], Sampling(stop=["x"]), seed) for seed in range(2)]
-    found = side_by_side(drawn, requests, 1, {2}, 3, torch.device("cpu"))
+    found = padded_responses(drawn, requests, 1, {2}, 3, torch.device("cpu"))
     assert found.tokens.tolist() == [[4, 5, 2], [7, 1, 1]]
     assert found.mask.tolist() == [[True] * 3, [True, False, False]]
     assert_close(found.logprobs, torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 0, 0]]))

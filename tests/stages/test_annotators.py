@@ -15,7 +15,7 @@ from lit_rlhf.stages.callables import run_async, with_tools
 from lit_rlhf.stages.endpoint import harmless
 from lit_rlhf.stages.preference import CallableAnnotator, Labels, LLMJudge, RewardModelAnnotator, agreement, majority
 from lit_rlhf.stages.preference.annotators import annotate, ranks_of
-from lit_rlhf.stages.preference.judge import Question, verdict_of
+from lit_rlhf.stages.preference.judge import PairQuestion, verdict_of
 from lit_rlhf.stages.preference.people import judgements, with_lineage
 from lit_rlhf.text import encode_prompts, encode_responses
 from lit_rlhf.text.chat import ROLE_TEMPLATE
@@ -266,7 +266,7 @@ def test_a_judge_that_always_goes_by_the_place_is_none(server, judge):
 def test_ranks_follow_from_wins():
     judge = LLMJudge("http://x", "m")
     wins = {("a", "b"): "A", ("b", "a"): "B", ("a", "c"): "tie", ("c", "a"): "tie", ("b", "c"): "A", ("c", "b"): "B"}
-    judge.verdicts = {judge._key(Question(PROMPTS[0], *pair)): verdict for pair, verdict in wins.items()}
+    judge.verdicts = {judge._key(PairQuestion(PROMPTS[0], *pair)): verdict for pair, verdict in wins.items()}
     # a beats b and ties c: 1.5; b beats c: 1; c: 0.5
     assert judge([PROMPTS[0]], [["a", "b", "c"]]) == [[1, 2, 3]]
     assert judge([PROMPTS[0]], [["a", "b", "a"]]) == [[1, 3, 1]]  # equal answers are not compared, and tie

@@ -43,7 +43,7 @@ length, order and tone alone do not make it better. Reply with one word: A, B, o
 ASKED = Path(__file__).with_name("judge_question.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
-class Question(NamedTuple):
+class PairQuestion(NamedTuple):
     """Which of two answers is better; asked once in each order."""
 
     prompt: Messages
@@ -110,7 +110,7 @@ class LLMJudge:
     ) -> Ranks:
         asked = [*zip(prompts, responses, tools or [None] * len(prompts))]
         questions = [
-            Question(prompt, *order, of_prompt)
+            PairQuestion(prompt, *order, of_prompt)
             for prompt, answers, of_prompt in asked
             for pair in combinations(dict.fromkeys(answers), 2)  # equal answers are not compared
             for order in (pair, pair[::-1])
@@ -137,9 +137,9 @@ class LLMJudge:
 
     def better(self, prompt: Messages, first: str, second: str, tools: Tools = None) -> float:
         """1 where the first answer wins, 0 where the second does, 0.5 for a tie or where the order decided."""
-        key = self._key(Question(prompt, first, second, tools))
+        key = self._key(PairQuestion(prompt, first, second, tools))
         verdict = self.verdicts[key]
-        swapped = self.verdicts[self._key(Question(prompt, second, first, tools))]
+        swapped = self.verdicts[self._key(PairQuestion(prompt, second, first, tools))]
         self._compared[key] = verdict == swapped and verdict in ("A", "B")
         if (verdict, swapped) == ("A", "B"):
             return 1.0
@@ -153,7 +153,7 @@ class LLMJudge:
             wins[second] += 1 - won
         return ranks_of([wins[text] for text in answers])
 
-    async def _ask(self, key: str, question: Question, client: httpx.AsyncClient) -> None:
+    async def _ask(self, key: str, question: PairQuestion, client: httpx.AsyncClient) -> None:
         """Keep the verdict; "?" where no reply had one."""
 
         def body(again: bool) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class LLMJudge:
     def _kept(self) -> str:
         return f"{len(self.verdicts)} verdicts are kept" + (f" in {self.progress.path}" if self.progress.path else "")
 
-    def _check_sense(self, questions: Sequence[Question]) -> None:
+    def _check_sense(self, questions: Sequence[PairQuestion]) -> None:
         """A reply here and there may be no verdict, and counts as a tie; a judge that never gives one is none."""
         without = [q for q in questions if self.verdicts[self._key(q)] == "?"]
         if len(without) > len(questions) / 2:
@@ -178,13 +178,13 @@ class LLMJudge:
                 "annotator.instruction, or more max_tokens for one that thinks aloud"
             )
 
-    def _messages(self, question: Question) -> Messages:
+    def _messages(self, question: PairQuestion) -> Messages:
         dialogue = dialogue_text(question.prompt, question.tools)
         parts = (harmless(text, self.special_tokens) for text in (dialogue, question.first, question.second))
         asked = ASKED.format(**dict(zip(("dialogue", "first", "second"), parts)))
         return [{"role": "system", "content": self.instruction}, {"role": "user", "content": asked}]
 
-    def _key(self, question: Question) -> str:
+    def _key(self, question: PairQuestion) -> str:
         asked = json.dumps([self.model, self._messages(question)])
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
 

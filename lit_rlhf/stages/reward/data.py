@@ -25,14 +25,14 @@ from lit_rlhf.text.records import (
     rating_scale,
 )
 
-Answered = tuple[list[int], int]  # tokens of prompt and answer, and how many at the end are the answer's
+PromptAndAnswer = tuple[list[int], int]  # tokens of prompt and answer, and how many at the end are the answer's
 
 
-class Calibration(NamedTuple):
+class CalibrationSet(NamedTuple):
     """Data that a trained reward model's scores are shifted and scaled by."""
 
-    demonstrations: list[Answered]  # are to score 0 on average
-    answers: list[Answered]  # whose scores' mean and standard deviation are noted
+    demonstrations: list[PromptAndAnswer]  # are to score 0 on average
+    answers: list[PromptAndAnswer]  # whose scores' mean and standard deviation are noted
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -94,7 +94,7 @@ class RewardDataModule(RankingDataModule):
         encoded = self._encode_answered(self.answered(self.train_records[: self.limit][:1000])[:1000])
         demonstrations = [([*p, *r][-self.max_length :], min(len(r), self.max_length - 1)) for p, r in encoded]
         answers = [pair for item in self.train_set[:512] for pair in zip(item.sequences, item.response_lengths)]
-        self.calibration = Calibration(demonstrations, answers)
+        self.calibration = CalibrationSet(demonstrations, answers)
 
     def _encode_answered(self, demonstrations: Sequence[Demonstration]) -> list[tuple[list[int], list[int]]]:
         """(tokens of the prompt, tokens of the answer), without those that the template refuses."""
