@@ -66,6 +66,8 @@ def faults(source, module, is_package=False):
             yield f"{'.'.join(module)}:{line} imports {name}, which is above it"
         elif layer == "stages" and len(module) > 2 and rest[0] == "stages" and {*rest[1:2]} & STAGES - {module[2]}:
             yield f"{'.'.join(module)}:{line} imports {name}, another stage; what several use belongs to a layer below"
+        elif layer == "stages" and len(module) > 2 and rest == ["stages"]:
+            yield f"{'.'.join(module)}:{line} imports {name}, which hands out every stage; import from where it stands"
         elif layer == "functional" and rest[0] != "functional":
             yield f"{'.'.join(module)}:{line} imports {name}; functional/ imports nothing else of the package"
 
@@ -147,6 +149,10 @@ def test_every_file_belongs_to_a_layer():
         ("stages.dpo.module", "from lit_rlhf.stages.ppo.rollout import Rollout"),
         ("stages.dpo.module", "if TYPE_CHECKING:\n    from lit_rlhf.stages.ppo.module import PPOModule"),
         ("stages.rankings", "from lit_rlhf.stages.pretrain.data import TextRows"),
+        ("stages.sft.module", "from lit_rlhf.stages import DPOModule"),
+        ("stages.sft.module", "from lit_rlhf.stages import dpo"),
+        ("stages.sft.module", "from lit_rlhf import stages"),
+        ("stages.sft.module", "from .. import dpo"),
     ],
 )
 def test_an_import_that_points_up_is_found(module, source):

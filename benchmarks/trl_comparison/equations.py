@@ -293,7 +293,7 @@ def accumulation(task: Task, policy: PreTrainedModel, critic: PreTrainedModel) -
     loss = torch.stack([m.pg_loss for m in micro]).mean()
     yield Row("policy loss of 2 micro-batches", clipped_policy_loss(new, old, advantages, mask, CLIP), loss, MICRO)
     halves = observe(task, policy, critic, **settings, num_mini_batches=2)
-    yield Row("optimizer steps an epoch, of 2 asked for, gradient_accumulation_steps=2",
+    yield Row("optimizer steps per epoch, of 2 asked for, gradient_accumulation_steps=2",
               torch.tensor(2), torch.tensor(len(halves[0].steps)), STEPS)  # fmt: skip
     both = observe(task, policy, critic, per_device_train_batch_size=16, num_mini_batches=2, num_ppo_epochs=1)
     yield Row("the same, gradient_accumulation_steps=1", torch.tensor(2), torch.tensor(len(both[0].steps)))

@@ -20,7 +20,16 @@ from lit_rlhf.apps.run_reader import Run, load_run
 from lit_rlhf.apps.sweep_reader import Job, load_jobs
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import write_text
-from lit_rlhf.functional import GainFit, best_of_n_kl, expected_best_of_n, fit_best_of_n_gain, fit_rl_gain, rl_gain
+from lit_rlhf.functional import (
+    GainFit,
+    Method,
+    best_of_n_kl,
+    expected_best_of_n,
+    fit_best_of_n_gain,
+    fit_rl_gain,
+    peak_kl,
+    rl_gain,
+)
 from lit_rlhf.stages.evaluate import STAGE as EVALUATE
 from lit_rlhf.stages.ppo import STAGE as PPO
 from lit_rlhf.stages.reward import STAGE as REWARD
@@ -97,7 +106,7 @@ class Study(NamedTuple):
     pursuits: list[Pursuit]  # the cheapest KL first
     best_of: dict[str, Points]  # "proxy" and "gold": (distance, gain) for n = 1, 2, 4, ...
     candidates: int  # N per prompt, of which n are drawn
-    fits: dict[tuple[str, str], Fitted]  # (method, what)
+    fits: dict[tuple[Method, str], Fitted]  # (method, what)
 
 
 def write_overoptimization(sweep: Path) -> Path:
@@ -143,11 +152,11 @@ def _study(name: str, runs: list[Run]) -> Study:
     return Study(name, runs[0].of(REWARD).get("val_accuracy"), pursuits, best_of, size, fits)
 
 
-def _fit(method: str, points: Points) -> Fitted | None:
+def _fit(method: Method, points: Points) -> Fitted | None:
     """The curve through the points; None where they are too few to tell."""
     distance, gain = torch.tensor(points, dtype=torch.float64).reshape(-1, 2).unbind(1)
     fit = (fit_rl_gain if method == "RL" else fit_best_of_n_gain)(distance, gain)
-    return Fitted(fit, peak(method, fit, distance.max().item())) if math.isfinite(fit.r2) else None
+    return Fitted(fit, peak_kl(fit, method, distance.max().item())) if math.isfinite(fit.r2) else None
 
 
 def _course(run: Run) -> Course:
@@ -220,11 +229,3 @@ def _sampled(study: Study, what: str, near: float) -> list[Line]:
     (tone, called), best_of = WHAT[what], study.best_of[what]
     rollouts = [(x, y) for x, y in study.pursuits[0].points(what) if x <= near]
     return [Line(f"{called}, PPO", tone, rollouts, "dots"), Line(f"{called}, best of n", tone, best_of)]
-
-
-def peak(method: str, fit: GainFit, reach: float) -> float | None:
-    """KL in nats at which a fitted curve is highest; None where that is beyond the distance ``reach``."""
-    if fit.alpha <= 0 or fit.beta <= 0:
-        return None
-    log_distance = fit.alpha / fit.beta - 1 if method == "RL" else math.log(fit.alpha / (2 * fit.beta))
-    return math.exp(2 * log_distance) if log_distance <= math.log(reach) else None

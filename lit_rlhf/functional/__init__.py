@@ -35,6 +35,7 @@ from lit_rlhf.functional.interval import (
     ratio as ratio,
     ratio_difference as ratio_difference,
     wilson_interval as wilson_interval,
+    window_error as window_error,
 )
 from lit_rlhf.functional.kl import (
     Estimator as Estimator,
@@ -59,10 +60,12 @@ from lit_rlhf.functional.masking import (
 from lit_rlhf.functional.orthogonal import orthogonalize as orthogonalize
 from lit_rlhf.functional.overoptimization import (
     GainFit as GainFit,
+    Method as Method,
     best_of_n_gain as best_of_n_gain,
     expected_best_of_n as expected_best_of_n,
     fit_best_of_n_gain as fit_best_of_n_gain,
     fit_rl_gain as fit_rl_gain,
+    peak_kl as peak_kl,
     rl_gain as rl_gain,
 )
 from lit_rlhf.functional.ppo import (

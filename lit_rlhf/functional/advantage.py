@@ -159,6 +159,6 @@ def monte_carlo(
 def _groups(returns: Tensor, k: int) -> Tensor:
     if k < 2 or returns.shape[0] % k:
         raise ValueError(
-            f"{returns.shape[0]} answers, {k} a prompt: comparing answers to the same prompt takes two or more of each"
+            f"{returns.shape[0]} answers, {k} per prompt: comparing answers to a prompt takes two or more of each"
         )
     return returns.view(-1, k)

@@ -1,7 +1,7 @@
 """Agreement of annotators, beyond chance.
 
 A unit is what was judged (a pair of answers), a category what was said of it (the first is better, a tie, the second is
-better). Ratings are (R, U): R annotators, U units, a whole number a category; NaN where an annotator did not judge."""
+better). Ratings are (R, U): R annotators, U units, an integer per category; NaN where an annotator did not judge."""
 
 from __future__ import annotations
 

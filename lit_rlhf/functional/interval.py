@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,19 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int  # prompts, rows or whatever was resampled
+
+
+def window_error(values: Sequence[float], window: int) -> float:
+    """Standard error of the difference of two means over ``window`` values each, for a series that drifts slowly.
+
+    The noise of one value is told by neighbours, whose difference a slow trend hardly changes (von Neumann, 1941):
+    ``sqrt(mean((x_t+1 - x_t)^2) / window)``, as that mean is twice the variance of a value.
+
+    >>> window_error([0.0, 2.0, 0.0, 2.0], window=4)
+    1.0
+    """
+    squares = [(after - before) ** 2 for before, after in pairwise(values)]
+    return math.sqrt(sum(squares) / len(squares) / window)
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:

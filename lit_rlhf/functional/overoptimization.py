@@ -5,18 +5,20 @@ The distance is ``d = sqrt(KL)``, KL in nats per answer (arXiv:2210.10760); gain
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lit_rlhf.functional.masking import check_shapes
+from lit_rlhf.functional.masking import check_choice, check_shapes
+
+Method = Literal["RL", "best of n"]
 
 
 class GainFit(NamedTuple):
     """A curve of gains, ``d (alpha - beta log d)`` for RL and ``d (alpha - beta d)`` for best-of-n."""
 
-    alpha: float  # gain a unit of distance, at first
+    alpha: float  # gain per unit of distance, at first
     beta: float  # how that is lost; below 0 nothing is
     r2: float  # coefficient of determination; 1: every point lies on the curve
 
@@ -59,6 +61,20 @@ def best_of_n_gain(distance: Tensor, fit: GainFit) -> Tensor:
     tensor([0., 3., 0.], dtype=torch.float64)
     """
     return fit.alpha * distance.double() - fit.beta * distance.double() ** 2
+
+
+def peak_kl(fit: GainFit, method: Method, reach: float) -> float | None:
+    """KL, nats per answer, at which a fitted curve is highest; None where that is beyond the distance ``reach``, or
+    nothing is lost: ``d = exp(alpha / beta - 1)`` for RL, ``d = alpha / (2 beta)`` for best-of-n.
+
+    >>> peak_kl(GainFit(alpha=2.0, beta=0.25, r2=1.0), "best of n", reach=8.0)  # d = 4
+    16.0
+    """
+    check_choice("method", method, get_args(Method))
+    if fit.alpha <= 0 or fit.beta <= 0:
+        return None
+    log_distance = fit.alpha / fit.beta - 1 if method == "RL" else math.log(fit.alpha / (2 * fit.beta))
+    return math.exp(2 * log_distance) if log_distance <= math.log(reach) else None
 
 
 def expected_best_of_n(worth: Tensor, scores: Tensor, n: int) -> Tensor:

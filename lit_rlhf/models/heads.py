@@ -81,22 +81,22 @@ def load_reward_model(
     if not isinstance(path, str | Path):
         members = [load_reward_model(m, tokenizer, dtype, quantization=quantization) for m in path]
         return members[0] if len(members) == 1 else RewardEnsemble(members, combine)
-    found, wanted = saved_head(path), head or RewardHead()
+    found, expected = saved_head(path), head or RewardHead()
     adapters = lora is not None and lora.enabled
     if new_head:
         check_quantization(quantization, lora, path)
-    if quantization is not None and (found is not None or not wanted.is_classifier(load_config(base_path(path)))):
+    if quantization is not None and (found is not None or not expected.is_classifier(load_config(base_path(path)))):
         raise UserError(
             f"{path}: quantization={quantization} is for reward models that are sequence classifiers of transformers: "
             "a family that has one, and the plain head (linear, last)"
         )
     if found is not None:
         if new_head:
-            check_head(found, wanted, path)
+            check_head(found, expected, path)
         model: Any = RewardTransformer.from_pretrained(path, getattr(torch, dtype))
         keep_format(model, format_of(path, export_dtype))
-    elif new_head and not wanted.is_classifier(load_config(base_path(path))):
-        if wanted.plain:
+    elif new_head and not expected.is_classifier(load_config(base_path(path))):
+        if expected.plain:
             say(
                 f"{path}: transformers has no sequence classifier of this kind; the reward model is one of ours, and "
                 "lit_rlhf.models.load_reward_model loads it"
@@ -104,9 +104,9 @@ def load_reward_model(
         policy = load_language_model(base_path(path), dtype, export_dtype)
         if tokenizer is not None:
             match_tokenizer(policy, tokenizer, path, adapters)
-        model = RewardTransformer.from_policy(with_adapter(policy, path), wanted)
+        model = RewardTransformer.from_policy(with_adapter(policy, path), expected)
     else:
-        model = _load_classifier(path, dtype, wanted if new_head else None, export_dtype, quantization)
+        model = _load_classifier(path, dtype, expected if new_head else None, export_dtype, quantization)
     if tokenizer is not None:
         check_vocabulary(tokenizer, path)
         match_tokenizer(model, tokenizer, path, adapters)

@@ -213,7 +213,7 @@ def check_files(folder: Path) -> None:
         base = model_settings(folder, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(f"{folder}: an adapter (adapter_config.json) of {base}, where a whole model was expected")
     if not (folder / "config.json").is_file():
-        found = f"; {folder.name} is a file, and its folder is wanted" if folder.is_file() else ""
+        found = f"; {folder.name} is a file, and its folder was expected" if folder.is_file() else ""
         raise UserError(f"{folder}: no model there (config.json and *.safetensors were expected{found})" + _how(folder))
     files = weight_files(folder)
     if not files:
@@ -262,19 +262,19 @@ def read_pretrained(
 
     With ``meta`` as torch's default device the model has no values, and none are read."""
     settings |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    wanted = getattr(torch, dtype)
+    asked_for = getattr(torch, dtype)
     try:
         stored = None if "quantization_config" in settings else dtype_as_stored(path)
         if torch.empty(0).is_meta:
             config = AutoConfig.from_pretrained(str(path), **{k: v for k, v in settings.items() if k == "num_labels"})
             nothing: dict[str, Any] = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), frozenset())
-            model = kind.from_config(config, dtype=wanted)
+            model = kind.from_config(config, dtype=asked_for)
             if stored is not None:
-                intend_dtype(model, wanted)
+                intend_dtype(model, asked_for)
             return model, nothing
-        model, found = kind.from_pretrained(str(path), dtype=stored or wanted, **settings)
+        model, found = kind.from_pretrained(str(path), dtype=stored or asked_for, **settings)
         if stored is not None:
-            intend_dtype(model, wanted)
+            intend_dtype(model, asked_for)
         return model, found
     except Exception as error:  # a config.json whose numbers make no model ends anywhere
         raise _unloadable(path, error) from error
@@ -308,7 +308,7 @@ def check_tensors(
     """Raise ``UserError``, with names, where the weights in ``path`` are not those that config.json describes.
 
     ``mismatched``: (name, shape of the weights, shape of the model)."""
-    shapes = [f"{name} is {list(found)} for {list(wanted)}" for name, found, wanted in mismatched]
+    shapes = [f"{name} is {list(found)} for {list(asked_for)}" for name, found, asked_for in mismatched]
     faults = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
         for what, names in (

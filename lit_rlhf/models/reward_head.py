@@ -310,12 +310,12 @@ def saved_head(path: str | Path) -> RewardHead | None:
     return RewardHead(**settings["head"]) if settings.get("model_type") == MODEL_TYPE else None
 
 
-def check_head(found: RewardHead, wanted: RewardHead, path: str | Path) -> None:
+def check_head(found: RewardHead, expected: RewardHead, path: str | Path) -> None:
     """Raise ``UserError`` where a reward model has another head than the settings ask for."""
-    if found != wanted:
+    if found != expected:
         raise UserError(
             f"{path}: a reward model with a {found.kind} head (pooling {found.pooling}), where reward.head asks for "
-            f"{wanted.kind} (pooling {wanted.pooling}); set reward/head={found.kind} "
+            f"{expected.kind} (pooling {expected.pooling}); set reward/head={found.kind} "
             f"reward.head.pooling={found.pooling}, or begin from a language model"
         )
 

@@ -228,9 +228,9 @@ def check_multirun(cfg: DictConfig, launcher: DictConfig) -> None:
         raise UserError(f"stage={command} cannot run under multirun (-m): start it alone")
     started = launcher.get("tasks_per_node", 1) * launcher.get("nodes", 1)  # submitit's words
     most = max(stages_of(cfg), key=lambda name: processes_of(cfg[name].trainer), default=None)
-    if most is not None and (wanted := processes_of(cfg[most].trainer)) != started:
+    if most is not None and (expected := processes_of(cfg[most].trainer)) != started:
         raise UserError(
-            f"{most}: {most}.trainer asks for {wanted} processes, and under multirun (-m) this launcher starts "
+            f"{most}: {most}.trainer asks for {expected} processes, and under multirun (-m) this launcher starts "
             f"{started} per job. Sweep with trainer.devices=1, or have as many started: hydra/launcher=submitit_slurm "
             "(or submitit_local) hydra.launcher.tasks_per_node=DEVICES hydra.launcher.nodes=NODES"
         )

@@ -65,9 +65,9 @@ class Processes:
         first = everyones[0]
         for rank, other in enumerate(everyones):
             for key in [*first, *other]:
-                if (found := other.get(key)) != (wanted := first.get(key)):
+                if (found := other.get(key)) != (expected := first.get(key)):
                     raise UserError(
-                        f"{key}={found} in process {rank}, and {key}={wanted} in the first; start all processes of a "
+                        f"{key}={found} in process {rank}, and {key}={expected} in the first; start all processes of a "
                         "run by the same command"
                     )
 
@@ -234,14 +234,14 @@ def _to_start(nodes: int) -> timedelta:
     return timedelta(seconds=int(told))
 
 
-def _joined(wanted: int, nodes: int, others: Sequence[subprocess.Popen[bytes]] = ()) -> Processes:
+def _joined(expected: int, nodes: int, others: Sequence[subprocess.Popen[bytes]] = ()) -> Processes:
     rank, _, _, size = this_process()
     if size == 1:
         return Processes()
-    if wanted != size:
+    if expected != size:
         raise UserError(
-            f"{size} processes were started, and trainer.devices times trainer.num_nodes is {wanted}; both must be as "
-            "they were started"
+            f"{size} processes were started, and trainer.devices times trainer.num_nodes is {expected}; both must be "
+            "as they were started"
         )
     host, port = _address()
     where = f"tcp://{host}:{port}" if by_srun() else "env://"  # which knows the store that torchrun has begun

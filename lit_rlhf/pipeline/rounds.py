@@ -77,7 +77,7 @@ def round_settings(cfg: DictConfig, number: int) -> dict[str, Any]:
         if cfg.between_rounds.policy == "last":
             changes[f"{aligning}.{known[aligning].trained}.path"] = last
         for name, policies in _compared(cfg).items():
-            loader = policies[aligning]._target_
+            loader = policies[known[aligning].called]._target_
             earlier = {
                 f"round_{f.name}": {"_target_": loader, "path": str(f / aligning / "model")} for f in folders[:-1]
             }
@@ -103,6 +103,7 @@ def changed(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
         OmegaConf.update(cfg, address, value, force_add=True)
     for name, models in _compared(cfg).items():
         policies = OmegaConf.to_container(models)
-        policies[_aligning(cfg)] = policies.pop(_aligning(cfg))  # this round's, behind those of the rounds before it
+        called = all_stages()[_aligning(cfg)].called
+        policies[called] = policies.pop(called)  # this round's, behind those of the rounds before it
         OmegaConf.update(cfg, f"{name}.policies", policies, merge=False)
     return cfg

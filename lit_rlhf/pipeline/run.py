@@ -41,6 +41,7 @@ from lit_rlhf.processes import is_main_process
 from lit_rlhf.stages.contract import (
     EvaluatesPrompts,
     Planned,
+    Shards,
     StageData,
     StageModule,
     TrainsOnPrompts,
@@ -59,7 +60,7 @@ from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.memory import Peak
 from lit_rlhf.training.metrics_file import MetricsFile, read_metrics
 from lit_rlhf.training.resuming import BestCheckpoint, LastCheckpoint, RandomState, check_training
-from lit_rlhf.training.trained_state import TrainedState, weights_fingerprint
+from lit_rlhf.training.trained_state import weights_fingerprint
 
 PROFILE = "profile"  # folder of a stage into which ``profiler`` writes
 
@@ -117,7 +118,7 @@ def _run_stage(cfg: DictConfig, name: str, folder: StageFolder) -> dict[str, Any
             return {}
         lost = None if settings.run == "fit" else move_if_gone(folder, loggers)
         notes = exported_weights(trainer, module, folder) if settings.run == "fit" else {}
-        if isinstance(module, TrainedState):
+        if isinstance(module, Shards):
             module.end_sharding()
         if not trainer.is_global_zero:
             return {}
@@ -172,12 +173,10 @@ def make_data(settings: DictConfig, name: str, moved: Moved | None = None) -> Li
     if all_stages()[name].trains_on_prompts:
         check_contract(data, TrainsOnPrompts, f"{name}.data")
     if is_main_process():
-        for what, count in data_notes(data).items():
-            if what in ("skipped", "long") and count:
-                long = f"records were longer than max_length={data.max_length} tokens"
-                reason = "records were skipped as invalid" if what == "skipped" else long
-                first = f", the first: {data.skipped[0]}" if what == "skipped" else f" ({data.how_long})"
-                print(f"{name}: {count} {reason}{first}")
+        if data.skipped:
+            print(f"{name}: {len(data.skipped)} records were skipped as invalid, the first: {data.skipped[0]}")
+        if data.long:
+            print(f"{name}: {data.long} records were {data.how_long}")
     return data
 
 

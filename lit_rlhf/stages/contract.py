@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from transformers import PreTrainedTokenizerBase
+
 from lit_rlhf.errors import UserError
 from lit_rlhf.rollouts.engine import Engine
 from lit_rlhf.text.records import Messages, Moved
@@ -42,16 +44,17 @@ class WritesSamples(Protocol):
 
 @runtime_checkable
 class StageData(Protocol):
-    """A LightningDataModule that a stage reads, with its ``tokenizer`` (from ``setup`` on).
+    """A LightningDataModule that a stage reads.
 
     The pipeline sets ``moved`` and ``tell``, calls ``prepare_data`` and ``setup``, loads the models with the tokenizer,
     and asks:"""
 
+    tokenizer: PreTrainedTokenizerBase | None  # what the models are loaded with; None: they read no tokens of it
     moved: Moved  # prompts that the run has moved between training and test
     tell: Callable[[str], None]  # how something is said to a person
     skipped: Sequence[str]  # a line for each bad record
     long: int  # records that were too long
-    how_long: str  # what became of them
+    how_long: str  # how long that is, and what became of them: "longer than max_length=512 tokens (skipped)"
 
     def sizes(self) -> dict[str, int]:
         """What was read, by name: ``{"train_set": 8000, "val_set": 400}``."""
@@ -85,6 +88,15 @@ class SamplesResponses(Protocol):
     """A module that samples responses; ``stage=plan`` puts an engine without values in the place of its own."""
 
     engine: Engine
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """A module whose models may be sharded, as those of :class:`lit_rlhf.training.trained_state.TrainedState`."""
+
+    def end_sharding(self) -> None:
+        """Make what is exported plain models in the main process; all processes call it, sharded or not."""
+        ...
 
 
 @runtime_checkable

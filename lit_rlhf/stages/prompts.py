@@ -51,6 +51,13 @@ class Judge(Protocol):
         ...
 
 
+def grades_of(
+    judge: Judge, prompts: Sequence[Messages], responses: Sequence[str], finished: Sequence[bool]
+) -> list[Grade]:
+    """The grades of one response to each prompt; ``finished``: False where it was cut off."""
+    return [judge.grade(*each, truncated=not whole) for *each, whole in zip(prompts, responses, finished, strict=True)]
+
+
 class Prompt(NamedTuple):
     """One prompt, ready to be answered."""
 

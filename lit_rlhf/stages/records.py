@@ -94,7 +94,7 @@ class FileDataModule(LightningDataModule):
 
     @property
     def how_long(self) -> str:
-        """What became of the records that were too long."""
+        """How long the records are that are too long, and what became of them; "" where none can be."""
         return ""
 
     def for_module(self) -> dict[str, Any]:
@@ -314,11 +314,14 @@ class RecordDataModule(FileDataModule):
         line = f"the model's context has room for {room} tokens, not max_length={asked}"
         longer = f"{self.long} records were longer" if self.long else "longer records count as too long"
         same = self.long and self.long == long  # which were counted already
-        self.note(f"{line}: the same records are longer" if same else f"{line}: {longer} ({self.how_long})")
+        self.note(f"{line}: the same records are longer" if same else f"{line}: {longer} ({self._on_long()})")
 
     @property
     def how_long(self) -> str:
-        """What became of the records that were too long."""
+        """How long the records are that are too long, and what became of them."""
+        return f"longer than max_length={self.max_length} tokens ({self._on_long()})"
+
+    def _on_long(self) -> str:
         if self.on_long == "skip" or not self.left_out:
             return f"on_long={self.on_long}"
         return f"on_long=cut, which left nothing to learn from in {self.left_out} of them"

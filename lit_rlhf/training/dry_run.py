@@ -58,7 +58,7 @@ class Meter(TorchDispatchMode):
             half = None  # the weights that are gathered have it
         else:
             self._note([*model.parameters(), *model.buffers()])
-        functions = _OnTheDevice(half, torch.float32 if device == "cpu" else half)  # see lit_rlhf.models.attention
+        functions = _OnTheDevice(half, torch.float32 if device == "cpu" else half)  # see kernels.attention
         for layer in filter(checkpoint.state, model.modules()):
             # Computed again in the backward pass, where torch leaves such modes aside.
             layer.register_forward_pre_hook(lambda *_: functions.__enter__() and None)

@@ -137,6 +137,11 @@ def precision_of(setting: str, accelerator: str) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
+def computes_in_half(precision: str) -> bool:
+    """Whether models compute in 16 bits under a trainer's ``precision``."""
+    return not precision.startswith(("32", "64"))
+
+
 def _cpu_has_bf16() -> bool:
     # PyTorch has no public name for it; elsewhere than on x86 it is emulated, or not known here.
     asks = (getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile"))

@@ -5,10 +5,9 @@ import re
 import pytest
 
 from lit_rlhf.apps import write_overoptimization
-from lit_rlhf.apps.overoptimization import peak, studies_of
+from lit_rlhf.apps.overoptimization import studies_of
 from lit_rlhf.apps.sweep_reader import load_jobs
 from lit_rlhf.errors import UserError
-from lit_rlhf.functional import GainFit
 
 ALPHA, BETA = 1.0, 0.5  # of gold; it peaks at d = e
 DISTANCES = [0.0, 0.5, 1.0, 2.0, math.e, 4.0, 6.0, 8.0]
@@ -67,14 +66,6 @@ def test_best_of_n_by_hand(tmp_path):
     distance = math.sqrt(math.log(2) - 0.5)
     assert study.best_of["proxy"] == [(0.0, 0.0), (pytest.approx(distance), pytest.approx(0.5))]
     assert study.best_of["gold"] == [(0.0, 0.0), (pytest.approx(distance), 0.0)]
-
-
-def test_peaks_by_hand():
-    assert peak("RL", GainFit(1.0, 0.5, 1.0), reach=3.0) == pytest.approx(math.e**2)  # at d = e
-    assert peak("best of n", GainFit(2.0, 0.5, 1.0), reach=2.1) == pytest.approx(4.0)  # at d = 2
-    assert peak("RL", GainFit(1.0, 0.5, 1.0), reach=2.0) is None  # further than was measured
-    assert peak("RL", GainFit(1.0, 1e-9, 1.0), reach=9.0) is None
-    assert peak("RL", GainFit(1.0, -0.1, 1.0), reach=9.0) is None  # rises for ever
 
 
 def test_the_page_tells_it(tmp_path):

@@ -199,7 +199,7 @@ def test_what_nobody_scored_is_in_no_baseline():
 @pytest.mark.parametrize("k", [1, 0, 4])  # too few, or no divisor of six
 @pytest.mark.parametrize("f", [group_std, lambda x, k: baseline(x, "prompt", k), lambda x, k: baseline(x, "others", k)])
 def test_comparing_takes_two_answers_to_each_prompt(f, k):
-    with pytest.raises(ValueError, match=f"6 answers, {k} a prompt"):
+    with pytest.raises(ValueError, match=f"6 answers, {k} per prompt"):
         f(torch.zeros(6), k)
 
 

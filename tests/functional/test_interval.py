@@ -5,7 +5,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from lit_rlhf.functional.interval import ratio, ratio_difference, resampled, wilson_interval
+from lit_rlhf.functional.interval import ratio, ratio_difference, resampled, wilson_interval, window_error
 
 
 def test_wilson_interval_by_hand():  # Wilson 1927; 7 of 10 is the textbook's 39.7% to 89.2%
@@ -50,3 +50,11 @@ def test_what_is_hard_for_both_drops_out_of_the_difference():
     estimate = ratio_difference((hard + 1, ones), (hard, ones))
     assert estimate[:3] == pytest.approx((1.0, 1.0, 1.0))
     assert ratio(hard, ones).high - ratio(hard, ones).low > 2
+
+
+def test_the_error_of_a_drifting_series():
+    """A trend of 1 per value adds 1 to each squared difference, and the noise of +-1 from value to value 4."""
+    assert window_error([0.0, 1.0, 2.0, 3.0], window=4) == 0.5  # sqrt(1 / 4)
+    assert window_error([1.0, -1.0, 1.0, -1.0, 1.0], window=1) == 2.0
+    noise = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).tolist()
+    assert window_error(noise, window=8) == pytest.approx((2 / 8) ** 0.5, rel=0.03)  # of two means over 8

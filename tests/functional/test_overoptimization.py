@@ -14,6 +14,7 @@ from lit_rlhf.functional import (
     expected_best_of_n,
     fit_best_of_n_gain,
     fit_rl_gain,
+    peak_kl,
     rl_gain,
 )
 
@@ -77,3 +78,11 @@ def test_best_of_all_is_the_best():
 
 def test_best_of_n_kl_by_hand():
     assert best_of_n_kl(1) == 0 and best_of_n_kl(2) == pytest.approx(0.6931 - 0.5, abs=1e-4)
+
+
+def test_peaks_by_hand():
+    assert peak_kl(GainFit(1.0, 0.5, 1.0), "RL", reach=3.0) == pytest.approx(math.e**2)  # at d = e
+    assert peak_kl(GainFit(2.0, 0.5, 1.0), "best of n", reach=2.1) == pytest.approx(4.0)  # at d = 2
+    assert peak_kl(GainFit(1.0, 0.5, 1.0), "RL", reach=2.0) is None  # further than was measured
+    assert peak_kl(GainFit(1.0, 1e-9, 1.0), "RL", reach=9.0) is None
+    assert peak_kl(GainFit(1.0, -0.1, 1.0), "RL", reach=9.0) is None  # rises for ever

@@ -344,7 +344,7 @@ def test_a_reward_model_with_a_head_of_its_own_is_no_policy(folder, tokenizer):
 
 
 def test_a_file_in_the_place_of_its_folder(folder):
-    with pytest.raises(UserError, match=r"model\.safetensors is a file, and its folder is wanted"):
+    with pytest.raises(UserError, match=r"model\.safetensors is a file, and its folder was expected"):
         load_policy(folder / "model.safetensors")
 
 

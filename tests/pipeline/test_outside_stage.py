@@ -13,7 +13,7 @@ OUTSIDE = Path(__file__).parent / "outside"
 @pytest.fixture
 def command(lit_rlhf, tmp_path):
     """(arguments) -> the command, where the other distribution is installed and there is a file for it."""
-    (tmp_path / "lines.txt").write_text("The rof is brown.\nWhat colour is it?\n", encoding="utf-8")
+    (tmp_path / "lines.txt").write_text("The rof is brown.\n\nWhat colour is it?\n", encoding="utf-8")
     env = {"PYTHONPATH": os.pathsep.join([lit_rlhf.env["PYTHONPATH"], str(OUTSIDE)])}
 
     def run(*arguments, **settings):
@@ -28,6 +28,7 @@ def test_it_runs_in_a_chain_and_stands_in_the_report(command, tmp_path):
     said = command("stage=[evaluate,copycat,sft,pretrain]", policies).stdout
     started = re.findall(r"^(\w+): .* s\)$", said, re.MULTILINE)
     assert started == ["pretrain", "sft", "copycat", "evaluate"]  # in their order
+    assert "copycat: 1 records were skipped as invalid, the first: lines.txt:2: no text" in said
     run = tmp_path / "runs/quickstart"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["copycat"]["val_loss"] < 0.5 * summary["copycat"]["val_loss_first"]

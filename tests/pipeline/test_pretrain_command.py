@@ -64,3 +64,13 @@ def test_old_text_is_not_learned_from(texts, finished_run):
     held_out, old_rows = watched.val_dataloader()
     assert all(a.tokens.equal(b.tokens) for a, b in zip(plain.val_dataloader(), held_out))
     assert "rof" in tokenizer.decode(next(iter(old_rows)).tokens[0])
+
+
+def test_rows_that_are_skipped_are_counted(lit_rlhf, texts, tmp_path):
+    rows = [{"text": "The rof eats grass, and sleeps in a tree. " * 4}] * 40
+    lines = [json.dumps(row) for row in rows] + ['{"text": 3}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    said = lit_rlhf(
+        "stage=pretrain", "pretrain/data=text", "pretrain.data.path=rows.jsonl", "pretrain.data.on_bad_record=skip"
+    ).stdout
+    assert "pretrain: 1 records were skipped as invalid, the first: rows.jsonl:41" in said

@@ -131,7 +131,6 @@ EXCEPTIONS = {
     "data.cache", "module.progress_file", "health.path",  # places of files: a notebook has no run
     "module.ptx",  # the text itself
     "reward_model.new_head",  # whether a reward model is made or taken
-    "preference.data.batch_size",  # answers that are drawn at a time
 }  # fmt: skip
 PARTS = ("module", "data", "policy", "reward_model", "annotator", "health")
 

@@ -30,6 +30,7 @@ FILL = [  # what a user must give
     "classify.data.path=a.jsonl", "few_shot.data.path=a.jsonl", "evaluate.annotator.model=m",
     "evaluate.benchmark.tasks=[a]", "reward_bench.data.path=a.jsonl",
     "ppo.reward_model.model=m", "evaluate.reward_model.model=m", "ppo.reward_model.url=http://x/s",
+    "reward_bench.reward_model.model=m", "reward_bench.reward_model.url=http://x/s",
     "evaluate.reward_model.url=http://x/s", "preference.annotator.reward_model.url=http://x/s",
 ]  # fmt: skip
 
@@ -120,7 +121,6 @@ def test_every_target_can_be_imported():
         ("seed=-1", "seed=-1: it should be greater than or equal to 0"),
         ("seed=x", "seed=x: it should be a valid integer"),
         ("run=../elsewhere", "run=../elsewhere:"),
-        ("run=ünï", "letters beyond ASCII stand in quotes: 'name=\"value\"'"),
         ("stage=sfft", "there is no stage 'sfft'. Did you mean sft?"),
         ("stage=[]", "an empty list"),
         ("model=nanoo", "Could not find 'model/nanoo' Available options in 'model': gpt2"),
@@ -195,6 +195,12 @@ def test_what_cannot_be_parsed_is_named(override):
     with pytest.raises(UserError, match=r"^seed=") as error:
         without_sweeps([override])
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_letters_beyond_ascii_want_quotes():
+    with pytest.raises(UserError, match="letters beyond ASCII stand in quotes: 'name=\"value\"'"):
+        without_sweeps(["run=ünï"])
+    assert without_sweeps(['run="ünï"']) == ['run="ünï"']
 
 
 @pytest.mark.parametrize(

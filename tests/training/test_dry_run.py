@@ -1,5 +1,7 @@
 """What a computation needs, against what it takes when it really runs."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -176,11 +178,15 @@ def test_of_a_sharded_model_a_process_keeps_its_part_and_gathers_layers(model_co
 
 
 def test_the_largest_batch_of_all_loaders():
-    class Batch:
-        def __init__(self, *shape):
-            self.tokens = torch.zeros(shape)
+    class Batch(NamedTuple):
+        tokens: torch.Tensor
+        texts: list[str]
 
-    small, large = Batch(2, 3), Batch(4, 3)
+        @classmethod
+        def of(cls, *shape):
+            return cls(torch.zeros(shape), ["a text"] * shape[0])
+
+    small, large = Batch.of(2, 3), Batch.of(4, 3)
     parts = [Part(small, 0.5), Part(large, 0.5)]  # of one batch
     assert largest([[small, large], [small]]) is large
     assert largest([[large, parts]]) is parts

@@ -11,7 +11,7 @@ STAGE = Stage(
     objective="accuracy",
     models={"policy": "pretrain"},
     panels=(
-        loss_panel("classify", "nats an example"),
+        loss_panel("classify", "nats per example"),
         Panel("Labelled right", "%", {"classify/accuracy": "training", "val/classify/accuracy": "held out"}),
         Panel("Auxiliary loss", "nats per token", {"classify/lm_loss": "training", "val/classify/lm_loss": "held out"}),
         rate_panel("classify"),

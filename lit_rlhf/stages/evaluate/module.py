@@ -30,7 +30,7 @@ from lit_rlhf.stages.evaluate.answers import Answers, JudgeName
 from lit_rlhf.stages.evaluate.comparison import PROMPTED, Comparison
 from lit_rlhf.stages.evaluate.harness import Benchmark
 from lit_rlhf.stages.evaluate.text import text_figures
-from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens, repeated
+from lit_rlhf.stages.prompts import Judge, PromptBatch, grades_of, last_tokens, repeated
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import encode_prompts, encode_responses
 from lit_rlhf.text.packing import Packed, pack, runs
@@ -234,7 +234,7 @@ class EvaluateModule(LightningModule):
             into.entropy += _grouped(masked_sum(answers.entropy, answers.mask, dim=-1).tolist(), n)
         if self.gold_judge is not None:
             messages = [m for m in batch.messages for _ in range(n)]
-            grades = [self.gold_judge.grade(m, t, not f) for m, t, f in zip(messages, texts, finished)]
+            grades = grades_of(self.gold_judge, messages, texts, finished)
             into.grades += _grouped([grade_figures(g) for g in grades], n)
         if self.reward_model is not None:
             into.scores += _grouped(self._scores(name, repeated(batch, n), answers, texts, finished).tolist(), n)

@@ -36,7 +36,7 @@ from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_entropy, logprob_and_kl
 from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.stages.ppo.scoring import Scorer
-from lit_rlhf.stages.prompts import Judge, PromptBatch, repeated
+from lit_rlhf.stages.prompts import Judge, PromptBatch, grades_of, repeated
 from lit_rlhf.text.packing import Packed
 
 Statistics = dict[str, Tensor]  # name -> scalar
@@ -180,8 +180,8 @@ class Collector:
         """``gold`` and ``correct`` (N,) by the judge; None where there is none."""
         if self.judge is None:
             return None
-        cut = (~answered.responses.finished).tolist()
-        given = [self.judge.grade(*each) for each in zip(answered.prompts.messages, answered.texts, cut)]
+        finished = answered.responses.finished.tolist()
+        given = grades_of(self.judge, answered.prompts.messages, answered.texts, finished)
         names, like = ("gold", "correct"), answered.responses.logprobs
         return {name: like.new_tensor([float(getattr(grade, name)) for grade in given]) for name in names}
 

@@ -19,8 +19,10 @@ from pydantic import Field
 
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import TrainingDiverged
+from lit_rlhf.functional import window_error
 from lit_rlhf.training.callbacks import say_above_bar
 from lit_rlhf.training.metrics_file import append_rows
+from lit_rlhf.training.trainer import computes_in_half
 
 History = dict[str, list[float]]  # metric -> its value in each iteration; nan where there was none
 HELD_OUT = "val/ppo/score"
@@ -218,8 +220,8 @@ def over_optimization(history: History, limits: Limits) -> str | None:
     best = max(ends, key=lambda end: _mean(gold[end - window : end]))
     before, now = (_mean(gold[end - window : end]) for end in (best, len(gold)))
     score_before, score_now = (_mean(score[end - window : end]) for end in (best, len(gold)))
-    fell = before - now > limits.gold * _error(gold, window)
-    if fell and score_now - score_before > limits.gold * _error(score, window):
+    fell = before - now > limits.gold * window_error(gold, window)
+    if fell and score_now - score_before > limits.gold * window_error(score, window):
         return (
             f"the gold grade fell to {now:.2f} from {before:.2f} (iterations {best - window + 1} to {best}) while the "
             f"score rose to {score_now:.2f} from {score_before:.2f}: the policy exploits mistakes of what scores it; "
@@ -264,14 +266,6 @@ def _recent(history: History, name: str, limits: Limits) -> float:
     """Mean over the window; nan while there are fewer iterations."""
     values = history[name][-limits.window :]
     return _mean(values) if len(values) == limits.window else math.nan
-
-
-def _error(values: Sequence[float], window: int) -> float:
-    """Standard error of the difference of two means over ``window`` values.
-
-    The noise of one value comes from neighbours, whose difference a slow trend hardly changes (von Neumann, 1941)."""
-    squares = [(after - before) ** 2 for before, after in pairwise(values)]  # mean: twice the variance of a value
-    return math.sqrt(_mean(squares) / window)
 
 
 # ----------------------------------------------------------------- the callback
@@ -336,8 +330,7 @@ class HealthWatch(Callback):
             self._say(trainer, begun)
 
     def _limits_in(self, precision: str) -> Limits:
-        half = not precision.startswith(("32", "64"))
-        limits = self.limits
+        half, limits = computes_in_half(precision), self.limits
         return replace(limits, first_ratio=limits.first_ratio_half, first_kl=limits.first_kl_half) if half else limits
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,6 +45,7 @@ from lit_rlhf.training.batches import largest, seeded
 from lit_rlhf.training.dry_run import Meter
 from lit_rlhf.training.fsdp import FSDP2
 from lit_rlhf.training.optim import OptimizerFactory, Schedule, adamw, decay_groups, training_loader, warmup_decay
+from lit_rlhf.training.trainer import computes_in_half
 
 
 class PPOModule(LearnsFromRollouts):
@@ -163,7 +164,7 @@ class PPOModule(LearnsFromRollouts):
     @property
     def collector(self) -> Collector:
         """The collector of this module, with models and coefficients as they are now."""
-        precise = str(self.trainer.precision).startswith(("32", "64"))  # else sampling and training round differently
+        precise = not computes_in_half(str(self.trainer.precision))  # else sampling and training round differently
         return Collector(
             **self._shared,
             scorer=self.scorer,
@@ -181,19 +182,18 @@ class PPOModule(LearnsFromRollouts):
 
     def collect(self, prompts: PromptBatch) -> tuple[Rollout, Statistics]:
         """This iteration's rollout, of all processes."""
-        return self.collector.collect(prompts, self._seeds(prompts, int(self.iteration), ROLLOUT))
+        return self.collector.collect(prompts, self._seeds(prompts, seeded(self.seed, int(self.iteration), ROLLOUT)))
 
-    def _seeds(self, prompts: PromptBatch, *place: int) -> list[int]:
-        """Of this process's responses in a rollout; they depend on the module's seed and on ``place`` alone."""
+    def _seeds(self, prompts: PromptBatch, generator: torch.Generator) -> list[int]:
+        """Seeds of this process's responses in a rollout, out of those of all processes that ``generator`` draws."""
         k = self.answers_per_prompt
-        return draw_seeds(len(prompts.tokens) * k, seeded(self.seed, *place), self._shard, together=k)
+        return draw_seeds(len(prompts.tokens) * k, generator, self._shard, together=k)
 
     def _probe(self, prompts: PromptBatch) -> dict[str, Tensor]:
         """Noise of the gradient, over ``probe_rollouts`` other rollouts of the policy as it is."""
         collector = replace(self.collector, updates_scale=False)
-        rollouts = (
-            collector.collect(prompts, self._seeds(prompts, i, PROBE, ROLLOUT))[0] for i in range(self.probe_rollouts)
-        )
+        seeds = (self._seeds(prompts, seeded(self.seed, i, PROBE, ROLLOUT)) for i in range(self.probe_rollouts))
+        rollouts = (collector.collect(prompts, each)[0] for each in seeds)
         minibatches = (
             minibatch
             for i, rollout in enumerate(rollouts)

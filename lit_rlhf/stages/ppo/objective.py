@@ -95,12 +95,11 @@ class Objective:
             "approx_kl": masked_mean(kl_estimate(old, detached, "k3"), actions),
             "ratio": torch.where(actions, (detached - old).exp() - 1, 0.0).abs().max() + 1,
         }
-        penalty = surrogate.new_zeros(())
+        policy_loss = surrogate
         if self.kl.in_loss:
             mean_kl = masked_mean(self._kl(logprobs, flat_kl, response, minibatch), actions)  # nats per action
             watched["kl_loss"] = mean_kl.detach()
-            penalty = self.kl_coef * mean_kl
-        policy_loss = surrogate + penalty
+            policy_loss = surrogate + self.kl_coef * mean_kl
         blame(policy_loss, "the log-probs of the policy", detached)
         if self.critic is None:
             return policy_loss, policy_loss.new_zeros(()), watched

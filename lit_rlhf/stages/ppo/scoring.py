@@ -102,20 +102,18 @@ class Scorer(nn.Module):
         """Unscaled scores (N,) of the N responses at the ends of the sequences in the ``packed`` batches.
 
         NaN: nobody says anything of this one."""
-        settings = self.scoring
-        total = torch.zeros(len(responses), device=packed[0].tokens.device)
-        scored = torch.zeros_like(total, dtype=torch.bool)
+        functions = zip(self.scoring.functions, self.scoring.weights or ())
+        said = [(asked(function, prompts, responses, record), weight) for function, weight in functions]
+        device = packed[0].tokens.device
+        parts = [(torch.tensor([math.nan if x is None else x for x in scores], device=device), w) for scores, w in said]
         if self._asks_model:
-            scale, answers = settings.scale == "reference", (packed, prompts, responses, record)
-            center = scale and settings.center
-            found = scores_by(self.reward_model, *answers, scale=scale, center=center, device=total.device)
-            total += settings.reward_model_weight * found.nan_to_num()
-            scored |= ~found.isnan()
-        for function, weight in zip(settings.functions, settings.weights or ()):
-            said = asked(function, prompts, responses, record)
-            total += weight * total.new_tensor([0.0 if score is None else score for score in said])
-            scored |= scored.new_tensor([score is not None for score in said])
-        return total.masked_fill(~scored, math.nan)
+            scale = self.scoring.scale == "reference"
+            units: dict[str, Any] = {"scale": scale, "center": scale and self.scoring.center, "device": device}
+            found = scores_by(self.reward_model, packed, prompts, responses, record, **units)
+            parts.insert(0, (found, self.scoring.reward_model_weight))
+        scored = torch.stack([~scores.isnan() for scores, _ in parts]).any(0)
+        total = sum(weight * scores.nan_to_num() for scores, weight in parts)
+        return torch.where(scored, total, math.nan)
 
     def observe(self, raw: Tensor) -> None:
         """Take a rollout's ``raw`` scores (N,) into the running statistics."""

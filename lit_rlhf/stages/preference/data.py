@@ -12,8 +12,11 @@ from lit_rlhf.stages.prompts import PromptBatch, PromptDataModule, WorldPromptDa
 from lit_rlhf.training.batches import BatchLoader
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class PreferenceDataModule(PromptDataModule):
     """Every prompt of a file once, the held-out ones too: they test the reward model."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64
 
     reads = ("kind", "responses", "models", "temperatures", "finished")  # answers that are given, not drawn
 
@@ -29,3 +32,4 @@ class WorldPreferenceDataModule(WorldPromptDataModule, PreferenceDataModule):
     """Prompts of the built-in world."""
 
     prompts: Annotated[int, Field(ge=1)] = 2000
+    batch_size: Annotated[int, Field(ge=1)] = 64

@@ -25,7 +25,7 @@ from lit_rlhf.stages.preference.annotator_agreement import agreement
 from lit_rlhf.stages.preference.annotators import annotate, name_of, place
 from lit_rlhf.stages.preference.people import People, judgements, with_lineage
 from lit_rlhf.stages.progress_file import ProgressFile
-from lit_rlhf.stages.prompts import Judge, PromptBatch, last_tokens
+from lit_rlhf.stages.prompts import Judge, PromptBatch, grades_of, last_tokens
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import Transcript, encode_prompts, is_base
 from lit_rlhf.text.records import load_records, parse_ranking, write_jsonl
@@ -338,7 +338,8 @@ class PreferenceModule(LightningModule):
         agreed = []
         for r in self.records:
             finished = r.get("finished", [True] * len(r["responses"]))
-            gold = [judge.grade(r["prompt"], t, not f).gold for t, f in zip(r["responses"], finished)]
+            asked = [r["prompt"]] * len(finished)
+            gold = [grade.gold for grade in grades_of(judge, asked, r["responses"], finished)]
             for i, j in combinations(range(len(gold)), 2):
                 if gold[i] != gold[j] and r["ranks"][i] != r["ranks"][j]:
                     agreed.append((gold[i] > gold[j]) == (r["ranks"][i] < r["ranks"][j]))

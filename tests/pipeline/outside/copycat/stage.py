@@ -4,31 +4,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from pydantic import Field
 from torch.utils.data import DataLoader
 
 from lit_rlhf.models import save_model
-from lit_rlhf.stages.records import FileDataModule
+from lit_rlhf.text.records import Moved
 
 
-class LinesDataModule(FileDataModule):
-    """The lines of a file; each is its own prompt."""
+class LinesDataModule(LightningDataModule):
+    """The lines of a file; each is its own prompt, and an empty one is none."""
+
+    long, how_long = 0, ""
 
     def __init__(self, path: str, tokenizer: Any) -> None:
         super().__init__()
         self.path, self.tokenizer = path, tokenizer
+        self.moved, self.tell, self.skipped = Moved(), print, []
 
     def setup(self, stage: str | None = None) -> None:
         lines = Path(self.path).read_text(encoding="utf-8").splitlines()
         self.lines = [line for line in lines if line.strip()]
+        self.skipped = [f"{self.path}:{i}: no text" for i, line in enumerate(lines, 1) if not line.strip()]
         self.tokens = [torch.tensor(self.tokenizer(line)["input_ids"]) for line in self.lines]
 
     def sizes(self) -> dict[str, int]:
         return {"train_set": len(self.lines)}
 
     def for_module(self) -> dict[str, Any]:
-        return {**super().for_module(), "lines": self.lines}
+        return {"tokenizer": self.tokenizer, "lines": self.lines}
 
     def trained_prompts(self) -> list[list[dict[str, str]]]:
         return [[{"role": "user", "content": line}] for line in self.lines]
