@@ -49,7 +49,7 @@ class Run:
     versions: dict[str, Any]
     settings: dict[str, str]
     samples: dict[str, list[dict[str, Any]]]
-    health: list[dict[str, Any]] | None = None  # what the watch on PPO found; None: there was none
+    health: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # stage -> what a watch on it has found
     cost: dict[str, dict[str, float]] = field(default_factory=dict)  # of the finished stages, with their memory
     rounds: dict[str, dict[str, Any]] = field(default_factory=dict)  # number -> summary, where it went in rounds
     checkpoint: str = ""  # name of that which took the place of pretraining; "": there was none
@@ -129,7 +129,7 @@ def load_run(path: Path) -> Run:
         versions={name: v for record in done.values() for name, v in (record.get("versions") or {}).items()},
         settings={stage: read_text(folders[stage] / "config.yaml") or "" for stage in settings},
         samples={stage: read_jsonl(folder / "samples.jsonl") for stage, folder in folders.items()},
-        health=read_jsonl(watch) if (watch := folders[PPO.name] / "health.jsonl").exists() else None,
+        health={stage: read_jsonl(f) for stage in folders if (f := folders[stage] / "health.jsonl").exists()},
         cost={stage: {**record["cost"], **record["memory"]} for stage, record in done.items()},
         rounds={f.name: known for f in round_folders(path) if (known := read_summary(f))},
         checkpoint=next((Path(origin["checkpoint"]).name for origin in origins if origin.get("checkpoint")), ""),

@@ -56,6 +56,14 @@ class Card(NamedTuple):
     note: str
 
 
+class Section(NamedTuple):
+    """A section of the report with a stage's charts, and with what a watch on it has found (``health.jsonl``)."""
+
+    heading: str
+    about: str
+    more: str  # what the folded charts are about
+
+
 class Model(NamedTuple):
     """A model on the pages, where evaluation has several side by side."""
 
@@ -107,7 +115,9 @@ class Stage:
     panels: tuple[Panel, ...] = ()
     x_axis: tuple[str, str] | None = None  # (metric, its label) that curves are drawn against; None: optimizer steps
     model: Model | None = None  # what it makes, where that is evaluated beside others
-    own_section: bool = False  # the report has a section about it; else it is shown among the stages
+    own_section: bool = False  # the report tells of it in a place of its own; else it is shown among the stages
+    section: Section | None = None  # its charts in a section of their own; own_section is True then
+    glossary: tuple[tuple[str, str], ...] = ()  # (term, what it means): below the page, where the stage has begun
     note: str = ""  # template: what it reached, in a few words
     headline: str = ""  # template: the same as a sentence, the main figure between **; the page has the last stage's
     cards: tuple[Card, ...] = ()  # the first that has its figures is shown

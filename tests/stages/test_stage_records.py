@@ -82,7 +82,18 @@ def test_no_other_file_names_a_stage(file):
     assert not list(named(file.read_text(encoding="utf-8")))
 
 
+IN_TEMPLATE = re.compile(rf"""\.(?:{"|".join(STAGES)})\b|['"](?:{"|".join(STAGES)})['"]""")
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.jinja")), ids=lambda file: file.name)
+def test_no_template_asks_for_a_stage_by_its_name(file):
+    asked = re.findall(r"{[{%].*?[}%]}", file.read_text(encoding="utf-8"), re.DOTALL)
+    assert not [expression for expression in asked if IN_TEMPLATE.search(expression)]
+
+
 def test_the_name_of_a_stage_is_found():
+    assert IN_TEMPLATE.search("{% if curves.ppo %}") and IN_TEMPLATE.search("{{ 'sft' in begun }}")
+    assert not IN_TEMPLATE.search("{% for dots in run.ppos %}")
     assert list(named('A = ("sft", "other")')) == [1] and list(named('if stage == "ppo": pass')) == [1]
     assert list(named('figures["ppo"]')) == [1] and not list(named('policy: Literal["last", "sft"]'))
     assert not list(named('A = ("others", "ppo/score")'))

@@ -34,6 +34,8 @@ def page_of(run: Run) -> str:
         run=run,
         stages=stages,
         begun={*run.figures, *run.metrics},
+        evaluated=EVALUATE.name in {*run.figures, *run.metrics},
+        few_shot=run.of(FEW_SHOT),
         judge=comparison.judge_of(run),
         scorer=comparison.scorer_of(comparison.judge_of(run)),
         gold=comparison.has_gold(run),

@@ -17,6 +17,14 @@ STAGE = Stage(
         rate_panel("classify"),
     ),
     note="{accuracy:%} right",
+    glossary=(
+        (
+            "Loss of the classifier, nats per example",
+            "\N{MINUS SIGN}log P(label | text). The auxiliary loss is the next-token loss on the same texts, added "
+            "with a weight (\N{GREEK SMALL LETTER LAMDA}). F1 is the harmonic mean of precision and recall, averaged "
+            "over the labels.",
+        ),
+    ),
     headline="The classifier solves **{accuracy:%}** of the held-out tasks; guessing solves {guessing:%}.",
 )
 __getattr__, __all__ = exports(STAGE)

@@ -27,6 +27,13 @@ STAGE = Stage(
     ),
     model=Model("dpo", "DPO", "green"),
     note="{val_accuracy:%} of pairs right",
+    glossary=(
+        (
+            "Loss of DPO, nats per pair",
+            "That of a reward model, of DPO's implicit reward: \N{GREEK SMALL LETTER BETA} log(P(answer) / P(answer by "
+            "SFT)).",
+        ),
+    ),
     cards=(
         Card("DPO's implicit reward", "{gold_accuracy:%}", "of gold pairs ranked right"),
         Card("DPO's implicit reward", "{val_accuracy:%}", "of held-out pairs ranked right"),

@@ -11,6 +11,12 @@ STAGE = Stage(
     objective="accuracy",
     models={"policy": "pretrain"},
     own_section=True,
+    glossary=(
+        (
+            "sum, token, byte",
+            "A choice is told by the log-probability of its tokens: their sum, or that divided by its tokens or bytes.",
+        ),
+    ),
     note="{accuracy:%} right",
     headline="By prompt alone, the model solves **{accuracy:%}** of the held-out tasks; guessing solves {guessing:%}.",
 )

@@ -1,6 +1,6 @@
 """Policy optimization against a reward model: PPO, and the simpler algorithms on the way to it."""
 
-from lit_rlhf.stages.stage import GRADES, SFT_STD, Model, Panel, RoundFigure, Stage, exports
+from lit_rlhf.stages.stage import GRADES, SFT_STD, Model, Panel, RoundFigure, Section, Stage, exports
 
 STAGE = Stage(
     name="ppo",
@@ -51,6 +51,12 @@ STAGE = Stage(
     x_axis=("ppo/episodes", "episodes"),
     model=Model("ppo", "PPO", "orange"),
     own_section=True,
+    section=Section(
+        "PPO, episode by episode",
+        "An episode is one sampled answer. The score is what PPO is asked to raise, the KL to the SFT model is what it "
+        "pays for it. Where values jump about, the thin line is what was logged and the thick one is smoothed.",
+        "More of PPO: clipping, lengths, gradients, learning rate",
+    ),
     note="{episodes} episodes",
     in_sweeps=("kl", "score_last", "gold"),
 )
