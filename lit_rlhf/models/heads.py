@@ -194,6 +194,27 @@ def kept_language_model(model: PreTrainedModel | RewardTransformer) -> PreTraine
 
 
 @torch.no_grad()
+def score_sequences(
+    model: AnyRewardModel,
+    sequences: Sequence[Sequence[int]],
+    lengths: Sequence[int] | None,
+    pad_id: int,
+    batch_size: int = 64,
+    watched: Callable[[list[slice]], Iterable[slice]] = iter,
+) -> Tensor:
+    """Scores (N,) of token sequences, each a prompt and an answer of ``lengths`` (N,) tokens, shifted so that
+    demonstrations average 0. Of what does not fit into the model's context the end is read.
+
+    ``lengths`` may be None for heads that need not know where an answer begins; ``watched`` shows progress."""
+    room, device = context_length(model), next(model.parameters()).device
+    fitting = [sequence[-room:] for sequence in sequences]
+    # A token stays before the answer: it predicts the first.
+    answers = None if lengths is None else [min(length, room - 1) for length in lengths]
+    parts = runs([len(s) for s in fitting], tokens_at_once(model, learning=False), batch_size)
+    batches = (pack(fitting[p], pad_id, None if answers is None else answers[p]).to(device) for p in watched(parts))
+    return scores_of(model, batches)
+
+
 def score_answers(
     model: AnyRewardModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -209,14 +230,10 @@ def score_answers(
     fit into the model's context the end is read."""
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one for each was expected")
-    room, device = context_length(model), next(model.parameters()).device
     before = encode_prompts(tokenizer, prompts, tools, special_tokens=special_tokens)
     answers = encode_responses(tokenizer, prompts, responses, tools, special_tokens=special_tokens)
-    sequences = [[*p, *r][-room:] for p, r in zip(before, answers)]
-    lengths = [min(len(r), room - 1) for r in answers]  # a token stays before the answer: it predicts the first
-    parts = runs([len(s) for s in sequences], tokens_at_once(model, learning=False), batch_size)
-    batches = (pack(sequences[part], tokenizer.pad_token_id, lengths[part]).to(device) for part in parts)
-    return scores_of(model, batches).cpu()
+    sequences = [[*p, *r] for p, r in zip(before, answers)]
+    return score_sequences(model, sequences, [len(r) for r in answers], tokenizer.pad_token_id, batch_size).cpu()
 
 
 def score_scale(model: AnyRewardModel) -> ScoreScale:

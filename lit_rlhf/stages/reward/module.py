@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,15 +17,18 @@ from lit_rlhf.errors import UserError
 from lit_rlhf.functional import feedback_loss, pair_accuracy, ranking_loss, ranking_pairs
 from lit_rlhf.models.chunked import token_logprobs_of
 from lit_rlhf.models.finite import finite
-from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores, scores_and_hidden, scores_of
+from lit_rlhf.models.heads import (
+    head_parameters,
+    kept_language_model,
+    packed_scores,
+    score_sequences,
+    scores_and_hidden,
+)
 from lit_rlhf.models.logits import check_logits
-from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.reward_head import RewardTransformer
 from lit_rlhf.stages.rankings import RankedAnswers, RankingBatch, RankingModule
-from lit_rlhf.stages.records import FitContext
 from lit_rlhf.stages.reward.data import CalibrationSet, PromptAndAnswer
 from lit_rlhf.stages.reward.diagnosis import diagnosis
-from lit_rlhf.text.packing import pack, runs
 from lit_rlhf.text.records import Ranking
 from lit_rlhf.training.callbacks import inner_bar
 from lit_rlhf.training.fsdp import FSDP2
@@ -140,20 +144,15 @@ class RewardModule(RankingModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return decay_groups(self.reward_model, head_parameters(self.reward_model), self.head_lr)
 
-    @torch.no_grad()
     def scores(
         self, sequences: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, batch_size: int = 64
     ) -> Tensor:
         """Scores (N,) of token sequences, of which ``lengths`` (N,) tokens at the end are the answers."""
         training = self.reward_model.training
         self.reward_model.eval()
-        parts = runs([len(s) for s in sequences], tokens_at_once(self.reward_model, learning=False), batch_size)
+        bar = partial(inner_bar, self._trainer, description="reward: calibration")
         pad_id = self.tokenizer.pad_token_id
-        batches = (
-            pack(sequences[part], pad_id, None if lengths is None else lengths[part]).to(self.device)
-            for part in inner_bar(self._trainer, parts, "reward: calibration")
-        )
-        scores = scores_of(self.reward_model, batches)
+        scores = score_sequences(self.reward_model, sequences, lengths, pad_id, batch_size, bar)
         self.reward_model.train(training)
         return scores
 
@@ -179,9 +178,7 @@ class RewardModule(RankingModule):
         self.reward_model.config.score_std = max(scores.std().item(), 1e-6)
 
     def _scored(self, answered: Sequence[PromptAndAnswer]) -> Tensor:
-        room = FitContext().room(self.reward_model)
-        cut = [(sequence[-room:], min(length, room - 1)) for sequence, length in answered]
-        return self.scores([sequence for sequence, _ in cut], [length for _, length in cut])
+        return self.scores([sequence for sequence, _ in answered], [length for _, length in answered])
 
     def figures(self) -> dict[str, Any]:
         """Headline figures, from the last validation."""
