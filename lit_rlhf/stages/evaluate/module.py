@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError, say, say_once
 from lit_rlhf.functional import masked_sum, sequence_kl
+from lit_rlhf.models.batching import Batching
 from lit_rlhf.models.heads import AnyRewardModel
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import context_length, freeze, shares_prompts
@@ -33,7 +34,7 @@ from lit_rlhf.stages.evaluate.text import text_figures
 from lit_rlhf.stages.prompts import Judge, PromptBatch, grades_of, last_tokens, repeated
 from lit_rlhf.stages.records import FitContext
 from lit_rlhf.text.chat import encode_prompts, encode_responses
-from lit_rlhf.text.packing import Packed, pack, runs
+from lit_rlhf.text.packing import Packed
 from lit_rlhf.text.records import write_jsonl
 from lit_rlhf.text.special_tokens import SpecialTokens
 from lit_rlhf.text.template import Note
@@ -263,14 +264,12 @@ class EvaluateModule(LightningModule):
 
     def _packed(
         self, prompts: list[list[int]], responses: list[list[int]], pad_id: int, reader: nn.Module
-    ) -> Iterator[Packed]:
+    ) -> list[Packed]:
         """Batches of as many tokens as ``reader`` may be given at once; the samples of a prompt share it."""
-        shared = self.share_prompts and shares_prompts(reader)
         sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses)]
-        laid_down = [len(p) if shared and i and p == prompts[i - 1] else 0 for i, p in enumerate(prompts)]
-        for part in runs([len(s) for s in sequences], tokens_at_once(reader, learning=False), shared=laid_down):
-            lengths = [len(response) for response in responses[part]]
-            yield pack(sequences[part], pad_id, lengths, share_prompts=shared).to(self.device)
+        masks = [[False] * len(prompt) + [True] * len(response) for prompt, response in zip(prompts, responses)]
+        batching = Batching(pad_id, self.device, share_prompts=self.share_prompts and shares_prompts(reader))
+        return batching.batches(sequences, masks, tokens_at_once(reader, learning=False))
 
     def _pick(self, count: int) -> None:
         """The best of n for the last ``count`` prompts."""

@@ -22,6 +22,7 @@ from lit_rlhf.functional import (
     whiten,
     whole_answer,
 )
+from lit_rlhf.models.batching import Batching
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.finite import finite
 from lit_rlhf.models.gathering import gathered
@@ -32,7 +33,6 @@ from lit_rlhf.models.responses import Responding, scatter, stacked
 from lit_rlhf.rollouts import Engine, Responses, Sampling, sample
 from lit_rlhf.stages.answer_scores import record_of
 from lit_rlhf.stages.ppo.advantage import AdvantageEstimator
-from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_entropy, logprob_and_kl
 from lit_rlhf.stages.ppo.rollout import Rollout
 from lit_rlhf.stages.ppo.scoring import Scorer

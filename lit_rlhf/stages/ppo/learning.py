@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError
+from lit_rlhf.models.batching import Batching
 from lit_rlhf.models.gathering import sharded_root
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.text_rows import TextRows
 from lit_rlhf.rollouts import Sampling
-from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty
 from lit_rlhf.stages.ppo.loss import PolicyLoss
 from lit_rlhf.stages.ppo.objective import Objective
@@ -67,8 +67,15 @@ class LearnsFromRollouts(TrainedState):
     @property
     def _shared(self) -> dict[str, Any]:
         """What collecting and learning have in common."""
-        names = ("policy", "reference", "critic", "kl", "kl_coef", "action", "batching")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "policy": self.policy,
+            "reference": self.reference,
+            "critic": self.critic,
+            "kl": self.kl,
+            "kl_coef": self.kl_coef,
+            "action": self.action,
+            "batching": self.batching,
+        }
 
     @property
     def batching(self) -> Batching:

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.functional import clip_fraction, clipped_value_loss, kl_estimate, masked_mean, whole_answer
+from lit_rlhf.models.batching import Batching
 from lit_rlhf.models.chunked import by_token, token_logprobs_of
 from lit_rlhf.models.finite import blame
 from lit_rlhf.models.heads import Critic
 from lit_rlhf.models.policy import packed_hidden
 from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.responses import Responding, scatter
-from lit_rlhf.stages.ppo.batching import Batching
 from lit_rlhf.stages.ppo.kl import KLPenalty, logprob_and_kl
 from lit_rlhf.stages.ppo.loss import PolicyLoss
 from lit_rlhf.stages.ppo.rollout import Rollout

@@ -12,19 +12,20 @@ from lit_rlhf.text.packing import Packed, divided, pack, runs
 
 @dataclass(frozen=True)
 class Batching:
-    """Lays N sequences of a rollout into passes that memory holds."""
+    """Lays N sequences, prompts with responses, into passes that memory holds."""
 
     pad_id: int
     device: torch.device
-    packing: bool  # without padding; False: each sequence padded to the longest
-    share_prompts: bool  # a prompt once for all its responses
-    size: int | None  # sequences in a pass; None: as many as ``tokens`` hold
+    packing: bool = True  # without padding; False: each sequence padded to the longest
+    share_prompts: bool = False  # a prompt once for all its responses
+    size: int | None = None  # sequences in a pass; None: as many as ``tokens`` hold
     passes: Callable[[int], int] = int  # how many passes there are to be, from how many it takes
 
     def packed(self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]]) -> Packed:
         """All of them in one batch; a mask has one bool per token, True = written by the policy."""
-        settings = {"share_prompts": self.share_prompts, "padded": not self.packing}
-        return pack(sequences, self.pad_id, response_masks=response_masks, **settings).to(self.device)
+        share, padded = self.share_prompts, not self.packing
+        packed = pack(sequences, self.pad_id, response_masks=response_masks, share_prompts=share, padded=padded)
+        return packed.to(self.device)
 
     def batches(
         self, sequences: Sequence[list[int]], response_masks: Sequence[list[bool]], tokens: int
