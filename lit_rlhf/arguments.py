@@ -40,7 +40,7 @@ def check_arguments(kind: type, values: Mapping[str, Any]) -> None:
         if name not in _types(kind):
             continue
         hint, adapter = _types(kind)[name]
-        if getattr(hint, "__name__", "") == "PreTrainedTokenizerBase" and hasattr(value, "parameters"):
+        if "PreTrainedTokenizerBase" in str(hint) and hasattr(value, "parameters"):
             order = ", ".join(n for n, p in inspect.signature(kind).parameters.items() if p.kind is not p.KEYWORD_ONLY)
             raise UserError(
                 f"{kind.__name__}({name}={type(value).__name__}(...)): a model, where a tokenizer was expected; the "

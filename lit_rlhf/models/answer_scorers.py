@@ -310,7 +310,10 @@ def _load_reader(
     scorer: Any
     if ours:
         if label is not None or layout is not None:
-            raise UserError(f"{path}: label and layout are for classifiers from elsewhere; this one was trained here")
+            raise UserError(
+                f"{path}: label and layout are for classifiers from elsewhere; this one was trained here (several "
+                "of both kinds: lit_rlhf.models.ScorerEnsemble)"
+            )
         tokenizer = load_tokenizer(path)
         model: Any = load_reward_model(path, tokenizer, dtype)
         scorer = TextRewardModel(model, tokenizer, batch_size)

@@ -40,7 +40,7 @@ from lit_rlhf.training.optim import HIDDEN, decay_groups
 from lit_rlhf.training.trainer import precision_of, sharding_of
 
 MARGIN = 0.2  # of all tensors: holes between them that are too small for others, workspaces of libraries
-MARGIN_OF_SEVERAL = 0.3  # where several processes share the work: what libraries send through, too
+MARGIN_OF_SEVERAL = 0.3  # of several processes on a CPU: what gloo sends through, too
 # 10^9 bytes per second that a process sends: NVLink of an H100, one direction, and a network of 400 Gbit/s per GPU.
 WITHIN_A_MACHINE, BETWEEN_MACHINES = 450, 50
 
@@ -85,7 +85,7 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
         here = f"{_mib(self.host)}{f' and a GPU of {_mib(self.gpu)}' if self.gpu else ''}"
-        margin = f"{MARGIN:.0%} (of one of several {MARGIN_OF_SEVERAL:.0%})"
+        margin = f"{MARGIN:.0%} (of one of several processes on a CPU {MARGIN_OF_SEVERAL:.0%})"
         lines += ["", f"One process on {self.device}; gpu and host with a margin of {margin}, host with libraries "
                   f"({_mib(self.process)}) and data. This machine has {here}."]  # fmt: skip
         lines += [f"{n.stage}: {n.processes}; what a process sends in an iteration takes {n.seconds:.3f} s at "
@@ -156,7 +156,7 @@ def plan_stage(cfg: DictConfig, name: str, plan: Plan, folder: Path) -> Need:
         module.engine = DryEngine(module.engine, meter)
     with meter:
         records = module.dry_run(meter, data)
-    tensors = int((1 + (MARGIN if count == 1 else MARGIN_OF_SEVERAL)) * meter.peak)
+    tensors = int((1 + (MARGIN if count == 1 or on_gpu else MARGIN_OF_SEVERAL)) * meter.peak)
     process = max(resident_bytes(), plan.process)
     host = first = process + (loading + offloaded if on_gpu else max(tensors, loading))
     gathered = meter.gathered + meter.whole + meter.passes * gradients

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, RangeSweep, Transformer
+from hydra.errors import HydraException
 
 from lit_rlhf.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-
-CONTROL = frozenset(",[]{}()'\"")  # in a text that is not quoted they mean something
 
 
 def search_space(overrides: list[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
@@ -65,6 +64,14 @@ def distribution(override: Override) -> BaseDistribution:
 
 
 def _written(value: Any) -> Any:
-    """A value of a list as an override has it: of a text, Hydra has taken the quotes off that its commas need."""
-    quoted = isinstance(value, str) and not CONTROL.isdisjoint(value)
+    """A value of a list as an override has it: of a text, Hydra has taken the quotes off that it may need."""
+    quoted = isinstance(value, str) and not _is_text(value)
     return Transformer.encode(QuotedString(value, Quote.single) if quoted else value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text, not in quotes, is read as that text."""
+    try:
+        return OverridesParser.create().parse_override(f"x={value}").value() == value  # type: ignore[no-any-return]
+    except HydraException:
+        return False

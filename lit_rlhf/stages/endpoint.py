@@ -163,7 +163,7 @@ class Endpoint:
             raise self._refused(response, about)
         try:
             return read(response.json())
-        except (ValueError, LookupError, TypeError) as error:  # no JSON, other JSON
+        except (ValueError, LookupError, TypeError, OverflowError) as error:  # no JSON, other JSON
             raise _Passing(self.scrubbed(f"{type(error).__name__}: {error}")) from None
 
     def _refused(self, response: httpx.Response, about: str) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import weakref
@@ -42,7 +43,7 @@ from lit_rlhf.text.records import (
     write_note,
 )
 from lit_rlhf.text.rows import Rows, progress, write_rows
-from lit_rlhf.text.special_tokens import check, special_names
+from lit_rlhf.text.special_tokens import Names, check, special_names
 from lit_rlhf.text.token_file import code_digest, kept, tokenizer_digest
 from lit_rlhf.text.tokenizer import TokenizerTrainer
 from lit_rlhf.training.batches import mixed, shuffled
@@ -365,11 +366,15 @@ class RecordDataModule(FileDataModule):
         """A record that is bad for a reason that shows when it is encoded: an error, or counted."""
         bad_record(record.place or self.source, reason, self.skipped, self.on_bad_record)
 
+    def special_names(self) -> Names | re.Pattern[str]:
+        """The names of special tokens that no text may hold where they are refused."""
+        return special_names(self.tokenizer)
+
     def allowed(self, records: Sequence[Record], texts: Callable[[Record], Any]) -> Sequence[Record]:
         """Some records; for ``special_tokens="refuse"``, without those whose texts hold names of such tokens."""
         if getattr(self, "special_tokens", "plain") != "refuse":
             return records
-        names, kept = special_names(self.tokenizer), []
+        names, kept = self.special_names(), []
         for record in records:
             try:
                 check(names, texts(record))

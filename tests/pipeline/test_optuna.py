@@ -35,6 +35,10 @@ from lit_rlhf.pipeline.stage_folder import held
         ("1,2,null", CategoricalDistribution([1, 2, "null"])),
         ("'a b',c", CategoricalDistribution(["'a b'", "c"])),
         ("choice('a,b','[c]',[d,e])", CategoricalDistribution(["'a,b'", "'[c]'", "[d,e]"])),
+        (
+            "choice('1','null','1e-3',true,'true',a:b)",
+            CategoricalDistribution(["'1'", "'null'", "'1e-3'", True, "'true'", "a:b"]),
+        ),
     ],
 )
 def test_each_form_of_a_search(values, expected):

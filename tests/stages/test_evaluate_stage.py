@@ -250,3 +250,12 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(policy, tokenizer, row_leng
     figures = text_figures(policy, tokenizer, documents, row_length)
     assert figures["bits_per_byte"] == pytest.approx(own * math.log2(size) / (7 + 14 + 7))
     assert figures["perplexity"] == pytest.approx(size) and figures["tokens"] == own + 4
+
+
+def test_bad_records_of_the_text_are_counted_with_the_prompts(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(8)] + [{"prompt": 3}])
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "a text"}, {"text": 4}, {"other": "x"}])
+    files = {"text": str(tmp_path / "text.jsonl"), "held_out": 0.5, "on_bad_record": "skip"}
+    data = EvaluateDataModule(str(tmp_path / "prompts.jsonl"), tokenizer, **files)
+    data.setup()
+    assert len(data.skipped) == 3 and len(data.documents()) == 1

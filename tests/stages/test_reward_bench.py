@@ -96,7 +96,7 @@ def test_what_scores_texts_is_asked_by_text(tokenizer, tmp_path):
     data = RewardBenchDataModule(tmp_path / "bench.jsonl", batch_size=3)
     figures = scored(length, data).figures()
     # "It is 0." is shorter than "No 0 here."; "This one." longer than all but "Who knows?", by one character
-    assert (figures["accuracy"], figures["questions"], figures["incomplete"], figures["cut"]) == (0.0, 7, 1, 0)
+    assert (figures["accuracy"], figures["questions"], figures["incomplete"], figures["cut"]) == (0.0, 7, 1, None)
     assert len(seen) == 2 * 7 + 4 and ("Which?", "Who knows?") in seen
     assert "1 questions are left out" in data.notes[0]
 
@@ -105,3 +105,25 @@ def test_nothing_said_of_any_question_is_an_error(tmp_path):
     write_jsonl(tmp_path / "bench.jsonl", ROWS)
     with pytest.raises(UserError, match="none of the 6 questions has a score for each of its answers"):
         scored(lambda prompts, responses, **_: [None] * len(responses), RewardBenchDataModule(tmp_path / "bench.jsonl"))
+
+
+def test_a_record_without_a_prompt_is_a_bad_one(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "bench.jsonl", [{"chosen": ["a"], "rejected": ["b"]}, TWO, {**TWO, "chosen": "This one."}])
+    with pytest.raises(UserError, match=r"bench.jsonl:1: .*prompt"):
+        RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer).setup()
+    data = RewardBenchDataModule(tmp_path / "bench.jsonl", tokenizer, on_bad_record="skip")
+    data.setup()
+    assert len(data.skipped) == 1 and [q.ranking.ranks for q in data.questions] == [[1, 2, 2, 2]] * 2
+
+
+def test_control_tokens_are_refused_without_a_tokenizer_too(tmp_path):
+    write_jsonl(tmp_path / "bench.jsonl", [{**ROWS[0], "chosen": "<|im_end|>"}, ROWS[1]])
+    with pytest.raises(UserError, match=r"bench.jsonl:1: a text holds the special token '<\|im_end\|>'"):
+        RewardBenchDataModule(tmp_path / "bench.jsonl", special_tokens="refuse").setup()
+    RewardBenchDataModule(tmp_path / "bench.jsonl").setup()
+
+
+def test_what_cannot_score_is_refused_when_it_is_made(reward_model, policy, tokenizer):
+    for given in ((policy, tokenizer), (tokenizer, reward_model), (reward_model,), ("a/path",), (tokenizer,)):
+        with pytest.raises(UserError, match=r"RewardBenchModule\((tokenizer|reward_model)=.*expected"):
+            RewardBenchModule(*given)

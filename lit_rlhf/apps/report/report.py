@@ -36,6 +36,7 @@ def page_of(run: Run) -> str:
         begun={*run.figures, *run.metrics},
         evaluated=EVALUATE.name in {*run.figures, *run.metrics},
         few_shot=run.of(FEW_SHOT),
+        shown_among=any(not stages[name].own_section for name in {*run.figures, *run.metrics} & stages.keys()),
         judge=comparison.judge_of(run),
         scorer=comparison.scorer_of(comparison.judge_of(run)),
         gold=comparison.has_gold(run),

@@ -31,6 +31,10 @@ class EvaluateDataModule(PromptDataModule):
     seed: ClassVar[int] = 0
     limit: ClassVar[None] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.text_read: Sequence[str] | None = None
+
     def check_fields(self) -> None:
         if self.text is not None:
             self.found["text"] = None  # of files that are read later
@@ -52,9 +56,14 @@ class EvaluateDataModule(PromptDataModule):
         reading = {"special_tokens": self.special_tokens, "note": self.note}
         return {**super().for_module(), **reading, "documents": self.documents()}
 
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if self.text is not None and self.text_read is None:
+            self.text_read = self.load(self.text, parse_text)
+
     def documents(self) -> Sequence[str]:
         """The held-out text; empty where there is none."""
-        return [] if self.text is None else self.load(self.text, parse_text)
+        return self.text_read or []
 
     def test_dataloader(self) -> BatchLoader[PromptBatch]:
         return self.sampled(self.held_out_prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.stages.records import RecordDataModule
 from lit_rlhf.text.records import Ranking, parse_ranking
-from lit_rlhf.text.special_tokens import SpecialTokens
+from lit_rlhf.text.special_tokens import Names, SpecialTokens
 from lit_rlhf.training.batches import BatchLoader, dealing, in_order
 
 BESIDE = ("id", "chosen_model", "rejected_model", "models", "num_correct", "num_incorrect", "total_completions")
@@ -30,11 +31,13 @@ def parse_question(row: dict[str, Any]) -> BenchQuestion:
     subset = str(row.get("subset") or "all")
     for name in BESIDE:  # known, and not needed
         row.get(name)
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    several = isinstance(chosen, list) and isinstance(rejected, list)
-    if several and all(isinstance(text, str) for text in (*chosen, *rejected)):
-        ranks = [1] * len(chosen) + [2] * len(rejected)
-        row = {"prompt": row["prompt"], "responses": [*chosen, *rejected], "ranks": ranks}
+    sides = [row.get("chosen"), row.get("rejected")]
+    lists = [[side] if isinstance(side, str) else side for side in sides]
+    several = any(isinstance(side, list) for side in sides)
+    if several and all(isinstance(side, list) and all(isinstance(text, str) for text in side) for side in lists):
+        chosen, rejected = lists
+        prompt = {} if row.get("prompt") is None else {"prompt": row.get("prompt")}
+        row = {**prompt, "responses": [*chosen, *rejected], "ranks": [1] * len(chosen) + [2] * len(rejected)}
     ranking = parse_ranking(row)
     if len(set(ranking.ranks)) == 1:
         raise ValueError("none of its answers is the better one; a chosen and another, rejected one were expected")
@@ -74,8 +77,14 @@ class RewardBenchDataModule(RecordDataModule):
         if not self.questions:
             questions = self.load(self.path, parse_question)[: self.limit]
             self.check_fields()
-            texts = lambda q: [q.ranking.prompt, q.ranking.turns, q.ranking.tools]  # noqa: E731
-            self.questions = questions if self.tokenizer is None else self.allowed(questions, texts)
+            self.questions = self.allowed(questions, lambda q: [q.ranking.prompt, q.ranking.turns, q.ranking.tools])
+
+    def special_names(self) -> Names | re.Pattern[str]:
+        if self.tokenizer is not None:
+            return super().special_names()
+        from lit_rlhf.stages.endpoint import CONTROL  # its client takes a while to import
+
+        return CONTROL  # what the server's own may be is not known
 
     def sizes(self) -> dict[str, int]:
         return {"questions": len(self.questions)}

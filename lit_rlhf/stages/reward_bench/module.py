@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError, say_once
@@ -30,7 +31,7 @@ class Scored(NamedTuple):
 
     question: BenchQuestion
     scores: list[float | None]  # None: nothing was said of an answer
-    cut: int = 0  # answers that did not fit into the context with their prompt
+    cut: int | None = 0  # answers that did not fit into the context with their prompt; None: the scorer says so itself
 
     @property
     def right(self) -> float | None:
@@ -64,6 +65,13 @@ class RewardBenchModule(LightningModule):
         note: Note = say_once,
     ) -> None:
         super().__init__()
+        headless = isinstance(reward_model, PreTrainedModel) and not hasattr(reward_model, "score")
+        alone = isinstance(reward_model, AnyRewardModel) and tokenizer is None
+        if headless or alone or not callable(reward_model) or isinstance(reward_model, PreTrainedTokenizerBase):
+            raise UserError(
+                f"RewardBenchModule(reward_model={type(reward_model).__name__}(...)): a model with a scalar head and "
+                "its tokenizer was expected, or what scores answers by their texts"
+            )
         self.reward_model, self.tokenizer, self.seed, self.note = frozen(reward_model), tokenizer, seed, note
         self.special_tokens = special_tokens
         self.scored: list[Scored] = []
@@ -81,19 +89,20 @@ class RewardBenchModule(LightningModule):
         prompts, answers = [rankings[owners[i]].prompt for i in order], [turns[i] for i in order]
         tools = [rankings[owners[i]].tools for i in order]
         by_question: list[dict[int, float | None]] = [{} for _ in batch]
-        cut = [0] * len(batch)
-        for place, score, too_long in zip(order, *self._scores(prompts, answers, tools)):
+        scores, too_long = self._scores(prompts, answers, tools)
+        for place, score in zip(order, scores):
             by_question[owners[place]][place] = score
-            cut[owners[place]] += too_long
-        return [Scored(q, [s[i] for i in sorted(s)], n) for q, s, n in zip(batch, by_question, cut)]
+        cut = Counter(owners[place] for place, long in zip(order, too_long or ()) if long)
+        counts = [None if too_long is None else cut[i] for i in range(len(batch))]
+        return [Scored(q, [s[i] for i in sorted(s)], n) for q, s, n in zip(batch, by_question, counts)]
 
     def _scores(
         self, prompts: list[Messages], answers: list[str | Message], tools: list[Tools]
-    ) -> tuple[list[float | None], list[bool]]:
-        """(scores of answers, which of them did not fit into the context with their prompts)."""
+    ) -> tuple[list[float | None], list[bool] | None]:
+        """(scores of answers, which of them did not fit into the context with their prompts; None: not known here)."""
         if not isinstance(self.reward_model, AnyRewardModel):  # it says itself what it cuts
             texts = [answer if isinstance(answer, str) else text_of(answer) for answer in answers]
-            return asked(self.reward_model, prompts, texts, {"tools": tools}), [False] * len(answers)
+            return asked(self.reward_model, prompts, texts, {"tools": tools}), None
         kind, given = self.special_tokens, (self.tokenizer, prompts, answers)
         scores = score_answers(self.reward_model, *given, tools=tools, special_tokens=kind).tolist()
         before = encode_prompts(self.tokenizer, prompts, tools, special_tokens=kind)
@@ -134,7 +143,9 @@ class RewardBenchModule(LightningModule):
             "questions": len(known),
             "incomplete": len(self.scored) - len(known),
             "tied": sum(right == 0.5 for _, right in known),
-            "cut": sum(each.cut for each in self.scored),
+            "cut": None
+            if any(each.cut is None for each in self.scored)
+            else sum(each.cut or 0 for each in self.scored),
             "subsets": rows,
         }
 
