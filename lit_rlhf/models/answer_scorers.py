@@ -18,13 +18,13 @@ from lit_rlhf.functional import ScoreScale
 from lit_rlhf.models.classifier_loading import load_any_classifier, reads_as_ours
 from lit_rlhf.models.finite import finite
 from lit_rlhf.models.gathering import whole
-from lit_rlhf.models.heads import AnyRewardModel, load_reward_model, score_answers, score_scale
+from lit_rlhf.models.heads import AnyRewardModel, load_reward_model, score_answers
 from lit_rlhf.models.loading import Dtype, match_tokenizer
 from lit_rlhf.models.lora import base_path
 from lit_rlhf.models.micro_batches import tokens_at_once
 from lit_rlhf.models.policy import context_length, freeze
 from lit_rlhf.models.quantization import Quantization
-from lit_rlhf.models.reward_head import RewardTransformer, saved_head
+from lit_rlhf.models.reward_head import RewardTransformer, saved_head, score_scale
 from lit_rlhf.models.self_check import SHORTER, agrees, texts
 from lit_rlhf.text.chat import Transcript, encode_whole, ensure_chat_template, is_base
 from lit_rlhf.text.model_folder import is_adapter, model_settings

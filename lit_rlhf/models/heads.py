@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import UserError, say
-from lit_rlhf.functional import ScoreScale
 from lit_rlhf.models.adapters import effective_weight, merged
 from lit_rlhf.models.classifier_loading import load_classifier
 from lit_rlhf.models.finite import finite
@@ -46,6 +45,7 @@ from lit_rlhf.models.reward_head import (
     ScoreHead,
     check_head,
     saved_head,
+    score_scale,
     start_head,
     tied_head,
 )
@@ -234,13 +234,6 @@ def score_answers(
     answers = encode_responses(tokenizer, prompts, responses, tools, special_tokens=special_tokens)
     sequences = [[*p, *r] for p, r in zip(before, answers)]
     return score_sequences(model, sequences, [len(r) for r in answers], tokenizer.pad_token_id, batch_size).cpu()
-
-
-def score_scale(model: AnyRewardModel) -> ScoreScale:
-    """The scale that a reward model's config.json tells, by ``score_shift``, ``score_mean`` and ``score_std``; of what
-    it does not tell 0, 0 and 1."""
-    told = {name: getattr(model.config, f"score_{name}", None) for name in ScoreScale._fields}
-    return ScoreScale(**{name: float(value) for name, value in told.items() if value is not None})
 
 
 def sequence_classifier(policy: PreTrainedModel, head: nn.Linear, labels: Sequence[str]) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.files import make_folder
+from lit_rlhf.functional import ScoreScale
 from lit_rlhf.models.adapters import effective_weight
 from lit_rlhf.models.chunked import by_token
 from lit_rlhf.models.finite import check_finite
@@ -267,6 +268,13 @@ class RewardTransformer(nn.Module):
         return hidden, output[wider.ends]
 
 
+def score_scale(model: Any) -> ScoreScale:
+    """The scale that a reward model's config.json tells, by ``score_shift``, ``score_mean`` and ``score_std``; of what
+    it does not tell 0, 0 and 1."""
+    told = {name: getattr(model.config, f"score_{name}", None) for name in ScoreScale._fields}
+    return ScoreScale(**{name: float(value) for name, value in told.items() if value is not None})
+
+
 class RewardEnsemble(nn.Module):
     """Several reward models that score together (arXiv:2310.02743).
 
@@ -286,8 +294,8 @@ class RewardEnsemble(nn.Module):
         self.combine = combine
         self.config: Any = copy.copy(members[0].config)
         self.config.score_shift, self.config.score_std = 0.0, 1.0
-        means = [getattr(m.config, "score_mean", 0.0) / getattr(m.config, "score_std", 1.0) for m in members]
-        self.config.score_mean = sum(means) / len(means)
+        scales = [score_scale(member) for member in members]
+        self.config.score_mean = sum(scale.mean / scale.std for scale in scales) / len(scales)
 
     def get_input_embeddings(self) -> Any:
         """The input embeddings of the first member."""

@@ -16,7 +16,8 @@ from lit_rlhf.models import (
     reward_model_from_config,
     save_model,
 )
-from lit_rlhf.models.heads import packed_scores, score_scale
+from lit_rlhf.models.heads import packed_scores
+from lit_rlhf.models.reward_head import score_scale
 from lit_rlhf.text import pack
 
 TEXTS = ["What is 42?", "I am the cat", "12", "You are  30, 👍🏽 and the cat! Who?", "It"]

@@ -22,9 +22,9 @@ from lit_rlhf.models import (
     save_model,
     score_answers,
 )
-from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores, score_scale
+from lit_rlhf.models.heads import head_parameters, kept_language_model, packed_scores
 from lit_rlhf.models.policy import predicting_positions, shares_prompts
-from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer, start_head
+from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer, score_scale, start_head
 from lit_rlhf.text import ensure_chat_template, pack
 from lit_rlhf.training import adamw
 from lit_rlhf.training.optim import decay_groups

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lit_rlhf.models import load_reward_model
-from lit_rlhf.models.heads import score_scale
+from lit_rlhf.models.reward_head import score_scale
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.errors import UserError
 from lit_rlhf.models import RewardHead, load_reward_model, score_answers
-from lit_rlhf.models.heads import packed_scores, score_scale
-from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer
+from lit_rlhf.models.heads import packed_scores
+from lit_rlhf.models.reward_head import RewardEnsemble, RewardTransformer, score_scale
 from lit_rlhf.stages import RewardDataModule, RewardModule
 from lit_rlhf.stages.rankings import RankedAnswers
 from lit_rlhf.stages.reward.diagnosis import diagnosis

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lit_rlhf.arguments import checked
 from lit_rlhf.errors import UserError
 from lit_rlhf.functional import moments, power_sums, shaped_scores, std_from_moments
-from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory, score_scale
-from lit_rlhf.models.reward_head import RewardEnsemble
+from lit_rlhf.models.heads import AnyRewardModel, Critic, CriticFactory
+from lit_rlhf.models.reward_head import RewardEnsemble, score_scale
 from lit_rlhf.stages.answer_scores import RewardModel, asked, frozen, knows_scale, scores_by, title_of
 from lit_rlhf.stages.callables import name_of, resolve
 from lit_rlhf.text.packing import Packed
